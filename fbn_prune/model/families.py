@@ -1,0 +1,300 @@
+"""Where each architecture keeps its MLPs: one declarative entry a family, and nothing about it anywhere else.
+
+The same entry serves a live model and the tensor names of a checkpoint. The idea of a narrow adapter is SliceGPT's
+(`model_adapter.py`); the facts are read from the modeling files of transformers.
+
+A layer's *neurons* are the intermediate units of its MLP. `inputs` are the projections that produce them (`gate` and
+`up`, or `fc_in`), `output` is the one that reads them (`down`, or `fc_out`); the *activation* is what `output` is fed.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from fbn_prune.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    Config = PretrainedConfig | Mapping[str, Any]
+
+Part = Literal["weight", "bias"]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One linear map of an MLP.
+
+    Attributes
+    ----------
+    path : where it is, relative to the layer ("mlp.gate_proj").
+    neuron_axis : axis of `.weight` along which neurons lie. Linear stores [out, in], Conv1D [in, out].
+    stacked : how many blocks of `width` neurons follow one another on that axis (2: a fused gate and up).
+    """
+
+    path: str
+    neuron_axis: Literal[0, 1]
+    stacked: int = 1
+
+
+@dataclass(frozen=True)
+class Location:
+    """What a checkpoint's tensor is: a part of one projection of one layer."""
+
+    layer: int
+    projection: Projection
+    part: Part
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture.
+
+    Attributes
+    ----------
+    layers : path of the list of layers in the `...ForCausalLM` module. Checkpoints saved from the base model leave
+        its first component out (openai-community/gpt2: "h.0.mlp.c_fc.weight").
+    width_key : config key of the MLP width.
+    biased : whether the MLP's projections have biases, or the config flag that says so.
+    bias_key : config flag that gives biases to the MLP and to nothing else; None if there is no such flag.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    layers: str
+    inputs: tuple[Projection, ...]
+    output: Projection
+    width_key: str = "intermediate_size"
+    biased: bool | str = False
+    bias_key: str | None = None
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        return (*self.inputs, self.output)
+
+    # -- the config -----------------------------------------------------------------------------------------------
+
+    def width(self, config: Config) -> int:
+        """Neurons of one MLP. A null width means four times the hidden size, as GPT-2 and Falcon define it."""
+        config = as_config(config)
+        width = getattr(config, self.width_key)
+        return 4 * self.hidden_size(config) if width is None else int(width)
+
+    def num_layers(self, config: Config) -> int:
+        return int(as_config(config).num_hidden_layers)
+
+    def hidden_size(self, config: Config) -> int:
+        return int(as_config(config).hidden_size)
+
+    def vocab_size(self, config: Config) -> int:
+        return int(as_config(config).vocab_size)
+
+    def context_length(self, config: Config) -> int:
+        """The longest sequence, in tokens, the model was made for."""
+        return int(as_config(config).max_position_embeddings)
+
+    def has_bias(self, config: Config) -> bool:
+        """Whether the MLP's projections have biases."""
+        if isinstance(self.biased, bool):
+            return self.biased
+        return bool(getattr(as_config(config), self.biased))
+
+    def accepts_bias(self, config: Config) -> bool:
+        """Whether `output` has a bias, or a stock config can say that it has one."""
+        return self.bias_key is not None or self.has_bias(config)
+
+    # -- a live model ---------------------------------------------------------------------------------------------
+
+    def layer_modules(self, model: PreTrainedModel) -> nn.ModuleList:
+        return model.get_submodule(self.layers)  # type: ignore[return-value]
+
+    def projection_module(
+        self, model: PreTrainedModel, layer: int, projection: Projection
+    ) -> nn.Linear:
+        """The live module: a Linear, or in GPT-2 a Conv1D (weight [in, out], same parameter names)."""
+        return self.layer_modules(model)[layer].get_submodule(projection.path)  # type: ignore[return-value]
+
+    def output_module(self, model: PreTrainedModel, layer: int) -> nn.Linear:
+        """The module whose input is the activation, [..., neurons]."""
+        return self.projection_module(model, layer, self.output)
+
+    def down_weight(self, model: PreTrainedModel, layer: int) -> Tensor:
+        """View of the output weights, [hidden, neurons]: a neuron is a column whatever the module's layout."""
+        weight = self.output_module(model, layer).weight.detach()
+        return weight if self.output.neuron_axis == 1 else weight.T
+
+    def down_bias(self, model: PreTrainedModel, layer: int) -> Tensor | None:
+        """The output bias, [hidden], or None."""
+        bias = self.output_module(model, layer).bias
+        return None if bias is None else bias.detach()
+
+    def input_weights(self, model: PreTrainedModel, layer: int) -> tuple[Tensor, ...]:
+        """Views of the input weights, [neurons, hidden] each: gate and up apart, even where they are fused."""
+        views: list[Tensor] = []
+        for projection in self.inputs:
+            module = self.projection_module(model, layer, projection)
+            weight = module.weight.detach()
+            weight = weight if projection.neuron_axis == 0 else weight.T
+            views.extend(weight.chunk(projection.stacked, dim=0))
+        return tuple(views)
+
+    # -- a checkpoint's tensors -----------------------------------------------------------------------------------
+
+    def locate(self, name: str) -> Location | None:
+        """What the tensor of this name is, or None if it is no part of an MLP."""
+        root, _, stem = self.layers.partition(".")
+        match = re.fullmatch(
+            rf"(?:{re.escape(root)}\.)?{re.escape(stem)}\.(\d+)\.(.+)\.(weight|bias)", name
+        )
+        if match is None:
+            return None
+        layer, path, part = match.groups()
+        for projection in self.projections:
+            if projection.path == path:
+                return Location(int(layer), projection, "weight" if part == "weight" else "bias")
+        return None
+
+    def tensor_shape(self, location: Location, config: Config) -> tuple[int, ...]:
+        """Shape the config says that a checkpoint's MLP tensor has."""
+        hidden = self.hidden_size(config)
+        neurons = self.width(config) * location.projection.stacked
+        if location.part == "bias":
+            return (hidden,) if location.projection is self.output else (neurons,)
+        return (neurons, hidden) if location.projection.neuron_axis == 0 else (hidden, neurons)
+
+
+def _gated(name: str, *model_types: str, bias_key: str | None = None) -> Family:
+    return Family(
+        name,
+        model_types,
+        layers="model.layers",
+        inputs=(Projection("mlp.gate_proj", 0), Projection("mlp.up_proj", 0)),
+        output=Projection("mlp.down_proj", 1),
+        biased=bias_key or False,
+        bias_key=bias_key,
+    )
+
+
+FAMILIES: tuple[Family, ...] = (
+    _gated("Llama", "llama", bias_key="mlp_bias"),  # SmolLM and SmolLM2 are of this type too
+    _gated("Mistral", "mistral"),
+    _gated("OLMo 2", "olmo2"),
+    _gated("Qwen2", "qwen2"),
+    _gated("Qwen3", "qwen3"),
+    _gated("Gemma", "gemma", "gemma2", "gemma3_text"),
+    _gated("Granite", "granite", bias_key="mlp_bias"),
+    Family(
+        "Phi-3",
+        ("phi3",),
+        layers="model.layers",
+        inputs=(Projection("mlp.gate_up_proj", 0, stacked=2),),
+        output=Projection("mlp.down_proj", 1),
+    ),
+    Family(
+        "GPT-2",
+        ("gpt2",),
+        layers="transformer.h",
+        inputs=(Projection("mlp.c_fc", 1),),
+        output=Projection("mlp.c_proj", 0),
+        width_key="n_inner",
+        biased=True,
+    ),
+    Family(
+        "GPT-NeoX",
+        ("gpt_neox",),
+        layers="gpt_neox.layers",
+        inputs=(Projection("mlp.dense_h_to_4h", 0),),
+        output=Projection("mlp.dense_4h_to_h", 1),
+        biased=True,
+    ),
+    Family(  # `enable_bias` and Falcon's `bias` rule the attention too: no flag for the MLP alone
+        "OPT",
+        ("opt",),
+        layers="model.decoder.layers",
+        inputs=(Projection("fc1", 0),),
+        output=Projection("fc2", 1),
+        width_key="ffn_dim",
+        biased="enable_bias",
+    ),
+    Family(
+        "Falcon",
+        ("falcon",),
+        layers="transformer.h",
+        inputs=(Projection("mlp.dense_h_to_4h", 0),),
+        output=Projection("mlp.dense_4h_to_h", 1),
+        width_key="ffn_hidden_size",
+        biased="bias",
+    ),
+)
+
+_BY_MODEL_TYPE = {model_type: family for family in FAMILIES for model_type in family.model_types}
+_SUPPORTED = ", ".join(_BY_MODEL_TYPE)
+
+
+def family_of(config: Config) -> Family:
+    """The family of a model.
+
+    Parameters
+    ----------
+    config : a loaded config, or the object in `config.json`.
+
+    Raises
+    ------
+    InvalidInput
+        For what cannot be pruned: mixture-of-experts, encoder-decoder, multimodal, quantized and ragged models, and
+        architectures that have no entry in `FAMILIES`.
+    """
+    fields = config if isinstance(config, Mapping) else config.to_dict()
+    model_type = fields.get("model_type") or getattr(config, "model_type", None)
+    if not isinstance(model_type, str):
+        raise InvalidInput(
+            f"the config has no model_type (found {model_type!r}); supported: {_SUPPORTED}"
+        )
+    if obstacle := _obstacle(fields):
+        raise InvalidInput(f"model_type {model_type!r} {obstacle}; supported: {_SUPPORTED}")
+    if model_type not in _BY_MODEL_TYPE:
+        raise InvalidInput(f"model_type {model_type!r} is not known; supported: {_SUPPORTED}")
+    return _BY_MODEL_TYPE[model_type]
+
+
+def _obstacle(fields: Mapping[str, Any]) -> str | None:
+    """Why a config cannot be pruned, to follow its model_type in a sentence."""
+    for key in ("text_config", "vision_config", "audio_config"):
+        if fields.get(key):
+            return f"is multimodal or nested ({key})"
+    for key, value in fields.items():
+        if "expert" in key and value:
+            return f"is a mixture of experts ({key}={value})"
+    for key in ("is_encoder_decoder", "add_cross_attention"):
+        if fields.get(key):
+            return f"is an encoder-decoder ({key}=true)"
+    if quantization := fields.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+        return f"is quantized ({method or 'quantization_config'}): prune first, quantize afterwards"
+    if fields.get("per_layer_config"):
+        return "has layers of different widths (per_layer_config), which cannot be pruned again"
+    return None
+
+
+def as_config(config: Config) -> PretrainedConfig:
+    """The typed config of a `config.json` object: its defaults filled in, its legacy keys translated.
+
+    Never runs code from the checkpoint. A loaded config is returned as it is.
+    """
+    if not isinstance(config, Mapping):
+        return config
+    # Slow to import, and the command line's help needs none of it.
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING
+
+    model_type = str(config.get("model_type"))
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(config)))
+    except (KeyError, TypeError, ValueError, AttributeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise InvalidInput(f"the config is not a valid {model_type!r} config: {reason}") from error

@@ -1,0 +1,198 @@
+"""Cutting neurons out of an MLP, in a live model and in a checkpoint's tensors alike.
+
+Both ways take the same `MlpCut` and end in the same numbers: the output weights are rounded once, to the dtype in which
+they are stored, so what is evaluated in memory is what the exported checkpoint computes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fbn_prune.errors import FbnPruneError, InvalidInput
+from fbn_prune.model.families import Family, Location, Projection
+
+
+@dataclass(frozen=True)
+class MlpCut:
+    """What one MLP becomes.
+
+    Attributes
+    ----------
+    kept : int64 [n], the neurons that stay, ascending.
+    down_weight : float32 or float64 [hidden, n], their new output weights.
+    down_bias : [hidden], the new output bias (in place of the old one, not added to it); None leaves the bias alone.
+    """
+
+    kept: Tensor
+    down_weight: Tensor
+    down_bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.kept.dtype != torch.int64 or self.kept.ndim != 1 or len(self.kept) == 0:
+            raise ValueError(
+                f"kept must be int64 [n > 0], found {self.kept.dtype} {list(self.kept.shape)}"
+            )
+        if self.kept[0] < 0 or bool((self.kept[1:] <= self.kept[:-1]).any()):
+            raise ValueError("kept must be ascending, unique and non-negative")
+        if self.down_weight.ndim != 2 or self.down_weight.shape[1] != len(self.kept):
+            raise ValueError(
+                f"down_weight {list(self.down_weight.shape)} does not fit {len(self.kept)} kept neurons"
+            )
+        if self.down_bias is not None and self.down_bias.shape != self.down_weight.shape[:1]:
+            raise ValueError(
+                f"down_bias {list(self.down_bias.shape)} does not fit down_weight "
+                f"{list(self.down_weight.shape)}"
+            )
+
+    @property
+    def width(self) -> int:
+        return len(self.kept)
+
+
+def cut_tensor(family: Family, location: Location, tensor: Tensor, cut: MlpCut) -> Tensor:
+    """A checkpoint's MLP tensor after the cut, contiguous, in the dtype it had.
+
+    Raises
+    ------
+    FbnPruneError
+        If a new output weight does not fit the dtype.
+    """
+    if location.projection is not family.output:
+        return _cut_input(location.projection, location.part, tensor, cut.kept)
+    if location.part == "weight":
+        return _new_output_weight(family, cut, tensor.dtype)
+    return tensor if cut.down_bias is None else _rounded(cut.down_bias, tensor.dtype)
+
+
+def apply_cut(
+    model: PreTrainedModel,
+    family: Family,
+    layer: int,
+    cut: MlpCut,
+    *,
+    round_to: torch.dtype | None = None,
+) -> None:
+    """Shrink one MLP of a live model in place; its modules, and the hooks on them, stay.
+
+    The config follows as soon as all layers are equally wide, so that `save_pretrained` writes a loadable model.
+
+    Parameters
+    ----------
+    round_to : dtype in which the checkpoint will be stored; the output weights take its values.
+
+    Raises
+    ------
+    InvalidInput
+        If the cut brings a bias to an architecture that has no place for one.
+    FbnPruneError
+        If a new output weight does not fit `round_to`.
+    """
+    down = family.output_module(model, layer)
+    if cut.down_bias is not None and down.bias is None:
+        require_bias(family, model.config)
+        _add_biases(model, family)
+    for projection in family.inputs:
+        module = family.projection_module(model, layer, projection)
+        kept = cut.kept.to(module.weight.device)
+        for part, parameter in list(module.named_parameters(recurse=False)):
+            _replace(module, part, _cut_input(projection, part, parameter.detach(), kept))
+        _set_features(module)
+    weight = _new_output_weight(family, cut, round_to or down.weight.dtype)
+    _replace(down, "weight", weight)
+    if cut.down_bias is not None:
+        _replace(down, "bias", _rounded(cut.down_bias, round_to or down.bias.dtype))
+    _set_features(down)
+    _sync_width(model, family)
+
+
+def pruned_config(
+    config: Mapping[str, Any], family: Family, width: int, needs_bias: bool
+) -> dict[str, Any]:
+    """The `config.json` object of a model pruned to one width in every layer.
+
+    `auto_map` goes: it names code files that an export does not hold, and the stock classes compute the same.
+
+    Raises
+    ------
+    InvalidInput
+        If a bias is needed and the architecture has no place for one.
+    """
+    pruned = copy.deepcopy(dict(config))
+    pruned.pop("auto_map", None)
+    pruned[family.width_key] = width
+    if needs_bias and not family.has_bias(config):
+        require_bias(family, config)
+        assert family.bias_key is not None
+        pruned[family.bias_key] = True
+    return pruned
+
+
+def require_bias(family: Family, config: Any) -> None:
+    """Refuse an architecture whose MLP output has no bias and can be given none."""
+    if not family.accepts_bias(config):
+        raise InvalidInput(
+            f"{family.name} has no place for an MLP output bias, which this criterion adds; choose one without a bias"
+        )
+
+
+def _cut_input(projection: Projection, part: str, tensor: Tensor, kept: Tensor) -> Tensor:
+    axis = projection.neuron_axis if part == "weight" else 0
+    width = tensor.shape[axis] // projection.stacked
+    rows = torch.cat([kept + block * width for block in range(projection.stacked)])
+    return tensor.index_select(axis, rows)
+
+
+def _new_output_weight(family: Family, cut: MlpCut, dtype: torch.dtype) -> Tensor:
+    weight = cut.down_weight if family.output.neuron_axis == 1 else cut.down_weight.T
+    return _rounded(weight, dtype).contiguous()
+
+
+def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    rounded = values.to(dtype)
+    if not bool(rounded.isfinite().all()):
+        raise FbnPruneError(
+            f"a new output weight is not finite in {dtype} (largest magnitude {float(values.abs().max()):g}); "
+            "raise the damping, or store the model in a wider dtype"
+        )
+    return rounded
+
+
+def _replace(module: nn.Module, part: str, values: Tensor) -> None:
+    old: nn.Parameter = getattr(module, part)
+    new = values.to(device=old.device, dtype=old.dtype, copy=True)
+    setattr(module, part, nn.Parameter(new, requires_grad=old.requires_grad))
+
+
+def _set_features(module: nn.Linear | Conv1D) -> None:
+    """Bring a layer's own record of its shape in line with its weight."""
+    first, second = module.weight.shape
+    if isinstance(module, Conv1D):
+        module.nx, module.nf = first, second
+    else:
+        module.out_features, module.in_features = first, second
+
+
+def _add_biases(model: PreTrainedModel, family: Family) -> None:
+    """Give every MLP projection a zero bias: the config's flag speaks for all layers and all projections at once."""
+    for layer in range(len(family.layer_modules(model))):
+        for projection in family.projections:
+            module = family.projection_module(model, layer, projection)
+            zeros = module.weight.detach().new_zeros(module.out_features)
+            module.bias = nn.Parameter(zeros, requires_grad=module.weight.requires_grad)
+    assert family.bias_key is not None
+    setattr(model.config, family.bias_key, True)
+
+
+def _sync_width(model: PreTrainedModel, family: Family) -> None:
+    layers = range(len(family.layer_modules(model)))
+    widths = {family.down_weight(model, layer).shape[1] for layer in layers}
+    if len(widths) == 1:
+        setattr(model.config, family.width_key, widths.pop())

@@ -1,0 +1,317 @@
+"""Every family's entry is true of the model it describes, and a cut changes what it must and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import CONTEXT, FAMILY_CONFIGS, HIDDEN, LAYERS, VOCAB, WIDTH, make_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from fbn_prune.errors import FbnPruneError, InvalidInput
+from fbn_prune.model.families import FAMILIES, family_of
+from fbn_prune.model.surgery import MlpCut, apply_cut, cut_tensor, pruned_config
+
+every_family = pytest.mark.parametrize("name", FAMILY_CONFIGS)
+TOKENS = torch.arange(3, 40).view(1, -1)
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> Tensor:
+    return model(TOKENS, use_cache=False).logits
+
+
+def plain_cut(model: PreTrainedModel, layer: int, kept: Tensor, **more: Any) -> MlpCut:
+    """The neurons outside `kept` go, the others' weights stay as they are."""
+    weight = family_of(model.config).down_weight(model, layer)
+    return MlpCut(kept, weight[:, kept].clone(), **more)
+
+
+def some_neurons(width: int, count: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(width, generator=generator)[:count].sort().values
+
+
+def cut_all(model: PreTrainedModel, count: int) -> list[MlpCut]:
+    """Cut a different random set out of every layer."""
+    family = family_of(model.config)
+    width = family.width(model.config)
+    cuts = [
+        plain_cut(model, i, some_neurons(width, count, seed=i))
+        for i in range(family.num_layers(model.config))
+    ]
+    for layer, cut in enumerate(cuts):
+        apply_cut(model, family, layer, cut)
+    return cuts
+
+
+def test_every_model_type_has_a_tiny_model() -> None:
+    tested = {FAMILY_CONFIGS[name]().model_type for name in FAMILY_CONFIGS}
+    assert tested == {model_type for family in FAMILIES for model_type in family.model_types}
+
+
+@every_family
+def test_config_helpers_agree_for_a_loaded_config_and_for_its_json(name: str) -> None:
+    config = FAMILY_CONFIGS[name]()
+    family = family_of(config)
+    for form in (config, config.to_dict()):
+        assert family_of(form) is family
+        assert family.num_layers(form) == LAYERS
+        assert family.hidden_size(form) == HIDDEN
+        assert family.width(form) == (4 * HIDDEN if name.startswith(("gpt2", "falcon")) else WIDTH)
+        assert family.context_length(form) == CONTEXT
+        assert family.vocab_size(form) == VOCAB
+
+
+@every_family
+def test_output_module_reads_the_activation_that_down_weight_multiplies(name: str) -> None:
+    model = make_model(name)
+    family = family_of(model.config)
+    for layer in range(LAYERS):
+        seen: list[tuple[Tensor, Tensor]] = []
+        module = family.output_module(model, layer)
+        # cloned: Falcon adds its attention's output to the MLP's in place
+        hook = module.register_forward_hook(
+            lambda _, args, out, seen=seen: seen.append((args[0], out.clone()))
+        )
+        logits(model)
+        hook.remove()
+        activation, output = seen[0]
+        weight, bias = family.down_weight(model, layer), family.down_bias(model, layer)
+        assert weight.shape == (HIDDEN, family.width(model.config))
+        assert activation.shape[-1] == weight.shape[1]
+        expected = activation @ weight.T + (0 if bias is None else bias)
+        torch.testing.assert_close(output, expected)
+        assert (bias is not None) == family.has_bias(model.config)
+        for rows in family.input_weights(model, layer):
+            assert rows.shape == (family.width(model.config), HIDDEN)
+
+
+@every_family
+@pytest.mark.parametrize("prefixed", [True, False], ids=["whole model", "base model's names"])
+def test_locate_finds_every_mlp_tensor_and_no_other(name: str, prefixed: bool) -> None:
+    model = make_model(name)
+    family = family_of(model.config)
+    root = family.layers.partition(".")[0] + "."
+    found = set()
+    for tensor_name, tensor in model.state_dict().items():
+        location = family.locate(tensor_name if prefixed else tensor_name.removeprefix(root))
+        if location is None:
+            assert ".mlp." not in tensor_name and ".fc" not in tensor_name
+            continue
+        found.add((location.layer, location.projection.path, location.part))
+        assert tuple(tensor.shape) == family.tensor_shape(location, model.config)
+    parts = 2 if family.has_bias(model.config) else 1
+    assert len(found) == LAYERS * len(family.projections) * parts
+
+
+@every_family
+def test_keeping_every_neuron_changes_no_logit(name: str) -> None:
+    model = make_model(name)
+    before = logits(model)
+    cut_all(model, family_of(model.config).width(model.config))
+    assert torch.equal(logits(model), before)
+
+
+@every_family
+def test_removing_neurons_with_a_zero_column_changes_no_logit(name: str) -> None:
+    model = make_model(name)
+    family = family_of(model.config)
+    width = family.width(model.config)
+    for layer in range(LAYERS):
+        silent = torch.ones(width, dtype=torch.bool)
+        silent[some_neurons(width, width // 2, seed=layer)] = False
+        family.down_weight(model, layer)[:, silent] = 0.0
+    before = logits(model)
+    cut_all(model, width // 2)
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
+
+
+@every_family
+def test_removing_neurons_that_speak_does_change_the_logits(name: str) -> None:
+    model = make_model(name)
+    before = logits(model)
+    cut_all(model, 4)
+    assert (logits(model) - before).abs().max() > 1e-3
+
+
+@every_family
+def test_the_order_of_neurons_does_not_matter(name: str) -> None:
+    model = make_model(name)
+    family = family_of(model.config)
+    before = logits(model)
+    for tensor_name, tensor in model.state_dict().items():
+        location = family.locate(tensor_name)
+        if location is None or (location.projection is family.output and location.part == "bias"):
+            continue
+        axis = location.projection.neuron_axis if location.part == "weight" else 0
+        width = tensor.shape[axis] // location.projection.stacked
+        order = torch.randperm(width, generator=torch.Generator().manual_seed(location.layer))
+        blocks = [
+            block.index_select(axis, order)
+            for block in tensor.chunk(location.projection.stacked, dim=axis)
+        ]
+        tensor.copy_(torch.cat(blocks, dim=axis))
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
+
+
+@every_family
+def test_save_pretrained_keeps_the_cut(name: str, tmp_path: Path) -> None:
+    model = make_model(name)
+    cut_all(model, 8)
+    model.save_pretrained(tmp_path)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert family_of(reloaded.config).width(reloaded.config) == 8
+    assert torch.equal(logits(reloaded), logits(model))
+
+
+@every_family
+def test_cut_tensors_are_the_live_models(name: str) -> None:
+    original, model = make_model(name), make_model(name)
+    family = family_of(model.config)
+    cuts = cut_all(model, 8)
+    after = model.state_dict()
+    for tensor_name, tensor in original.state_dict().items():
+        location = family.locate(tensor_name)
+        if location is not None:
+            tensor = cut_tensor(family, location, tensor, cuts[location.layer])
+        assert torch.equal(tensor, after[tensor_name]), tensor_name
+
+
+@every_family
+def test_a_module_reports_the_shape_it_has(name: str) -> None:
+    model = make_model(name)
+    cut_all(model, 8)
+    assert f"{4 * HIDDEN}" not in repr(
+        family_of(model.config)
+        .layer_modules(model)[0]
+        .get_submodule(family_of(model.config).output.path)
+    )
+    assert "8" in repr(family_of(model.config).output_module(model, 0))
+
+
+def test_output_weights_take_the_values_of_the_stored_dtype() -> None:
+    model = make_model("llama")
+    cut = plain_cut(model, 0, torch.arange(8))
+    apply_cut(model, family_of(model.config), 0, cut, round_to=torch.bfloat16)
+    weight = family_of(model.config).down_weight(model, 0)
+    assert weight.dtype == torch.float32
+    assert torch.equal(weight, cut.down_weight.bfloat16().float())
+    assert not torch.equal(weight, cut.down_weight)
+
+
+def test_an_output_weight_beyond_the_stored_dtype_is_an_error() -> None:
+    model = make_model("llama")
+    cut = MlpCut(torch.arange(2), torch.full((HIDDEN, 2), 1e6))
+    with pytest.raises(FbnPruneError, match="not finite in torch.float16"):
+        apply_cut(model, family_of(model.config), 0, cut, round_to=torch.float16)
+
+
+@pytest.mark.parametrize("name", ["llama", "granite"])
+def test_a_new_bias_reaches_the_output_and_the_config(name: str, tmp_path: Path) -> None:
+    model = make_model(name)
+    family = family_of(model.config)
+    bias = torch.randn(HIDDEN, generator=torch.Generator().manual_seed(0))
+    apply_cut(model, family, 1, plain_cut(model, 1, torch.arange(WIDTH), down_bias=bias))
+    assert model.config.mlp_bias is True
+    seen: list[Tensor] = []
+    family.layer_modules(model)[1].mlp.register_forward_hook(lambda _, a, out: seen.append(out))
+    cut = logits(model)
+    dense = make_model(name)
+    family.layer_modules(dense)[1].mlp.register_forward_hook(lambda _, a, out: seen.append(out))
+    logits(dense)
+    torch.testing.assert_close(seen[0], seen[1] + bias)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval()), cut)
+
+
+@pytest.mark.parametrize("name", ["llama-mlp-bias", "gpt2", "gpt_neox", "opt", "falcon-bias"])
+def test_a_new_bias_replaces_the_one_that_is_there(name: str) -> None:
+    model = make_model(name)
+    family = family_of(model.config)
+    bias = torch.randn(HIDDEN, generator=torch.Generator().manual_seed(0))
+    width = family.width(model.config)
+    apply_cut(model, family, 0, plain_cut(model, 0, torch.arange(width), down_bias=bias))
+    assert torch.equal(family.down_bias(model, 0), bias)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "mistral", "gemma2", "phi3", "falcon"])
+def test_a_bias_without_a_place_is_refused(name: str) -> None:
+    model = make_model(name)
+    family = family_of(model.config)
+    cut = plain_cut(model, 0, torch.arange(8), down_bias=torch.ones(HIDDEN))
+    assert not family.accepts_bias(model.config)
+    with pytest.raises(InvalidInput, match="no place for an MLP output bias"):
+        apply_cut(model, family, 0, cut)
+    with pytest.raises(InvalidInput, match="no place for an MLP output bias"):
+        pruned_config(model.config.to_dict(), family, 8, needs_bias=True)
+    assert family.down_weight(model, 0).shape[1] == family.width(model.config)
+
+
+def test_pruned_config_changes_width_and_bias_alone() -> None:
+    config = FAMILY_CONFIGS["llama"]().to_dict() | {"auto_map": {"AutoConfig": "code.Config"}}
+    pruned = pruned_config(config, family_of(config), 8, needs_bias=True)
+    changed = {key for key in config | pruned if config.get(key) != pruned.get(key)}
+    assert changed == {"intermediate_size", "mlp_bias", "auto_map"}
+    assert (pruned["intermediate_size"], pruned["mlp_bias"]) == (8, True)
+    assert config["intermediate_size"] == WIDTH
+
+
+@pytest.mark.parametrize(
+    ("kept", "weight", "bias"),
+    [
+        (torch.tensor([2, 1]), torch.zeros(4, 2), None),
+        (torch.tensor([1, 1]), torch.zeros(4, 2), None),
+        (torch.tensor([-1, 1]), torch.zeros(4, 2), None),
+        (torch.tensor([], dtype=torch.int64), torch.zeros(4, 0), None),
+        (torch.tensor([0.0, 1.0]), torch.zeros(4, 2), None),
+        (torch.tensor([0, 1]), torch.zeros(4, 3), None),
+        (torch.tensor([0, 1]), torch.zeros(4, 2), torch.zeros(3)),
+    ],
+)
+def test_an_inconsistent_cut_cannot_be_made(
+    kept: Tensor, weight: Tensor, bias: Tensor | None
+) -> None:
+    with pytest.raises(ValueError, match="kept|down_"):
+        MlpCut(kept, weight, bias)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({}, "no model_type"),
+        ({"model_type": 3}, "no model_type"),
+        (
+            {"model_type": "mixtral", "num_local_experts": 8},
+            r"mixture of experts \(num_local_experts=8\)",
+        ),
+        ({"model_type": "llama", "num_local_experts": 4}, "mixture of experts"),
+        ({"model_type": "t5", "is_encoder_decoder": True}, "encoder-decoder"),
+        ({"model_type": "gpt2", "add_cross_attention": True}, "encoder-decoder"),
+        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, "multimodal"),
+        ({"model_type": "mamba"}, "'mamba' is not known"),
+        (
+            {"model_type": "llama", "quantization_config": {"quant_method": "gptq"}},
+            r"quantized \(gptq\)",
+        ),
+        (
+            {"model_type": "llama", "per_layer_config": {"0": {"intermediate_size": 3}}},
+            "different widths",
+        ),
+    ],
+)
+def test_what_cannot_be_pruned_is_refused_in_one_line(config: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InvalidInput, match=reason) as refusal:
+        family_of(config)
+    message = str(refusal.value)
+    assert "\n" not in message and "llama" in message and "falcon" in message
+
+
+def test_a_config_with_a_value_of_the_wrong_type_is_refused_in_one_line() -> None:
+    config = FAMILY_CONFIGS["llama"]().to_dict() | {"hidden_size": "wide"}
+    with pytest.raises(InvalidInput, match="not a valid 'llama' config.*hidden_size") as refusal:
+        family_of(config).width(config)
+    assert "\n" not in str(refusal.value)
