@@ -1,0 +1,108 @@
+"""Streaming statistics of activations x [tokens, neurons], the input of a layer's output projection.
+
+Accumulators see one batch at a time and keep sums only; each has `state_dict`, so a pass can be split and joined.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+GRAM_BLOCK = 512
+"""Columns of the Gram computed at a time: wide enough for a full-speed matrix product, and narrow enough that
+skipping the mirrored half saves most of that half."""
+
+
+def add_gram(gram: Tensor, x: Tensor) -> None:
+    """Add the upper block triangle of ``x.T @ x`` to `gram` [n, n] in place (see :func:`mirror_upper`)."""
+    width = gram.shape[0]
+    for start in range(0, width, GRAM_BLOCK):
+        stop = min(start + GRAM_BLOCK, width)
+        gram[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+
+
+def mirror_upper(gram: Tensor) -> Tensor:
+    """The full symmetric matrix of which `gram` [n, n] holds the upper triangle."""
+    upper = torch.triu(gram)
+    return upper + torch.triu(gram, diagonal=1).T
+
+
+class GramStatistics:
+    """Count, sum and Gram of x, and where wanted the cross product with a target of the same shape.
+
+    Float32 on the activations' device: the error of a float32 sum is far below the damping that every use adds.
+    """
+
+    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+        self.count = 0
+        self._sum = torch.zeros(width, dtype=torch.float64, device=device)
+        self._upper = torch.zeros(width, width, dtype=torch.float32, device=device)
+
+    def update(self, x: Tensor) -> None:
+        """Add the tokens of x [tokens, neurons]."""
+        x = x.float()
+        self.count += x.shape[0]
+        self._sum += x.sum(0, dtype=torch.float64)
+        add_gram(self._upper, x)
+
+    @property
+    def finite(self) -> bool:
+        """False once a NaN or Inf was among the activations: it reaches the diagonal of the Gram."""
+        return bool(torch.isfinite(self._upper.diagonal()).all())
+
+    @property
+    def gram(self) -> Tensor:
+        """H = xᵀx / tokens, float64 [neurons, neurons]."""
+        return mirror_upper(self._upper).double() / max(self.count, 1)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean activation, float64 [neurons]."""
+        return self._sum / max(self.count, 1)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"count": torch.tensor(self.count), "sum": self._sum, "upper": self._upper}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.count = int(state["count"])
+        self._sum = state["sum"].clone()
+        self._upper = state["upper"].clone()
+
+
+class CrossStatistics:
+    """Cross product of a target t with x, both [tokens, neurons], and the target's mean: what a refit to the output
+    of another signal needs."""
+
+    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+        self.count = 0
+        self._target_sum = torch.zeros(width, dtype=torch.float64, device=device)
+        self._cross = torch.zeros(width, width, dtype=torch.float32, device=device)
+
+    def update(self, target: Tensor, x: Tensor) -> None:
+        """Add the tokens of target and x, both [tokens, neurons]."""
+        target, x = target.float(), x.float()
+        self.count += x.shape[0]
+        self._target_sum += target.sum(0, dtype=torch.float64)
+        self._cross.addmm_(target.T, x)
+
+    @property
+    def cross(self) -> Tensor:
+        """C = tᵀx / tokens, float64 [neurons, neurons]."""
+        return self._cross.double() / max(self.count, 1)
+
+    @property
+    def target_mean(self) -> Tensor:
+        """Mean target, float64 [neurons]."""
+        return self._target_sum / max(self.count, 1)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {
+            "count": torch.tensor(self.count),
+            "target_sum": self._target_sum,
+            "cross": self._cross,
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.count = int(state["count"])
+        self._target_sum = state["target_sum"].clone()
+        self._cross = state["cross"].clone()

@@ -1,0 +1,31 @@
+"""`fbn-prune discover`: find the networks of a model and write them, without pruning anything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fbn_prune.cli import console, inspect
+from fbn_prune.cli.options import (
+    CALIBRATION_FLAGS,
+    DISCOVERY_FLAGS,
+    MODEL_FLAGS,
+    OUTPUT_FLAGS,
+    Json,
+    recipe_flags,
+)
+from fbn_prune.errors import InvalidInput
+from fbn_prune.recipe import build_recipe
+
+
+@recipe_flags(*MODEL_FLAGS, *CALIBRATION_FLAGS, *DISCOVERY_FLAGS, *OUTPUT_FLAGS)
+def command(*, json: Json = False, flags: dict[str, Any]) -> None:
+    """Find the networks of a model and write them to OUTPUT/networks.safetensors."""
+    recipe = build_recipe({"keep_networks": 1, **flags})
+    if recipe.output is None:
+        raise InvalidInput("--output is missing: name the folder to write")
+    from fbn_prune.job import run_discovery
+    from fbn_prune.progress import StageClock
+
+    clock = StageClock(console.display())
+    networks, path = run_discovery(recipe, clock)
+    inspect.show(networks, path, json=json, most=recipe.networks)

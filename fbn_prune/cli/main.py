@@ -1,0 +1,101 @@
+"""Entry point: the main job without a subcommand, the others beside it, and one line for every error."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from typing import Annotated, Any
+
+import typer
+
+from fbn_prune.cli import discover, inspect, prune, run
+from fbn_prune.cli.options import ALL_FLAGS, DryRun, Json, recipe_flags
+from fbn_prune.errors import FbnPruneError
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")]
+Version = Annotated[bool, typer.Option("--version", help="Print the version and leave.")]
+
+app = typer.Typer(
+    name="fbn-prune",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Make a causal language model smaller by keeping its key functional networks. "
+    "Without a command: find the networks, keep the strongest, cut the other MLP neurons, refit, and write a "
+    "checkpoint.",
+)
+
+
+@app.callback(invoke_without_command=True)
+@recipe_flags(*ALL_FLAGS)
+def main_job(
+    context: typer.Context,
+    *,
+    json: Json = False,
+    dry_run: DryRun = False,
+    debug: Debug = False,
+    version: Version = False,
+    flags: dict[str, Any],
+) -> None:
+    if version:
+        prune.print_version()
+    elif context.invoked_subcommand is None:
+        prune.command(flags, json=json, dry_run=dry_run)
+    elif flags or json or dry_run:
+        given = ", ".join(f"--{name.replace('_', '-')}" for name in flags) or "--json or --dry-run"
+        raise typer.BadParameter(
+            f"{given} stands before '{context.invoked_subcommand}': put flags behind the command"
+        )
+
+
+app.command("discover")(discover.command)
+app.command("inspect")(inspect.command)
+app.command("run")(run.command)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; leave with 0 done, 1 failed, 2 bad usage, 130 interrupted, 143 terminated."""
+    sys.exit(_exit_code(sys.argv[1:] if arguments is None else arguments))
+
+
+def _exit_code(arguments: list[str]) -> int:
+    debug = "--debug" in arguments
+    signal.signal(signal.SIGTERM, _terminated)
+    # Loading bars and advice of the libraries below are noise beside our own progress.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(args=arguments, prog_name="fbn-prune", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except FbnPruneError as error:
+        return _fail(error, error.exit_code, debug)
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was written", 130, debug)
+    except MemoryError:
+        return _fail("out of memory: lower --tokens or --context", 1, debug)
+    except OSError as error:
+        place = f": {error.filename}" if error.filename else ""
+        return _fail(f"{error.strerror or error}{place}", 1, debug)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # a usage error of the command line's library
+            return _fail(error.format_message(), 2, debug)
+        if type(error).__name__ == "Abort":
+            return _fail("interrupted; nothing was written", 130, debug)
+        hint = "" if debug else " (--debug shows where)"
+        return _fail(f"{type(error).__name__}: {error}{hint}", 1, debug)
+
+
+def _fail(message: object, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    line = " ".join(str(message).split())
+    print(f"fbn-prune: error: {line}", file=sys.stderr)
+    return code
+
+
+def _terminated(number: int, frame: object) -> None:
+    # As an exception, so that temporary folders are removed on the way out.
+    raise SystemExit(128 + number)

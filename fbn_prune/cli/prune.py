@@ -1,0 +1,100 @@
+"""The main job: `fbn-prune --keep-networks 10 --model ... --output ...`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from fbn_prune.cli import console
+from fbn_prune.errors import InvalidInput
+from fbn_prune.recipe import Recipe, build_recipe
+
+
+def command(flags: dict[str, Any], *, json: bool, dry_run: bool) -> None:
+    """Run the job that the flags describe."""
+    execute(build_recipe(flags), json=json, dry_run=dry_run)
+
+
+def execute(recipe: Recipe, *, json: bool, dry_run: bool) -> None:
+    """Run or predict a recipe and print what came of it."""
+    if dry_run:
+        _predict(recipe, json=json)
+        return
+    if recipe.output is None:
+        raise InvalidInput("--output is missing: name the folder to write, or add --dry-run")
+    from fbn_prune.job import run_prune  # torch takes seconds to import, and --help needs none of it
+    from fbn_prune.progress import StageClock
+
+    result = run_prune(recipe, StageClock(console.display()))
+    if json:
+        console.print_json(result.to_json())
+        return
+    table = Table(title=f"{recipe.model} -> {recipe.output}", title_justify="left")
+    for heading in ("", "before", "after", "change"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    rows = [
+        ("parameters", result.parameters_before, result.parameters_after, "{:,}"),
+        ("MLP neurons", result.neurons_total, result.neurons_kept, "{:,}"),
+        ("perplexity (held out)", result.perplexity_before, result.perplexity_after, "{:.3f}"),
+    ]
+    for name, before, after, style in rows:
+        table.add_row(name, style.format(before), style.format(after), f"{after / before - 1:+.1%}")
+    table.add_row(
+        "weights",
+        console.size(result.bytes_before),
+        console.size(result.bytes_after),
+        f"{result.bytes_after / result.bytes_before - 1:+.1%}",
+    )
+    console.print_table(table)
+    kept = ", ".join(str(network) for network in result.kept_networks[:10])
+    more = "" if len(result.kept_networks) <= 10 else f" and {len(result.kept_networks) - 10} more"
+    if kept:
+        console.print_line(f"networks kept: {kept}{more}; width of every layer: {result.widths[0]}")
+    seconds = ", ".join(f"{name} {took:.1f} s" for name, took in result.stages.items())
+    console.print_line(
+        f"{seconds}; peak memory {console.size(result.peak_memory_bytes)}; "
+        f"bare forward passes {result.forward_seconds:.1f} s"
+    )
+
+
+def print_version() -> None:
+    """Print the installed version."""
+    from fbn_prune.job import tool_version
+
+    console.print_line(tool_version())
+
+
+def _predict(recipe: Recipe, *, json: bool) -> None:
+    from fbn_prune.job import prepare
+    from fbn_prune.plan import plan
+
+    predicted = plan(prepare(recipe))
+    if json:
+        console.print_json(predicted.to_json())
+        return
+    table = Table(title=f"dry run: {recipe.model}", title_justify="left")
+    for heading in ("", "before", "after"):
+        table.add_column(heading, justify="left" if not heading else "right")
+
+    def about(name: str, text: str) -> str:
+        return f"about {text}" if name in predicted.estimated else text
+
+    table.add_row(
+        "parameters",
+        f"{predicted.parameters_before:,}",
+        about("parameters_after", f"{predicted.parameters_after:,}"),
+    )
+    table.add_row(
+        "MLP neurons",
+        f"{predicted.neurons_total:,}",
+        about("neurons_kept", f"{predicted.neurons_kept:,}"),
+    )
+    table.add_row(
+        "weights",
+        console.size(predicted.bytes_before),
+        about("bytes_after", console.size(predicted.bytes_after)),
+    )
+    table.add_row("peak memory", "", f"about {console.size(predicted.peak_memory_bytes)}")
+    table.add_row("time", "", f"about {predicted.seconds:.0f} s")
+    console.print_table(table)

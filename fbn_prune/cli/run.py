@@ -1,0 +1,22 @@
+"""`fbn-prune run RECIPE.yaml`: the main job as a recipe describes it; flags given beside it win."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fbn_prune.cli import prune
+from fbn_prune.cli.options import ALL_FLAGS, DryRun, Json, recipe_flags
+from fbn_prune.recipe import load_recipe
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe to run.")]
+
+
+@recipe_flags(*ALL_FLAGS)
+def command(
+    recipe: RecipePath, *, json: Json = False, dry_run: DryRun = False, flags: dict[str, Any]
+) -> None:
+    """Run the main job as a recipe describes it; flags given beside it win."""
+    prune.execute(load_recipe(recipe, flags), json=json, dry_run=dry_run)

@@ -1,0 +1,437 @@
+"""The main job, from a recipe to a smaller checkpoint: calibrate, discover, rank, prune, measure, export.
+
+Everything that can be refused is refused in :func:`prepare`, before any work; nothing appears at the output path
+until all of it is written.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fbn_prune import builtin
+from fbn_prune.calibration import Batch, CalibrationData, calibration_data
+from fbn_prune.errors import FbnPruneError, InvalidInput
+from fbn_prune.export.card import CardFacts, model_card
+from fbn_prune.export.writer import (
+    atomic_directory,
+    check_output,
+    verify_export,
+    write_checkpoint,
+)
+from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.families import Family
+from fbn_prune.networks.discovery import DiscoveryOptions, discover
+from fbn_prune.networks.functional_networks import FunctionalNetworks
+from fbn_prune.networks.ranking import knockout_rise, output_energy, strongest_first
+from fbn_prune.perplexity import perplexity
+from fbn_prune.progress import StageClock
+from fbn_prune.pruning.allocation import (
+    budget_from_networks,
+    budget_from_sparsity,
+    default_multiple,
+    uniform_widths,
+)
+from fbn_prune.pruning.pipeline import CutModel, CutOptions, cut_layers
+from fbn_prune.recipe import Recipe
+
+MAX_CONTEXT = 2048
+KNOCKOUT_TOKENS = 8192
+"""Calibration tokens on which knock-outs are measured: one pass a network must stay cheap."""
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a recipe names, opened and checked, and nothing loaded yet."""
+
+    recipe: Recipe
+    checkpoint: Checkpoint
+    device: torch.device
+    dtype: torch.dtype
+    context: int
+    width_multiple: int
+    networks: FunctionalNetworks | None
+
+    @property
+    def family(self) -> Family:
+        return self.checkpoint.family
+
+    @property
+    def width(self) -> int:
+        return self.family.width(self.checkpoint.config)
+
+    @property
+    def layers(self) -> int:
+        return self.family.num_layers(self.checkpoint.config)
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of one forward batch: enough to fill the device, few enough to stay in its caches."""
+        return 16384 if self.device.type == "cuda" else 4096
+
+
+@dataclass
+class PruneResult:
+    """What a run did; :meth:`to_json` is the object that `--json` prints."""
+
+    model: str
+    output: str | None
+    criterion: str
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    perplexity_before: float
+    perplexity_after: float
+    neurons_kept: int
+    neurons_total: int
+    widths: list[int]
+    kept_networks: list[int]
+    calibration_tokens: int
+    held_out_tokens: int
+    calibration_fingerprint: str
+    forward_seconds: float
+    peak_memory_bytes: int
+    stages: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Open and check everything that a recipe names.
+
+    Raises
+    ------
+    InvalidInput
+        The checkpoint, the output place, the device, the context or the networks cannot be used.
+    """
+    source = str(builtin.model_path()) if recipe.model == "builtin" else recipe.model
+    checkpoint = Checkpoint.open(source)
+    if recipe.output is not None:
+        check_output(recipe.output, recipe.overwrite, checkpoint.path)
+    family = checkpoint.family
+    longest = family.context_length(checkpoint.config)
+    if recipe.context is not None and recipe.context > longest:
+        raise InvalidInput(f"context = {recipe.context}: the model was made for {longest} at most")
+    width = family.width(checkpoint.config)
+    layers = family.num_layers(checkpoint.config)
+    multiple = recipe.width_multiple or min(default_multiple(width), width)
+    if multiple > width:
+        raise InvalidInput(f"width_multiple = {multiple}: a layer has only {width} neurons")
+    if recipe.networks > width * layers - 1:
+        raise InvalidInput(f"networks = {recipe.networks}: the model has {width * layers} neurons")
+    networks = None
+    if recipe.networks_from is not None:
+        networks = FunctionalNetworks.load(recipe.networks_from)
+        if list(networks.widths) != [width] * layers:
+            raise InvalidInput(
+                f"{recipe.networks_from} was found on layers of {networks.widths}, "
+                f"the model has {layers} of {width}"
+            )
+        if recipe.kept_networks_or_default > len(networks.maps):
+            raise InvalidInput(
+                f"keep_networks = {recipe.kept_networks_or_default}: {recipe.networks_from} holds "
+                f"{len(networks.maps)} networks"
+            )
+    device = _device(recipe.device)
+    dtype = _dtype(recipe.dtype, device, checkpoint)
+    context = recipe.context or min(longest, MAX_CONTEXT)
+    return Prepared(recipe, checkpoint, device, dtype, context, multiple, networks)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InvalidInput(f"device = {name!r}: write auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InvalidInput(f"device = {name!r}: write auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InvalidInput(f"device = {name!r}: {torch.cuda.device_count()} CUDA devices are here")
+    return device
+
+
+def _dtype(name: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
+    if name != "auto":
+        return _DTYPES[name]
+    return torch.float32 if device.type == "cpu" else checkpoint.storage_dtype
+
+
+def load_calibration(prepared: Prepared, tokenizer: Any) -> CalibrationData:
+    """The calibrating and the held-out blocks of a prepared run."""
+    recipe = prepared.recipe
+    return calibration_data(
+        recipe.calibration,
+        tokenizer,
+        tokens=recipe.tokens,
+        context=prepared.context,
+        held_out=recipe.held_out,
+        seed=recipe.seed,
+        vocabulary=prepared.family.vocab_size(prepared.checkpoint.config),
+    )
+
+
+def find_networks(
+    prepared: Prepared,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    data: CalibrationData,
+    clock: StageClock,
+    *,
+    recurrence: bool = False,
+) -> FunctionalNetworks:
+    """Discover the networks of a loaded model, with their output energy filled in."""
+    recipe, family = prepared.recipe, prepared.family
+    header = {
+        "tool": f"fbn-prune {tool_version()}",
+        "torch": torch.__version__,
+        "model": recipe.model,
+        "model_type": prepared.checkpoint.config.get("model_type"),
+        "calibration": list(recipe.calibration),
+        "calibration_fingerprint": data.calibrating.fingerprint,
+        "dtype": str(prepared.dtype).removeprefix("torch."),
+    }
+    options = DiscoveryOptions(
+        recipe.networks, recipe.network_tokens, recipe.scope, recipe.seed, recurrence
+    )
+    networks, _ = discover(
+        model,
+        family,
+        data.calibrating,
+        options,
+        tokenizer=tokenizer,
+        batch_tokens=prepared.batch_tokens,
+        keep_bytes=memory_for_activations(),
+        header=header,
+        clock=clock,
+    )
+    weights = [family.down_weight(model, layer) for layer in range(prepared.layers)]
+    return replace(networks, energy=output_energy(networks, weights))
+
+
+def run_discovery(recipe: Recipe, clock: StageClock) -> tuple[FunctionalNetworks, Path]:
+    """The `discover` command: find the networks, with their recurrence, and write the artifact into `output`."""
+    prepared = prepare(recipe)
+    tokenizer = prepared.checkpoint.load_tokenizer()
+    with clock.stage("calibration"):
+        data = load_calibration(prepared, tokenizer)
+    with clock.stage("load"):
+        model = prepared.checkpoint.load_model(prepared.device, prepared.dtype)
+    networks = find_networks(prepared, model, tokenizer, data, clock, recurrence=True)
+    assert recipe.output is not None
+    with atomic_directory(recipe.output, recipe.overwrite) as folder:
+        networks.save(folder / "networks.safetensors")
+        (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    return networks, recipe.output / "networks.safetensors"
+
+
+def run_prune(recipe: Recipe, clock: StageClock) -> PruneResult:
+    """The main job.
+
+    Parameters
+    ----------
+    recipe
+        With `output` None everything but the export is done.
+
+    Raises
+    ------
+    InvalidInput
+        See :func:`prepare` and :func:`fbn_prune.calibration.calibration_data`.
+    FbnPruneError
+        The pruned model does not work, or its checkpoint does not fit its config.
+    """
+    prepared = prepare(recipe)
+    family = prepared.family
+    tokenizer = prepared.checkpoint.load_tokenizer()
+    with clock.stage("calibration"):
+        data = load_calibration(prepared, tokenizer)
+        calibrating = data.calibrating.batches(prepared.batch_tokens)
+        held_out = data.held_out.batches(prepared.batch_tokens)
+    with clock.stage("load"):
+        model = prepared.checkpoint.load_model(prepared.device, prepared.dtype)
+    before = _perplexity(model, held_out, clock, "dense perplexity")
+    networks = prepared.networks
+    if networks is None and recipe.needs_networks:
+        networks = find_networks(prepared, model, tokenizer, data, clock)
+    order = _ranked(prepared, model, networks, calibrating, clock)
+    kept = _kept_networks(recipe, order)
+    widths = _widths(prepared, networks, kept)
+    options = CutOptions(
+        criterion=recipe.criterion,
+        sequential=recipe.sequential,
+        damping=recipe.damping,
+        refit_damping=recipe.refit_damping,
+        seed=recipe.seed,
+        round_to=prepared.checkpoint.storage_dtype,
+    )
+    cut = cut_layers(
+        model,
+        family,
+        calibrating,
+        widths,
+        options,
+        membership=_membership(networks, kept),
+        clock=clock,
+    )
+    after = _perplexity(model, held_out, clock, "pruned perplexity")
+    if not math.isfinite(after):
+        raise FbnPruneError(
+            f"the pruned model's perplexity is {after}: nothing was written; keep more neurons, "
+            "raise --tokens, or compute in --dtype float32"
+        )
+    result = PruneResult(
+        model=recipe.model,
+        output=None if recipe.output is None else str(recipe.output),
+        criterion=recipe.criterion,
+        parameters_before=prepared.checkpoint.total_parameters,
+        parameters_after=prepared.checkpoint.total_parameters,
+        bytes_before=prepared.checkpoint.total_bytes,
+        bytes_after=prepared.checkpoint.total_bytes,
+        perplexity_before=before,
+        perplexity_after=after,
+        neurons_kept=sum(widths),
+        neurons_total=prepared.width * prepared.layers,
+        widths=widths,
+        kept_networks=kept,
+        calibration_tokens=data.calibrating.tokens,
+        held_out_tokens=data.held_out.tokens,
+        calibration_fingerprint=data.calibrating.fingerprint,
+        forward_seconds=cut.forward_seconds,
+        peak_memory_bytes=0,
+    )
+    if recipe.output is not None:
+        _export(prepared, cut, networks, result, clock)
+    result.stages = dict(clock.seconds)
+    result.peak_memory_bytes = peak_memory_bytes()
+    return result
+
+
+def _perplexity(
+    model: PreTrainedModel, batches: Sequence[Batch], clock: StageClock, stage: str
+) -> float:
+    with clock.stage(stage, sum(batch.tokens for batch in batches), "tokens") as advance:
+        return perplexity(model, batches, advance)
+
+
+def _ranked(
+    prepared: Prepared,
+    model: PreTrainedModel,
+    networks: FunctionalNetworks | None,
+    calibrating: Sequence[Batch],
+    clock: StageClock,
+) -> list[int]:
+    """Networks, strongest first; empty without networks."""
+    if networks is None:
+        return []
+    if prepared.recipe.rank == "energy":
+        weights = [prepared.family.down_weight(model, i) for i in range(prepared.layers)]
+        return strongest_first(output_energy(networks, weights))
+    few: list[Batch] = []
+    for batch in calibrating:
+        if sum(other.tokens for other in few) < KNOCKOUT_TOKENS:
+            few.append(batch)
+    return strongest_first(knockout_rise(model, prepared.family, networks, few, clock))
+
+
+def _kept_networks(recipe: Recipe, order: list[int]) -> list[int]:
+    """The networks to keep: as many as named; where sparsity alone sets the budget, all of them."""
+    if recipe.sparsity is not None and recipe.keep_networks is None:
+        return order
+    if order and recipe.kept_networks_or_default > len(order):
+        raise InvalidInput(
+            f"keep_networks = {recipe.kept_networks_or_default}: only {len(order)} networks found"
+        )
+    return order[: recipe.kept_networks_or_default]
+
+
+def _widths(
+    prepared: Prepared, networks: FunctionalNetworks | None, kept: Sequence[int]
+) -> list[int]:
+    full = [prepared.width] * prepared.layers
+    if prepared.recipe.sparsity is not None:
+        budget = budget_from_sparsity(sum(full), prepared.recipe.sparsity)
+    else:
+        assert networks is not None
+        budget = budget_from_networks(networks, kept)
+    return uniform_widths(budget, full, prepared.width_multiple)
+
+
+def _membership(networks: FunctionalNetworks | None, kept: Sequence[int]) -> list[Tensor] | None:
+    if networks is None:
+        return None
+    strongest = networks.maps[list(kept)].abs().amax(0).double()
+    return [strongest[networks.layer_slice(i)] for i in range(len(networks.widths))]
+
+
+def _export(
+    prepared: Prepared,
+    cut: CutModel,
+    networks: FunctionalNetworks | None,
+    result: PruneResult,
+    clock: StageClock,
+) -> None:
+    recipe = prepared.recipe
+    assert recipe.output is not None
+    with (
+        clock.stage("export", prepared.checkpoint.total_bytes, "bytes") as advance,
+        atomic_directory(recipe.output, recipe.overwrite) as folder,
+    ):
+        write_checkpoint(
+            prepared.checkpoint,
+            prepared.family,
+            cut.cuts,
+            folder,
+            max_shard_size=recipe.max_shard_size,
+            progress=advance,
+        )
+        verify_export(folder)
+        written = Checkpoint.open(folder)
+        result.parameters_after = written.total_parameters
+        result.bytes_after = written.total_bytes
+        if networks is not None:
+            networks.save(folder / "networks.safetensors")
+        (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        (folder / "README.md").write_text(_card(prepared, result), encoding="utf-8")
+
+
+def _card(prepared: Prepared, result: PruneResult) -> str:
+    raise NotImplementedError
+
+
+def memory_for_activations() -> int:
+    """A quarter of the free memory, in bytes."""
+    import psutil
+
+    return int(psutil.virtual_memory().available // 4)
+
+
+def peak_memory_bytes() -> int:
+    """Highest resident memory of the process so far, plus the highest allocation on a GPU."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak *= 1 if sys.platform == "darwin" else 1024
+    if torch.cuda.is_available():
+        peak += torch.cuda.max_memory_allocated()
+    return int(peak)
+
+
+def tool_version() -> str:
+    """The installed version of this package."""
+    try:
+        return version("fbn-prune")
+    except PackageNotFoundError:
+        return "0+unknown"

@@ -1,0 +1,168 @@
+"""Run token blocks through a causal LM one decoder layer at a time.
+
+Statistics of a layer need that layer's activations for all tokens, and nothing else: with the hidden states between
+layers kept, one layer's statistics are in memory at a time, every layer runs once, and a layer can be changed before
+the next one sees its output.
+
+A decoder layer is called with more than its hidden states (rotary tables, masks, positions), and what it is called
+with differs by architecture. Instead of rebuilding that here, the model's own forward pass is run with every layer
+replaced by a recorder, which costs no more than the embedding.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fbn_prune.calibration import Batch
+from fbn_prune.model.families import Family
+
+Observe = Callable[[int, Tensor], None]
+"""Called with (batch index, activations x [valid tokens, neurons]) while a layer runs."""
+
+
+@dataclass(frozen=True)
+class _LayerCall:
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class LayerwiseForward:
+    """The hidden states of all batches, at the border between two layers.
+
+    Parameters
+    ----------
+    model
+        A live model on one device, in evaluation mode.
+    batches
+        Right-padded blocks; causal attention keeps padding from reaching valid tokens.
+
+    Attributes
+    ----------
+    hidden
+        One tensor [blocks, length, d] a batch: the input of layer `next_layer`.
+    next_layer
+        The layer that :meth:`advance` runs next.
+    forward_seconds
+        Wall time of the model's own work, without that of the observers.
+    """
+
+    def __init__(self, model: PreTrainedModel, family: Family, batches: Sequence[Batch]) -> None:
+        self._model = model
+        self._family = family
+        self._layers = family.layer_modules(model)
+        self._device = model.get_input_embeddings().weight.device
+        self._valid = [batch.valid.to(self._device) for batch in batches]
+        self._calls: dict[torch.Size, list[_LayerCall]] = {}
+        self._shapes = [batch.input_ids.shape for batch in batches]
+        self.next_layer = 0
+        self.forward_seconds = 0.0
+        with torch.inference_mode():
+            self._returns_tuple = self._probe()
+            start = self._now()
+            self.hidden = [self._embed(batch.input_ids.to(self._device)) for batch in batches]
+            self.forward_seconds += self._now() - start
+
+    def advance(
+        self, observe: Observe | None = None, *, on_batch: Callable[[int], None] | None = None
+    ) -> None:
+        """Run the next layer on every batch and replace `hidden` by its outputs.
+
+        Parameters
+        ----------
+        observe
+            Sees the input of the layer's output projection, valid tokens only.
+        on_batch
+            Called with the number of valid tokens after each batch.
+        """
+        for index in range(len(self.hidden)):
+            self.hidden[index] = self.run(index, observe)
+            if on_batch is not None:
+                on_batch(int(self._valid[index].sum()))
+        self.next_layer += 1
+
+    def run(self, index: int, observe: Observe | None = None) -> Tensor:
+        """Output of the next layer on batch `index`, [blocks, length, d]; `hidden` stays as it is."""
+        call = self._calls[self._shapes[index]][self.next_layer]
+        watched = 0.0
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            nonlocal watched
+            assert observe is not None
+            start = self._now()
+            observe(index, args[0].flatten(0, -2)[self._valid[index].flatten()])
+            watched += self._now() - start
+
+        handle = None
+        if observe is not None:
+            down = self._family.output_module(self._model, self.next_layer)
+            handle = down.register_forward_pre_hook(hook)
+        start = self._now()
+        try:
+            with torch.inference_mode():
+                output = self._layers[self.next_layer](
+                    self.hidden[index], *call.args, **call.kwargs
+                )
+        finally:
+            if handle is not None:
+                handle.remove()
+        self.forward_seconds += self._now() - start - watched
+        return output[0] if isinstance(output, tuple) else output
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def _probe(self) -> bool:
+        """Whether a layer returns a tuple, which the recorder must imitate."""
+        found: list[bool] = []
+        handle = self._layers[0].register_forward_hook(
+            lambda module, args, output: found.append(isinstance(output, tuple))
+        )
+        try:
+            ids = torch.zeros(1, 2, dtype=torch.int64, device=self._device)
+            self._model.base_model(input_ids=ids, use_cache=False)
+        finally:
+            handle.remove()
+        return found[0]
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        entered: list[Tensor] = []
+        calls: list[_LayerCall] = []
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            kwargs = dict(kwargs)
+            if args:
+                hidden, args = args[0], args[1:]
+            else:
+                hidden = kwargs.pop("hidden_states")
+            entered.append(hidden)
+            calls.append(_LayerCall(args, kwargs))
+            return (hidden,) if self._returns_tuple else hidden
+
+        with _forward_replaced(self._layers, record):
+            self._model.base_model(input_ids=input_ids, use_cache=False)
+        self._calls.setdefault(input_ids.shape, calls)
+        return entered[0]
+
+
+@contextmanager
+def _forward_replaced(layers: nn.ModuleList, forward: Callable[..., Any]) -> Iterator[None]:
+    before = [layer.__dict__.get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = forward  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            del layer.forward
+            if own is not None:
+                layer.forward = own  # type: ignore[method-assign]

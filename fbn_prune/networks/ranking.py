@@ -1,0 +1,64 @@
+"""The order in which networks are kept: by the output energy they carry, or by what their absence costs.
+
+Energy of a network: sum over layers of ``||W_l (z_l * std_l)||²``, the squared MLP output that a unit of its time
+course moves, times its engagement, the mean square of that time course.
+Knock-out (arXiv 2502.20408): silence its hubs, measure the rise of the loss; the causal test, one pass a network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fbn_prune.calibration import Batch
+from fbn_prune.model.families import Family
+from fbn_prune.networks.functional_networks import FunctionalNetworks
+from fbn_prune.networks.interventions import masked
+from fbn_prune.perplexity import mean_loss
+from fbn_prune.progress import StageClock
+
+
+def output_energy(networks: FunctionalNetworks, down_weights: Sequence[Tensor]) -> Tensor:
+    """Output energy of each network, float64 [networks].
+
+    Parameters
+    ----------
+    down_weights
+        For each layer the output projection [d, neurons].
+    """
+    energy = torch.zeros(len(networks.maps), dtype=torch.float64)
+    for layer, weight in enumerate(down_weights):
+        span = networks.layer_slice(layer)
+        directions = networks.maps[:, span] * networks.std[span]
+        energy += (weight.cpu().float() @ directions.T).double().square().sum(0)
+    return energy * networks.engagement.double()
+
+
+def knockout_rise(
+    model: PreTrainedModel,
+    family: Family,
+    networks: FunctionalNetworks,
+    batches: Sequence[Batch],
+    clock: StageClock,
+) -> Tensor:
+    """Rise of the mean loss, in nats, when each network's hubs are silent; float64 [networks]."""
+    count = len(networks.maps)
+    with clock.stage("rank", count + 1, "networks") as advance:
+        dense = mean_loss(model, batches)
+        advance(1)
+        rises = torch.zeros(count, dtype=torch.float64)
+        for network in range(count):
+            hubs = networks.hubs(network)
+            silent = [hubs[networks.layer_slice(i)] for i in range(len(networks.widths))]
+            with masked(model, family, silent):
+                rises[network] = mean_loss(model, batches) - dense
+            advance(1)
+    return rises
+
+
+def strongest_first(scores: Tensor) -> list[int]:
+    """Network indices by falling score; ties go to the lower index."""
+    return torch.argsort(scores, descending=True, stable=True).tolist()

@@ -1,0 +1,148 @@
+"""How each criterion cuts one layer to a width: ours, and the baselines it has to beat at the same budget.
+
+A criterion is one function from a layer's evidence and a width to a cut, registered by name. Sources:
+Wanda (arXiv 2306.11695) summed over a neuron's column, FLAP (arXiv 2312.11983) with its bias compensation,
+membership: the union of thresholded network maps without a refit, as in arXiv 2508.05239.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fbn_prune.model.surgery import MlpCut
+from fbn_prune.pruning import second_order
+
+
+@dataclass(frozen=True)
+class LayerEvidence:
+    """What is known of one layer when it is cut. All float64, N neurons, d outputs.
+
+    Attributes
+    ----------
+    weight, bias
+        Output projection [d, N] and its bias [d], or None where it has none.
+    input_norms
+        Squared norm of each neuron's weights into it, [N].
+    gram, mean
+        H = E[xᵀx] [N, N] and E[x] [N].
+    cross, target_mean
+        E[tᵀx] and E[t] of the signal to reproduce, where that is not x itself (sequential mode).
+    membership
+        Largest abs z of each neuron over the kept networks, [N]; None where no networks were found.
+    can_have_bias
+        Whether the architecture can store a bias of the output projection.
+    """
+
+    layer: int
+    weight: Tensor
+    bias: Tensor | None
+    input_norms: Tensor
+    gram: Tensor
+    mean: Tensor
+    cross: Tensor | None
+    target_mean: Tensor | None
+    membership: Tensor | None
+    can_have_bias: bool
+    damping: float
+    refit_damping: float
+    seed: int
+
+
+Cut = Callable[[LayerEvidence, int], MlpCut]
+CRITERIA: dict[str, Cut] = {}
+
+
+def criterion(name: str) -> Callable[[Cut], Cut]:
+    """Register a function under the name that `--criterion` takes."""
+
+    def register(function: Cut) -> Cut:
+        CRITERIA[name] = function
+        return function
+
+    return register
+
+
+def _top(scores: Tensor, width: int) -> Tensor:
+    """Ascending indices of the `width` largest scores; ties go to the lower index."""
+    return torch.argsort(scores, descending=True, stable=True)[:width].sort().values
+
+
+def _without_refit(evidence: LayerEvidence, scores: Tensor, width: int) -> MlpCut:
+    kept = _top(scores, width)
+    return MlpCut(kept.cpu(), evidence.weight[:, kept].cpu(), None)
+
+
+@criterion("random")
+def random_neurons(evidence: LayerEvidence, width: int) -> MlpCut:
+    """A uniform draw, fixed by the seed and the layer."""
+    generator = torch.Generator().manual_seed(evidence.seed * 100003 + evidence.layer)
+    scores = torch.rand(evidence.weight.shape[1], generator=generator, dtype=torch.float64)
+    return _without_refit(evidence, scores.to(evidence.weight.device), width)
+
+
+@criterion("magnitude")
+def magnitude(evidence: LayerEvidence, width: int) -> MlpCut:
+    """Norm of all weights of the neuron, in and out."""
+    scores = evidence.input_norms + evidence.weight.square().sum(0)
+    return _without_refit(evidence, scores, width)
+
+
+@criterion("wanda")
+def wanda(evidence: LayerEvidence, width: int) -> MlpCut:
+    """Sum over the neuron's output weights of |W_ij| ||x_j||."""
+    scores = evidence.weight.abs().sum(0) * evidence.gram.diagonal().sqrt()
+    return _without_refit(evidence, scores, width)
+
+
+@criterion("flap")
+def flap(evidence: LayerEvidence, width: int) -> MlpCut:
+    """Variance of x_j times ||W_j||², the removed neurons' mean output moved into a bias where one can be stored."""
+    variance = second_order.centred(evidence.gram, evidence.mean).diagonal()
+    cut = _without_refit(evidence, variance * evidence.weight.square().sum(0), width)
+    if not evidence.can_have_bias:
+        return cut
+    removed = torch.ones(len(variance), dtype=torch.bool)
+    removed[cut.kept] = False
+    shift = evidence.weight.cpu()[:, removed] @ evidence.mean.cpu()[removed]
+    bias = shift if evidence.bias is None else evidence.bias.cpu() + shift
+    return MlpCut(cut.kept, cut.down_weight, bias)
+
+
+@criterion("membership")
+def membership(evidence: LayerEvidence, width: int) -> MlpCut:
+    """Largest abs z over the kept networks."""
+    assert evidence.membership is not None
+    return _without_refit(evidence, evidence.membership, width)
+
+
+@criterion("second-order")
+def second_order_cut(evidence: LayerEvidence, width: int) -> MlpCut:
+    """Optimal brain surgeon and refit; where the output has a bias, that takes the mean and the weights the rest."""
+    gram, cross = evidence.gram, evidence.cross
+    if evidence.bias is not None:
+        gram = second_order.centred(gram, evidence.mean)
+        if cross is not None and evidence.target_mean is not None:
+            cross = cross - torch.outer(evidence.target_mean, evidence.mean)
+    full = torch.arange(evidence.weight.shape[1], device=evidence.weight.device)
+    start = evidence.weight
+    if cross is not None:
+        start = second_order.refit(start, gram, full, damping=evidence.refit_damping, cross=cross)
+    kept = second_order.choose_neurons(start, gram, width, damping=evidence.damping)
+    weight = second_order.refit(
+        evidence.weight, gram, kept, damping=evidence.refit_damping, cross=cross
+    )
+    bias = None
+    if evidence.bias is not None:
+        target_mean = evidence.mean if evidence.target_mean is None else evidence.target_mean
+        bias = evidence.bias + evidence.weight @ target_mean - weight @ evidence.mean[kept]
+        bias = bias.cpu()
+    return MlpCut(kept.cpu(), weight.cpu(), bias)
+
+
+CRITERIA["networks"] = second_order_cut
+"""The networks say how much stays and where; which neurons of a layer that is, the second order decides: protecting
+the kept networks' hubs was measured to cost perplexity."""

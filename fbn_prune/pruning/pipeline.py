@@ -1,0 +1,193 @@
+"""Cut every layer of a live model: statistics, choice, refit, one layer at a time.
+
+One-shot (default): every layer's statistics come from the dense model, which runs once over the calibration tokens.
+Sequential: a second stream runs through the layers already cut; a layer is fitted on that stream's activations, to
+the mean of the dense output and the output it would itself give there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fbn_prune.activations import CrossStatistics, GramStatistics
+from fbn_prune.calibration import Batch
+from fbn_prune.errors import InvalidInput
+from fbn_prune.layerwise import LayerwiseForward
+from fbn_prune.model.families import Family
+from fbn_prune.model.surgery import MlpCut, apply_cut
+from fbn_prune.progress import Advance, StageClock
+from fbn_prune.pruning.criteria import CRITERIA, LayerEvidence
+
+
+@dataclass(frozen=True)
+class CutOptions:
+    """What decides the cuts beside the data: see the recipe keys of the same names."""
+
+    criterion: str
+    sequential: bool
+    damping: float
+    refit_damping: float
+    seed: int
+    round_to: torch.dtype
+    """The type in which the checkpoint will be stored; the live model gets weights rounded to it, so that its
+    figures are those of the written one."""
+
+
+@dataclass(frozen=True)
+class CutModel:
+    """The cuts of all layers, and the seconds of one bare pass over the calibration tokens."""
+
+    cuts: tuple[MlpCut, ...]
+    forward_seconds: float
+
+
+def cut_layers(
+    model: PreTrainedModel,
+    family: Family,
+    batches: Sequence[Batch],
+    widths: Sequence[int],
+    options: CutOptions,
+    *,
+    membership: Sequence[Tensor] | None,
+    clock: StageClock,
+) -> CutModel:
+    """Cut the layers of `model` in place to `widths` and return the cuts.
+
+    Parameters
+    ----------
+    membership
+        For each layer the largest abs z of its neurons over the kept networks, or None without networks.
+
+    Raises
+    ------
+    InvalidInput
+        A layer's activations are NaN or Inf; the layer is named.
+    """
+    evidence = EvidencePass(model, family, batches, options, membership=membership, clock=clock)
+    cuts: list[MlpCut] = []
+    for layer, width in zip(evidence, widths, strict=True):
+        cut = CRITERIA[options.criterion](layer, width)
+        apply_cut(model, family, layer.layer, cut, round_to=options.round_to)
+        cuts.append(cut)
+    return CutModel(tuple(cuts), evidence.forward_seconds)
+
+
+class EvidencePass:
+    """One pass over the calibration data; iterating yields each layer's :class:`LayerEvidence` in order.
+
+    In sequential mode the layer must have been cut before the next evidence is asked for. In one-shot mode it does
+    not matter, so one pass can serve any number of criteria and widths.
+
+    Attributes
+    ----------
+    forward_seconds
+        Wall time of the dense model's own work so far.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        family: Family,
+        batches: Sequence[Batch],
+        options: CutOptions,
+        *,
+        membership: Sequence[Tensor] | None,
+        clock: StageClock,
+    ) -> None:
+        self._model, self._family, self._batches = model, family, batches
+        self._options, self._membership, self._clock = options, membership, clock
+        self.forward_seconds = 0.0
+
+    def __iter__(self) -> Iterator[LayerEvidence]:
+        model, family = self._model, self._family
+        dense = LayerwiseForward(model, family, self._batches)
+        pruned = None
+        if self._options.sequential:
+            pruned = LayerwiseForward(model, family, self._batches)
+        layers = family.num_layers(model.config)
+        passes = 1 if pruned is None else 3
+        total = sum(batch.tokens for batch in self._batches) * layers * passes
+        with self._clock.stage("prune", total, "tokens x layers") as advance:
+            for layer in range(layers):
+                statistics = self._statistics(dense, pruned, layer, advance)
+                self.forward_seconds = dense.forward_seconds
+                yield self._evidence(layer, *statistics)
+                if pruned is not None:
+                    pruned.advance(on_batch=advance)
+
+    def _statistics(
+        self,
+        dense: LayerwiseForward,
+        pruned: LayerwiseForward | None,
+        layer: int,
+        advance: Advance,
+    ) -> tuple[GramStatistics, CrossStatistics | None]:
+        """Statistics of one layer; the dense stream moves on past it, the pruned one stays."""
+        weight = self._family.down_weight(self._model, layer)
+        statistics = GramStatistics(weight.shape[1], weight.device)
+        cross = None
+        if pruned is None:
+            dense.advance(lambda index, x: statistics.update(x), on_batch=advance)
+        else:
+            cross = CrossStatistics(weight.shape[1], weight.device)
+            _watch_both(dense, pruned, statistics, cross, advance)
+        if not statistics.finite:
+            raise InvalidInput(
+                f"NaN or Inf among the MLP activations of layer {layer}: the checkpoint is damaged, "
+                "or the compute type overflows (try --dtype float32)"
+            )
+        return statistics, cross
+
+    def _evidence(
+        self, layer: int, statistics: GramStatistics, cross: CrossStatistics | None
+    ) -> LayerEvidence:
+        model, family, options = self._model, self._family, self._options
+        weight = family.down_weight(model, layer).double()
+        bias = family.down_bias(model, layer)
+        membership = None
+        if self._membership is not None:
+            membership = self._membership[layer].to(weight.device)
+        return LayerEvidence(
+            layer=layer,
+            weight=weight,
+            bias=None if bias is None else bias.double(),
+            input_norms=sum(
+                (rows.double().square().sum(1) for rows in family.input_weights(model, layer)),
+                start=weight.new_zeros(weight.shape[1]),
+            ),
+            gram=statistics.gram,
+            mean=statistics.mean,
+            cross=None if cross is None else cross.cross,
+            target_mean=None if cross is None else cross.target_mean,
+            membership=membership,
+            can_have_bias=family.accepts_bias(model.config),
+            damping=options.damping,
+            refit_damping=options.refit_damping,
+            seed=options.seed,
+        )
+
+
+def _watch_both(
+    dense: LayerwiseForward,
+    pruned: LayerwiseForward,
+    statistics: GramStatistics,
+    cross: CrossStatistics,
+    advance: Advance,
+) -> None:
+    """Statistics of the pruned stream's activations, with the mean of both streams' as the target."""
+    seen: list[Tensor] = []
+    for index in range(len(dense.hidden)):
+        output = dense.run(index, lambda _, x: seen.append(x))
+        pruned.run(index, lambda _, x: seen.append(x))
+        dense.hidden[index] = output
+        x_dense, x_pruned = seen
+        seen.clear()
+        statistics.update(x_pruned)
+        cross.update((x_dense + x_pruned) / 2, x_pruned)
+        advance(2 * x_dense.shape[0])
+    dense.next_layer += 1

@@ -1,0 +1,158 @@
+"""One typed, validated description of a whole run: a YAML file and the command line's flags are two spellings of it."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fbn_prune.errors import InvalidInput
+
+CriterionName = Literal[
+    "networks", "second-order", "flap", "wanda", "membership", "magnitude", "random"
+]
+RankName = Literal["energy", "knockout"]
+Scope = Literal["global", "layer"]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+CRITERION_NAMES: tuple[str, ...] = get_args(CriterionName)
+
+
+class Recipe(BaseModel):
+    """Everything that decides the result of a run. Each field is a recipe key and, with dashes, a flag."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field("builtin", description="Checkpoint folder, hub id, or `builtin`.")
+    output: Path | None = Field(None, description="Folder to write; it must not exist.")
+    calibration: tuple[str, ...] = Field(
+        ("builtin",),
+        description="Text: FILE.txt, FILE.jsonl[:field], a folder, "
+        "hf:dataset[:config[:split[:field]]] or `builtin`. Repeat for several.",
+    )
+    tokens: int = Field(131072, ge=1, description="Calibration tokens, shared evenly by sources.")
+    context: int | None = Field(
+        None, ge=8, description="Tokens of a block. Default: the model's, at most 2048."
+    )
+    held_out: float = Field(
+        0.1, gt=0, lt=1, description="Share of text kept from calibration for before/after figures."
+    )
+    networks: int = Field(64, ge=1, description="Functional networks to discover.")
+    network_tokens: int = Field(8192, ge=2, description="Tokens that the networks are found on.")
+    scope: Scope = Field("global", description="One ICA over all layers, or one for each layer.")
+    networks_from: Path | None = Field(
+        None, description="A networks.safetensors to use instead of discovering anew."
+    )
+    keep_networks: int | None = Field(
+        None, description="Networks to keep: the size dial. Default 10."
+    )
+    sparsity: float | None = Field(
+        None, description="Share of MLP neurons to remove, instead of --keep-networks's budget."
+    )
+    rank: RankName = Field(
+        "energy", description="Order of networks: output energy, or loss rise when knocked out."
+    )
+    criterion: CriterionName = Field("networks", description="Which neurons go.")
+    layout: Literal["uniform"] = Field("uniform", description="Same width in every layer.")
+    width_multiple: int | None = Field(
+        None, ge=1, description="Widths are multiples of this. Default: 64, or 8 below width 2048."
+    )
+    sequential: bool = Field(
+        False, description="Fit each layer on the output of the layers already pruned."
+    )
+    damping: float = Field(1e-2, gt=0, description="Share of mean diag(H) added while choosing.")
+    refit_damping: float = Field(1e-3, gt=0, description="The same share while refitting.")
+    max_shard_size: str = Field("5GB", description="Largest safetensors shard to write.")
+    seed: int = Field(0, ge=0, description="Seed of every random choice.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps.")
+    dtype: DtypeName = Field("auto", description="Compute type. The checkpoint keeps its own.")
+    overwrite: bool = Field(False, description="Replace an existing output folder.")
+
+    @property
+    def kept_networks_or_default(self) -> int:
+        return 10 if self.keep_networks is None else self.keep_networks
+
+    @property
+    def needs_networks(self) -> bool:
+        """Whether the result depends on the networks at all."""
+        return self.sparsity is None or self.criterion in ("networks", "membership")
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every key spelled out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def build_recipe(values: dict[str, Any], *, where: str = "command line") -> Recipe:
+    """Validate `values` (keys with dashes or underscores) and check what one field alone cannot show.
+
+    Raises
+    ------
+    InvalidInput
+        One line that names the key, the offending value and what is accepted.
+    """
+    keys = {str(key).replace("-", "_"): value for key, value in values.items()}
+    for key in keys:
+        if key not in Recipe.model_fields:
+            near = difflib.get_close_matches(key, Recipe.model_fields, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(Recipe.model_fields)}"
+            raise InvalidInput(f"{where}: unknown key {key!r}; {hint}")
+    if isinstance(keys.get("calibration"), str):
+        keys["calibration"] = (keys["calibration"],)
+    try:
+        recipe = Recipe(**keys)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise InvalidInput(f"{where}: {name} = {first['input']!r}: {first['msg']}") from None
+    _check(recipe, where)
+    return recipe
+
+
+def _check(recipe: Recipe, where: str) -> None:
+    if recipe.keep_networks is not None and recipe.keep_networks < 1:
+        raise InvalidInput(
+            f"{where}: keep_networks = {recipe.keep_networks}: at least one network must be kept"
+        )
+    if recipe.keep_networks is not None and recipe.networks_from is None:
+        if recipe.scope == "global" and recipe.keep_networks > recipe.networks:
+            raise InvalidInput(
+                f"{where}: keep_networks = {recipe.keep_networks}: only {recipe.networks} networks "
+                "are discovered; keep fewer or raise networks"
+            )
+    if recipe.sparsity is not None and not 0 < recipe.sparsity < 1:
+        raise InvalidInput(
+            f"{where}: sparsity = {recipe.sparsity}: the share of neurons to remove lies between 0 and 1"
+        )
+    if not recipe.calibration:
+        raise InvalidInput(f"{where}: calibration is empty: name at least one source of text")
+    if recipe.networks > recipe.network_tokens - 1 or recipe.networks > recipe.tokens - 1:
+        raise InvalidInput(
+            f"{where}: networks = {recipe.networks}: "
+            f"{min(recipe.network_tokens, recipe.tokens)} tokens allow fewer than that many; "
+            "lower networks or raise tokens and network_tokens"
+        )
+
+
+def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Read a YAML recipe; `overrides` (flags given by the user) win over the file.
+
+    Raises
+    ------
+    InvalidInput
+        The file is missing, is not YAML, is not a mapping, or holds an unknown key or a bad value.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"cannot read recipe {path}: {error}") from None
+    try:
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        line = " ".join(str(error).split())
+        raise InvalidInput(f"recipe {path} is not YAML: {line}") from None
+    if not isinstance(values, dict):
+        raise InvalidInput(f"recipe {path} must be a mapping of keys to values")
+    return build_recipe({**values, **(overrides or {})}, where=str(path))
