@@ -1,0 +1,204 @@
+"""The leading subspace of tokens: their Gram matrix over all layers' neurons and its eigenvectors.
+
+Layers are streamed: only the token by token Gram matrix and one layer are in memory. The leading
+eigenvectors come from block Krylov iteration with thick restarts (Golub & Underwood 1977; Wu &
+Simon 2000). The spectrum of real activations is flat, so a randomised range finder with customary
+settings is silently wrong: we iterate until the subspace has stopped moving.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fbn_prune.errors import InvalidInput
+
+logger = logging.getLogger(__name__)
+
+_GRAM_PANEL = 512
+_EXACT_BELOW = 1024
+
+
+class IcaConvergenceWarning(UserWarning):
+    """The iteration budget ran out before the eigenvectors or the maps had settled."""
+
+
+@dataclass(frozen=True)
+class EigenResult:
+    """The k leading eigenpairs of a symmetric matrix, largest first.
+
+    ``residual`` estimates the Frobenius norm of the tangents of the angles between ``vectors`` and
+    the true leading subspace: sqrt(sum_i (|K v_i - t_i v_i| / (t_i - t_(k+1)))^2). 0 where exact.
+    """
+
+    vectors: Tensor
+    values: Tensor
+    iterations: int
+    residual: float
+    converged: bool
+
+
+class TokenGram:
+    """K = sum over layers of Z_l Z_l^T, [T, T] float32; only its lower triangle is computed.
+
+    Also keeps the sum of every token over neurons, so that centring over neurons (each token's
+    mean over all layers' neurons) is exact after the fact: K - N c c^T.
+    """
+
+    def __init__(self, tokens: int, *, device: torch.device | str = "cpu") -> None:
+        self.tokens = tokens
+        self.neurons = 0
+        self._lower: Tensor | None = torch.zeros(tokens, tokens, device=device)
+        self._sums = torch.zeros(tokens, dtype=torch.float64, device=device)
+
+    def update(self, z: Tensor) -> None:
+        """Add one layer, [T, N_l]; refuses a wrong number of tokens and values not finite."""
+        if self._lower is None:
+            raise RuntimeError("update after finish: the Gram matrix has been handed over")
+        if z.ndim != 2 or z.shape[0] != self.tokens:
+            raise InvalidInput(
+                f"activations have shape {tuple(z.shape)}, not [{self.tokens}, neurons]"
+            )
+        z = z.to(self._lower.device, torch.float32)
+        sums = z.sum(dim=1, dtype=torch.float64)
+        if not bool(torch.isfinite(sums).all()):
+            raise InvalidInput(
+                "activations hold NaN or infinite values; calibrate in a wider dtype"
+            )
+        self._sums += sums
+        self.neurons += z.shape[1]
+        for start in range(0, self.tokens, _GRAM_PANEL):
+            stop = min(start + _GRAM_PANEL, self.tokens)
+            self._lower[start:stop, :stop].addmm_(z[start:stop], z[:stop].T)
+
+    @property
+    def total_variance(self) -> float:
+        """Sum of squares of all of Z so far; N T for live neurons."""
+        if self._lower is None:
+            raise RuntimeError("total_variance after finish: the Gram matrix has been handed over")
+        return float(self._lower.diagonal().double().sum())
+
+    def finish(self) -> Tensor:
+        """Centre over neurons and fill the upper triangle in place; hand the matrix over, once."""
+        if self._lower is None:
+            raise RuntimeError("finish was called before: the Gram matrix has been handed over")
+        gram, self._lower = self._lower, None
+        scaled = self._sums / max(self.neurons, 1) ** 0.5
+        for start in range(0, self.tokens, _GRAM_PANEL):
+            stop = min(start + _GRAM_PANEL, self.tokens)
+            gram[start:stop, :stop] -= torch.outer(scaled[start:stop], scaled[:stop]).float()
+            gram[:start, start:stop] = gram[start:stop, :start].T
+            block = gram[start:stop, start:stop]
+            block.copy_(block.tril() + block.tril(-1).T)
+        return gram
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything needed to go on later: ``gram`` (lower triangle), ``sums``, ``neurons``."""
+        if self._lower is None:
+            raise RuntimeError("state_dict after finish: the Gram matrix has been handed over")
+        neurons = torch.tensor(self.neurons, dtype=torch.int64)
+        return {"gram": self._lower, "sums": self._sums, "neurons": neurons}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Replace this accumulator's contents with those of `state_dict`."""
+        device = self._sums.device
+        if state["gram"].shape != (self.tokens, self.tokens):
+            raise InvalidInput(
+                f"saved Gram has shape {tuple(state['gram'].shape)}, not {self.tokens} tokens"
+            )
+        self._lower = state["gram"].to(device, torch.float32).clone()
+        self._sums = state["sums"].to(device, torch.float64).clone()
+        self.neurons = int(state["neurons"])
+
+
+def top_eigenvectors(
+    gram: Tensor, k: int, *, seed: int = 0, tol: float = 1e-2, max_iter: int = 400
+) -> EigenResult:
+    """The k leading eigenpairs of a symmetric positive semi-definite matrix.
+
+    Block Krylov iteration with full orthogonalisation; when the basis is full it is restarted from
+    its leading Ritz vectors. Stops once the estimated angles between the Ritz space and the true
+    leading space, which are all that the maps depend on, are below ``tol``. Small matrices, and
+    those of which a large part is asked for, are decomposed exactly in float64.
+
+    Parameters
+    ----------
+    gram
+        [T, T] float32, symmetric.
+    seed
+        Of the starting block. The result depends on it only through ``tol``.
+    max_iter
+        Block products before giving up; warns with `IcaConvergenceWarning`.
+    """
+    size = gram.shape[0]
+    if not 1 <= k <= size:
+        raise InvalidInput(f"cannot take {k} eigenvectors of a {size} x {size} matrix")
+    block = max(32, min(96, k))
+    capacity = 6 * (k + block)
+    if size <= max(_EXACT_BELOW, 2 * capacity):
+        values, vectors = torch.linalg.eigh(gram.double())
+        values, vectors = values.flip(0)[:k], vectors.flip(1)[:, :k]
+        return EigenResult(vectors.float(), values, 0, 0.0, True)
+
+    generator = torch.Generator().manual_seed(seed)
+    newest = torch.randn(size, block, generator=generator).to(gram.device)
+    basis = gram.new_empty(size, capacity)
+    image = gram.new_empty(size, capacity)  # gram @ basis
+    ritz = torch.zeros(capacity, capacity, dtype=torch.float64, device=gram.device)
+    filled, check_at, iteration = 0, k + 2 * block, 0
+    residual = before_restart = float("inf")
+    values = vectors = None
+    for iteration in range(1, max_iter + 1):
+        newest = _orthonormal_complement(newest, basis[:, :filled])
+        span = slice(filled, filled + block)
+        basis[:, span] = newest
+        torch.matmul(gram, newest, out=image[:, span])
+        filled += block
+        cross = (basis[:, :filled].T @ image[:, span]).double()
+        ritz[:filled, span] = cross
+        ritz[span, :filled] = cross.T
+        newest = image[:, span]
+        full = filled + block > capacity
+        if filled < check_at and not full and iteration < max_iter:
+            continue
+        all_values, rotation = torch.linalg.eigh(ritz[:filled, :filled])
+        all_values, rotation = all_values.flip(0), rotation.flip(1)
+        kept = rotation[:, : k + block].float()
+        lead, lead_image = basis[:, :filled] @ kept, image[:, :filled] @ kept
+        values, vectors = all_values[:k], lead[:, :k]
+        errors = (lead_image[:, :k] - vectors * values.float()).norm(dim=0).double()
+        residual = float((errors / (values - all_values[k]).clamp_min(1e-300)).norm())
+        logger.debug("block product %d: basis %d, residual %.2e", iteration, filled, residual)
+        if residual <= tol:
+            break
+        if full:
+            # Float32 leaves a floor under the residual; a cycle that gains nothing has hit it.
+            if residual > 0.5 * before_restart:
+                break
+            before_restart = residual
+            newest = newest.clone()
+            filled = k + block
+            basis[:, :filled], image[:, :filled] = lead, lead_image
+            ritz.zero_()
+            ritz[:filled, :filled] = torch.diag(all_values[:filled])
+        check_at = filled + 2 * block
+    assert values is not None and vectors is not None
+    converged = residual <= tol
+    if not converged:
+        warnings.warn(
+            f"the {k} leading eigenvectors had not settled after {iteration} block products: "
+            f"residual {residual:.1e} > {tol:.0e}; eigenvalue {k} may be too close to the next",
+            IcaConvergenceWarning,
+            stacklevel=2,
+        )
+    return EigenResult(vectors, values, iteration, residual, converged)
+
+
+def _orthonormal_complement(block: Tensor, basis: Tensor) -> Tensor:
+    """Orthonormal columns spanning ``block`` without its part in ``basis``; twice is enough."""
+    block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
+    return torch.linalg.qr(block - basis @ (basis.T @ block)).Q

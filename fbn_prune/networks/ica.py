@@ -1,0 +1,361 @@
+"""Spatial ICA: independent maps over neurons, found in the activations of one layer or of all.
+
+The samples are neurons and the mixed sensors are tokens, as in ICA of functional MRI (voxels and
+volumes); functional networks of language models after arXiv 2502.20408. The maps are those of
+scikit-learn's ``FastICA(fun="cube", algorithm="parallel")`` on the same data; what differs is how
+they are reached:
+
+- Layers are streamed, and reduced to the leading subspace of tokens (`fbn_prune.networks.eigen`).
+- The fixed point iterations (Hyvarinen 1999) run in the dtype of the whitened data; everything
+  k by k is float64.
+
+This module knows nothing of models; everything runs on the device of the tensors it is given.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from fbn_prune.errors import InvalidInput
+from fbn_prune.networks.eigen import IcaConvergenceWarning, TokenGram, top_eigenvectors
+
+__all__ = [
+    "IcaConvergenceWarning",
+    "IcaResult",
+    "Layers",
+    "TokenGram",
+    "Unmixing",
+    "fastica",
+    "matched_correlation",
+    "spatial_ica",
+    "spatial_overlap",
+    "standardise",
+    "time_courses",
+    "top_eigenvectors",
+]
+
+Layers = Callable[[], Iterable[Tensor]]
+"""Called once per pass; yields each layer's standardised activations Z_l, [T, N_l], in order."""
+
+_ROWS_PER_CHUNK = 8192
+
+
+@dataclass(frozen=True)
+class Unmixing:
+    """W [k, k] float64, orthogonal: sources are x_white @ W.T. ``change`` is the last step's."""
+
+    W: Tensor
+    iterations: int
+    converged: bool
+    change: float
+
+
+@dataclass(frozen=True)
+class IcaResult:
+    """Independent maps and the facts of how they were found.
+
+    Attributes
+    ----------
+    maps
+        [k, sum of N_l] float32; each map has mean 0, standard deviation 1 and skewness >= 0 over
+        neurons. Ordered by explained variance, largest first.
+    time_courses
+        [T, k] float32; Z projected on the maps, the loadings of Z ~ time_courses @ maps.
+    explained_variance
+        [k] float64 in [0, 1]; share of the total variance of Z that each component carries.
+    """
+
+    maps: Tensor
+    time_courses: Tensor
+    explained_variance: Tensor
+    eigen_iterations: int
+    eigen_residual: float
+    ica_iterations: int
+    ica_change: float
+    converged: bool
+    seconds: dict[str, float]
+
+
+def standardise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Z-score every neuron over tokens.
+
+    Parameters
+    ----------
+    x
+        [T, N] activations, floating.
+
+    Returns
+    -------
+    Z [T, N] float32, mean [N] float32, std [N] float32 (population). A neuron that never changes
+    (dead) has std 0 and a column of zeros in Z.
+    """
+    x = x.float()
+    std, mean = torch.std_mean(x, dim=0, correction=0)
+    # A constant column may come out as a rounding error away from 0; what is left is no signal.
+    dead = std <= 1e-6 * mean.abs()
+    std = torch.where(dead, torch.zeros_like(std), std)
+    scale = torch.where(dead, torch.zeros_like(std), std.reciprocal())
+    return (x - mean).mul_(scale), mean, std
+
+
+def fastica(
+    x_white: Tensor,
+    *,
+    seed: int = 0,
+    w_init: Tensor | None = None,
+    tol: float = 1e-6,
+    max_iter: int = 1000,
+) -> Unmixing:
+    """Symmetric FastICA with the cube contrast.
+
+    Parameters
+    ----------
+    x_white
+        [n, k], float32 or float64: centred, unit covariance. Its dtype is that of the iterations.
+    w_init
+        [k, k] start, decorrelated first; by default Gaussian from ``seed``.
+    tol
+        On max_i abs(abs(<w_i, w_i before>) - 1), as in scikit-learn.
+
+    Warns
+    -----
+    IcaConvergenceWarning
+        If ``max_iter`` steps were not enough.
+    """
+    samples, k = x_white.shape
+    if w_init is None:
+        w_init = torch.randn(
+            k, k, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+        )
+    if w_init.shape != (k, k):
+        raise InvalidInput(f"w_init has shape {tuple(w_init.shape)}, not ({k}, {k})")
+    unmixing = _decorrelate(w_init.to(x_white.device, torch.float64))
+    change, iteration = float("inf"), 0
+    while iteration < max_iter and not change < tol:
+        iteration += 1
+        transposed = unmixing.T.to(x_white.dtype)
+        update = -3.0 * unmixing  # E[g'(y)] = 3 E[y^2] = 3, exactly, for whitened data
+        for chunk in torch.split(x_white, _ROWS_PER_CHUNK):
+            sources = chunk @ transposed
+            update += (sources.square().mul_(sources).T @ chunk).double() / samples
+        update = _decorrelate(update)
+        change = float(((update * unmixing).sum(dim=1).abs() - 1).abs().max())
+        unmixing = update
+    if not change < tol:
+        warnings.warn(
+            f"FastICA had not settled after {iteration} iterations: last change {change:.1e} > "
+            f"{tol:.0e}; use more tokens or fewer networks",
+            IcaConvergenceWarning,
+            stacklevel=2,
+        )
+    return Unmixing(unmixing, iteration, change < tol, change)
+
+
+def spatial_ica(
+    layers: Layers,
+    k: int,
+    *,
+    seed: int = 0,
+    gram: TokenGram | None = None,
+    tol: float = 1e-6,
+    max_iter: int = 1000,
+) -> IcaResult:
+    """Independent maps over the neurons of all the layers given; with one layer, layer-wise ICA.
+
+    Parameters
+    ----------
+    layers
+        Called twice (once if ``gram`` is given), yields Z_l [T, N_l] as `standardise` returns it.
+        One layer at a time is held. Both passes must give the same values.
+    k
+        Number of maps, 1 <= k <= min(T - 1, neurons - 1 or, for one neuron, 1).
+    seed
+        Of the ICA start and the eigenvector search. The start is drawn in token space, so that it
+        is the same whatever basis the eigenvectors come in.
+    gram
+        A `TokenGram` that has seen exactly these layers; consumed. Saves the first pass.
+    tol, max_iter
+        See `fastica`.
+
+    Raises
+    ------
+    InvalidInput
+        For a k out of range, values that are not finite, or fewer than k independent directions.
+
+    Notes
+    -----
+    A dead neuron, or a dead layer, is a sample at the origin: it gets the same value near zero in
+    every map, never NaN.
+    """
+    seconds: dict[str, float] = {}
+    clock = time.perf_counter()
+    if gram is None:
+        for z in layers():
+            gram = gram or TokenGram(z.shape[0], device=z.device)
+            gram.update(z)
+        if gram is None:
+            raise InvalidInput("no layers to find networks in")
+    tokens, neurons = gram.tokens, gram.neurons
+    if not 1 <= k <= min(tokens - 1, neurons):
+        raise InvalidInput(
+            f"cannot find {k} networks in {tokens} tokens x {neurons} neurons: "
+            f"ask for 1 to {min(tokens - 1, neurons)}"
+        )
+    total_variance = gram.total_variance
+    centred = gram.finish()
+    del gram
+    clock = _lap(seconds, "gram", clock)
+    eigen = top_eigenvectors(centred, k, seed=seed)
+    del centred
+    clock = _lap(seconds, "eigenvectors", clock)
+    projected = torch.cat(
+        [z.to(eigen.vectors.device, torch.float32).T @ eigen.vectors for z in layers()]
+    )
+    if projected.shape[0] != neurons:
+        raise InvalidInput(
+            f"the second pass gave {projected.shape[0]} neurons, the first {neurons}"
+        )
+    x_white, scaled = _whiten(projected, eigen.vectors)
+    del projected
+    clock = _lap(seconds, "whitening", clock)
+    unmixing = fastica(x_white, w_init=_start(scaled, seed), tol=tol, max_iter=max_iter)
+    clock = _lap(seconds, "fastica", clock)
+    maps, time_courses = _maps(x_white, unmixing.W, scaled)
+    explained = time_courses.double().square().sum(dim=0) * neurons / total_variance
+    order = explained.argsort(descending=True, stable=True)
+    _lap(seconds, "maps", clock)
+    return IcaResult(
+        maps=maps[order],
+        time_courses=time_courses[:, order],
+        explained_variance=explained[order],
+        eigen_iterations=eigen.iterations,
+        eigen_residual=eigen.residual,
+        ica_iterations=unmixing.iterations,
+        ica_change=unmixing.change,
+        converged=eigen.converged and unmixing.converged,
+        seconds=seconds,
+    )
+
+
+def time_courses(layers: Layers, maps: Tensor) -> Tensor:
+    """A = Z pinv(maps), [T, k] float32: each network's activity at each token.
+
+    ``maps`` is [k, sum of N_l] over the neurons of ``layers`` in order, on the layers' device.
+    """
+    activity, start = None, 0
+    for z in layers():
+        part = maps[:, start : start + z.shape[1]]
+        if part.shape[1] != z.shape[1]:
+            break
+        start += z.shape[1]
+        product = z.float() @ part.T.to(z.device, torch.float32)
+        activity = product if activity is None else activity.add_(product)
+    if activity is None or start != maps.shape[1]:
+        raise InvalidInput(f"maps cover {maps.shape[1]} neurons, the layers another number of them")
+    inverse = torch.linalg.pinv(maps.double() @ maps.double().T, hermitian=True)
+    return (activity.double() @ inverse.to(activity.device)).float()
+
+
+def matched_correlation(maps_a: Tensor, maps_b: Tensor) -> Tensor:
+    """[k] float64: abs correlation of each map of A [k, n] with its partner in B [k, n].
+
+    Partners are chosen one to one so that the sum of abs correlations is largest.
+    """
+    partner, correlation = _match(maps_a, maps_b)
+    return correlation.gather(1, partner[:, None])[:, 0]
+
+
+def spatial_overlap(maps_a: Tensor, maps_b: Tensor, threshold: float = 2.0) -> Tensor:
+    """[k] float64: members shared / members of either, for each map of A and its partner in B.
+
+    Members have abs(z) >= threshold. Two maps without members overlap fully.
+    """
+    partner, _ = _match(maps_a, maps_b)
+    members_a, members_b = maps_a.abs() >= threshold, maps_b.abs()[partner] >= threshold
+    shared = (members_a & members_b).sum(dim=1).double()
+    either = (members_a | members_b).sum(dim=1).double()
+    return torch.where(either > 0, shared / either.clamp_min(1), torch.ones_like(either))
+
+
+def _match(maps_a: Tensor, maps_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Partner in B of each map of A [k], and the abs correlations [k, k] they were chosen by."""
+    if maps_a.shape != maps_b.shape or maps_a.ndim != 2:
+        raise InvalidInput(f"maps have shapes {tuple(maps_a.shape)} and {tuple(maps_b.shape)}")
+    unit_a, unit_b = (
+        torch.nn.functional.normalize(m.double() - m.double().mean(dim=1, keepdim=True), dim=1)
+        for m in (maps_a, maps_b)
+    )
+    correlation = (unit_a @ unit_b.T).abs()
+    _, partner = linear_sum_assignment(correlation.cpu().numpy(), maximize=True)
+    return torch.as_tensor(partner, device=correlation.device), correlation
+
+
+def _lap(seconds: dict[str, float], part: str, since: float) -> float:
+    now = time.perf_counter()
+    seconds[part] = now - since
+    return now
+
+
+def _whiten(projected: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Centre over neurons and whiten U [n, k] from its own float64 covariance.
+
+    Returns the whitened data [n, k] float32 and the same rotation and scaling of the token basis,
+    C [T, k] float64, for which Z ~ C @ whitened.T: mixing matrices are C @ W.T.
+    """
+    samples, k = projected.shape
+    mean = projected.mean(dim=0, dtype=torch.float64)
+    covariance = torch.zeros(k, k, dtype=torch.float64, device=projected.device)
+    for chunk in torch.split(projected, _ROWS_PER_CHUNK):
+        centred = chunk.double() - mean
+        covariance.addmm_(centred.T, centred)
+    variances, rotation = torch.linalg.eigh(covariance / samples)
+    variances, rotation = variances.flip(0), rotation.flip(1)
+    # Projections of nothing but rounding error are this small beside the first.
+    rank = int((variances > 1e-9 * variances[0]).sum())
+    if rank < k:
+        raise InvalidInput(
+            f"cannot find {k} networks: the activations have only {rank} independent directions"
+        )
+    scale = rotation * variances.rsqrt()
+    x_white = torch.empty_like(projected)
+    for chunk, out in zip(
+        torch.split(projected, _ROWS_PER_CHUNK), torch.split(x_white, _ROWS_PER_CHUNK), strict=True
+    ):
+        out.copy_((chunk.double() - mean) @ scale)
+    return x_white, (vectors.double() @ rotation) * variances.sqrt()
+
+
+def _start(scaled: Tensor, seed: int) -> Tensor:
+    """A random start [k, k] that turns with the whitened basis: projected from token space."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, k = scaled.shape
+    gaussian = torch.randn(k, tokens, dtype=torch.float64, generator=generator).to(scaled.device)
+    return gaussian @ torch.nn.functional.normalize(scaled, dim=0)
+
+
+def _maps(x_white: Tensor, w: Tensor, scaled: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps [k, n], z-scored and with positive skewness, and their loadings [T, k]."""
+    maps = (x_white @ w.T.to(x_white.dtype)).T.contiguous()
+    loadings = scaled @ w.T
+    for row, column in zip(maps, loadings.T, strict=True):
+        exact = row.double()
+        exact -= exact.mean()
+        deviation = exact.square().mean().sqrt()
+        exact /= deviation
+        sign = 1.0 if float(exact.pow(3).mean()) >= 0 else -1.0
+        row.copy_(exact * sign)
+        column *= deviation * sign
+    return maps, loadings.float()
+
+
+def _decorrelate(w: Tensor) -> Tensor:
+    """(w w^T)^(-1/2) w: the orthogonal matrix nearest to ``w``."""
+    values, vectors = torch.linalg.eigh(w @ w.T)
+    return (vectors * values.clamp_min(torch.finfo(w.dtype).tiny).rsqrt()) @ (vectors.T @ w)
