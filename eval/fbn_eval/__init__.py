@@ -1,0 +1,1 @@
+"""Evaluation of pruned checkpoints beside their dense originals."""

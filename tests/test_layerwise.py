@@ -1,0 +1,84 @@
+"""Claims about running a model layer by layer: the same hidden states and activations as the whole forward pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fbn_prune.calibration import TokenBlocks
+from fbn_prune.layerwise import LayerwiseForward
+from fbn_prune.model.families import family_of
+from fbn_prune.perplexity import mean_loss
+from tiny_models import CONTEXT, FAMILY_CONFIGS, make_model
+
+torch.set_num_threads(1)
+
+
+def blocks(*lengths: int) -> TokenBlocks:
+    generator = torch.Generator().manual_seed(3)
+    return TokenBlocks(
+        tuple(torch.randint(0, 256, (n,), generator=generator) for n in lengths), CONTEXT, ("x",)
+    )
+
+
+@pytest.mark.parametrize("name", FAMILY_CONFIGS)
+def test_layer_by_layer_equals_the_whole_forward_pass(name: str) -> None:
+    model = make_model(name)
+    family = family_of(model.config)
+    data = blocks(20, 48, 48, 33)
+    batches = data.batches(100)
+    seen: dict[int, list[torch.Tensor]] = {}
+    stream = LayerwiseForward(model, family, batches)
+    layers = family.num_layers(model.config)
+    for layer in range(layers):
+        seen[layer] = [torch.empty(0)] * len(batches)
+        stream.advance(lambda index, x, layer=layer: seen[layer].__setitem__(index, x.clone()))
+    expected: dict[int, torch.Tensor] = {}
+    handles = [
+        family.output_module(model, layer).register_forward_pre_hook(
+            lambda module, args, layer=layer: expected.__setitem__(layer, args[0].flatten(0, -2))
+        )
+        for layer in range(layers)
+    ]
+    for index, batch in enumerate(batches):
+        with torch.no_grad():
+            model(input_ids=batch.input_ids, use_cache=False)
+        for layer in range(layers):
+            valid = expected[layer][batch.valid.flatten()]
+            assert torch.allclose(seen[layer][index], valid, atol=1e-5), (index, layer)
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize("name", FAMILY_CONFIGS)
+def test_padding_changes_nothing(name: str) -> None:
+    model = make_model(name)
+    data = blocks(40, 9, 23)
+    together = mean_loss(model, data.batches(1000))
+    apart = mean_loss(model, data.batches(1))
+    assert together == pytest.approx(apart, rel=1e-5)
+
+
+def test_the_model_is_left_as_it_was_even_after_an_error() -> None:
+    model = make_model("llama")
+    family = family_of(model.config)
+    ids = torch.arange(12)[None]
+    before = model(input_ids=ids).logits
+    stream = LayerwiseForward(model, family, blocks(16).batches(16))
+    with pytest.raises(RuntimeError, match="observer"):
+
+        def fail(index: int, x: torch.Tensor) -> None:
+            raise RuntimeError("observer")
+
+        stream.advance(fail)
+    assert all("forward" not in layer.__dict__ for layer in family.layer_modules(model))
+    assert torch.equal(model(input_ids=ids).logits, before)
+
+
+def test_the_time_of_observers_is_not_counted_as_the_models() -> None:
+    import time
+
+    model = make_model("llama")
+    stream = LayerwiseForward(model, family_of(model.config), blocks(16).batches(16))
+    start = time.perf_counter()
+    stream.advance(lambda index, x: time.sleep(0.2))
+    assert stream.forward_seconds < time.perf_counter() - start - 0.15

@@ -1,0 +1,139 @@
+"""Claims about the second-order step: exact identities, and what a refit may never do."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from fbn_prune.pruning.second_order import (
+    centred,
+    choose_neurons,
+    damped,
+    output_error,
+    refit,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+torch.set_num_threads(1)
+
+
+def problem(seed: int, tokens: int = 200, neurons: int = 12, outputs: int = 5):
+    """W [outputs, neurons], x [tokens, neurons] with correlated columns, H."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(neurons, neurons, generator=generator, dtype=torch.float64)
+    x = torch.randn(tokens, neurons, generator=generator, dtype=torch.float64) @ mixing
+    weight = torch.randn(outputs, neurons, generator=generator, dtype=torch.float64)
+    return weight, x, x.T @ x / tokens
+
+
+def test_the_refit_is_the_least_squares_solution_as_the_damping_vanishes() -> None:
+    weight, x, gram = problem(0)
+    kept = torch.tensor([0, 2, 3, 7, 9])
+    solution = torch.linalg.lstsq(x[:, kept], x @ weight.T).solution.T
+    assert torch.allclose(refit(weight, gram, kept, damping=1e-12), solution, atol=1e-6)
+
+
+def test_a_redundant_neuron_is_removed_without_any_loss() -> None:
+    weight, x, _ = problem(1)
+    x[:, 4] = 2 * x[:, 1] - x[:, 8]
+    gram = x.T @ x / len(x)
+    kept = choose_neurons(weight, gram, 11, damping=1e-6)
+    new = refit(weight, gram, kept, damping=1e-9)
+    assert not {1, 4, 8} <= set(kept.tolist())
+    assert torch.allclose(x[:, kept] @ new.T, x @ weight.T, atol=1e-5)
+
+
+def test_keeping_everything_changes_nothing() -> None:
+    weight, _, gram = problem(2)
+    kept = choose_neurons(weight, gram, 12, damping=1e-2)
+    assert kept.tolist() == list(range(12))
+    assert torch.allclose(refit(weight, gram, kept, damping=1e-3), weight, atol=1e-14, rtol=0)
+
+
+def test_neurons_with_zero_output_weights_go_first_and_leave_the_others_alone() -> None:
+    weight, _, gram = problem(3)
+    weight[:, [2, 5, 6]] = 0
+    kept = choose_neurons(weight, gram, 9, damping=1e-2)
+    assert set(range(12)) - set(kept.tolist()) == {2, 5, 6}
+    assert torch.allclose(refit(weight, gram, kept, damping=1e-3), weight[:, kept], atol=1e-12)
+
+
+@given(seed=st.integers(0, 10_000), keep=st.integers(1, 12), damping=st.floats(1e-6, 10.0))
+@settings(deadline=None, max_examples=60)
+def test_a_refit_never_does_worse_than_no_refit(seed: int, keep: int, damping: float) -> None:
+    weight, _, gram = problem(seed, tokens=8)  # fewer tokens than neurons: H is singular
+    kept = choose_neurons(weight, gram, keep, damping=1e-2)
+    plain = output_error(weight, gram, kept, weight[:, kept])
+    fitted = output_error(weight, gram, kept, refit(weight, gram, kept, damping=damping))
+    assert fitted <= plain * (1 + 1e-9) + 1e-9
+
+
+@given(seed=st.integers(0, 10_000), keep=st.integers(1, 12))
+@settings(deadline=None, max_examples=30)
+def test_the_order_of_the_neurons_does_not_matter(seed: int, keep: int) -> None:
+    weight, _, gram = problem(seed)
+    permutation = torch.randperm(12, generator=torch.Generator().manual_seed(seed))
+    kept = choose_neurons(weight, gram, keep, damping=1e-2)
+    moved = choose_neurons(
+        weight[:, permutation], gram[permutation][:, permutation], keep, damping=1e-2
+    )
+    assert set(permutation[moved].tolist()) == set(kept.tolist())
+
+
+def test_one_neuron_is_removed_exactly_as_an_exhaustive_search_would() -> None:
+    weight, _, gram = problem(4, neurons=8)
+    ridge = damped(gram, 1e-2)
+    kept = choose_neurons(weight, gram, 7, damping=1e-2)
+    errors = {}
+    for gone in range(8):
+        rest = torch.tensor([i for i in range(8) if i != gone])
+        new = refit(weight, ridge, rest, damping=1e-12)
+        errors[gone] = output_error(weight, ridge, rest, new)
+    best = min(errors, key=errors.__getitem__)
+    assert set(range(8)) - set(kept.tolist()) == {best}
+
+
+def test_greedy_removal_comes_close_to_the_best_of_all_subsets() -> None:
+    weight, _, gram = problem(5, neurons=8)
+
+    def error(kept: torch.Tensor) -> float:
+        return output_error(weight, gram, kept, refit(weight, gram, kept, damping=1e-9))
+
+    greedy = error(choose_neurons(weight, gram, 4, damping=1e-6))
+    subsets = [error(torch.tensor(s)) for s in itertools.combinations(range(8), 4)]
+    assert greedy <= 1.5 * min(subsets)
+    assert greedy < sorted(subsets)[len(subsets) // 4]
+
+
+def test_a_refit_to_another_signal_reaches_its_output() -> None:
+    weight, x, gram = problem(6)
+    target = x + 0.1 * torch.roll(x, 1, dims=1)
+    kept = torch.arange(12)
+    new = refit(weight, gram, kept, damping=1e-12, cross=target.T @ x / len(x))
+    assert torch.allclose(x @ new.T, target @ weight.T, atol=1e-6)
+
+
+def test_centring_leaves_the_mean_to_the_bias() -> None:
+    weight, x, _ = problem(7)
+    x = x + 3.0
+    mean = x.mean(0)
+    covariance = centred(x.T @ x / len(x), mean)
+    kept = torch.tensor([1, 3, 4, 6, 10])
+    new = refit(weight, covariance, kept, damping=1e-12)
+    bias = weight @ mean - new @ mean[kept]
+    design = torch.cat([x[:, kept], torch.ones(len(x), 1, dtype=torch.float64)], 1)
+    solution = torch.linalg.lstsq(design, x @ weight.T).solution.T
+    assert torch.allclose(new, solution[:, :-1], atol=1e-6)
+    assert torch.allclose(bias, solution[:, -1], atol=1e-5)
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0])
+def test_a_dead_layer_is_handled(level: float) -> None:
+    weight = problem(8)[0]
+    gram = torch.full((12, 12), level, dtype=torch.float64)
+    kept = choose_neurons(weight, gram, 6, damping=1e-2)
+    new = refit(weight, gram, kept, damping=1e-3)
+    assert len(kept) == 6
+    assert torch.isfinite(new).all()
