@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from fbn_prune import builtin
 from fbn_prune.calibration import Batch, CalibrationData, calibration_data
 from fbn_prune.errors import FbnPruneError, InvalidInput
-from fbn_prune.export.card import CardFacts, model_card
+from fbn_prune.export.card import CardFacts, model_card, source_license
 from fbn_prune.export.writer import (
     atomic_directory,
     check_output,
@@ -406,11 +406,46 @@ def _export(
         if networks is not None:
             networks.save(folder / "networks.safetensors")
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-        (folder / "README.md").write_text(_card(prepared, result), encoding="utf-8")
+        (folder / "README.md").write_text(_card(prepared, networks, result.kept_networks, result), encoding="utf-8")
 
 
-def _card(prepared: Prepared, result: PruneResult) -> str:
-    raise NotImplementedError
+_CRITERION_WORDS = {
+    "networks": "second-order cost, each layer's remaining output weights refitted",
+    "second-order": "second-order cost, each layer's remaining output weights refitted",
+    "flap": "FLAP (output variance, mean moved into a bias)",
+    "wanda": "Wanda (weight times activation norm)",
+    "membership": "membership in the kept networks, without a refit",
+    "magnitude": "weight norm",
+    "random": "chance",
+}
+
+
+def _card(
+    prepared: Prepared, networks: FunctionalNetworks | None, kept: Sequence[int], result: PruneResult
+) -> str:
+    recipe = prepared.recipe
+    sources = ", ".join(recipe.calibration)
+    facts = CardFacts(
+        base_name=recipe.model,
+        base_hub_id=prepared.checkpoint.hub_id,
+        criterion=_CRITERION_WORDS[recipe.criterion],
+        widths=tuple(result.widths),
+        neurons_before=prepared.width,
+        parameters_before=result.parameters_before,
+        parameters_after=result.parameters_after,
+        bytes_before=result.bytes_before,
+        bytes_after=result.bytes_after,
+        calibration=f"{result.calibration_tokens:,} tokens of {sources}",
+        held_out=f"{result.held_out_tokens:,} tokens of {sources} that calibrated nothing",
+        command="fbn-prune run recipe.yaml --output NEW_FOLDER",
+        version=tool_version(),
+        kept_networks=len(kept) if recipe.sparsity is None else None,
+        total_networks=None if networks is None else len(networks.maps),
+        perplexity_before=result.perplexity_before,
+        perplexity_after=result.perplexity_after,
+        license=source_license(prepared.checkpoint.path / "README.md"),
+    )
+    return model_card(facts)
 
 
 def memory_for_activations() -> int:

@@ -31,7 +31,7 @@ app = typer.Typer(
 @app.callback(invoke_without_command=True)
 @recipe_flags(*ALL_FLAGS)
 def main_job(
-    context: typer.Context,
+    typer_context: typer.Context,
     *,
     json: Json = False,
     dry_run: DryRun = False,
@@ -41,12 +41,12 @@ def main_job(
 ) -> None:
     if version:
         prune.print_version()
-    elif context.invoked_subcommand is None:
+    elif typer_context.invoked_subcommand is None:
         prune.command(flags, json=json, dry_run=dry_run)
     elif flags or json or dry_run:
         given = ", ".join(f"--{name.replace('_', '-')}" for name in flags) or "--json or --dry-run"
         raise typer.BadParameter(
-            f"{given} stands before '{context.invoked_subcommand}': put flags behind the command"
+            f"{given} stands before '{typer_context.invoked_subcommand}': put flags behind the command"
         )
 
 
