@@ -1,10 +1,13 @@
-"""Where each architecture keeps its MLPs: one declarative entry a family, and nothing about it anywhere else.
+"""Where each architecture keeps its MLPs: one declarative entry a family, and nothing about it
+anywhere else.
 
-The same entry serves a live model and the tensor names of a checkpoint. The idea of a narrow adapter is SliceGPT's
-(`model_adapter.py`); the facts are read from the modeling files of transformers.
+The same entry serves a live model and the tensor names of a checkpoint. The idea of a narrow
+adapter is SliceGPT's (`model_adapter.py`); the facts are read from the modeling files of
+transformers.
 
-A layer's *neurons* are the intermediate units of its MLP. `inputs` are the projections that produce them (`gate` and
-`up`, or `fc_in`), `output` is the one that reads them (`down`, or `fc_out`); the *activation* is what `output` is fed.
+A layer's *neurons* are the intermediate units of its MLP. `inputs` are the projections that produce
+them (`gate` and `up`, or `fc_in`), `output` is the one that reads them (`down`, or `fc_out`); the
+*activation* is what `output` is fed.
 """
 
 from __future__ import annotations
@@ -33,8 +36,10 @@ class Projection:
     Attributes
     ----------
     path : where it is, relative to the layer ("mlp.gate_proj").
-    neuron_axis : axis of `.weight` along which neurons lie. Linear stores [out, in], Conv1D [in, out].
-    stacked : how many blocks of `width` neurons follow one another on that axis (2: a fused gate and up).
+    neuron_axis : axis of `.weight` along which neurons lie. Linear stores [out, in], Conv1D [in,
+        out].
+    stacked : how many blocks of `width` neurons follow one another on that axis (2: a fused gate
+        and up).
     """
 
     path: str
@@ -57,11 +62,12 @@ class Family:
 
     Attributes
     ----------
-    layers : path of the list of layers in the `...ForCausalLM` module. Checkpoints saved from the base model leave
-        its first component out (openai-community/gpt2: "h.0.mlp.c_fc.weight").
+    layers : path of the list of layers in the `...ForCausalLM` module. Checkpoints saved from the
+        base model leave its first component out (openai-community/gpt2: "h.0.mlp.c_fc.weight").
     width_key : config key of the MLP width.
     biased : whether the MLP's projections have biases, or the config flag that says so.
-    bias_key : config flag that gives biases to the MLP and to nothing else; None if there is no such flag.
+    bias_key : config flag that gives biases to the MLP and to nothing else; None if there is no
+        such flag.
     """
 
     name: str
@@ -77,10 +83,10 @@ class Family:
     def projections(self) -> tuple[Projection, ...]:
         return (*self.inputs, self.output)
 
-    # -- the config -----------------------------------------------------------------------------------------------
+    # The config
 
     def width(self, config: Config) -> int:
-        """Neurons of one MLP. A null width means four times the hidden size, as GPT-2 and Falcon define it."""
+        """Neurons of one MLP. GPT-2 and Falcon mean four times the hidden size by a null width."""
         config = as_config(config)
         width = getattr(config, self.width_key)
         return 4 * self.hidden_size(config) if width is None else int(width)
@@ -108,7 +114,7 @@ class Family:
         """Whether `output` has a bias, or a stock config can say that it has one."""
         return self.bias_key is not None or self.has_bias(config)
 
-    # -- a live model ---------------------------------------------------------------------------------------------
+    # A live model
 
     def layer_modules(self, model: PreTrainedModel) -> nn.ModuleList:
         return model.get_submodule(self.layers)  # type: ignore[return-value]
@@ -116,15 +122,16 @@ class Family:
     def projection_module(
         self, model: PreTrainedModel, layer: int, projection: Projection
     ) -> nn.Linear:
-        """The live module: a Linear, or in GPT-2 a Conv1D (weight [in, out], same parameter names)."""
-        return self.layer_modules(model)[layer].get_submodule(projection.path)  # type: ignore[return-value]
+        """The live module: a Linear, or in GPT-2 a Conv1D (weight [in, out])."""
+        module: Any = self.layer_modules(model)[layer].get_submodule(projection.path)
+        return module
 
     def output_module(self, model: PreTrainedModel, layer: int) -> nn.Linear:
         """The module whose input is the activation, [..., neurons]."""
         return self.projection_module(model, layer, self.output)
 
     def down_weight(self, model: PreTrainedModel, layer: int) -> Tensor:
-        """View of the output weights, [hidden, neurons]: a neuron is a column whatever the module's layout."""
+        """View of the output weights, [hidden, neurons]: a neuron is a column in every family."""
         weight = self.output_module(model, layer).weight.detach()
         return weight if self.output.neuron_axis == 1 else weight.T
 
@@ -134,7 +141,7 @@ class Family:
         return None if bias is None else bias.detach()
 
     def input_weights(self, model: PreTrainedModel, layer: int) -> tuple[Tensor, ...]:
-        """Views of the input weights, [neurons, hidden] each: gate and up apart, even where they are fused."""
+        """Views of the input weights, [neurons, hidden] each: gate and up apart, even if fused."""
         views: list[Tensor] = []
         for projection in self.inputs:
             module = self.projection_module(model, layer, projection)
@@ -143,7 +150,7 @@ class Family:
             views.extend(weight.chunk(projection.stacked, dim=0))
         return tuple(views)
 
-    # -- a checkpoint's tensors -----------------------------------------------------------------------------------
+    # A checkpoint's tensors
 
     def locate(self, name: str) -> Location | None:
         """What the tensor of this name is, or None if it is no part of an MLP."""
@@ -159,10 +166,9 @@ class Family:
                 return Location(int(layer), projection, "weight" if part == "weight" else "bias")
         return None
 
-    def tensor_shape(self, location: Location, config: Config) -> tuple[int, ...]:
-        """Shape the config says that a checkpoint's MLP tensor has."""
-        hidden = self.hidden_size(config)
-        neurons = self.width(config) * location.projection.stacked
+    def tensor_shape(self, location: Location, hidden: int, width: int) -> tuple[int, ...]:
+        """Shape a checkpoint's MLP tensor has at this hidden size and width."""
+        neurons = width * location.projection.stacked
         if location.part == "bias":
             return (hidden,) if location.projection is self.output else (neurons,)
         return (neurons, hidden) if location.projection.neuron_axis == 0 else (hidden, neurons)
@@ -246,8 +252,8 @@ def family_of(config: Config) -> Family:
     Raises
     ------
     InvalidInput
-        For what cannot be pruned: mixture-of-experts, encoder-decoder, multimodal, quantized and ragged models, and
-        architectures that have no entry in `FAMILIES`.
+        For what cannot be pruned: mixture-of-experts, encoder-decoder, multimodal, quantized and
+        ragged models, and architectures that have no entry in `FAMILIES`.
     """
     fields = config if isinstance(config, Mapping) else config.to_dict()
     model_type = fields.get("model_type") or getattr(config, "model_type", None)
@@ -282,7 +288,8 @@ def _obstacle(fields: Mapping[str, Any]) -> str | None:
 
 
 def as_config(config: Config) -> PretrainedConfig:
-    """The typed config of a `config.json` object: its defaults filled in, its legacy keys translated.
+    """The typed config of a `config.json` object: its defaults filled in, its legacy keys
+    translated.
 
     Never runs code from the checkpoint. A loaded config is returned as it is.
     """

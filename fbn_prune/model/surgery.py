@@ -1,7 +1,8 @@
 """Cutting neurons out of an MLP, in a live model and in a checkpoint's tensors alike.
 
-Both ways take the same `MlpCut` and end in the same numbers: the output weights are rounded once, to the dtype in which
-they are stored, so what is evaluated in memory is what the exported checkpoint computes.
+Both ways take the same `MlpCut` and end in the same numbers: the output weights are rounded once,
+to the dtype in which they are stored, so what is evaluated in memory is what the exported
+checkpoint computes.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class MlpCut:
     ----------
     kept : int64 [n], the neurons that stay, ascending.
     down_weight : float32 or float64 [hidden, n], their new output weights.
-    down_bias : [hidden], the new output bias (in place of the old one, not added to it); None leaves the bias alone.
+    down_bias : [hidden], the new output bias (in place of the old one, not added to it); None
+        leaves the bias alone.
     """
 
     kept: Tensor
@@ -44,7 +46,8 @@ class MlpCut:
             raise ValueError("kept must be ascending, unique and non-negative")
         if self.down_weight.ndim != 2 or self.down_weight.shape[1] != len(self.kept):
             raise ValueError(
-                f"down_weight {list(self.down_weight.shape)} does not fit {len(self.kept)} kept neurons"
+                f"down_weight {list(self.down_weight.shape)} does not fit "
+                f"{len(self.kept)} kept neurons"
             )
         if self.down_bias is not None and self.down_bias.shape != self.down_weight.shape[:1]:
             raise ValueError(
@@ -82,7 +85,8 @@ def apply_cut(
 ) -> None:
     """Shrink one MLP of a live model in place; its modules, and the hooks on them, stay.
 
-    The config follows as soon as all layers are equally wide, so that `save_pretrained` writes a loadable model.
+    The config follows as soon as all layers are equally wide, so that `save_pretrained` writes a
+    loadable model.
 
     Parameters
     ----------
@@ -118,7 +122,8 @@ def pruned_config(
 ) -> dict[str, Any]:
     """The `config.json` object of a model pruned to one width in every layer.
 
-    `auto_map` goes: it names code files that an export does not hold, and the stock classes compute the same.
+    `auto_map` goes: it names code files that an export does not hold, and the stock classes compute
+    the same.
 
     Raises
     ------
@@ -139,7 +144,8 @@ def require_bias(family: Family, config: Any) -> None:
     """Refuse an architecture whose MLP output has no bias and can be given none."""
     if not family.accepts_bias(config):
         raise InvalidInput(
-            f"{family.name} has no place for an MLP output bias, which this criterion adds; choose one without a bias"
+            f"{family.name} has no place for an MLP output bias, which this criterion adds; "
+            "choose a criterion without a bias"
         )
 
 
@@ -159,8 +165,8 @@ def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
     rounded = values.to(dtype)
     if not bool(rounded.isfinite().all()):
         raise FbnPruneError(
-            f"a new output weight is not finite in {dtype} (largest magnitude {float(values.abs().max()):g}); "
-            "raise the damping, or store the model in a wider dtype"
+            f"a new output weight is not finite in {dtype} "
+            f"(largest magnitude {float(values.abs().max()):g}); raise the damping, or store the model in a wider dtype"
         )
     return rounded
 
@@ -181,7 +187,7 @@ def _set_features(module: nn.Linear | Conv1D) -> None:
 
 
 def _add_biases(model: PreTrainedModel, family: Family) -> None:
-    """Give every MLP projection a zero bias: the config's flag speaks for all layers and all projections at once."""
+    """Give every MLP projection a zero bias: the config's flag speaks for all of them at once."""
     for layer in range(len(family.layer_modules(model))):
         for projection in family.projections:
             module = family.projection_module(model, layer, projection)

@@ -1,0 +1,1 @@
+"""The pruned model as a folder that stock loaders open."""

@@ -1,0 +1,143 @@
+"""The README of a pruned model: its source, what was cut, what that costs, how to load it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import metadata_load
+
+_LICENSE_KEYS = ("license", "license_name", "license_link")
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a model card states; every figure comes from the run.
+
+    Attributes
+    ----------
+    base_name : the source model as the user gave it.
+    base_hub_id : its Hub id, None if it was a local folder.
+    license : the source card's licence keys (`source_license`).
+    criterion : how the neurons were chosen, in words.
+    widths : neurons kept, by layer.
+    neurons_before : neurons of one layer of the source.
+    kept_networks, total_networks : functional networks kept and found; None if they set no budget.
+    calibration, held_out : the texts, in words.
+    perplexity_before, perplexity_after : on the held-out share; None if not measured.
+    command : the command line that makes the model again.
+    """
+
+    base_name: str
+    base_hub_id: str | None
+    criterion: str
+    widths: tuple[int, ...]
+    neurons_before: int
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    calibration: str
+    held_out: str
+    command: str
+    version: str
+    kept_networks: int | None = None
+    total_networks: int | None = None
+    perplexity_before: float | None = None
+    perplexity_after: float | None = None
+    license: dict[str, str] = field(default_factory=dict)
+
+
+def source_license(readme: Path) -> dict[str, str]:
+    """The licence keys in the front matter of the source's card; empty if there are none to be read."""
+    try:
+        metadata = metadata_load(readme) or {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return {key: metadata[key] for key in _LICENSE_KEYS if isinstance(metadata.get(key), str)}
+
+
+def model_card(facts: CardFacts) -> str:
+    """The text of README.md, YAML front matter included."""
+    name = facts.base_name.rstrip("/").rpartition("/")[2]
+    return f"""---
+{_front_matter(facts)}---
+
+# {name}, pruned
+
+{_what_was_cut(facts)}
+
+| | before | after | change |
+|---|---:|---:|---:|
+{_table(facts)}
+
+Perplexity is measured on {facts.held_out}.
+
+## Load it
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH_TO_THIS_FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("PATH_TO_THIS_FOLDER")
+```
+
+## Make it again
+
+`recipe.yaml` in this folder holds every setting of the run (fbn-prune {facts.version}):
+
+```
+{facts.command}
+```
+"""
+
+
+def _front_matter(facts: CardFacts) -> str:
+    metadata: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["fbn-prune", "pruned"],
+        **facts.license,
+    }
+    if facts.base_hub_id is not None:
+        metadata["base_model"] = facts.base_hub_id
+    return yaml.safe_dump(metadata, sort_keys=True, allow_unicode=True)
+
+
+def _what_was_cut(facts: CardFacts) -> str:
+    kept, total = sum(facts.widths), facts.neurons_before * len(facts.widths)
+    narrow, wide = min(facts.widths), max(facts.widths)
+    width = f"{wide}" if narrow == wide else f"{narrow} to {wide}"
+    networks = ""
+    if facts.kept_networks is not None:
+        networks = (
+            f" Of {facts.total_networks} functional networks {facts.kept_networks} set the budget."
+        )
+    return (
+        f"Made from `{facts.base_name}` by removing {total - kept:,} of its {total:,} MLP neurons: each of the "
+        f"{len(facts.widths)} layers keeps {width} of {facts.neurons_before}. Attention, norms and embeddings are "
+        f"unchanged.{networks} Neurons were chosen by {facts.criterion}, on {facts.calibration}."
+    )
+
+
+def _table(facts: CardFacts) -> str:
+    rows = [
+        _row("parameters", facts.parameters_before, facts.parameters_after, "{:,}"),
+        _row(
+            "MLP neurons",
+            facts.neurons_before * len(facts.widths),
+            sum(facts.widths),
+            "{:,}",
+        ),
+        _row("weights on disk (MB)", facts.bytes_before / 1e6, facts.bytes_after / 1e6, "{:,.1f}"),
+    ]
+    if facts.perplexity_before is not None and facts.perplexity_after is not None:
+        rows.append(_row("perplexity", facts.perplexity_before, facts.perplexity_after, "{:.2f}"))
+    return "\n".join(rows)
+
+
+def _row(label: str, before: float, after: float, form: str) -> str:
+    change = 100 * (after - before) / before
+    return f"| {label} | {form.format(before)} | {form.format(after)} | {change:+.1f} % |"

@@ -1,0 +1,137 @@
+"""The output folder: refused early if it could not be written, and in place only when it is whole."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from fbn_prune.errors import FbnPruneError, InvalidInput
+
+logger = logging.getLogger(__name__)
+
+
+def check_output(output: Path, overwrite: bool, source: Path | None, needed_bytes: int = 0) -> None:
+    """Refuse, before any work, an output that could not be written at the end.
+
+    An empty folder is as good as none. `overwrite` allows to replace any other folder, except the
+    model's own, one that holds it, and those no one means: the working folder, home, the root, and
+    what they are in.
+
+    Parameters
+    ----------
+    source : the model's folder.
+    needed_bytes : the expected size of the output.
+
+    Raises
+    ------
+    InvalidInput
+    """
+    target = output.expanduser().resolve()
+    if target.exists() and not target.is_dir():
+        raise InvalidInput(f"the output {output} is a file; give a folder that does not exist yet")
+    if source is not None and _holds(target, source.resolve()):
+        raise InvalidInput(f"the output {output} is or holds the model itself; give another folder")
+    if any(_holds(target, precious) for precious in (Path.cwd(), Path(os.path.expanduser("~")))):
+        raise InvalidInput(f"the output {output} is or holds the working or home folder")
+    if os.path.ismount(target):
+        raise InvalidInput(f"the output {output} is a mount point; give a folder inside it")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise InvalidInput(f"the output {output} exists; give another, or --overwrite")
+    ancestor = next(parent for parent in target.parents if parent.exists())
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
+        raise InvalidInput(f"the output {output} cannot be made: {ancestor} is not writable")
+    free = shutil.disk_usage(ancestor).free
+    if free < needed_bytes:
+        raise InvalidInput(
+            f"the output {output} needs {needed_bytes / 1e9:.1f} GB, "
+            f"but {ancestor} has {free / 1e9:.1f} GB free"
+        )
+
+
+def _holds(folder: Path, inner: Path) -> bool:
+    return inner == folder or folder in inner.parents
+
+
+@contextmanager
+def atomic_directory(output: Path, overwrite: bool) -> Iterator[Path]:
+    """A hidden sibling of `output` to write into; it becomes `output` when the block ends well.
+
+    Any exception, KeyboardInterrupt included, removes it and the parent folders made for it, and
+    leaves an existing output as it was. An existing output is replaced only at the end.
+
+    Raises
+    ------
+    FbnPruneError
+        If the folder cannot be made or put in place, or `output` came to be in the meantime.
+    """
+    target = output.expanduser().resolve()
+    made = [parent for parent in target.parents if not parent.exists()]
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with disk_errors(output):
+            for leftover in sorted(target.parent.glob(f".{target.name}.*.partial")):
+                logger.warning("%s was left by a run that was killed; it can be deleted", leftover)
+            partial.mkdir(parents=True)
+        yield partial
+        with disk_errors(output):
+            _flush(partial)
+            _put_in_place(partial, target, overwrite)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+def _put_in_place(partial: Path, target: Path, overwrite: bool) -> None:
+    """Rename; POSIX renames over an empty folder, anything else is moved aside first."""
+    if not (target.exists() and any(target.iterdir())):
+        partial.rename(target)
+        _flush_folder(target.parent)
+        return
+    if not overwrite:
+        raise FbnPruneError(f"the output {target} appeared during the run; it is left as it is")
+    aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
+    target.rename(aside)
+    try:
+        partial.rename(target)
+    except BaseException:
+        aside.rename(target)
+        raise
+    _flush_folder(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+    if aside.exists():
+        logger.warning("the replaced output could not be removed: delete %s", aside)
+
+
+def _flush(directory: Path) -> None:
+    """Bring all files to the disk, so that a rename that survives a power cut names whole files."""
+    for folder, _, files in os.walk(directory):
+        for file in files:
+            with open(Path(folder, file), "rb") as handle:
+                os.fsync(handle.fileno())
+        _flush_folder(Path(folder))
+
+
+def _flush_folder(folder: Path) -> None:
+    with suppress(OSError):  # some systems and network folders know no fsync of a folder
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def disk_errors(directory: Path) -> Iterator[None]:
+    """Tell of a full or failing disk in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise FbnPruneError(f"cannot write {directory}: {error.strerror or error}") from error

@@ -1,0 +1,244 @@
+"""The pruned checkpoint on disk, streamed from its source.
+
+Each tensor is read, cut and written before the next, so the memory needed is one tensor's and a
+checkpoint larger than RAM can be written. That is why the safetensors layout (header length, JSON
+header, data) is written here: the library's writer takes a whole file's tensors at once.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from torch import Tensor
+
+from fbn_prune.errors import FbnPruneError, InvalidInput
+from fbn_prune.export.directory import atomic_directory, check_output, disk_errors
+from fbn_prune.model.checkpoint import COMPANION_FILES, TOKENIZER_FILES, Checkpoint
+from fbn_prune.model.families import Family, Location
+from fbn_prune.model.shards import DTYPES, INDEX_FILE, TensorInfo
+from fbn_prune.model.surgery import MlpCut, cut_tensor, pruned_config, require_bias
+
+__all__ = [
+    "atomic_directory",
+    "check_output",
+    "copy_companions",
+    "verify_export",
+    "write_checkpoint",
+    "write_json",
+    "write_tensors",
+]
+
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_ALIGNMENT = 8
+
+
+def write_checkpoint(
+    source: Checkpoint,
+    family: Family,
+    cuts: Sequence[MlpCut],
+    directory: Path,
+    *,
+    max_shard_size: int | str = "5GB",
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Write the cut model with its config, generation config, tokenizer and licence.
+
+    Parameters
+    ----------
+    cuts : one a layer, all of one width.
+    directory : an existing folder, normally from `atomic_directory`.
+    max_shard_size : largest shard, in bytes or as "2GB"; a larger single tensor gets its own.
+    progress : called with the number of bytes written since the last call.
+
+    Raises
+    ------
+    InvalidInput
+        If the layers have different widths, or a bias is needed where the family has none.
+    FbnPruneError
+        If a new weight does not fit the stored dtype, or the disk cannot be written.
+    """
+    widths = sorted({cut.width for cut in cuts})
+    if len(widths) != 1:
+        raise InvalidInput(
+            f"the stock config has one width for all layers, found {widths[0]} to {widths[-1]}; "
+            "use uniform widths"
+        )
+    needs_bias = any(cut.down_bias is not None for cut in cuts)
+    config = pruned_config(source.config, family, widths[0], needs_bias)
+    with disk_errors(directory):
+        write_tensors(
+            source, family, cuts, directory, max_shard_size=max_shard_size, progress=progress
+        )
+        write_json(directory / "config.json", config)
+        copy_companions(source, directory)
+
+
+def write_tensors(
+    source: Checkpoint,
+    family: Family,
+    cuts: Sequence[MlpCut],
+    directory: Path,
+    *,
+    max_shard_size: int | str = "5GB",
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Write the safetensors alone, and the index if there is more than one shard.
+
+    The layers may have different widths. Names and dtypes are the source's; nothing is added but
+    the biases that the cuts bring.
+    """
+    plan = _plan(source, family, cuts)
+    try:
+        split = split_state_dict_into_shards_factory(
+            plan,
+            get_storage_size=lambda info: info.nbytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except ValueError as error:
+        raise InvalidInput(f"max_shard_size {max_shard_size!r} is not a size: {error}") from error
+
+    def produce(name: str) -> Tensor:
+        if name not in source.tensors:
+            return _new_bias(family, cuts, name, plan[name])
+        location = _cut_location(family, cuts, name)
+        tensor = source.tensor(name)
+        if location is None:
+            return tensor
+        return cut_tensor(family, location, tensor, cuts[location.layer])
+
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: plan[name] for name in names}
+        _write_shard(directory / file, shard, produce, progress or (lambda done: None))
+    if split.is_sharded:
+        parameters = sum(info.parameters for info in plan.values())
+        size = sum(info.nbytes for info in plan.values())
+        write_json(
+            directory / INDEX_FILE,
+            {
+                "metadata": {"total_parameters": parameters, "total_size": size},
+                "weight_map": dict(sorted(split.tensor_to_filename.items())),
+            },
+        )
+
+
+def copy_companions(source: Checkpoint, directory: Path) -> None:
+    """Copy generation config, tokenizer, chat templates and licence. Never code, never pickle.
+
+    The source's README stays behind: a model card of the pruned model takes its place.
+    """
+    patterns = (*TOKENIZER_FILES, *(name for name in COMPANION_FILES if name != "README.md"))
+    for file in sorted({file for pattern in patterns for file in source.path.glob(pattern)}):
+        target = directory / file.relative_to(source.path)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
+    tokenizer_config = directory / "tokenizer_config.json"
+    if tokenizer_config.is_file() and not source.trust_remote_code:
+        # It loaded without its code; whoever trusts code later would look for files not copied.
+        settings = json.loads(tokenizer_config.read_text(encoding="utf-8"))
+        if settings.pop("auto_map", None) is not None:
+            write_json(tokenizer_config, settings)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object as transformers does: indented, keys sorted."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def verify_export(directory: Path) -> None:
+    """Send a written checkpoint through the loading code of transformers, without its weights.
+
+    Raises
+    ------
+    FbnPruneError
+        If a tensor is missing, has a shape other than the config's, or the tokenizer is unusable.
+    """
+    try:
+        written = Checkpoint.open(directory)
+        written.load_model("meta", written.storage_dtype)
+    except InvalidInput as error:
+        raise FbnPruneError(f"the written checkpoint does not load: {error}") from error
+
+
+def _cut_location(family: Family, cuts: Sequence[MlpCut], name: str) -> Location | None:
+    """Where a tensor sits in the MLPs that are cut. Layers beyond the model's own are left alone."""
+    location = family.locate(name)
+    return location if location is not None and location.layer < len(cuts) else None
+
+
+def _plan(source: Checkpoint, family: Family, cuts: Sequence[MlpCut]) -> dict[str, TensorInfo]:
+    """Every tensor of the output, in the source's order, with its shape after the cut."""
+    if len(cuts) != family.num_layers(source.config):
+        raise ValueError(f"{len(cuts)} cuts for {family.num_layers(source.config)} layers")
+    hidden = family.hidden_size(source.config)
+    adds_bias = any(cut.down_bias is not None for cut in cuts)
+    adds_bias = adds_bias and not family.has_bias(source.config)
+    if adds_bias:
+        require_bias(family, source.config)
+    plan: dict[str, TensorInfo] = {}
+    for name, info in source.tensors.items():
+        location = _cut_location(family, cuts, name)
+        if location is None:
+            plan[name] = info
+            continue
+        width = cuts[location.layer].width
+        plan[name] = TensorInfo("", family.tensor_shape(location, hidden, width), info.dtype)
+        if adds_bias:
+            bias = Location(location.layer, location.projection, "bias")
+            shape = family.tensor_shape(bias, hidden, width)
+            plan[_bias_name(name)] = TensorInfo("", shape, info.dtype)
+    return plan
+
+
+def _bias_name(weight_name: str) -> str:
+    return weight_name.removesuffix("weight") + "bias"
+
+
+def _new_bias(family: Family, cuts: Sequence[MlpCut], name: str, info: TensorInfo) -> Tensor:
+    """A bias the source has not: the cut's on the output, zeros where only the flag asks for one."""
+    location = family.locate(name)
+    assert location is not None
+    zeros = torch.zeros(info.shape, dtype=info.dtype)
+    if location.projection is not family.output:
+        return zeros
+    return cut_tensor(family, location, zeros, cuts[location.layer])
+
+
+def _write_shard(
+    path: Path,
+    tensors: dict[str, TensorInfo],
+    produce: Callable[[str], Tensor],
+    progress: Callable[[int], None],
+) -> None:
+    """Write one safetensors file, a tensor at a time; wide dtypes first, so that each is aligned."""
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in order:
+        info = tensors[name]
+        header[name] = {
+            "dtype": _DTYPE_NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [offset, offset + info.nbytes],
+        }
+        offset += info.nbytes
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % _ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little"))
+        file.write(encoded)
+        for name in order:
+            tensor, info = produce(name), tensors[name]
+            if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
+                raise FbnPruneError(
+                    f"{name} became {tensor.dtype} {list(tensor.shape)} instead of "
+                    f"{info.dtype} {list(info.shape)}"
+                )
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            progress(info.nbytes)

@@ -1,0 +1,322 @@
+"""A checkpoint on disk, checked from its headers before any work is spent on it.
+
+Only safetensors and JSON are read. A tensor is mapped into memory when it is asked for, so a
+checkpoint may be larger than the machine's memory. Nothing here writes into the checkpoint's
+folder.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors import safe_open
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from fbn_prune.errors import InvalidInput
+from fbn_prune.model.families import Family, as_config, family_of
+from fbn_prune.model.shards import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    TensorInfo,
+    one_line,
+    read_headers,
+    read_index,
+    read_object,
+)
+
+_VOCABULARIES = (
+    "tokenizer.json",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+    "*.model",
+    "*.model.v*",
+    "*.tiktoken",
+)
+TOKENIZER_FILES = (
+    *_VOCABULARIES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+)
+"""Patterns of everything a tokenizer and its chat template may be made of."""
+
+COMPANION_FILES = ("generation_config.json", "LICENSE*", "NOTICE*", "README.md")
+
+_MLP_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_PROBE = "The quick brown fox jumps over 13 lazy dogs.\n"
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A checked local folder of safetensors with its config and tokenizer; made by `open`.
+
+    Attributes
+    ----------
+    path : the folder.
+    config : the object in `config.json`.
+    family : the architecture.
+    tensors : tensor name -> file, shape, dtype.
+    hub_id : the Hub id it was asked for by, None for a local folder.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    family: Family
+    tensors: Mapping[str, TensorInfo]
+    hub_id: str | None = None
+    trust_remote_code: bool = False
+
+    @classmethod
+    def open(cls, path_or_hub_id: str | Path, *, trust_remote_code: bool = False) -> Checkpoint:
+        """Find a checkpoint and check it, reading headers and the tokenizer but no weights.
+
+        Parameters
+        ----------
+        path_or_hub_id : a folder, or a Hub id whose files are downloaded (no pickle; code only if
+            it is trusted).
+        trust_remote_code : let the tokenizer be code from the checkpoint. The model never is.
+
+        Raises
+        ------
+        InvalidInput
+            If anything is missing, broken, contradictory or not supported.
+        """
+        path, hub_id = _find(path_or_hub_id, trust_remote_code)
+        config = _read_config(path)
+        family = family_of(config)
+        tensors = read_headers(path)
+        _check_mlps(path, family, config, tensors)
+        checkpoint = cls(path, config, family, tensors, hub_id, trust_remote_code)
+        _check_tokenizer(checkpoint)
+        return checkpoint
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.tensors)
+
+    @property
+    def total_parameters(self) -> int:
+        """Elements stored; tied embeddings count once, as they are stored once."""
+        return sum(info.parameters for info in self.tensors.values())
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        """The output projections' dtype (the most frequent), to which new weights are rounded."""
+        counts = Counter(
+            info.dtype
+            for name, info in self.tensors.items()
+            if (location := self.family.locate(name))
+            and location.projection is self.family.output
+            and location.part == "weight"
+        )
+        return counts.most_common(1)[0][0]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name].dtype
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, mapped from its file: read when it is used, not to be written to."""
+        with safe_open(self.path / self.tensors[name].file, framework="pt") as shard:
+            tensor: Tensor = shard.get_tensor(name)
+            return tensor
+
+    def load_model(self, device: str | torch.device, dtype: torch.dtype) -> PreTrainedModel:
+        """The model on `device` in `dtype`: eval mode, no key-value cache, stock code only.
+
+        The device "meta" goes through the same loading code, but reads and holds no weights.
+
+        Raises
+        ------
+        InvalidInput
+            If a tensor the model needs is not in the checkpoint, or has another shape.
+        """
+        with _quiet_transformers():
+            try:
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    self.path,
+                    dtype=dtype,
+                    device_map="meta" if torch.device(device).type == "meta" else None,
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    local_files_only=True,
+                    ignore_mismatched_sizes=True,  # refused below, where the tensor is named
+                    output_loading_info=True,
+                )
+            except (OSError, ValueError, RuntimeError) as error:
+                raise InvalidInput(f"{self.path}: cannot be loaded: {one_line(error)}") from error
+        model: PreTrainedModel
+        model, report = loaded
+        if missing := sorted(report["missing_keys"]):
+            raise InvalidInput(
+                f"{self.path}: {len(missing)} tensors of the model are not in the checkpoint, "
+                f"first {missing[0]}"
+            )
+        if mismatched := sorted(report["mismatched_keys"]):
+            name, stored, expected = mismatched[0]
+            raise InvalidInput(
+                f"{self.path}: {name} has shape {list(stored)}, the model needs {list(expected)}"
+            )
+        model.config.use_cache = False
+        model.to(device)  # type: ignore[arg-type]
+        model.eval()
+        return model
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        try:
+            return AutoTokenizer.from_pretrained(
+                self.path, trust_remote_code=self.trust_remote_code, local_files_only=True
+            )
+        except Exception as error:  # the tokenizers library raises bare Exceptions
+            if "custom code" in str(error) and not self.trust_remote_code:
+                raise InvalidInput(
+                    f"{self.path}: the tokenizer is code of its own: --trust-remote-code runs it"
+                ) from error
+            raise InvalidInput(
+                f"{self.path}: the tokenizer cannot be loaded: {one_line(error)}"
+            ) from error
+
+
+def _find(path_or_hub_id: str | Path, trust_remote_code: bool) -> tuple[Path, str | None]:
+    path = Path(path_or_hub_id).expanduser()
+    if path.is_dir():
+        if not any(path.iterdir()):
+            raise InvalidInput(f"{path} is empty; give a folder with config.json and safetensors")
+        return path, None
+    if path.exists():
+        raise InvalidInput(f"{path} is a file; give the folder that holds it and config.json")
+    text = str(path_or_hub_id)
+    if isinstance(path_or_hub_id, Path) or not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", text):
+        raise InvalidInput(f"there is no folder {path}; give a model folder or a Hub id")
+    return _download(text, trust_remote_code), text
+
+
+def _download(hub_id: str, trust_remote_code: bool) -> Path:
+    """Fetch the small files, refuse what they already rule out, and only then fetch the weights."""
+    small = ["config.json", INDEX_FILE, *TOKENIZER_FILES, *COMPANION_FILES]
+    path = _snapshot(hub_id, small + (["*.py"] if trust_remote_code else []))
+    family_of(_read_config(path))
+    index = path / INDEX_FILE
+    shards = sorted(set(read_index(path).values())) if index.exists() else [SINGLE_FILE]
+    return _snapshot(hub_id, shards)
+
+
+def _snapshot(hub_id: str, patterns: list[str]) -> Path:
+    try:
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
+    except (OSError, ValueError, EntryNotFoundError) as error:
+        raise InvalidInput(
+            f"{hub_id!r} is no folder here, and cannot be had from the Hub: {one_line(error)}"
+        ) from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not (path / "config.json").is_file():
+        adapter = (path / "adapter_config.json").is_file()
+        hint = "; this is an adapter: merge it into its base model first" if adapter else ""
+        raise InvalidInput(f"{path} has no config.json{hint}")
+    return read_object(path / "config.json")
+
+
+def _check_mlps(
+    path: Path, family: Family, config: dict[str, Any], tensors: Mapping[str, TensorInfo]
+) -> None:
+    """Every layer has the MLP tensors that the config promises, in those shapes, and no others."""
+    typed = as_config(config)
+    layers, width, hidden = family.num_layers(typed), family.width(typed), family.hidden_size(typed)
+    biased = family.has_bias(typed)
+    found: set[tuple[int, str, str]] = set()
+    for name, info in tensors.items():
+        location = family.locate(name)
+        if location is None or location.layer >= layers:
+            continue
+        expected = family.tensor_shape(location, hidden, width)
+        if info.shape != expected:
+            raise InvalidInput(
+                f"{path / info.file}: {name} has shape {list(info.shape)}, "
+                f"but config.json means {list(expected)}"
+            )
+        if info.dtype not in _MLP_DTYPES:
+            raise InvalidInput(
+                f"{path / info.file}: {name} is stored as {info.dtype}; prune the unquantized model"
+            )
+        if location.part == "bias" and not biased:
+            raise InvalidInput(f"{path / info.file} has {name}, but config.json means no MLP bias")
+        found.add((location.layer, location.projection.path, location.part))
+    if layers < 1:
+        raise InvalidInput(f"{path / 'config.json'} means a model of {layers} layers")
+    for layer in range(layers):
+        for projection in family.projections:
+            for part in ("weight", "bias") if biased else ("weight",):
+                if (layer, projection.path, part) not in found:
+                    raise InvalidInput(
+                        f"{path}: no tensor {family.layers}.{layer}.{projection.path}.{part}, "
+                        f"though config.json means {layers} layers"
+                    )
+
+
+def _check_tokenizer(checkpoint: Checkpoint) -> None:
+    """A tokenizer can load and yet return nothing, or ids the model has no embedding for."""
+    path = checkpoint.path
+    if not any(file for pattern in _VOCABULARIES for file in path.glob(pattern)):
+        raise InvalidInput(f"{path} has no tokenizer (tokenizer.json, tokenizer.model, ...)")
+    tokenizer = checkpoint.load_tokenizer()
+    try:
+        ids = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+    except Exception as error:  # as in load_tokenizer
+        raise InvalidInput(f"{path}: the tokenizer fails on text: {one_line(error)}") from error
+    if not ids or set(ids) == {tokenizer.unk_token_id}:
+        got = "no tokens" if not ids else "nothing but the unknown token"
+        raise InvalidInput(
+            f"{path}: the tokenizer ({type(tokenizer).__name__}) makes {got} of text"
+        )
+    vocabulary = checkpoint.family.vocab_size(checkpoint.config)
+    if max(ids) >= vocabulary:
+        raise InvalidInput(
+            f"{path}: the tokenizer gives the id {max(ids)}, "
+            f"but the model has {vocabulary} embeddings"
+        )
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep transformers' bar and its load report back: only the command line shows progress, and
+    what the report has to say becomes an error that names the tensor.
+    """
+    shown = transformers_logging.is_progress_bar_enabled()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if shown:
+            transformers_logging.enable_progress_bar()

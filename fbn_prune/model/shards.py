@@ -1,0 +1,153 @@
+"""Safetensors on disk: one file, or an index and its shards. Only headers and JSON are read here.
+
+The format is safetensors' own (header length, JSON header, data); the library checks each header
+against its file, this module checks the index against the headers.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from fbn_prune.errors import InvalidInput
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""safetensors' dtype names."""
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a shard's header says of one tensor."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def parameters(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.parameters * self.dtype.itemsize
+
+
+def read_headers(path: Path) -> dict[str, TensorInfo]:
+    """All tensors of a checkpoint. A single file goes before an index, as in transformers."""
+    if (path / SINGLE_FILE).is_file():
+        return _read_header(path, SINGLE_FILE)
+    if not (path / INDEX_FILE).is_file():
+        raise InvalidInput(_no_weights(path))
+    weight_map = read_index(path)
+    shards = {shard: _read_header(path, shard) for shard in sorted(set(weight_map.values()))}
+    for name, shard in weight_map.items():
+        if name not in shards[shard]:
+            raise InvalidInput(f"{path / INDEX_FILE} says that {name} is in {shard}: it is not")
+    tensors: dict[str, TensorInfo] = {}
+    for shard, header in shards.items():
+        for name, info in header.items():
+            if weight_map.get(name, shard) != shard or name in tensors:
+                raise InvalidInput(f"{path / shard} holds {name}, which the index places elsewhere")
+            tensors[name] = info
+    return tensors
+
+
+def _no_weights(path: Path) -> str:
+    pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
+    if pickles:
+        return (
+            f"{path} holds only pickled weights ({pickles[0]}), which are never read: "
+            "convert them to safetensors, for instance with transformers' save_pretrained"
+        )
+    loose = sorted(file.name for file in path.glob("*.safetensors"))
+    found = f"; {loose[0]} is there but no index names it" if loose else ""
+    return f"{path} has neither {SINGLE_FILE} nor {INDEX_FILE}{found}"
+
+
+def _read_header(path: Path, file: str) -> dict[str, TensorInfo]:
+    """Tensors of one file. safetensors bounds the header (100 MB) and checks it against the size."""
+    if not (path / file).is_file():
+        raise InvalidInput(f"{path / INDEX_FILE} names {file}, which is not in the folder")
+    tensors: dict[str, TensorInfo] = {}
+    try:
+        with safe_open(path / file, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118 - a safe_open is not iterable
+                view = shard.get_slice(name)
+                if view.get_dtype() not in DTYPES:
+                    raise InvalidInput(
+                        f"{path / file}: {name} has the unsupported dtype {view.get_dtype()}"
+                    )
+                tensors[name] = TensorInfo(file, tuple(view.get_shape()), DTYPES[view.get_dtype()])
+    except (SafetensorError, OSError) as error:
+        raise InvalidInput(
+            f"{path / file} is not a whole safetensors file ({one_line(error)}); fetch it again"
+        ) from error
+    return tensors
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> shard, every shard's name checked."""
+    weight_map = read_object(path / INDEX_FILE).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InvalidInput(f"{path / INDEX_FILE} has no weight_map from tensor names to shards")
+    return {name: shard_name(shard) for name, shard in weight_map.items()}
+
+
+def shard_name(name: object) -> str:
+    """A shard's name as an index gives it, if it stays in the checkpoint's folder.
+
+    Symbolic links are followed: the Hub's cache is made of them. Names are what an index's author
+    controls.
+    """
+    if (
+        not isinstance(name, str)
+        or not name.endswith(".safetensors")
+        or PureWindowsPath(name).anchor
+        or ".." in PureWindowsPath(name).parts
+    ):
+        raise InvalidInput(
+            f"{INDEX_FILE} names the shard {name!r}: "
+            "shards must be .safetensors files in the checkpoint's folder"
+        )
+    return name
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InvalidInput(f"{path} is not readable JSON: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise InvalidInput(f"{path} must hold a JSON object, found {type(content).__name__}")
+    return content
+
+
+def one_line(error: BaseException) -> str:
+    """What another library's error says, short enough to be quoted in one of ours."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
