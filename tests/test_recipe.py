@@ -1,0 +1,74 @@
+"""Claims about recipes: one description, two spellings, nothing unknown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fbn_prune.errors import InvalidInput
+from fbn_prune.recipe import Recipe, build_recipe, load_recipe
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+def test_a_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
+    recipe = build_recipe({"keep-networks": 7, "calibration": ["a.txt", "b.txt"], "output": "x"})
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    assert load_recipe(path) == recipe
+
+
+def test_dashes_and_underscores_are_the_same_key() -> None:
+    assert build_recipe({"keep-networks": 3}) == build_recipe({"keep_networks": 3})
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("keep_networks: 5\nseed: 3\n")
+    recipe = load_recipe(path, {"seed": 9})
+    assert (recipe.keep_networks, recipe.seed) == (5, 9)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"keep_network": 5}, "unknown key 'keep_network'; did you mean 'keep_networks'"),
+        ({"zzz": 5}, "unknown key 'zzz'; known: model"),
+        ({"keep_networks": 0}, "at least one network"),
+        ({"keep_networks": -3}, "at least one network"),
+        ({"keep_networks": 65}, "only 64 networks"),
+        ({"sparsity": 0.0}, "between 0 and 1"),
+        ({"sparsity": 1.0}, "between 0 and 1"),
+        ({"sparsity": -0.5}, "between 0 and 1"),
+        ({"sparsity": float("nan")}, "between 0 and 1"),
+        ({"networks": 100, "network_tokens": 100}, "allow fewer"),
+        ({"criterion": "luck"}, "criterion = 'luck'"),
+        ({"tokens": "many"}, "tokens = 'many'"),
+        ({"calibration": []}, "calibration is empty"),
+    ],
+)
+def test_a_bad_value_is_named(values: dict[str, object], message: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        build_recipe(values)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["- a list", "a: [unclosed", "just words", "", "? !!python/object x"])
+def test_what_is_no_recipe_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(InvalidInput) as caught:
+        load_recipe(path)
+    assert "\n" not in str(caught.value)
+
+
+@given(content=st.binary(max_size=200))
+@settings(max_examples=200, deadline=None)
+def test_no_bytes_do_more_than_be_refused(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    path.write_bytes(content)
+    try:
+        assert isinstance(load_recipe(path), Recipe)
+    except InvalidInput as error:
+        assert "\n" not in str(error)
