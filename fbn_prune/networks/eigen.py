@@ -20,7 +20,9 @@ from fbn_prune.errors import InvalidInput
 logger = logging.getLogger(__name__)
 
 _GRAM_PANEL = 512
-_EXACT_BELOW = 1024
+_EXACT_UP_TO = 1024
+_BASES = 6
+"""The Krylov basis grows to this many times what a restart keeps."""
 
 
 class IcaConvergenceWarning(UserWarning):
@@ -116,7 +118,7 @@ class TokenGram:
 
 
 def top_eigenvectors(
-    gram: Tensor, k: int, *, seed: int = 0, tol: float = 1e-2, max_iter: int = 400
+    gram: Tensor, k: int, *, seed: int = 0, tol: float = 1e-2, max_iter: int = 200
 ) -> EigenResult:
     """The k leading eigenpairs of a symmetric positive semi-definite matrix.
 
@@ -138,67 +140,60 @@ def top_eigenvectors(
     if not 1 <= k <= size:
         raise InvalidInput(f"cannot take {k} eigenvectors of a {size} x {size} matrix")
     block = max(32, min(96, k))
-    capacity = 6 * (k + block)
-    if size <= max(_EXACT_BELOW, 2 * capacity):
+    capacity = min(_BASES * (k + block), size // 2)
+    if size <= _EXACT_UP_TO or capacity < k + 4 * block:
         values, vectors = torch.linalg.eigh(gram.double())
-        values, vectors = values.flip(0)[:k], vectors.flip(1)[:, :k]
-        return EigenResult(vectors.float(), values, 0, 0.0, True)
+        return EigenResult(vectors.flip(1)[:, :k].float(), values.flip(0)[:k], 0, 0.0, True)
 
     generator = torch.Generator().manual_seed(seed)
     newest = torch.randn(size, block, generator=generator).to(gram.device)
     basis = gram.new_empty(size, capacity)
     image = gram.new_empty(size, capacity)  # gram @ basis
     ritz = torch.zeros(capacity, capacity, dtype=torch.float64, device=gram.device)
-    filled, check_at, iteration = 0, k + 2 * block, 0
-    residual = before_restart = float("inf")
-    values = vectors = None
-    for iteration in range(1, max_iter + 1):
-        newest = _orthonormal_complement(newest, basis[:, :filled])
+    filled, check_at, iteration, before_restart = 0, k + 4 * block, 0, float("inf")
+    while True:
+        iteration += 1
         span = slice(filled, filled + block)
-        basis[:, span] = newest
-        torch.matmul(gram, newest, out=image[:, span])
+        basis[:, span] = _orthonormal_complement(newest, basis[:, :filled])
+        image[:, span] = newest = gram @ basis[:, span]
         filled += block
-        cross = (basis[:, :filled].T @ image[:, span]).double()
+        cross = (basis[:, :filled].T @ newest).double()
         ritz[:filled, span] = cross
         ritz[span, :filled] = cross.T
-        newest = image[:, span]
-        full = filled + block > capacity
-        if filled < check_at and not full and iteration < max_iter:
+        full, last = filled + block > capacity, iteration == max_iter
+        if filled < check_at and not full and not last:
             continue
-        all_values, rotation = torch.linalg.eigh(ritz[:filled, :filled])
-        all_values, rotation = all_values.flip(0), rotation.flip(1)
-        kept = rotation[:, : k + block].float()
-        lead, lead_image = basis[:, :filled] @ kept, image[:, :filled] @ kept
-        values, vectors = all_values[:k], lead[:, :k]
-        errors = (lead_image[:, :k] - vectors * values.float()).norm(dim=0).double()
-        residual = float((errors / (values - all_values[k]).clamp_min(1e-300)).norm())
+        values, rotation = torch.linalg.eigh(ritz[:filled, :filled])
+        values, rotation = values.flip(0), rotation.flip(1)[:, : k + block].float()
+        vectors, products = basis[:, :filled] @ rotation, image[:, :filled] @ rotation
+        errors = (products[:, :k] - vectors[:, :k] * values[:k].float()).norm(dim=0).double()
+        gaps = (values[:k] - values[k]).clamp_min(torch.finfo(torch.float64).tiny)
+        residual = float((errors / gaps).norm())
         logger.debug("block product %d: basis %d, residual %.2e", iteration, filled, residual)
-        if residual <= tol:
+        # Float32 leaves a floor under the errors; a cycle that gains nothing there has hit it.
+        at_floor = float(errors.max()) <= 100 * torch.finfo(gram.dtype).eps * float(values[0])
+        stalled = full and at_floor and residual > 0.5 * before_restart
+        if residual <= tol or stalled or last:
             break
         if full:
-            # Float32 leaves a floor under the residual; a cycle that gains nothing has hit it.
-            if residual > 0.5 * before_restart:
-                break
-            before_restart = residual
-            newest = newest.clone()
-            filled = k + block
-            basis[:, :filled], image[:, :filled] = lead, lead_image
-            ritz.zero_()
-            ritz[:filled, :filled] = torch.diag(all_values[:filled])
+            before_restart, filled = residual, k + block
+            basis[:, :filled], image[:, :filled] = vectors, products
+            ritz[:filled, :filled] = torch.diag(values[:filled])
         check_at = filled + 2 * block
-    assert values is not None and vectors is not None
-    converged = residual <= tol
-    if not converged:
+    if residual > tol:
         warnings.warn(
             f"the {k} leading eigenvectors had not settled after {iteration} block products: "
             f"residual {residual:.1e} > {tol:.0e}; eigenvalue {k} may be too close to the next",
             IcaConvergenceWarning,
             stacklevel=2,
         )
-    return EigenResult(vectors, values, iteration, residual, converged)
+    return EigenResult(
+        vectors[:, :k].contiguous(), values[:k], iteration, residual, residual <= tol
+    )
 
 
 def _orthonormal_complement(block: Tensor, basis: Tensor) -> Tensor:
     """Orthonormal columns spanning ``block`` without its part in ``basis``; twice is enough."""
-    block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
-    return torch.linalg.qr(block - basis @ (basis.T @ block)).Q
+    for _ in range(2):
+        block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
+    return block

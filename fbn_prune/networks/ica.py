@@ -45,16 +45,21 @@ Layers = Callable[[], Iterable[Tensor]]
 """Called once per pass; yields each layer's standardised activations Z_l, [T, N_l], in order."""
 
 _ROWS_PER_CHUNK = 8192
+_PATIENCE = 20
 
 
 @dataclass(frozen=True)
 class Unmixing:
-    """W [k, k] float64, orthogonal: sources are x_white @ W.T. ``change`` is the last step's."""
+    """W [k, k] float64, orthogonal: sources are x_white @ W.T.
+
+    ``change`` is the last step's; ``damped_from`` the iteration from which steps were shortened.
+    """
 
     W: Tensor
     iterations: int
     converged: bool
     change: float
+    damped_from: int | None
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ def standardise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x = x.float()
     std, mean = torch.std_mean(x, dim=0, correction=0)
     # A constant column may come out as a rounding error away from 0; what is left is no signal.
-    dead = std <= 1e-6 * mean.abs()
+    dead = std <= (1e-6 * mean.abs()).clamp_min(torch.finfo(torch.float32).tiny)
     std = torch.where(dead, torch.zeros_like(std), std)
     scale = torch.where(dead, torch.zeros_like(std), std.reciprocal())
     return (x - mean).mul_(scale), mean, std
@@ -115,6 +120,11 @@ def fastica(
 ) -> Unmixing:
     """Symmetric FastICA with the cube contrast.
 
+    The steps are scikit-learn's, W <- polar(E[y^3 x^T] - 3 W), while they get anywhere. These can
+    fall into a cycle for good; where for 20 of them neither the sum of abs kurtosis (what they
+    climb) nor the change has reached a new best, we go on with polar(S (E[y^3 x^T] - 3 W) + d W),
+    S the signs of the kurtosis, doubling d whenever the sum falls: the same fixed points, uphill.
+
     Parameters
     ----------
     x_white
@@ -122,32 +132,45 @@ def fastica(
     w_init
         [k, k] start, decorrelated first; by default Gaussian from ``seed``.
     tol
-        On max_i abs(abs(<w_i, w_i before>) - 1), as in scikit-learn.
+        On max_i abs(abs(<w_i, w_i before>) - 1), as in scikit-learn, of an undamped step.
 
     Warns
     -----
     IcaConvergenceWarning
         If ``max_iter`` steps were not enough.
     """
-    samples, k = x_white.shape
+    k = x_white.shape[1]
     if w_init is None:
         w_init = torch.randn(
             k, k, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
         )
     if w_init.shape != (k, k):
         raise InvalidInput(f"w_init has shape {tuple(w_init.shape)}, not ({k}, {k})")
-    unmixing = _decorrelate(w_init.to(x_white.device, torch.float64))
-    change, iteration = float("inf"), 0
+    rounding = torch.finfo(x_white.dtype).eps
+    w = before = _decorrelate(w_init.to(x_white.device, torch.float64))
+    gradient = gradient_before = torch.zeros_like(w)
+    iteration, since_best, damping, damped_from = 0, 0, 0.0, None
+    change = least_change = float("inf")
+    climbed = highest = 0.0
     while iteration < max_iter and not change < tol:
         iteration += 1
-        transposed = unmixing.T.to(x_white.dtype)
-        update = -3.0 * unmixing  # E[g'(y)] = 3 E[y^2] = 3, exactly, for whitened data
-        for chunk in torch.split(x_white, _ROWS_PER_CHUNK):
-            sources = chunk @ transposed
-            update += (sources.square().mul_(sources).T @ chunk).double() / samples
-        update = _decorrelate(update)
-        change = float(((update * unmixing).sum(dim=1).abs() - 1).abs().max())
-        unmixing = update
+        gradient = _gradient(x_white, w)
+        kurtosis = (gradient * w).sum(dim=1)
+        height = float(kurtosis.abs().sum())
+        if damped_from is None:
+            since_best = 0 if height > highest or change < least_change else since_best + 1
+            highest, least_change = max(highest, height), min(least_change, change)
+            if since_best == _PATIENCE:
+                damped_from, damping = iteration, height / (4 * k)
+        elif height < climbed * (1 - rounding):
+            damping *= 2
+            w, gradient, height = before, gradient_before, climbed
+            kurtosis = (gradient * w).sum(dim=1)
+        before, gradient_before, climbed = w, gradient, height
+        signs = torch.where(kurtosis >= 0, 1.0, -1.0).to(w)
+        w = _decorrelate(signs[:, None] * gradient + damping * w)
+        step = float(((w * before).sum(dim=1).abs() - 1).abs().max())
+        change = step * (1 + damping * k / height) ** 2 if damping else step
     if not change < tol:
         warnings.warn(
             f"FastICA had not settled after {iteration} iterations: last change {change:.1e} > "
@@ -155,7 +178,7 @@ def fastica(
             IcaConvergenceWarning,
             stacklevel=2,
         )
-    return Unmixing(unmixing, iteration, change < tol, change)
+    return Unmixing(w, iteration, change < tol, change, damped_from)
 
 
 def spatial_ica(
@@ -175,7 +198,7 @@ def spatial_ica(
         Called twice (once if ``gram`` is given), yields Z_l [T, N_l] as `standardise` returns it.
         One layer at a time is held. Both passes must give the same values.
     k
-        Number of maps, 1 <= k <= min(T - 1, neurons - 1 or, for one neuron, 1).
+        Number of maps, 1 <= k <= min(T - 1, neurons).
     seed
         Of the ICA start and the eigenvector search. The start is drawn in token space, so that it
         is the same whatever basis the eigenvectors come in.
@@ -353,6 +376,16 @@ def _maps(x_white: Tensor, w: Tensor, scaled: Tensor) -> tuple[Tensor, Tensor]:
         row.copy_(exact * sign)
         column *= deviation * sign
     return maps, loadings.float()
+
+
+def _gradient(x_white: Tensor, w: Tensor) -> Tensor:
+    """E[y^3 x^T] - E[3 y^2] W, [k, k] float64; E[y^2] is exactly 1 for whitened data."""
+    rows = w.T.to(x_white.dtype)
+    gradient = -3.0 * w
+    for chunk in torch.split(x_white, _ROWS_PER_CHUNK):
+        sources = chunk @ rows
+        gradient += (sources.square().mul_(sources).T @ chunk).double() / len(x_white)
+    return gradient
 
 
 def _decorrelate(w: Tensor) -> Tensor:
