@@ -61,7 +61,7 @@ def source_license(readme: Path) -> dict[str, str]:
 
 def model_card(facts: CardFacts) -> str:
     """The text of README.md, YAML front matter included."""
-    name = facts.base_name.rstrip("/").rpartition("/")[2]
+    name = _base(facts).rpartition("/")[2]
     return f"""---
 {_front_matter(facts)}---
 
@@ -94,6 +94,11 @@ tokenizer = AutoTokenizer.from_pretrained("PATH_TO_THIS_FOLDER")
 """
 
 
+def _base(facts: CardFacts) -> str:
+    """The source's name, without the folders that are its user's own business."""
+    return facts.base_hub_id or Path(facts.base_name).name
+
+
 def _front_matter(facts: CardFacts) -> str:
     metadata: dict[str, Any] = {
         "library_name": "transformers",
@@ -116,7 +121,7 @@ def _what_was_cut(facts: CardFacts) -> str:
             f" Of {facts.total_networks} functional networks {facts.kept_networks} set the budget."
         )
     return (
-        f"Made from `{facts.base_name}` by removing {total - kept:,} of its {total:,} MLP neurons: each of the "
+        f"Made from `{_base(facts)}` by removing {total - kept:,} of its {total:,} MLP neurons: each of the "
         f"{len(facts.widths)} layers keeps {width} of {facts.neurons_before}. Attention, norms and embeddings are "
         f"unchanged.{networks} Neurons were chosen by {facts.criterion}, on {facts.calibration}."
     )

@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,9 +19,8 @@ logger = logging.getLogger(__name__)
 def check_output(output: Path, overwrite: bool, source: Path | None, needed_bytes: int = 0) -> None:
     """Refuse, before any work, an output that could not be written at the end.
 
-    An empty folder is as good as none. `overwrite` allows to replace any other folder, except the
-    model's own, one that holds it, and those no one means: the working folder, home, the root, and
-    what they are in.
+    `overwrite` allows to replace an existing folder, except the model's own, one that holds it, and
+    those no one means: the working folder, home, the root, and what they are in.
 
     Parameters
     ----------
@@ -40,11 +40,16 @@ def check_output(output: Path, overwrite: bool, source: Path | None, needed_byte
         raise InvalidInput(f"the output {output} is or holds the working or home folder")
     if os.path.ismount(target):
         raise InvalidInput(f"the output {output} is a mount point; give a folder inside it")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
+    if target.is_dir() and not overwrite:
         raise InvalidInput(f"the output {output} exists; give another, or --overwrite")
     ancestor = next(parent for parent in target.parents if parent.exists())
-    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
-        raise InvalidInput(f"the output {output} cannot be made: {ancestor} is not writable")
+    try:  # permissions alone do not tell: the file system may be read-only, or refuse root
+        with tempfile.TemporaryDirectory(dir=ancestor, prefix=".fbn-prune-"):
+            pass
+    except OSError as error:
+        raise InvalidInput(
+            f"the output {output} cannot be made: {ancestor} is not writable ({error.strerror})"
+        ) from error
     free = shutil.disk_usage(ancestor).free
     if free < needed_bytes:
         raise InvalidInput(
