@@ -48,6 +48,7 @@ class Comparison:
         *,
         context: int,
         blocks: int,
+        evaluation_blocks: int,
         first: int,
         networks: int,
         network_tokens: int,
@@ -63,9 +64,10 @@ class Comparison:
         draw = random.Random(seed)
         sample: list[torch.Tensor] = []
         for file in calibrate:
-            sample += draw.sample(_blocks(file, tokenizer, context, first), blocks)
+            found = _blocks(file, tokenizer, context, first)
+            sample += draw.sample(found, min(blocks, len(found)))
         draw.shuffle(sample)
-        held = [b for file in evaluate for b in _blocks(file, tokenizer, context, blocks)]
+        held = [b for file in evaluate for b in _blocks(file, tokenizer, context, evaluation_blocks)]
         self.calibration = TokenBlocks(tuple(sample), context, tuple(map(str, calibrate)))
         self.held_out = TokenBlocks(tuple(held), context, tuple(map(str, evaluate)))
         self.batches = self.calibration.batches(BATCH_TOKENS)
@@ -164,7 +166,8 @@ def main(
     kept: Annotated[list[float], typer.Option(help="Shares of neurons kept.")] = [0.7, 0.5, 0.3],  # noqa: B006
     dial: Annotated[list[int], typer.Option(help="Networks kept.")] = [5, 10, 20, 40],  # noqa: B006
     context: Annotated[int, typer.Option()] = 256,
-    blocks: Annotated[int, typer.Option(help="Blocks of each text.")] = 32,
+    blocks: Annotated[int, typer.Option(help="Calibration blocks of each text.")] = 32,
+    evaluation_blocks: Annotated[int, typer.Option(help="First blocks of each text.")] = 32,
     dial_blocks: Annotated[int, typer.Option(help="Calibration blocks for the size dial.")] = 24,
     first: Annotated[int, typer.Option(help="Calibration blocks are drawn from these.")] = 400,
     networks: Annotated[int, typer.Option()] = 64,
@@ -176,6 +179,7 @@ def main(
 ) -> None:
     common: dict[str, Any] = {
         "context": context,
+        "evaluation_blocks": evaluation_blocks,
         "first": first,
         "networks": networks,
         "network_tokens": network_tokens,

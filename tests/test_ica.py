@@ -100,7 +100,7 @@ def test_fastica_takes_the_same_path_as_scikit_learn_from_the_same_start() -> No
     u, _, _ = np.linalg.svd(z.T.double().numpy() - z.mean(1).double().numpy(), full_matrices=False)
     white = u[:, :4] * len(u) ** 0.5
     start = np.random.default_rng(0).normal(size=(4, 4))
-    theirs = FastICA(4, fun="cube", whiten=False, w_init=start, max_iter=500, tol=1e-9).fit(white)
+    theirs = FastICA(fun="cube", whiten=False, w_init=start, max_iter=500, tol=1e-9).fit(white)
     ours = ica.fastica(
         torch.from_numpy(white), w_init=torch.from_numpy(start), max_iter=500, tol=1e-9
     )
@@ -172,7 +172,7 @@ def test_steps_that_go_round_in_circles_are_damped_until_they_settle() -> None:
     white = torch.linalg.svd(z.T.double() - z.T.double().mean(0), full_matrices=False).U[:, :3]
     white = white * len(white) ** 0.5
     start = torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    theirs = FastICA(3, fun="cube", whiten=False, w_init=start.numpy(), max_iter=1000, tol=1e-6)
+    theirs = FastICA(fun="cube", whiten=False, w_init=start.numpy(), max_iter=1000, tol=1e-6)
     with pytest.warns(ConvergenceWarning):
         theirs.fit(white.numpy())
     ours = ica.fastica(white, w_init=start)

@@ -176,6 +176,8 @@ def top_eigenvectors(
         if residual <= tol or stalled or last:
             break
         if full:
+            # The residuals of all Ritz vectors lie in what the last product adds to the whole basis.
+            newest = _orthonormal_complement(newest, basis[:, :filled])
             before_restart, filled = residual, k + block
             basis[:, :filled], image[:, :filled] = vectors, products
             ritz[:filled, :filled] = torch.diag(values[:filled])

@@ -248,7 +248,7 @@ def spatial_ica(
     x_white, scaled = _whiten(projected, eigen.vectors)
     del projected
     clock = _lap(seconds, "whitening", clock)
-    unmixing = fastica(x_white, w_init=_start(scaled, seed), tol=tol, max_iter=max_iter)
+    unmixing = fastica(x_white, w_init=seeded_start(scaled, seed), tol=tol, max_iter=max_iter)
     clock = _lap(seconds, "fastica", clock)
     maps, time_courses = _maps(x_white, unmixing.W, scaled)
     explained = time_courses.double().square().sum(dim=0) * neurons / total_variance
@@ -355,7 +355,7 @@ def _whiten(projected: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
     return x_white, (vectors.double() @ rotation) * variances.sqrt()
 
 
-def _start(scaled: Tensor, seed: int) -> Tensor:
+def seeded_start(scaled: Tensor, seed: int) -> Tensor:
     """A random start [k, k] that turns with the whitened basis: projected from token space."""
     generator = torch.Generator().manual_seed(seed)
     tokens, k = scaled.shape
