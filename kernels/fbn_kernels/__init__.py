@@ -1,0 +1,26 @@
+"""Gathered sparse MLPs: run a whole checkpoint's MLP through a set of its neurons.
+
+The weights stay in memory once; a set is a list of neurons. Needs torch; Triton only on a GPU.
+"""
+
+from __future__ import annotations
+
+from .activations import ACTIVATIONS
+from .cpu import compact_cache
+from .mlp import gathered_mlp
+from .neuron_set import BLOCK, Kind, NeuronSet
+from .reference import reference_mlp
+from .routing import NeuronBatch, NeuronSets, Strategy
+
+__all__ = [
+    "ACTIVATIONS",
+    "BLOCK",
+    "Kind",
+    "NeuronBatch",
+    "NeuronSet",
+    "NeuronSets",
+    "Strategy",
+    "compact_cache",
+    "gathered_mlp",
+    "reference_mlp",
+]

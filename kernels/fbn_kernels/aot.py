@@ -1,0 +1,241 @@
+"""Compiles tiles ahead of time for a GPU that need not be there, and tells what they take.
+
+The compiler accepts a tile that a chip cannot launch or that spills its registers; this module reads
+the finished binary for shared memory, spills, matrix instructions and asynchronous copies. The
+tests do so for every tile of every table, the tuner for every candidate.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .kernels import down_kernel, hidden_kernel
+from .launch import CUDA_PRECISION, HIP_PRECISION
+from .neuron_set import Kind
+from .tuning import DownTile, HiddenTile
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A compilation target.
+
+    Attributes
+    ----------
+    name
+        As the tuning tables call it.
+    target
+        As Triton calls it.
+    shared_limit
+        Bytes of shared memory a program may use.
+    precision
+        How float32 is multiplied.
+    """
+
+    name: str
+    target: GPUTarget
+    shared_limit: int
+    precision: str
+
+
+CHIPS = {
+    "sm_80": Chip("sm_80", GPUTarget("cuda", 80, 32), 163 * 1024, CUDA_PRECISION),
+    "sm_90": Chip("sm_90", GPUTarget("cuda", 90, 32), 227 * 1024, CUDA_PRECISION),
+    "gfx942": Chip("gfx942", GPUTarget("hip", "gfx942", 64), 64 * 1024, HIP_PRECISION),
+}
+
+_SIGNATURE_DTYPE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+_MATRIX = {
+    "sm_80": r"mma\.sync",
+    "sm_90": r"wgmma\.mma_async|mma\.sync",
+    "gfx942": r"v_mfma_",
+}
+
+_INTEGER_TABLES = {"indices": "i32", "set_ids": "i32", "order": "i32", "tiles": "i32"} | {
+    "table": "i32",
+    "membership": "u8",
+}
+
+_UNALIGNED = {"rows", "row_tiles", "column_tiles", "kept"}
+
+
+@dataclass(frozen=True)
+class Binary:
+    """What a compiled kernel takes.
+
+    Attributes
+    ----------
+    shared
+        Bytes of shared memory a program uses.
+    registers
+        Vector registers a thread uses.
+    spilled
+        Bytes of stack (NVIDIA) or registers (AMD) spilled to memory.
+    matrix_instructions, wgmma, async_copies
+        How many matrix instructions there are, how many of them Hopper's asynchronous ones, and how
+        many asynchronous copies to shared memory (NVIDIA).
+    """
+
+    shared: int
+    registers: int
+    spilled: int
+    matrix_instructions: int
+    wgmma: int
+    async_copies: int
+
+
+def compile_hidden(
+    chip: Chip,
+    tile: HiddenTile,
+    dtype: torch.dtype,
+    *,
+    gated: bool = True,
+    activation: str = "silu",
+    kind: Kind = Kind.ROWS,
+    biased: bool = False,
+    masked: bool = False,
+    routed: bool = False,
+    even_width: bool = True,
+) -> Binary:
+    """Compile the hidden kernel for a chip."""
+    constants = {
+        "ACTIVATION": activation,
+        "GATED": gated,
+        "UP_BIAS": biased,
+        "GATE_BIAS": biased and gated,
+        "BLOCKS": kind is Kind.BLOCK64,
+        "MASKED": masked,
+        "ROUTED": routed,
+        "EVEN_WIDTH": even_width,
+        "INTERPRETED": False,
+        "PRECISION": chip.precision,
+        "BLOCK_ROWS": tile.block_rows,
+        "BLOCK_NEURONS": tile.block_neurons,
+        "BLOCK_WIDTH": tile.block_width,
+        "GROUP_ROWS": 8,
+    }
+    absent = {
+        name
+        for name, given in (
+            ("gate", gated),
+            ("up_bias", biased),
+            ("gate_bias", biased and gated),
+            ("membership", masked),
+            ("set_ids", masked),
+            ("order", routed),
+            ("tiles", routed),
+            ("table", routed),
+        )
+        if not given
+    }
+    values = {"x", "up", "gate", "up_bias", "gate_bias", "hidden"}
+    return _compile(hidden_kernel, chip, values, {}, absent, constants, dtype, tile, even_width)
+
+
+def compile_down(
+    chip: Chip,
+    tile: DownTile,
+    dtype: torch.dtype,
+    *,
+    split: int = 1,
+    kind: Kind = Kind.ROWS,
+    biased: bool = False,
+    routed: bool = False,
+    even_width: bool = True,
+) -> Binary:
+    """Compile the down kernel for a chip."""
+    constants = {
+        "BIAS": biased and split == 1,
+        "BLOCKS": kind is Kind.BLOCK64,
+        "ROUTED": routed,
+        "EVEN_WIDTH": even_width,
+        "INTERPRETED": False,
+        "PRECISION": chip.precision,
+        "BLOCK_ROWS": tile.block_rows,
+        "BLOCK_NEURONS": tile.block_neurons,
+        "BLOCK_WIDTH": tile.block_width,
+        "SPLIT": split,
+        "GROUP_ROWS": 8,
+    }
+    absent = set() if routed else {"order", "tiles", "table"}
+    if not (biased and split == 1):
+        absent.add("down_bias")
+    pointers = {"out": "fp32"} if split > 1 else {}
+    values = {"hidden", "down_t", "down_bias", "out"}
+    return _compile(down_kernel, chip, values, pointers, absent, constants, dtype, tile, even_width)
+
+
+def _compile(
+    kernel: Any,
+    chip: Chip,
+    values: set[str],
+    pointers: dict[str, str],
+    absent: set[str],
+    constants: dict[str, Any],
+    dtype: torch.dtype,
+    tile: HiddenTile | DownTile,
+    even_width: bool,
+) -> Binary:
+    types = dict.fromkeys(values, _SIGNATURE_DTYPE[dtype]) | _INTEGER_TABLES | pointers
+    signature, constexprs, aligned = {}, dict(constants), {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in constants or name in absent:
+            signature[name] = "constexpr"
+            constexprs.setdefault(name, None)
+            continue
+        signature[name] = f"*{types[name]}" if name in types else "i32"
+        # As at run time: pointers, strides and padded sizes are multiples of 16.
+        if name not in _UNALIGNED and (even_width or name != "model_width"):
+            aligned[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs, aligned)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    compiled = triton.compile(source, target=chip.target, options=options)
+    return _inspect(compiled, chip)
+
+
+def _inspect(compiled: Any, chip: Chip) -> Binary:
+    shared = compiled.metadata.shared
+    matrix = re.compile(_MATRIX[chip.name])
+    if chip.target.backend == "hip":
+        text = compiled.asm["amdgcn"]
+        spilled = _number(r"\.vgpr_spill_count:\s+(\d+)", text)
+        spilled += _number(r"\.sgpr_spill_count:\s+(\d+)", text)
+        registers = _number(r"\.vgpr_count:\s+(\d+)", text)
+        return Binary(shared, registers, spilled, len(matrix.findall(text)), 0, 0)
+    text = compiled.asm["ptx"]
+    usage = _resource_usage(compiled.asm["cubin"])
+    return Binary(
+        shared=shared,
+        registers=_number(r"REG:(\d+)", usage),
+        spilled=_number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage),
+        matrix_instructions=len(matrix.findall(text)),
+        wgmma=len(re.findall(r"wgmma\.mma_async", text)),
+        async_copies=len(re.findall(r"cp\.async\.c[ag]\.", text)),
+    )
+
+
+def _resource_usage(cubin: bytes) -> str:
+    tool = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        return subprocess.run(
+            [tool, "--dump-resource-usage", str(path)], check=True, capture_output=True, text=True
+        ).stdout
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"the compiler's output has no {pattern!r}")
+    return int(found.group(1))

@@ -1,0 +1,183 @@
+"""`gathered_mlp`: one MLP, run through the neurons of a set, weights untouched."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .activations import activate, canonical_activation
+from .neuron_set import Kind, NeuronSet
+from .op import many_sets, one_set
+from .routing import NeuronBatch, Strategy
+
+
+def gathered_mlp(
+    x: Tensor,
+    up: Tensor,
+    down_t: Tensor,
+    neurons: NeuronSet | NeuronBatch,
+    *,
+    gate: Tensor | None = None,
+    activation: str = "silu",
+    up_bias: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor:
+    """Compute `down(act(x gateᵀ) * (x upᵀ))` over the kept neurons, or `down(act(x upᵀ))`.
+
+    Triton kernels on a GPU, views and cached compact weights on a CPU; differentiable; traceable by
+    `torch.compile`; capturable in a CUDA graph.
+
+    Parameters
+    ----------
+    x
+        [..., width], floating. The kernels take float32, bfloat16 and float16; a CPU float64 too.
+    up, gate
+        [neurons, width]: the whole weights. Without `gate` the MLP is a plain one.
+    down_t
+        [neurons, width out]: `down` transposed, which is how it must be stored on a GPU.
+    neurons
+        A set for all rows, or a batch with a set a row (`NeuronSets.route`).
+    activation
+        silu, gelu, gelu_tanh or relu, or transformers' name for one of them.
+    up_bias, gate_bias
+        [neurons], or None.
+    down_bias
+        [width out], or None.
+
+    Returns
+    -------
+    Tensor
+        [..., width out], of x's dtype.
+
+    Raises
+    ------
+    ValueError
+        If shapes or devices do not fit together, or the activation is unknown.
+    """
+    name = canonical_activation(activation)
+    _check(x, up, down_t, neurons, gate, up_bias, gate_bias, down_bias)
+    flat = x.reshape(-1, x.shape[-1])
+    biases = (up_bias, gate_bias, down_bias)
+    if isinstance(neurons, NeuronSet):
+        if neurons.kind is Kind.PREFIX and x.is_cuda:
+            out = _prefix(flat, up, gate, down_t, biases, neurons.count, name, None)
+        else:
+            out = one_set(
+                flat,
+                up,
+                gate,
+                down_t,
+                neurons.indices,
+                *biases,
+                None,
+                None,
+                name,
+                neurons.count,
+                neurons.kind.value,
+            )
+        return out.reshape(*x.shape[:-1], out.shape[-1])
+    sets, union = neurons.sets, neurons.sets.union
+    if neurons.strategy is Strategy.UNION and union.kind is Kind.PREFIX and x.is_cuda:
+        mask = sets.membership[:, : union.count].to(x.dtype).index_select(0, neurons.set_ids)
+        out = _prefix(flat, up, gate, down_t, biases, union.count, name, mask)
+    elif neurons.strategy is Strategy.UNION:
+        out = one_set(
+            flat,
+            up,
+            gate,
+            down_t,
+            union.indices,
+            *biases,
+            sets.membership,
+            neurons.set_ids,
+            name,
+            union.count,
+            union.kind.value,
+        )
+    else:
+        out = many_sets(
+            flat,
+            up,
+            gate,
+            down_t,
+            union.indices,
+            *biases,
+            sets.membership,
+            neurons.set_ids,
+            sets.indices,
+            sets.table,
+            neurons.order,
+            neurons.tiles,
+            name,
+            union.count,
+            sets.kind.value,
+            sets.largest,
+            neurons.block_rows,
+        )
+    return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+def _prefix(
+    x: Tensor,
+    up: Tensor,
+    gate: Tensor | None,
+    down_t: Tensor,
+    biases: tuple[Tensor | None, Tensor | None, Tensor | None],
+    count: int,
+    activation: str,
+    mask: Tensor | None,
+) -> Tensor:
+    """Run a prefix as what it is: a smaller dense MLP over views."""
+    up_bias, gate_bias, down_bias = biases
+    hidden = F.linear(x, up[:count], None if up_bias is None else up_bias[:count])
+    if gate is None:
+        hidden = activate(activation, hidden)
+    else:
+        opened = F.linear(x, gate[:count], None if gate_bias is None else gate_bias[:count])
+        hidden = activate(activation, opened) * hidden
+    if mask is not None:
+        hidden = hidden * mask
+    out = hidden @ down_t[:count]
+    return out if down_bias is None else out + down_bias
+
+
+def _check(
+    x: Tensor,
+    up: Tensor,
+    down_t: Tensor,
+    neurons: NeuronSet | NeuronBatch,
+    gate: Tensor | None,
+    up_bias: Tensor | None,
+    gate_bias: Tensor | None,
+    down_bias: Tensor | None,
+) -> None:
+    if up.dim() != 2 or x.dim() < 1 or x.shape[-1] != up.shape[1]:
+        raise ValueError(
+            f"x {list(x.shape)} does not fit up {list(up.shape)}, which is [neurons, width]"
+        )
+    count = up.shape[0]
+    if neurons.width != count:
+        raise ValueError(f"the set is of an MLP {neurons.width} wide, up has {count} neurons")
+    if down_t.dim() != 2 or down_t.shape[0] != count:
+        raise ValueError(
+            f"down_t {list(down_t.shape)} must be down transposed, [{count} neurons, width out]"
+        )
+    if gate is not None and gate.shape != up.shape:
+        raise ValueError(f"gate {list(gate.shape)} differs from up {list(up.shape)}")
+    if gate is None and gate_bias is not None:
+        raise ValueError("gate_bias is given without gate")
+    for label, bias, length in (
+        ("up_bias", up_bias, count),
+        ("gate_bias", gate_bias, count),
+        ("down_bias", down_bias, down_t.shape[1]),
+    ):
+        if bias is not None and tuple(bias.shape) != (length,):
+            raise ValueError(f"{label} {list(bias.shape)} must be [{length}]")
+    held = neurons.indices if isinstance(neurons, NeuronSet) else neurons.set_ids
+    if held.device != x.device:
+        raise ValueError(f"the set is on {held.device}, x on {x.device}; move it with .to")
+    if isinstance(neurons, NeuronBatch):
+        rows = x.numel() // x.shape[-1]
+        if neurons.set_ids.shape[0] != rows:
+            raise ValueError(f"the batch routes {neurons.set_ids.shape[0]} rows, x has {rows}")

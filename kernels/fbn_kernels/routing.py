@@ -1,0 +1,234 @@
+"""Many sets at once: a batch whose rows run through different sets.
+
+Two ways to run such a batch. `UNION` computes the neurons that any set keeps, once, and zeroes in
+each row those its own set drops: the weights are read once. `ROUTED` sorts the rows by set and gives
+each tile of rows its own index list: no multiplication is wasted, but weights that two sets share
+are read twice. Reading dominates while rows are few, multiplying once they are many.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .neuron_set import Kind, NeuronSet
+
+RIDGE_TOKENS = 184
+"""Rows at which a weight row's arithmetic takes as long as reading it (H200, bfloat16)."""
+
+_FEW_ROWS = 16
+_MANY_ROWS = 64
+
+
+class Strategy(enum.Enum):
+    """How a batch over several sets is run."""
+
+    UNION = "union"
+    ROUTED = "routed"
+
+
+@dataclass(frozen=True, eq=False)
+class NeuronSets:
+    """Several sets of the same MLP, kept as index lists alone.
+
+    Attributes
+    ----------
+    sets
+        The sets, numbered from 0.
+    indices
+        int32: the padded index lists one after the other.
+    table
+        int32 [sets, 2]: where a set's list starts in `indices`, and how many neurons it keeps.
+    union
+        The neurons any of them keeps.
+    membership
+        uint8 [sets, padded union]: 1 where the set keeps that neuron of the union, 0 elsewhere and
+        on the padding.
+    """
+
+    sets: tuple[NeuronSet, ...]
+    indices: Tensor
+    table: Tensor
+    union: NeuronSet
+    membership: Tensor
+
+    @classmethod
+    def from_sets(cls, sets: Sequence[NeuronSet]) -> NeuronSets:
+        """Put sets of one MLP together.
+
+        Raises
+        ------
+        ValueError
+            If there is none, or they differ in width or device.
+        """
+        if not sets:
+            raise ValueError("at least one set is needed, got none")
+        first = sets[0]
+        for number, one in enumerate(sets):
+            if one.width != first.width:
+                raise ValueError(
+                    f"set {number} is of an MLP {one.width} wide, set 0 of {first.width}"
+                )
+            if one.indices.device != first.indices.device:
+                raise ValueError(
+                    f"set {number} is on {one.indices.device}, set 0 on {first.indices.device}"
+                )
+        kept = torch.zeros(len(sets), first.width, dtype=torch.uint8)
+        for number, one in enumerate(sets):
+            kept[number, one.rows().cpu()] = 1
+        device = first.indices.device
+        union = NeuronSet.from_indices(torch.nonzero(kept.amax(0)).flatten(), first.width)
+        membership = kept[:, union.indices.to(torch.int64)]
+        membership[:, union.count :] = 0
+        starts, total = [], 0
+        for one in sets:
+            starts.append(total)
+            total += one.indices.numel()
+        table = torch.tensor(
+            [[start, one.count] for start, one in zip(starts, sets, strict=True)], dtype=torch.int32
+        )
+        return cls(
+            sets=tuple(sets),
+            indices=torch.cat([one.indices for one in sets]),
+            table=table.to(device),
+            union=union.to(device),
+            membership=membership.to(device),
+        )
+
+    @property
+    def width(self) -> int:
+        """Neurons in the whole MLP."""
+        return self.union.width
+
+    @property
+    def kind(self) -> Kind:
+        """`BLOCK64` if every set is in aligned blocks, else `ROWS`."""
+        blocks = all(one.kind is Kind.BLOCK64 for one in self.sets)
+        return Kind.BLOCK64 if blocks else Kind.ROWS
+
+    @property
+    def largest(self) -> int:
+        """Neurons of the largest set."""
+        return max(one.count for one in self.sets)
+
+    def to(self, device: torch.device | str) -> NeuronSets:
+        """Return the same sets with their lists on `device`."""
+        return NeuronSets(
+            tuple(one.to(device) for one in self.sets),
+            self.indices.to(device),
+            self.table.to(device),
+            self.union.to(device),
+            self.membership.to(device),
+        )
+
+    def choose(self, rows: int) -> Strategy:
+        """Return the cheaper strategy for `rows` rows spread evenly over the sets.
+
+        The cost of a strategy, in weight rows read, is the larger of the rows it reads and the rows
+        it multiplies over `RIDGE_TOKENS`.
+        """
+        present = min(rows, len(self.sets))
+        kept = sum(one.count for one in self.sets) / len(self.sets)
+        routed = max(kept * present, rows * kept / RIDGE_TOKENS)
+        union = max(self.union.count, rows * self.union.count / RIDGE_TOKENS)
+        return Strategy.UNION if union <= routed else Strategy.ROUTED
+
+    def route(
+        self,
+        set_ids: Tensor | Sequence[int],
+        *,
+        tokens_per_row: int = 1,
+        strategy: Strategy | None = None,
+    ) -> NeuronBatch:
+        """Send each row of a batch through a set.
+
+        Nothing is read back from the device, so the call can be captured in a CUDA graph; build it
+        once a forward pass and use it in every layer whose sets are numbered alike.
+
+        Parameters
+        ----------
+        set_ids
+            int [batch]: the set of each row. Checked where it lies on the CPU; on a GPU an id out of
+            range is the caller's error.
+        tokens_per_row
+            How many consecutive rows of the flattened activations belong to one entry.
+        strategy
+            `choose` decides when not given.
+        """
+        device = self.indices.device
+        ids = torch.as_tensor(set_ids)
+        if ids.dim() != 1 or ids.is_floating_point():
+            raise ValueError(
+                f"set ids must be a flat list of integers, got {ids.dtype} {ids.shape}"
+            )
+        if ids.device.type == "cpu" and ids.numel():
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high >= len(self.sets):
+                wrong = low if low < 0 else high
+                raise ValueError(f"set {wrong} is outside the {len(self.sets)} sets")
+        ids = ids.to(device, torch.int32)
+        if tokens_per_row != 1:
+            ids = ids.repeat_interleave(tokens_per_row)
+        rows = ids.numel()
+        block_rows = _MANY_ROWS if rows >= _MANY_ROWS * len(self.sets) else _FEW_ROWS
+        order, tiles = _tile_table(ids, len(self.sets), block_rows)
+        return NeuronBatch(self, ids, order, tiles, block_rows, strategy or self.choose(rows))
+
+
+@dataclass(frozen=True, eq=False)
+class NeuronBatch:
+    """Which set each row of a batch runs through.
+
+    Attributes
+    ----------
+    sets
+        The sets.
+    set_ids
+        int32 [rows]: each row's set.
+    order
+        int32 [rows]: the rows sorted by set.
+    tiles
+        int32 [tiles, 3]: for each tile of rows its set and its range in `order`; a range is empty
+        where the table is longer than needed.
+    block_rows
+        Rows in a tile.
+    strategy
+        How the batch is run.
+    """
+
+    sets: NeuronSets
+    set_ids: Tensor
+    order: Tensor
+    tiles: Tensor
+    block_rows: int
+    strategy: Strategy
+
+    @property
+    def width(self) -> int:
+        """Neurons in the whole MLP."""
+        return self.sets.width
+
+
+def _tile_table(ids: Tensor, sets: int, block_rows: int) -> tuple[Tensor, Tensor]:
+    """Sort rows by set and cut each set's rows into tiles, without reading anything back."""
+    rows = ids.numel()
+    order = torch.argsort(ids, stable=True)
+    sorted_ids = ids[order].contiguous()
+    numbers = torch.arange(sets, device=ids.device, dtype=torch.int32)
+    starts = torch.searchsorted(sorted_ids, numbers)
+    stops = torch.searchsorted(sorted_ids, numbers, right=True)
+    tiles_of = (stops - starts + block_rows - 1) // block_rows
+    ends = torch.cumsum(tiles_of, 0)
+    # The count of tiles depends on the ids; their bound does not.
+    bound = max(1, min(rows, rows // block_rows + sets))
+    tile = torch.arange(bound, device=ids.device)
+    owner = torch.searchsorted(ends, tile, right=True).clamp(max=sets - 1)
+    within = tile - (ends - tiles_of)[owner]
+    start = starts[owner] + within * block_rows
+    stop = torch.minimum(start + block_rows, stops[owner])
+    start = torch.minimum(start, stop)
+    return order.to(torch.int32), torch.stack([owner, start, stop], 1).to(torch.int32)
