@@ -197,7 +197,7 @@ def _json_lines(path: Path, field: str) -> Iterator[str]:
 def _hub_documents(source: str) -> Iterator[str]:
     """Documents of `hf:dataset[:config[:split[:field]]]`, streamed through `datasets`."""
     name, *rest = source.removeprefix("hf:").split(":")
-    config, split, field = (rest + ["", "", ""])[:3]
+    config, split, field = [*rest, "", "", ""][:3]
     split, field = split or "train", field or "text"
     if not name or len(rest) > 3:
         raise InvalidInput(f"{source!r}: write hf:dataset[:config[:split[:field]]]")

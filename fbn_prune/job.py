@@ -119,9 +119,11 @@ def prepare(recipe: Recipe) -> Prepared:
         The checkpoint, the output place, the device, the context or the networks cannot be used.
     """
     source = str(builtin.model_path()) if recipe.model == "builtin" else recipe.model
-    checkpoint = Checkpoint.open(source)
+    checkpoint = Checkpoint.open(source, trust_remote_code=recipe.trust_remote_code)
     if recipe.output is not None:
-        check_output(recipe.output, recipe.overwrite, checkpoint.path)
+        check_output(
+            recipe.output, recipe.overwrite, checkpoint.path, needed_bytes=checkpoint.total_bytes
+        )
     family = checkpoint.family
     longest = family.context_length(checkpoint.config)
     if recipe.context is not None and recipe.context > longest:
@@ -406,7 +408,9 @@ def _export(
         if networks is not None:
             networks.save(folder / "networks.safetensors")
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-        (folder / "README.md").write_text(_card(prepared, networks, result.kept_networks, result), encoding="utf-8")
+        (folder / "README.md").write_text(
+            _card(prepared, networks, result.kept_networks, result), encoding="utf-8"
+        )
 
 
 _CRITERION_WORDS = {
@@ -421,7 +425,10 @@ _CRITERION_WORDS = {
 
 
 def _card(
-    prepared: Prepared, networks: FunctionalNetworks | None, kept: Sequence[int], result: PruneResult
+    prepared: Prepared,
+    networks: FunctionalNetworks | None,
+    kept: Sequence[int],
+    result: PruneResult,
 ) -> str:
     recipe = prepared.recipe
     sources = ", ".join(recipe.calibration)

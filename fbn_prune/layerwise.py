@@ -58,7 +58,7 @@ class LayerwiseForward:
         self._model = model
         self._family = family
         self._layers = family.layer_modules(model)
-        self._device = model.get_input_embeddings().weight.device
+        self._device = model.device
         self._valid = [batch.valid.to(self._device) for batch in batches]
         self._calls: dict[torch.Size, list[_LayerCall]] = {}
         self._shapes = [batch.input_ids.shape for batch in batches]
@@ -158,11 +158,11 @@ class LayerwiseForward:
 def _forward_replaced(layers: nn.ModuleList, forward: Callable[..., Any]) -> Iterator[None]:
     before = [layer.__dict__.get("forward") for layer in layers]
     for layer in layers:
-        layer.forward = forward  # type: ignore[method-assign, assignment]
+        layer.forward = forward
     try:
         yield
     finally:
         for layer, own in zip(layers, before, strict=True):
             del layer.forward
             if own is not None:
-                layer.forward = own  # type: ignore[method-assign]
+                layer.forward = own

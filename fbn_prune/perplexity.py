@@ -19,7 +19,7 @@ def mean_loss(
     on_batch: Callable[[int], None] | None = None,
 ) -> float:
     """Mean next-token loss in nats over all valid tokens of all blocks but each block's first."""
-    device = model.get_input_embeddings().weight.device
+    device = model.device
     total, count = 0.0, 0
     for batch in batches:
         ids = batch.input_ids.to(device)

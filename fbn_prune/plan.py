@@ -48,7 +48,7 @@ class Plan:
 
 def plan(prepared: Prepared) -> Plan:
     """Predict size, memory and time of a prepared run; reads no weights."""
-    recipe, family, checkpoint = prepared.recipe, prepared.family, prepared.checkpoint
+    recipe, checkpoint = prepared.recipe, prepared.checkpoint
     total = prepared.width * prepared.layers
     estimated = ["peak_memory_bytes", "seconds"]
     if recipe.sparsity is not None:
@@ -71,7 +71,8 @@ def plan(prepared: Prepared) -> Plan:
         parameters_before=checkpoint.total_parameters,
         parameters_after=checkpoint.total_parameters - removed * per_neuron,
         bytes_before=checkpoint.total_bytes,
-        bytes_after=checkpoint.total_bytes - removed * per_neuron * checkpoint.storage_dtype.itemsize,
+        bytes_after=checkpoint.total_bytes
+        - removed * per_neuron * checkpoint.storage_dtype.itemsize,
         neurons_total=total,
         neurons_kept=sum(widths),
         widths=widths,

@@ -67,8 +67,11 @@ class Recipe(BaseModel):
     refit_damping: float = Field(1e-3, gt=0, description="The same share while refitting.")
     max_shard_size: str = Field("5GB", description="Largest safetensors shard to write.")
     seed: int = Field(0, ge=0, description="Seed of every random choice.")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps.")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     dtype: DtypeName = Field("auto", description="Compute type. The checkpoint keeps its own.")
+    trust_remote_code: bool = Field(
+        False, description="Let the tokenizer be code from the checkpoint; the model never is."
+    )
     overwrite: bool = Field(False, description="Replace an existing output folder.")
 
     @property
@@ -97,7 +100,9 @@ def build_recipe(values: dict[str, Any], *, where: str = "command line") -> Reci
     for key in keys:
         if key not in Recipe.model_fields:
             near = difflib.get_close_matches(key, Recipe.model_fields, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(Recipe.model_fields)}"
+            hint = (
+                f"did you mean {near[0]!r}?" if near else f"known: {', '.join(Recipe.model_fields)}"
+            )
             raise InvalidInput(f"{where}: unknown key {key!r}; {hint}")
     if isinstance(keys.get("calibration"), str):
         keys["calibration"] = (keys["calibration"],)
@@ -116,12 +121,17 @@ def _check(recipe: Recipe, where: str) -> None:
         raise InvalidInput(
             f"{where}: keep_networks = {recipe.keep_networks}: at least one network must be kept"
         )
-    if recipe.keep_networks is not None and recipe.networks_from is None:
-        if recipe.scope == "global" and recipe.keep_networks > recipe.networks:
-            raise InvalidInput(
-                f"{where}: keep_networks = {recipe.keep_networks}: only {recipe.networks} networks "
-                "are discovered; keep fewer or raise networks"
-            )
+    discovered = recipe.networks if recipe.networks_from is None else None
+    if (
+        recipe.keep_networks is not None
+        and discovered is not None
+        and recipe.scope == "global"
+        and recipe.keep_networks > discovered
+    ):
+        raise InvalidInput(
+            f"{where}: keep_networks = {recipe.keep_networks}: only {discovered} networks "
+            "are discovered; keep fewer or raise networks"
+        )
     if recipe.sparsity is not None and not 0 < recipe.sparsity < 1:
         raise InvalidInput(
             f"{where}: sparsity = {recipe.sparsity}: the share of neurons to remove lies between 0 and 1"

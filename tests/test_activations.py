@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from fbn_prune.activations import CrossStatistics, GramStatistics, add_gram, mirror_upper
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from fbn_prune.activations import CrossStatistics, GramStatistics, add_gram, mirror_upper
 
 torch.set_num_threads(1)
 

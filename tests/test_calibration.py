@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import VOCAB, make_tokenizer
+
 from fbn_prune.calibration import (
     TokenBlocks,
     calibration_data,
@@ -14,9 +18,6 @@ from fbn_prune.calibration import (
     tokenize_document,
 )
 from fbn_prune.errors import InvalidInput
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tiny_models import VOCAB, make_tokenizer
 
 TOKENIZER = make_tokenizer()
 

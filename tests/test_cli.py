@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from fbn_prune.cli.main import _exit_code
-from fbn_prune.networks.functional_networks import FunctionalNetworks
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fbn_prune.cli.main import _exit_code
+from fbn_prune.networks.functional_networks import FunctionalNetworks
 
 torch.set_num_threads(1)
 
@@ -32,7 +33,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"{i} apples cost {i * 3} pence, and {i % 7} pears. " for i in range(400)))
+    path.write_text(
+        "".join(f"{i} apples cost {i * 3} pence, and {i % 7} pears. " for i in range(400))
+    )
     return path
 
 
@@ -54,10 +57,20 @@ def test_the_main_job_keeps_its_contract(
     before = {p.name: p.read_bytes() for p in tiny.iterdir()}
     output = tmp_path / "out"
     result = run_json(capsys, *arguments(tiny, text, output))
-    for key in (
-        "parameters_before parameters_after perplexity_before perplexity_after neurons_kept "
-        "neurons_total widths kept_networks stages forward_seconds peak_memory_bytes output"
-    ).split():
+    for key in [
+        "parameters_before",
+        "parameters_after",
+        "perplexity_before",
+        "perplexity_after",
+        "neurons_kept",
+        "neurons_total",
+        "widths",
+        "kept_networks",
+        "stages",
+        "forward_seconds",
+        "peak_memory_bytes",
+        "output",
+    ]:
         assert key in result, key
     model = AutoModelForCausalLM.from_pretrained(output)
     assert sum(p.numel() for p in model.parameters()) == result["parameters_after"]

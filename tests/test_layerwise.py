@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_models import CONTEXT, FAMILY_CONFIGS, make_model
+
 from fbn_prune.calibration import TokenBlocks
 from fbn_prune.layerwise import LayerwiseForward
 from fbn_prune.model.families import family_of
 from fbn_prune.perplexity import mean_loss
-from tiny_models import CONTEXT, FAMILY_CONFIGS, make_model
 
 torch.set_num_threads(1)
 
@@ -64,11 +65,11 @@ def test_the_model_is_left_as_it_was_even_after_an_error() -> None:
     ids = torch.arange(12)[None]
     before = model(input_ids=ids).logits
     stream = LayerwiseForward(model, family, blocks(16).batches(16))
+
+    def fail(index: int, x: torch.Tensor) -> None:
+        raise RuntimeError("observer")
+
     with pytest.raises(RuntimeError, match="observer"):
-
-        def fail(index: int, x: torch.Tensor) -> None:
-            raise RuntimeError("observer")
-
         stream.advance(fail)
     assert all("forward" not in layer.__dict__ for layer in family.layer_modules(model))
     assert torch.equal(model(input_ids=ids).logits, before)

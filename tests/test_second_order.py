@@ -6,6 +6,9 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from fbn_prune.pruning.second_order import (
     centred,
     choose_neurons,
@@ -13,8 +16,6 @@ from fbn_prune.pruning.second_order import (
     output_error,
     refit,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 torch.set_num_threads(1)
 

@@ -37,7 +37,16 @@ def show(networks: FunctionalNetworks, path: Path, *, json: bool, most: int) -> 
         console.print_json({"path": str(path), "header": header, "networks": cards})
         return
     table = Table(title=f"{len(networks.maps)} networks in {path}", title_justify="left")
-    columns = ("id", "variance", "hubs", "members", "layers", "IoU halves", "IoU seeds", "top tokens in context")
+    columns = (
+        "id",
+        "variance",
+        "hubs",
+        "members",
+        "layers",
+        "IoU halves",
+        "IoU seeds",
+        "top tokens in context",
+    )
     for column in columns:
         table.add_column(column, justify="left" if column == columns[-1] else "right")
     for card in cards:

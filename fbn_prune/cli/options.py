@@ -44,7 +44,9 @@ def recipe_flags(*names: str) -> Callable[[Callable[..., Any]], Callable[..., An
             return function(**values, flags=given)
 
         parameters = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_flag(name))
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_flag(name)
+            )
             for name in names
         ]
         keyword_only = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
@@ -60,7 +62,13 @@ def recipe_flags(*names: str) -> Callable[[Callable[..., Any]], Callable[..., An
 def _flag(name: str) -> Any:
     field = Recipe.model_fields[name]
     default = field.default
-    shown = None if default is None else ", ".join(default) if isinstance(default, tuple) else str(default)
+    shown = (
+        None
+        if default is None
+        else ", ".join(default)
+        if isinstance(default, tuple)
+        else str(default)
+    )
     flag = f"--{name.replace('_', '-')}"
     option = typer.Option(flag, help=field.description, show_default=shown or False)
     return Annotated[_flag_type(field.annotation), option]
@@ -73,5 +81,5 @@ def _flag_type(annotation: Any) -> Any:
     if get_origin(annotation) is tuple:
         return list[str] | None
     if get_origin(annotation) is Literal or annotation in (str, int, float, bool, Path):
-        return annotation | None if not get_origin(annotation) else Union[annotation, None]
+        return annotation | None
     raise TypeError(f"no flag type for {annotation}")

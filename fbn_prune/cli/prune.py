@@ -23,7 +23,9 @@ def execute(recipe: Recipe, *, json: bool, dry_run: bool) -> None:
         return
     if recipe.output is None:
         raise InvalidInput("--output is missing: name the folder to write, or add --dry-run")
-    from fbn_prune.job import run_prune  # torch takes seconds to import, and --help needs none of it
+    from fbn_prune.job import (
+        run_prune,  # torch takes seconds to import, and --help needs none of it
+    )
     from fbn_prune.progress import StageClock
 
     result = run_prune(recipe, StageClock(console.display()))
