@@ -6,8 +6,8 @@ scikit-learn's ``FastICA(fun="cube", algorithm="parallel")`` on the same data; w
 they are reached:
 
 - Layers are streamed, and reduced to the leading subspace of tokens (`fbn_prune.networks.eigen`).
-- The fixed point iterations (Hyvarinen 1999) run in the dtype of the whitened data; everything
-  k by k is float64.
+- The fixed point iterations (`fbn_prune.networks.fastica`) run in float32; everything k by k is
+  float64.
 
 This module knows nothing of models; everything runs on the device of the tensors it is given.
 """
@@ -15,7 +15,6 @@ This module knows nothing of models; everything runs on the device of the tensor
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from fbn_prune.errors import InvalidInput
 from fbn_prune.networks.eigen import IcaConvergenceWarning, TokenGram, top_eigenvectors
+from fbn_prune.networks.fastica import Unmixing, fastica, seeded_start
 
 __all__ = [
     "IcaConvergenceWarning",
@@ -34,6 +34,7 @@ __all__ = [
     "Unmixing",
     "fastica",
     "matched_correlation",
+    "seeded_start",
     "spatial_ica",
     "spatial_overlap",
     "standardise",
@@ -45,21 +46,6 @@ Layers = Callable[[], Iterable[Tensor]]
 """Called once per pass; yields each layer's standardised activations Z_l, [T, N_l], in order."""
 
 _ROWS_PER_CHUNK = 8192
-_PATIENCE = 20
-
-
-@dataclass(frozen=True)
-class Unmixing:
-    """W [k, k] float64, orthogonal: sources are x_white @ W.T.
-
-    ``change`` is the last step's; ``damped_from`` the iteration from which steps were shortened.
-    """
-
-    W: Tensor
-    iterations: int
-    converged: bool
-    change: float
-    damped_from: int | None
 
 
 @dataclass(frozen=True)
@@ -110,77 +96,6 @@ def standardise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (x - mean).mul_(scale), mean, std
 
 
-def fastica(
-    x_white: Tensor,
-    *,
-    seed: int = 0,
-    w_init: Tensor | None = None,
-    tol: float = 1e-6,
-    max_iter: int = 1000,
-) -> Unmixing:
-    """Symmetric FastICA with the cube contrast.
-
-    The steps are scikit-learn's, W <- polar(E[y^3 x^T] - 3 W), while they get anywhere. These can
-    fall into a cycle for good; where for 20 of them neither the sum of abs kurtosis (what they
-    climb) nor the change has reached a new best, we go on with polar(S (E[y^3 x^T] - 3 W) + d W),
-    S the signs of the kurtosis, doubling d whenever the sum falls: the same fixed points, uphill.
-
-    Parameters
-    ----------
-    x_white
-        [n, k], float32 or float64: centred, unit covariance. Its dtype is that of the iterations.
-    w_init
-        [k, k] start, decorrelated first; by default Gaussian from ``seed``.
-    tol
-        On max_i abs(abs(<w_i, w_i before>) - 1), as in scikit-learn, of an undamped step.
-
-    Warns
-    -----
-    IcaConvergenceWarning
-        If ``max_iter`` steps were not enough.
-    """
-    k = x_white.shape[1]
-    if w_init is None:
-        w_init = torch.randn(
-            k, k, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
-        )
-    if w_init.shape != (k, k):
-        raise InvalidInput(f"w_init has shape {tuple(w_init.shape)}, not ({k}, {k})")
-    rounding = torch.finfo(x_white.dtype).eps
-    w = before = _decorrelate(w_init.to(x_white.device, torch.float64))
-    gradient = gradient_before = torch.zeros_like(w)
-    iteration, since_best, damping, damped_from = 0, 0, 0.0, None
-    change = least_change = float("inf")
-    climbed = highest = 0.0
-    while iteration < max_iter and not change < tol:
-        iteration += 1
-        gradient = _gradient(x_white, w)
-        kurtosis = (gradient * w).sum(dim=1)
-        height = float(kurtosis.abs().sum())
-        if damped_from is None:
-            since_best = 0 if height > highest or change < least_change else since_best + 1
-            highest, least_change = max(highest, height), min(least_change, change)
-            if since_best == _PATIENCE:
-                damped_from, damping = iteration, height / (4 * k)
-        elif height < climbed * (1 - rounding):
-            damping *= 2
-            w, gradient, height = before, gradient_before, climbed
-            kurtosis = (gradient * w).sum(dim=1)
-        before, gradient_before, climbed = w, gradient, height
-        signs = torch.where(kurtosis >= 0, 1.0, -1.0).to(w)
-        w = _decorrelate(signs[:, None] * gradient + damping * w)
-        step = float(((w * before).sum(dim=1).abs() - 1).abs().max())
-        change = step * (1 + damping * k / height) ** 2 if damping else step
-    if not change < tol:
-        warnings.warn(
-            f"FastICA had not settled after {iteration} iterations: last change {change:.1e} > "
-            f"{tol:.0e}; use more tokens or fewer networks",
-            IcaConvergenceWarning,
-            stacklevel=2,
-        )
-    return Unmixing(w, iteration, change < tol, change, damped_from)
-
-
 def spatial_ica(
     layers: Layers,
     k: int,
@@ -200,8 +115,7 @@ def spatial_ica(
     k
         Number of maps, 1 <= k <= min(T - 1, neurons).
     seed
-        Of the ICA start and the eigenvector search. The start is drawn in token space, so that it
-        is the same whatever basis the eigenvectors come in.
+        Of the ICA start (`seeded_start`) and of the eigenvector search.
     gram
         A `TokenGram` that has seen exactly these layers; consumed. Saves the first pass.
     tol, max_iter
@@ -355,14 +269,6 @@ def _whiten(projected: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
     return x_white, (vectors.double() @ rotation) * variances.sqrt()
 
 
-def seeded_start(scaled: Tensor, seed: int) -> Tensor:
-    """A random start [k, k] that turns with the whitened basis: projected from token space."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens, k = scaled.shape
-    gaussian = torch.randn(k, tokens, dtype=torch.float64, generator=generator).to(scaled.device)
-    return gaussian @ torch.nn.functional.normalize(scaled, dim=0)
-
-
 def _maps(x_white: Tensor, w: Tensor, scaled: Tensor) -> tuple[Tensor, Tensor]:
     """Maps [k, n], z-scored and with positive skewness, and their loadings [T, k]."""
     maps = (x_white @ w.T.to(x_white.dtype)).T.contiguous()
@@ -376,19 +282,3 @@ def _maps(x_white: Tensor, w: Tensor, scaled: Tensor) -> tuple[Tensor, Tensor]:
         row.copy_(exact * sign)
         column *= deviation * sign
     return maps, loadings.float()
-
-
-def _gradient(x_white: Tensor, w: Tensor) -> Tensor:
-    """E[y^3 x^T] - E[3 y^2] W, [k, k] float64; E[y^2] is exactly 1 for whitened data."""
-    rows = w.T.to(x_white.dtype)
-    gradient = -3.0 * w
-    for chunk in torch.split(x_white, _ROWS_PER_CHUNK):
-        sources = chunk @ rows
-        gradient += (sources.square().mul_(sources).T @ chunk).double() / len(x_white)
-    return gradient
-
-
-def _decorrelate(w: Tensor) -> Tensor:
-    """(w w^T)^(-1/2) w: the orthogonal matrix nearest to ``w``."""
-    values, vectors = torch.linalg.eigh(w @ w.T)
-    return (vectors * values.clamp_min(torch.finfo(w.dtype).tiny).rsqrt()) @ (vectors.T @ w)
