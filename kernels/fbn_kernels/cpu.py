@@ -68,7 +68,8 @@ class TensorCache(Generic[Value]):
     """Values computed from tensors, dropped when those change, die, or room is needed.
 
     A tensor written to in place (its version counter tells) or freed invalidates what was computed
-    from it. Tensors made in inference mode have no counter: change those only after `clear`.
+    from it. Writing through `.data`, or to a tensor made in inference mode, moves no counter: call
+    `clear` after that.
 
     Parameters
     ----------
@@ -166,6 +167,7 @@ def cpu_mlp(
     activation: str,
     count: int,
     in_runs: bool,
+    frozen: bool,
 ) -> Tensor:
     """Run x [rows, width] through the first `count` neurons of `indices`.
 
@@ -175,6 +177,8 @@ def cpu_mlp(
         Factor of the hidden vector, [rows, count], or None.
     in_runs
         Whether the neurons lie in runs long enough to be read in place.
+    frozen
+        Whether compact weights may be kept for the next call.
     """
     if in_runs:
         runs = _runs_cache.get((indices,), lambda: runs_of(indices[:count]), lambda _: 1)
@@ -182,11 +186,12 @@ def cpu_mlp(
         hidden = hidden if mask is None else hidden * mask
         out = _down_in_place(hidden, down_t, indices[:count], runs)
         return out if down_bias is None else out + down_bias
-    compact = compact_cache.get(
-        (indices, up, gate, down_t, up_bias, gate_bias),
-        lambda: _compact(up, gate, down_t, up_bias, gate_bias, indices[:count]),
-        lambda value: value.nbytes,
-    )
+
+    def gather() -> CompactWeights:
+        return _compact(up, gate, down_t, up_bias, gate_bias, indices[:count])
+
+    watched = (indices, up, gate, down_t, up_bias, gate_bias)
+    compact = compact_cache.get(watched, gather, lambda kept: kept.nbytes) if frozen else gather()
     hidden = F.linear(x, compact.up, compact.up_bias)
     if compact.gate is None:
         hidden = activate(activation, hidden)
@@ -243,7 +248,7 @@ def _hidden_in_place(
 def _down_in_place(
     hidden: Tensor, down_t: Tensor, indices: Tensor, runs: list[tuple[int, int]]
 ) -> Tensor:
-    if hidden.shape[0] <= _FEW_TOKENS and down_t.is_contiguous():
+    if 0 < hidden.shape[0] <= _FEW_TOKENS and down_t.is_contiguous():
         return _sum_rows(hidden, down_t, indices)
     out: Tensor | None = None
     start = 0

@@ -13,7 +13,6 @@ workspace and are added in a fixed order, so a result does not change from run t
 # A Triton function's arguments are pointers and sizes of the device's own; its branches on
 # constants are clearer as blocks.
 # mypy: disallow-untyped-defs=False
-# ruff: noqa: SIM108
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -59,6 +60,8 @@ def gathered_mlp(
     _check(x, up, down_t, neurons, gate, up_bias, gate_bias, down_bias)
     flat = x.reshape(-1, x.shape[-1])
     biases = (up_bias, gate_bias, down_bias)
+    trained = any(one is not None and one.requires_grad for one in (up, gate, down_t, *biases))
+    frozen = not (trained and torch.is_grad_enabled())
     if isinstance(neurons, NeuronSet):
         if neurons.kind is Kind.PREFIX and x.is_cuda:
             out = _prefix(flat, up, gate, down_t, biases, neurons.count, name, None)
@@ -75,6 +78,7 @@ def gathered_mlp(
                 name,
                 neurons.count,
                 neurons.kind.value,
+                frozen,
             )
         return out.reshape(*x.shape[:-1], out.shape[-1])
     sets, union = neurons.sets, neurons.sets.union
@@ -94,6 +98,7 @@ def gathered_mlp(
             name,
             union.count,
             union.kind.value,
+            frozen,
         )
     else:
         out = many_sets(
@@ -114,6 +119,7 @@ def gathered_mlp(
             sets.kind.value,
             sets.largest,
             neurons.block_rows,
+            frozen,
         )
     return out.reshape(*x.shape[:-1], out.shape[-1])
 

@@ -40,9 +40,11 @@ def one_set(
     activation: str,
     count: int,
     kind: str,
+    frozen: bool,
 ) -> Tensor:
     """Run x [rows, width] through the first `count` rows of `indices`.
 
+    `frozen` tells that the weights are not being trained, so that copies of them may be kept.
     With `membership` uint8 [sets, padded] and `set_ids` int32 [rows], a row uses neuron j only
     where `membership[set_ids[row], j]` is 1.
     """
@@ -74,6 +76,7 @@ def one_set(
         activation=activation,
         count=count,
         in_runs=Kind(kind) is not Kind.ROWS,
+        frozen=frozen,
     )
 
 
@@ -98,11 +101,13 @@ def many_sets(
     kind: str,
     largest: int,
     block_rows: int,
+    frozen: bool,
 ) -> Tensor:
     """Run each tile of rows through the list of its own set.
 
     `indices`, `membership` and `count` describe the union of the sets; `set_indices`, `table`,
-    `order`, `tiles`, `largest` and `block_rows` are those of `NeuronSets` and `NeuronBatch`.
+    `order`, `tiles`, `largest` and `block_rows` are those of `NeuronSets` and `NeuronBatch`;
+    `frozen` is as for `one_set`.
     """
     if _on_triton(x):
         from .launch import Route, Weights, launch_mlp
@@ -133,6 +138,7 @@ def many_sets(
                 activation=activation,
                 count=kept,
                 in_runs=Kind(kind) is not Kind.ROWS,
+                frozen=frozen,
             )
     return out
 
