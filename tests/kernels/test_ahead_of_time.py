@@ -1,0 +1,74 @@
+"""Every tile of every tuning table compiles to what its chip can launch, without spilling."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+
+from fbn_kernels import Kind
+from fbn_kernels.tuning import DownTile, HiddenTile, load_table
+
+pytest.importorskip("triton")
+aot = pytest.importorskip("fbn_kernels.aot")
+
+TWO_BYTES = (torch.bfloat16, torch.float16)
+
+
+def tiles(device: str, part: str) -> list[tuple[HiddenTile | DownTile, tuple[torch.dtype, ...]]]:
+    """The distinct tiles of a table with the dtypes they are used for."""
+    found = {}
+    for entry in load_table(device).entries:
+        given = () if entry.dtype is None else (getattr(torch, entry.dtype),)
+        found[getattr(entry.tile, part), entry.dtype] = given or TWO_BYTES
+    return [(tile, dtypes) for (tile, _), dtypes in found.items()]
+
+
+def check(binary: aot.Binary, chip: aot.Chip, stages: int, rows: int) -> None:
+    assert binary.spilled == 0
+    assert binary.shared <= chip.shared_limit
+    assert binary.matrix_instructions > 0
+    if chip.target.backend == "cuda" and stages > 1:
+        assert binary.async_copies > 0
+    if chip.name == "sm_90" and rows >= 64:
+        assert binary.wgmma > 0
+
+
+@pytest.mark.parametrize(
+    "device",
+    ["sm_90", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sm_80", "gfx942"))],
+)
+def test_every_tile_fits_its_chip(device: str) -> None:
+    chip = aot.CHIPS[device]
+    for tile, dtypes in tiles(device, "hidden"):
+        check(aot.compile_hidden(chip, tile, dtypes[0]), chip, tile.stages, tile.block_rows)
+    for tile, dtypes in tiles(device, "down"):
+        binary = aot.compile_down(chip, tile, dtypes[0], split=tile.split or 4)
+        check(binary, chip, tile.stages, tile.block_rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", aot.CHIPS)
+def test_every_variant_of_every_tile_fits_its_chip(device: str) -> None:
+    chip = aot.CHIPS[device]
+    hidden_variants = [
+        {"kind": Kind.BLOCK64},
+        {"gated": False, "activation": "relu"},
+        {"gated": False, "activation": "gelu", "biased": True},
+        {"activation": "gelu_tanh", "biased": True, "masked": True},
+        {"routed": True},
+        {"kind": Kind.BLOCK64, "routed": True, "biased": True, "even_width": False},
+    ]
+    down_variants = [
+        {"kind": Kind.BLOCK64, "split": 4},
+        {"biased": True},
+        {"routed": True, "split": 4},
+        {"kind": Kind.BLOCK64, "routed": True, "biased": True, "even_width": False},
+    ]
+    for (tile, dtypes), variant in product(tiles(device, "hidden"), hidden_variants):
+        binary = aot.compile_hidden(chip, tile, dtypes[-1], **variant)
+        check(binary, chip, tile.stages, tile.block_rows)
+    for (tile, dtypes), variant in product(tiles(device, "down"), down_variants):
+        binary = aot.compile_down(chip, tile, dtypes[-1], **variant)
+        check(binary, chip, tile.stages, tile.block_rows)

@@ -1,0 +1,35 @@
+"""Runs `interpreted/` in a process of its own, whose Triton interprets the kernels on the CPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+HERE = Path(__file__).parent
+
+
+def run_interpreted(marker: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", marker, "-p", "no:cacheprovider", str(HERE)],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=HERE.parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_kernels_equal_the_reference() -> None:
+    run_interpreted("not slow")
+
+
+@pytest.mark.slow
+def test_the_kernels_equal_the_reference_with_every_tile() -> None:
+    run_interpreted("slow")
