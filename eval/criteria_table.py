@@ -18,6 +18,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from rich.console import Console
+from rich.table import Table
+
 from fbn_prune.calibration import TokenBlocks, read_documents, tokenize_document
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.checkpoint import Checkpoint
@@ -31,8 +34,6 @@ from fbn_prune.progress import StageClock
 from fbn_prune.pruning.allocation import budget_from_networks, budget_from_sparsity, uniform_widths
 from fbn_prune.pruning.criteria import CRITERIA
 from fbn_prune.pruning.pipeline import CutOptions, EvidencePass, cut_layers
-from rich.console import Console
-from rich.table import Table
 
 BATCH_TOKENS = 4096
 
@@ -67,7 +68,9 @@ class Comparison:
             found = _blocks(file, tokenizer, context, first)
             sample += draw.sample(found, min(blocks, len(found)))
         draw.shuffle(sample)
-        held = [b for file in evaluate for b in _blocks(file, tokenizer, context, evaluation_blocks)]
+        held = [
+            b for file in evaluate for b in _blocks(file, tokenizer, context, evaluation_blocks)
+        ]
         self.calibration = TokenBlocks(tuple(sample), context, tuple(map(str, calibrate)))
         self.held_out = TokenBlocks(tuple(held), context, tuple(map(str, evaluate)))
         self.batches = self.calibration.batches(BATCH_TOKENS)
@@ -211,7 +214,11 @@ def main(
         run = Comparison(model, calibrate, evaluate, blocks=dial_blocks, **common)
         dense = perplexity(run.model, run.held_out_batches)
         table = Table(
-            "K", "neurons kept", "uniform widths", "membership alone", title=f"size dial of {networks}"
+            "K",
+            "neurons kept",
+            "uniform widths",
+            "membership alone",
+            title=f"size dial of {networks}",
         )
         for count in dial:
             keep = run.order[:count]
@@ -225,7 +232,9 @@ def main(
         console.print(table)
     if output is not None:
         facts = {"model": model.name, "dense": dense, **common, "blocks": blocks}
-        output.write_text(json.dumps({**facts, "budgets": rows, "dial": dial_rows}, indent=1) + "\n")
+        output.write_text(
+            json.dumps({**facts, "budgets": rows, "dial": dial_rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -62,6 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _exit_code(arguments: list[str]) -> int:
     debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
     signal.signal(signal.SIGTERM, _terminated)
     # Loading bars and advice of the libraries below are noise beside our own progress.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
