@@ -8,7 +8,6 @@ the two passes of the solver when they fit, and are computed again when they do 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,20 +15,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fbn_prune.calibration import Batch, TokenBlocks
+from fbn_prune.calibration import TokenBlocks
 from fbn_prune.errors import InvalidInput
-from fbn_prune.layerwise import LayerwiseForward
 from fbn_prune.model.families import Family
 from fbn_prune.networks import ica
 from fbn_prune.networks.functional_networks import FunctionalNetworks
-from fbn_prune.progress import StageClock
-
-LEAST_BLOCKS = 32
-"""Networks are found on tokens of at least this many blocks, where there are: tokens of one context are alike."""
+from fbn_prune.networks.sampling import SampledActivations
+from fbn_prune.progress import Advance, StageClock
 
 CONTEXTS_PER_NETWORK = 5
-CONTEXT_REACH = 8
-"""Tokens shown before and after a network's top token."""
 
 
 @dataclass(frozen=True)
@@ -41,90 +35,6 @@ class DiscoveryOptions:
     scope: str
     seed: int
     recurrence: bool = False
-
-
-class SampledActivations:
-    """Standardised activations Z [tokens, neurons] of one layer after another, for a fixed sample of tokens.
-
-    Iterating yields layer by layer; the first pass also fills `mean` and `std` (lists of [neurons], float32).
-
-    Parameters
-    ----------
-    tokens
-        Size of the sample; evenly spaced over the blocks, which are the first of `blocks` that give enough.
-    keep_bytes
-        Activations are kept in memory between passes if all layers' together are at most this large.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        family: Family,
-        blocks: TokenBlocks,
-        tokens: int,
-        *,
-        batch_tokens: int,
-        keep_bytes: int,
-        clock: StageClock,
-    ) -> None:
-        self._model, self._family, self._clock = model, family, clock
-        self._batches: list[Batch] = _sampled_blocks(blocks, tokens).batches(batch_tokens)
-        available = sum(batch.tokens for batch in self._batches)
-        self.tokens = min(tokens, available)
-        self._positions = _positions(self._batches, self.tokens)
-        self.layers = family.num_layers(model.config)
-        self.width = family.width(model.config)
-        self._keep = 4 * self.tokens * self.layers * self.width <= keep_bytes
-        self._kept: list[Tensor] = []
-        self.mean: list[Tensor] = []
-        self.std: list[Tensor] = []
-        self.forward_seconds = 0.0
-
-    def __iter__(self) -> Iterator[Tensor]:
-        if len(self._kept) == self.layers:
-            yield from self._kept
-            return
-        first = not self.mean
-        stream = LayerwiseForward(self._model, self._family, self._batches)
-        total = sum(batch.tokens for batch in self._batches)
-        with self._clock.stage("activations", total * self.layers, "tokens x layers") as advance:
-            for layer in range(self.layers):
-                z, mean, std = self._layer(stream, layer, advance)
-                if first:
-                    self.mean.append(mean.cpu())
-                    self.std.append(std.cpu())
-                if self._keep:
-                    self._kept.append(z)
-                yield z
-        self.forward_seconds += stream.forward_seconds
-
-    def _layer(
-        self, stream: LayerwiseForward, layer: int, advance: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        rows: list[Tensor] = []
-        stream.advance(
-            lambda index, x: rows.append(x[self._positions[index].to(x.device)].float()),
-            on_batch=advance,
-        )
-        x = torch.cat(rows)
-        if not bool(torch.isfinite(x.sum())):
-            raise InvalidInput(
-                f"NaN or Inf among the MLP activations of layer {layer}: the checkpoint is "
-                "damaged, or the compute type overflows (try --dtype float32)"
-            )
-        return ica.standardise(x)
-
-    def contexts(self, sample: int) -> tuple[list[int], int]:
-        """Token ids around one sampled token, and the token's place among them."""
-        for batch, positions in zip(self._batches, self._positions, strict=True):
-            if sample < len(positions):
-                flat = int(torch.nonzero(batch.valid.flatten())[positions[sample]])
-                row, column = divmod(flat, batch.input_ids.shape[1])
-                ids = batch.input_ids[row][batch.valid[row]].tolist()
-                start = max(0, column - CONTEXT_REACH)
-                return ids[start : column + CONTEXT_REACH + 1], column - start
-            sample -= len(positions)
-        raise IndexError(sample)
 
 
 def discover(
@@ -268,10 +178,13 @@ def _recurrence(
     found: _Decomposition,
     options: DiscoveryOptions,
     clock: StageClock,
-    advance: Any,
+    advance: Advance,
 ) -> dict[str, list[float]] | None:
-    """For each network: member overlap (IoU) between two halves of the tokens, and overlap and correlation between
-    two seeds."""
+    """How far each network comes back, by the overlap (IoU) of members and the correlation of maps.
+
+    Between halves: of its counterpart in the first half of the tokens with that one's counterpart in the second;
+    the halves share no block. Between seeds: of the network with its counterpart from another start.
+    """
     if not options.recurrence or options.networks > activations.tokens // 2 - 1:
         return None
     middle = activations.tokens // 2
@@ -281,15 +194,10 @@ def _recurrence(
         advance(1)
     again = _decompose(activations, slice(None), options, options.seed + 1, clock)
     advance(1)
-    in_halves = [
-        torch.as_tensor(ica.spatial_overlap(found.maps, half.maps, threshold=2.0))
-        for half in halves
-    ]
+    counterpart, _ = ica.match(found.maps, halves[0].maps)
     return {
-        "iou_halves": torch.minimum(*in_halves).tolist(),
-        "iou_seeds": torch.as_tensor(
-            ica.spatial_overlap(found.maps, again.maps, threshold=2.0)
-        ).tolist(),
+        "iou_halves": ica.spatial_overlap(halves[0].maps[counterpart], halves[1].maps).tolist(),
+        "iou_seeds": ica.spatial_overlap(found.maps, again.maps).tolist(),
         "correlation_seeds": ica.matched_correlation(found.maps, again.maps).tolist(),
     }
 
@@ -314,20 +222,3 @@ def _top_contexts(
             )
         contexts.append(cards)
     return contexts
-
-
-def _sampled_blocks(blocks: TokenBlocks, tokens: int) -> TokenBlocks:
-    enough = max(tokens, sum(len(block) for block in blocks.blocks[:LEAST_BLOCKS]))
-    return blocks.subset(enough)
-
-
-def _positions(batches: list[Batch], tokens: int) -> list[Tensor]:
-    """For each batch the indices, among its valid tokens, of an even sample of `tokens` over all batches."""
-    total = sum(batch.tokens for batch in batches)
-    wanted = torch.arange(tokens) * total // tokens
-    positions, start = [], 0
-    for batch in batches:
-        inside = (wanted >= start) & (wanted < start + batch.tokens)
-        positions.append(wanted[inside] - start)
-        start += batch.tokens
-    return positions

@@ -201,11 +201,8 @@ def time_courses(layers: Layers, maps: Tensor) -> Tensor:
 
 
 def matched_correlation(maps_a: Tensor, maps_b: Tensor) -> Tensor:
-    """[k] float64: abs correlation of each map of A [k, n] with its partner in B [k, n].
-
-    Partners are chosen one to one so that the sum of abs correlations is largest.
-    """
-    partner, correlation = _match(maps_a, maps_b)
+    """[k] float64: abs correlation of each map of A [k, n] with its partner (`match`) in B [k, n]."""
+    partner, correlation = match(maps_a, maps_b)
     return correlation.gather(1, partner[:, None])[:, 0]
 
 
@@ -214,15 +211,18 @@ def spatial_overlap(maps_a: Tensor, maps_b: Tensor, threshold: float = 2.0) -> T
 
     Members have abs(z) >= threshold. Two maps without members overlap fully.
     """
-    partner, _ = _match(maps_a, maps_b)
+    partner, _ = match(maps_a, maps_b)
     members_a, members_b = maps_a.abs() >= threshold, maps_b.abs()[partner] >= threshold
     shared = (members_a & members_b).sum(dim=1).double()
     either = (members_a | members_b).sum(dim=1).double()
     return torch.where(either > 0, shared / either.clamp_min(1), torch.ones_like(either))
 
 
-def _match(maps_a: Tensor, maps_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Partner in B of each map of A [k], and the abs correlations [k, k] they were chosen by."""
+def match(maps_a: Tensor, maps_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Partner in B of each map of A, int64 [k], and the abs correlations [k, k] they were chosen by.
+
+    Partners are chosen one to one so that the sum of abs correlations is largest.
+    """
     if maps_a.shape != maps_b.shape or maps_a.ndim != 2:
         raise InvalidInput(f"maps have shapes {tuple(maps_a.shape)} and {tuple(maps_b.shape)}")
     unit_a, unit_b = (
