@@ -139,7 +139,7 @@ def compile_hidden(
         if not given
     }
     values = {"x", "up", "gate", "up_bias", "gate_bias", "hidden"}
-    return _compile(hidden_kernel, chip, values, {}, absent, constants, dtype, tile, even_width)
+    return _compile(hidden_kernel, chip, values, {}, absent, constants, dtype, tile)
 
 
 def compile_down(
@@ -172,7 +172,7 @@ def compile_down(
         absent.add("down_bias")
     pointers = {"out": "fp32"} if split > 1 else {}
     values = {"hidden", "down_t", "down_bias", "out"}
-    return _compile(down_kernel, chip, values, pointers, absent, constants, dtype, tile, even_width)
+    return _compile(down_kernel, chip, values, pointers, absent, constants, dtype, tile)
 
 
 def _compile(
@@ -184,7 +184,6 @@ def _compile(
     constants: dict[str, Any],
     dtype: torch.dtype,
     tile: HiddenTile | DownTile,
-    even_width: bool,
 ) -> Binary:
     types = dict.fromkeys(values, _SIGNATURE_DTYPE[dtype]) | _INTEGER_TABLES | pointers
     signature, constexprs, aligned = {}, dict(constants), {}
@@ -194,8 +193,8 @@ def _compile(
             constexprs.setdefault(name, None)
             continue
         signature[name] = f"*{types[name]}" if name in types else "i32"
-        # As at run time: pointers, strides and padded sizes are multiples of 16.
-        if name not in _UNALIGNED and (even_width or name != "model_width"):
+        # As at run time: pointers, strides, widths and padded sizes are multiples of 16.
+        if name not in _UNALIGNED:
             aligned[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs, aligned)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}

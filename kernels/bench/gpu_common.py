@@ -1,0 +1,127 @@
+"""What the GPU scripts share: weights, clocks, and timing that the cache cannot flatter.
+
+Decode is timed by replaying CUDA graphs over several copies of the weights, so that no copy is still
+in the cache when its turn comes; prefill by medians of single calls.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import subprocess
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from fbn_kernels.launch import Weights
+
+MIN_COPIES = 4
+MIN_BYTES = 1 << 30
+REPLAYS = 20
+
+
+def random_weights(
+    neurons: int, width: int, dtype: torch.dtype, device: torch.device
+) -> list[Weights]:
+    """Draw copies of an MLP until they outgrow any cache (at least 4, over 1 GiB together)."""
+    one = 3 * neurons * width * dtype.itemsize
+    copies = max(MIN_COPIES, -(-MIN_BYTES // one))
+    generator = torch.Generator(device=device).manual_seed(0)
+
+    def draw(scale: float) -> torch.Tensor:
+        values = torch.randn(neurons, width, generator=generator, device=device)
+        return (values * scale).to(dtype)
+
+    return [
+        Weights(draw(width**-0.5), draw(width**-0.5), draw(neurons**-0.5), None, None, None)
+        for _ in range(copies)
+    ]
+
+
+def decode_microseconds(call: Callable[[Any], object], copies: list[Any]) -> float:
+    """Return the median time of a call over rotating copies, replayed as one CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for copy in copies:
+            call(copy)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for copy in copies:
+            call(copy)
+    graph.replay()
+    times = []
+    for _ in range(REPLAYS):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) * 1e3 / len(copies))
+    return statistics.median(times)
+
+
+def prefill_microseconds(call: Callable[[], object]) -> float:
+    """Return the median time of a call."""
+    return float(triton.testing.do_bench(call, warmup=50, rep=300, return_mode="median")) * 1e3
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Return the bytes a second (read and written) of a large copy."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = prefill_microseconds(lambda: target.copy_(source)) / 1e6
+    return 2 * source.nbytes / seconds
+
+
+def matrix_peak(dtype: torch.dtype, device: torch.device) -> float:
+    """Return the operations a second of a large square product."""
+    size = 8192
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds = prefill_microseconds(lambda: left @ right) / 1e6
+    return 2 * size**3 / seconds
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return device, clocks, versions, commit and date, for a result file."""
+    return {
+        "device": torch.cuda.get_device_name(device),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "driver_and_clocks": _nvidia_smi(device),
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def commit() -> str | None:
+    """Return the commit of the working tree, with a plus sign if it has changes."""
+    here = Path(__file__).parent
+    done = subprocess.run(
+        ["git", "describe", "--always", "--abbrev=40", "--dirty=+"],
+        cwd=here,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip() or None
+
+
+def _nvidia_smi(device: torch.device) -> str | None:
+    if shutil.which("nvidia-smi") is None:
+        return None
+    query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
+    done = subprocess.run(
+        ["nvidia-smi", f"--id={device.index or 0}", f"--query-gpu={query}", "--format=csv"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip() or None
