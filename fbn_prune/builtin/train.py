@@ -43,7 +43,7 @@ from fbn_prune.builtin.measure import (
     read_texts,
     token_rows,
 )
-from fbn_prune.builtin.tokenizer import train_tokenizer
+from fbn_prune.builtin.tokenizer import save_tokenizer, train_tokenizer
 
 CONTEXT = 256
 VOCABULARY = 2048
@@ -246,7 +246,7 @@ def run(settings: Settings) -> dict[str, Any]:
     wall_started = time.monotonic()
     corpus = collect()
     tokenizer = train_tokenizer(tokenizer_texts(corpus, settings.seed), VOCABULARY, CONTEXT)
-    tokenizer.save_pretrained(settings.output / "model")
+    save_tokenizer(tokenizer, settings.output / "model")
     write_files(Files(settings.output), corpus, settings.seed)
     model = new_model(settings.seed, tokenizer)
     sources = {s: training_rows(s, corpus, tokenizer, CONTEXT + 1, settings.seed) for s in SKILLS}

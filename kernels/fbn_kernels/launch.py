@@ -10,10 +10,7 @@ from torch import Tensor
 
 from .kernels import down_kernel, hidden_kernel, reduce_kernel
 from .neuron_set import BLOCK, Kind
-from .tuning import DownTile, HiddenTile, Tile, compute_units, table_for
-
-INTERPRETED: bool = triton.knobs.runtime.interpret
-"""Whether Triton's interpreter runs the kernels (on CPU tensors) instead of a GPU."""
+from .tuning import INTERPRETED, DownTile, HiddenTile, Tile, compute_units, table_for
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Floating types the kernels take."""

@@ -7,7 +7,6 @@ the kept rows alone before putting them into zeros of the weight's shape.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -17,12 +16,11 @@ from ._ops import add_op_namespace_prefix
 from .activations import activate, activation_backward
 from .cpu import cpu_mlp
 from .neuron_set import Kind
-
-_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
+from .tuning import INTERPRETED
 
 
 def _on_triton(x: Tensor) -> bool:
-    return x.is_cuda or _INTERPRETED
+    return x.is_cuda or INTERPRETED
 
 
 @torch.library.custom_op(add_op_namespace_prefix("one_set"), mutates_args=())

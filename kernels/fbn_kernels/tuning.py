@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ TABLES = Path(__file__).parent / "tuning"
 
 TOKEN_BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 """Upper ends of the token buckets; more tokens belong to the last."""
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
+"""Whether Triton's interpreter runs the kernels, on CPU tensors, as Triton itself reads it."""
 
 FALLBACK = "sm_80"
 """The table for a device that has neither its own nor one of its architecture."""

@@ -18,9 +18,9 @@ from kernel_cases import (
 from torch import Tensor
 
 from fbn_kernels import ACTIVATIONS, NeuronSet, NeuronSets, Strategy, gathered_mlp, reference_mlp
-from fbn_kernels.launch import INTERPRETED, Weights, launch_mlp
+from fbn_kernels.launch import Weights, launch_mlp
 from fbn_kernels.op import one_set
-from fbn_kernels.tuning import DownTile, HiddenTile, Tile, load_table
+from fbn_kernels.tuning import INTERPRETED, DownTile, HiddenTile, Tile, load_table
 
 dtypes = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 
@@ -41,6 +41,7 @@ def error(
 
 def test_the_interpreter_is_on() -> None:
     assert INTERPRETED
+    assert triton.knobs.runtime.interpret
 
 
 @dtypes
