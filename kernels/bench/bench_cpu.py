@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sets import draw_set
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fbn_kernels import NeuronSet, compact_cache, gathered_mlp
+from fbn_kernels import Kind, NeuronSet, compact_cache, gathered_mlp
 
 logger = logging.getLogger("bench")
 
@@ -65,20 +66,7 @@ class Models:
             layer.mlp.task = task
 
 
-def draw_set(neurons: int, share: float, kind: str, seed: int) -> NeuronSet:
-    """Draw a set of `share` of the neurons: a prefix, aligned blocks, or rows."""
-    generator = torch.Generator().manual_seed(seed)
-    if kind == "prefix":
-        return NeuronSet.from_indices(torch.arange(round(neurons * share)), neurons)
-    if kind == "block64":
-        kept = torch.randperm(neurons // 64, generator=generator)[: round(neurons * share / 64)]
-        indices = (kept.sort().values[:, None] * 64 + torch.arange(64)).flatten()
-    else:
-        indices = torch.randperm(neurons, generator=generator)[: round(neurons * share)]
-    return NeuronSet.from_indices(indices.sort().values, neurons)
-
-
-def build(config: LlamaConfig, dtype: torch.dtype, share: float, kind: str) -> Models:
+def build(config: LlamaConfig, dtype: torch.dtype, share: float, kind: Kind) -> Models:
     """Draw a dense model, and cut and wrap it without copying what they have in common."""
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
@@ -185,7 +173,7 @@ def main() -> None:
     parser.add_argument("--key-value-heads", type=int, default=8)
     parser.add_argument("--vocabulary", type=int, default=128256)
     parser.add_argument("--share", type=float, default=0.5, help="share of neurons kept")
-    parser.add_argument("--kind", default="block64", choices=["prefix", "block64", "rows"])
+    parser.add_argument("--kind", default="block64", choices=[kind.value for kind in Kind])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--decode", type=int, default=16, help="tokens generated a round")
@@ -206,7 +194,7 @@ def main() -> None:
         tie_word_embeddings=True,
     )
     with torch.inference_mode(False), torch.no_grad():
-        models = build(config, getattr(torch, options.dtype), options.share, options.kind)
+        models = build(config, getattr(torch, options.dtype), options.share, Kind(options.kind))
         prompt = torch.randint(0, options.vocabulary, (1, options.prompt))
         cut_tokens, _ = decode(models.cut, prompt, options.decode)
         gathered_tokens, _ = decode(models.gathered, prompt, options.decode)

@@ -23,10 +23,12 @@ from gpu_common import (
     copy_bandwidth,
     decode_microseconds,
     environment,
+    gate_of,
     matrix_peak,
     prefill_microseconds,
     random_weights,
 )
+from sets import draw_set
 from torch import Tensor
 
 from fbn_kernels import Kind, NeuronSet, NeuronSets, Strategy, gathered_mlp, reference_mlp
@@ -55,13 +57,14 @@ Method = Callable[[Tensor, Copy], Tensor]
 
 def dense(x: Tensor, weights: Weights) -> Tensor:
     """Run an ordinary gated MLP through cuBLAS."""
-    return (F.silu(F.linear(x, weights.gate)) * F.linear(x, weights.up)) @ weights.down_t
+    return (F.silu(F.linear(x, gate_of(weights))) * F.linear(x, weights.up)) @ weights.down_t
 
 
 def rows_of(weights: Weights, rows: Tensor) -> Weights:
     """Gather the kept rows."""
-    parts = (weights.up, weights.gate, weights.down_t)
-    return Weights(*(part.index_select(0, rows) for part in parts), None, None, None)
+    parts = (weights.up, gate_of(weights), weights.down_t)
+    up, gate, down_t = (part.index_select(0, rows) for part in parts)
+    return Weights(up, gate, down_t, None, None, None)
 
 
 def methods(neurons: NeuronSet) -> dict[str, Method]:
@@ -109,7 +112,7 @@ def reference(x: Tensor, weights: Weights, neurons: NeuronSet) -> Tensor:
         weights.up.double(),
         weights.down_t.double(),
         neurons,
-        gate=weights.gate.double(),
+        gate=gate_of(weights).double(),
     )
 
 
@@ -127,17 +130,6 @@ def gate_correct(found: Tensor, expected: Tensor, what: str) -> float:
     return error
 
 
-def draw_set(neurons: int, share: float, blocks: bool, seed: int) -> NeuronSet:
-    """Draw a set of rows or of aligned blocks."""
-    generator = torch.Generator().manual_seed(seed)
-    if blocks:
-        kept = torch.randperm(neurons // 64, generator=generator)[: round(neurons * share / 64)]
-        indices = (kept.sort().values[:, None] * 64 + torch.arange(64)).flatten()
-    else:
-        indices = torch.randperm(neurons, generator=generator)[: round(neurons * share)]
-    return NeuronSet.from_indices(indices.sort().values, neurons)
-
-
 def time_call(call: Callable[[Copy], object], copies: list[Copy], tokens: int) -> float:
     """Return microseconds: rotating graph replay for decode, single calls for prefill."""
     if tokens <= DECODE_TOKENS:
@@ -152,8 +144,8 @@ def bench_one_set(
     results = []
     neurons_total, width = copies_of[0].up.shape
     element = copies_of[0].up.element_size()
-    for share, blocks in itertools.product(SHARES, (True, False)):
-        neurons = draw_set(neurons_total, share, blocks, seed=0).to(copies_of[0].up.device)
+    for share, kind in itertools.product(SHARES, (Kind.BLOCK64, Kind.ROWS)):
+        neurons = draw_set(neurons_total, share, kind).to(copies_of[0].up.device)
         rows = neurons.rows()
         copies = [Copy(whole, rows_of(whole, rows)) for whole in copies_of]
         for count in tokens:
@@ -191,7 +183,9 @@ def bench_many_sets(copies: list[Weights], rows_a_set: tuple[int, ...]) -> list[
     neurons_total, width = copies[0].up.shape
     device, dtype = copies[0].up.device, copies[0].up.dtype
     for number, share, rows in itertools.product(SET_COUNTS, (0.5, 0.3), rows_a_set):
-        sets = [draw_set(neurons_total, share, False, seed).to(device) for seed in range(number)]
+        sets = [
+            draw_set(neurons_total, share, Kind.ROWS, seed).to(device) for seed in range(number)
+        ]
         stack = NeuronSets.from_sets(sets)
         ids = torch.arange(number).repeat_interleave(rows)
         x = torch.randn(number * rows, width, device=device, dtype=dtype)

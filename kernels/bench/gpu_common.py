@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 from fbn_kernels.launch import Weights
 
@@ -32,7 +33,7 @@ def random_weights(
     copies = max(MIN_COPIES, -(-MIN_BYTES // one))
     generator = torch.Generator(device=device).manual_seed(0)
 
-    def draw(scale: float) -> torch.Tensor:
+    def draw(scale: float) -> Tensor:
         values = torch.randn(neurons, width, generator=generator, device=device)
         return (values * scale).to(dtype)
 
@@ -40,6 +41,13 @@ def random_weights(
         Weights(draw(width**-0.5), draw(width**-0.5), draw(neurons**-0.5), None, None, None)
         for _ in range(copies)
     ]
+
+
+def gate_of(weights: Weights) -> Tensor:
+    """Return the gate of an MLP that has one."""
+    if weights.gate is None:
+        raise ValueError("the benchmarks time gated MLPs, this one has no gate")
+    return weights.gate
 
 
 def decode_microseconds(call: Callable[[Any], object], copies: list[Any]) -> float:

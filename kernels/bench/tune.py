@@ -19,9 +19,10 @@ from pathlib import Path
 
 import torch
 import triton
-from gpu_common import decode_microseconds, environment, random_weights
+from gpu_common import decode_microseconds, environment, gate_of, random_weights
+from sets import draw_set
 
-from fbn_kernels import NeuronSet, reference_mlp
+from fbn_kernels import Kind, NeuronSet, reference_mlp
 from fbn_kernels.aot import CHIPS, Chip, compile_down, compile_hidden
 from fbn_kernels.launch import Weights, launch_mlp
 from fbn_kernels.tuning import (
@@ -91,7 +92,7 @@ def tune_call(
     start = table_for(x.device).find(tokens, neurons.count, x.shape[1], x.dtype, neurons.kind)
     first = weights[0]
     expected = reference_mlp(
-        x.double(), first.up.double(), first.down_t.double(), neurons, gate=first.gate.double()
+        x.double(), first.up.double(), first.down_t.double(), neurons, gate=gate_of(first).double()
     )
 
     def call(tile: Tile, copy: Weights) -> torch.Tensor:
@@ -148,8 +149,8 @@ def main() -> None:
     dtype = getattr(torch, options.dtype)
     weights = random_weights(options.neurons, options.width, dtype, device)
     entries = {replace(entry, tile=base.entries[0].tile): entry for entry in base.entries}
-    for share, blocks in itertools.product(SHARES, (True, False)):
-        neurons = random_set(options.neurons, share, blocks).to(device)
+    for share, kind in itertools.product(SHARES, (Kind.BLOCK64, Kind.ROWS)):
+        neurons = draw_set(options.neurons, share, kind).to(device)
         for tokens in options.tokens:
             tile, microseconds = tune_call(tokens, neurons, weights, chip)
             entry = Entry(
@@ -163,17 +164,6 @@ def main() -> None:
             entries[replace(entry, tile=base.entries[0].tile)] = entry
             logger.info("%5d tokens, %s: %.1f us, %s", tokens, neurons, microseconds, tile)
             save_table(Table(name, environment(device), tuple(entries.values())), path)
-
-
-def random_set(neurons: int, share: float, blocks: bool) -> NeuronSet:
-    """Draw a set of rows or of aligned blocks."""
-    generator = torch.Generator().manual_seed(0)
-    if blocks:
-        kept = torch.randperm(neurons // 64, generator=generator)[: round(neurons * share / 64)]
-        indices = (kept.sort().values[:, None] * 64 + torch.arange(64)).flatten()
-    else:
-        indices = torch.randperm(neurons, generator=generator)[: round(neurons * share)]
-    return NeuronSet.from_indices(indices.sort().values, neurons)
 
 
 if __name__ == "__main__":
