@@ -27,7 +27,7 @@ from rich.table import Table
 
 from fbn_prune.progress import Advance
 
-LINE_SECONDS = 5.0
+LINE_SECONDS = 10.0
 """Without a terminal, a running stage says how far it is this often."""
 
 

@@ -37,30 +37,26 @@ def show(networks: FunctionalNetworks, path: Path, *, json: bool, most: int) -> 
         console.print_json({"path": str(path), "header": header, "networks": cards})
         return
     table = Table(title=f"{len(networks.maps)} networks in {path}", title_justify="left")
-    columns = (
-        "id",
-        "variance",
-        "hubs",
-        "members",
-        "layers",
-        "IoU halves",
-        "IoU seeds",
-        "top tokens in context",
-    )
-    for column in columns:
-        table.add_column(column, justify="left" if column == columns[-1] else "right")
+    measured = "recurrence" in networks.header
+    for column in ("id", "variance", "hubs", "members", "layers"):
+        table.add_column(column, justify="right")
+    for column in ("IoU halves", "IoU seeds") if measured else ():
+        table.add_column(column, justify="right")
+    table.add_column("top tokens in context")
     for card in cards:
+        overlaps = [f"{card[key]:.2f}" for key in ("iou_halves", "iou_seeds") if measured]
         table.add_row(
             str(card["id"]),
             f"{card['explained_variance']:.2%}",
             str(card["hubs"]),
             str(card["members"]),
             str(card["layers_spanned"]),
-            _ratio(card["iou_halves"]),
-            _ratio(card["iou_seeds"]),
+            *overlaps,
             "\n".join(_context(context) for context in card["contexts"][:2]),
         )
     console.print_table(table)
+    if not measured:
+        console.print_line("recurrence was not measured here: `fbn-prune discover` measures it")
 
 
 def _card(networks: FunctionalNetworks, index: int) -> dict[str, Any]:
@@ -85,10 +81,6 @@ def _card(networks: FunctionalNetworks, index: int) -> dict[str, Any]:
         "correlation_seeds": recurrent("correlation_seeds"),
         "contexts": contexts[index] if index < len(contexts) else [],
     }
-
-
-def _ratio(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.2f}"
 
 
 def _context(context: dict[str, Any]) -> str:
