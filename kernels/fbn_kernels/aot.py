@@ -66,6 +66,8 @@ _INTEGER_TABLES = {"indices": "i32", "set_ids": "i32", "order": "i32", "tiles": 
     "membership": "u8",
 }
 
+_ONE_ROW = {"rows": 1, "row_tiles": 1}
+
 _UNALIGNED = {"rows", "row_tiles", "column_tiles", "kept"}
 
 
@@ -106,9 +108,10 @@ def compile_hidden(
     masked: bool = False,
     routed: bool = False,
     even_width: bool = True,
+    one_row: bool = False,
 ) -> Binary:
-    """Compile the hidden kernel for a chip."""
-    constants = {
+    """Compile the hidden kernel for a chip; `one_row` as a call with one row specialises it."""
+    constants: dict[str, Any] = {
         "ACTIVATION": activation,
         "GATED": gated,
         "UP_BIAS": biased,
@@ -124,6 +127,8 @@ def compile_hidden(
         "BLOCK_WIDTH": tile.block_width,
         "GROUP_ROWS": 8,
     }
+    if one_row:
+        constants |= _ONE_ROW
     absent = {
         name
         for name, given in (
@@ -152,9 +157,10 @@ def compile_down(
     biased: bool = False,
     routed: bool = False,
     even_width: bool = True,
+    one_row: bool = False,
 ) -> Binary:
-    """Compile the down kernel for a chip."""
-    constants = {
+    """Compile the down kernel for a chip; `one_row` as a call with one row specialises it."""
+    constants: dict[str, Any] = {
         "BIAS": biased and split == 1,
         "BLOCKS": kind is Kind.BLOCK64,
         "ROUTED": routed,
@@ -167,6 +173,8 @@ def compile_down(
         "SPLIT": split,
         "GROUP_ROWS": 8,
     }
+    if one_row:
+        constants |= _ONE_ROW
     absent = set() if routed else {"order", "tiles", "table"}
     if not (biased and split == 1):
         absent.add("down_bias")

@@ -248,7 +248,8 @@ def _hidden_in_place(
 def _down_in_place(
     hidden: Tensor, down_t: Tensor, indices: Tensor, runs: list[tuple[int, int]]
 ) -> Tensor:
-    if 0 < hidden.shape[0] <= _FEW_TOKENS and down_t.is_contiguous():
+    few = 0 < hidden.shape[0] <= _FEW_TOKENS
+    if few and down_t.is_contiguous() and down_t.device.type == "cpu":
         return _sum_rows(hidden, down_t, indices)
     out: Tensor | None = None
     start = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -88,10 +89,12 @@ def launch_mlp(
     if tile is None:
         tokens = rows if route is None else min(rows, route.block_rows)
         tile = table_for(x.device).find(tokens, count, width, x.dtype, kind)
-    hidden = _launch_hidden(
-        x, weights, indices, activation, count, kind, membership, route, tile.hidden
-    )
-    _launch_down(hidden, weights, indices, out, kind, route, tile.down)
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        hidden = _launch_hidden(
+            x, weights, indices, activation, count, kind, membership, route, tile.hidden
+        )
+        _launch_down(hidden, weights, indices, out, kind, route, tile.down)
     return out
 
 

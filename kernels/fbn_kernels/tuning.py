@@ -19,7 +19,7 @@ import torch
 
 from .neuron_set import BLOCK, Kind
 
-TABLES = Path(__file__).parent / "tuning"
+TABLES = Path(__file__).parent / "tables"
 """The folder of the tables."""
 
 TOKEN_BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -88,7 +88,8 @@ class Table:
     device
         Name of the device or architecture.
     measured
-        Where and how the tiles were timed; None if they were chosen without a device.
+        Where and how the tiles with a model width were timed; None if none was: entries for any
+        width are starting points.
     entries
         The tiles.
     """

@@ -58,11 +58,13 @@ def test_every_variant_of_every_tile_fits_its_chip(device: str) -> None:
         {"gated": False, "activation": "gelu", "biased": True},
         {"activation": "gelu_tanh", "biased": True, "masked": True},
         {"routed": True},
+        {"one_row": True},
         {"kind": Kind.BLOCK64, "routed": True, "biased": True, "even_width": False},
     ]
     down_variants = [
         {"kind": Kind.BLOCK64, "split": 4},
         {"biased": True},
+        {"one_row": True, "split": 8},
         {"routed": True, "split": 4},
         {"kind": Kind.BLOCK64, "routed": True, "biased": True, "even_width": False},
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -150,6 +151,23 @@ def test_a_compiled_caller_sees_one_graph_and_the_same_numbers(name: str) -> Non
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), call(x))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the default compiler needs g++")
+def test_the_default_compiler_gives_the_same_numbers_and_gradients() -> None:
+    mlp, x, neurons = random_mlp(), random_tokens(3, WIDTH), neuron_set("scattered rows")
+    batch = NeuronSets.from_sets([neurons, neuron_set("a prefix")]).route([0, 1, 1])
+    mlp.up.requires_grad_()
+
+    def call(x: Tensor) -> Tensor:
+        one = gathered_mlp(x + 1, mlp.up, mlp.down_t, neurons, gate=mlp.gate)
+        return gathered_mlp(one, mlp.up, mlp.down_t, batch, gate=mlp.gate) * 2
+
+    compiled = torch.compile(call, fullgraph=True)
+    torch.testing.assert_close(compiled(x), call(x))
+    grads = [torch.autograd.grad(run(x).square().sum(), mlp.up)[0] for run in (compiled, call)]
+    torch.testing.assert_close(*grads)
 
 
 def scattered(x: Tensor, mlp_seed: int = 0, step: int = 2) -> Tensor:
