@@ -134,6 +134,11 @@ def test_no_held_out_document_is_calibration_text(skill: str) -> None:
 # The tokenizer
 
 
+def test_the_tokenizers_class_is_one_that_older_loaders_know() -> None:
+    config = json.loads((builtin.model_path() / "tokenizer_config.json").read_text("utf-8"))
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
 @given(number=st.integers(0, 10**9))
 def test_every_digit_is_a_token_of_its_own(tokenizer: PreTrainedTokenizerBase, number: int) -> None:
     pieces = tokenizer(str(number), add_special_tokens=False)["input_ids"]
