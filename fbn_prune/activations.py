@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-GRAM_BLOCK = 512
+GRAM_BLOCK = 256
 """Columns of the Gram computed at a time: wide enough for a full-speed matrix product, and narrow enough that
 skipping the mirrored half saves most of that half."""
 
