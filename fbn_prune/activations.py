@@ -8,23 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-GRAM_BLOCK = 256
-"""Columns of the Gram computed at a time: wide enough for a full-speed matrix product, and narrow enough that
-skipping the mirrored half saves most of that half."""
-
-
-def add_gram(gram: Tensor, x: Tensor) -> None:
-    """Add the upper block triangle of ``x.T @ x`` to `gram` [n, n] in place (see :func:`mirror_upper`)."""
-    width = gram.shape[0]
-    for start in range(0, width, GRAM_BLOCK):
-        stop = min(start + GRAM_BLOCK, width)
-        gram[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
-
-
-def mirror_upper(gram: Tensor) -> Tensor:
-    """The full symmetric matrix of which `gram` [n, n] holds the upper triangle."""
-    upper = torch.triu(gram)
-    return upper + torch.triu(gram, diagonal=1).T
+from fbn_prune.gram import add_gram, mirror_upper
 
 
 class GramStatistics:

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fbn_prune.activations import CrossStatistics, GramStatistics, add_gram, mirror_upper
+from fbn_prune.activations import CrossStatistics, GramStatistics
+from fbn_prune.gram import add_gram, mirror_upper
 
 torch.set_num_threads(1)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fbn_prune.errors import InvalidInput
+from fbn_prune.gram import fast_products
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +74,10 @@ class TokenGram:
             )
         self._sums += sums
         self.neurons += z.shape[1]
-        for start in range(0, self.tokens, _GRAM_PANEL):
-            stop = min(start + _GRAM_PANEL, self.tokens)
-            self._lower[start:stop, :stop].addmm_(z[start:stop], z[:stop].T)
+        with fast_products():
+            for start in range(0, self.tokens, _GRAM_PANEL):
+                stop = min(start + _GRAM_PANEL, self.tokens)
+                self._lower[start:stop, :stop].addmm_(z[start:stop], z[:stop].T)
 
     @property
     def total_variance(self) -> float:
