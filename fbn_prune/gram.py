@@ -1,10 +1,10 @@
-"""Gram matrices at the speed that the processor has for them.
+"""Gram matrices: only the upper block triangle is computed, and where rounding does no harm, at the highest speed.
 
-A Gram is symmetric, so only its upper block triangle is computed. On CPUs its products may round their inputs to
-bfloat16 (sums and result stay float32): that is the exact Gram of data changed by one part in a thousand at random,
-which moves neither the eigenvectors of many tokens' Gram nor, under any damping in use, a refit. Where the processor
-has no such instructions, the same setting selects oneDNN's float32 product, on some processors twice as fast as the
-default one.
+On CPUs float32 products can be allowed to round their inputs to bfloat16 (sums and result stay float32): that is the
+exact Gram of data changed by one part in a thousand at random, which does not move the leading eigenvectors of the
+Gram of many tokens. Where the processor has no such instructions, the same setting selects oneDNN's float32 product,
+on some processors twice as fast as the default one. A least-squares refit is not as forgiving (equal runs would differ
+with the batch size), so :func:`add_gram` stays in full float32.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ mirrored half saves most of that half."""
 def fast_products() -> Iterator[None]:
     """Let float32 matrix products on the CPU round their inputs to bfloat16 inside the context."""
     setting = getattr(torch.backends.mkldnn, "matmul", None)
-    if setting is None:  # torch before 2.9 has one switch for all devices, which is not ours to flip
+    if (
+        setting is None
+    ):  # torch before 2.9 has one switch for all devices, which is not ours to flip
         yield
         return
     before = setting.fp32_precision
@@ -38,10 +40,9 @@ def fast_products() -> Iterator[None]:
 def add_gram(gram: Tensor, x: Tensor, block: int = GRAM_BLOCK) -> None:
     """Add the upper block triangle of ``x.T @ x`` to `gram` [n, n] float32 in place (see :func:`mirror_upper`)."""
     width = gram.shape[0]
-    with fast_products():
-        for start in range(0, width, block):
-            stop = min(start + block, width)
-            gram[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+    for start in range(0, width, block):
+        stop = min(start + block, width)
+        gram[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
 
 
 def mirror_upper(gram: Tensor) -> Tensor:
