@@ -40,7 +40,7 @@ def output_sensitivity(
         A gradient is NaN or Inf.
     """
     layers = family.num_layers(model.config)
-    device = model.get_input_embeddings().weight.device
+    device: Any = model.get_input_embeddings().weight.device
     size = family.hidden_size(model.config)
     sums = [torch.zeros(size, size, dtype=torch.float64, device=device) for _ in range(layers)]
     tokens = sum(batch.tokens for batch in batches)

@@ -34,12 +34,12 @@ class RaggedMlps:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         try:
-            super().__init__(config, *args, **kwargs)
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         except RuntimeError:  # the architecture asks for the one width that there is not
             different = config.to_dict()["per_layer_config"]
             config.per_layer_config = None
             try:
-                super().__init__(config, *args, **kwargs)
+                super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
             finally:
                 config.per_layer_config = different
         mlps = config.to_dict()["ragged_mlp"]

@@ -58,6 +58,11 @@ def uniform_widths(budget: int, widths: Sequence[int], multiple: int) -> list[in
     return [kept] * len(widths)
 
 
+def at_most(budget: int, layers: int, multiple: int) -> int:
+    """The largest number of neurons up to `budget` that uniform widths can keep, at least one multiple a layer."""
+    return max(budget // (layers * multiple), 1) * layers * multiple
+
+
 def network_scores(networks: FunctionalNetworks, down_weights: Sequence[Tensor]) -> list[Tensor]:
     """``m_j * sqrt(std_j * ||W_j||)`` of each layer's neurons: part in the networks times output carried.
 
@@ -124,6 +129,20 @@ def ranked_widths(
     result = list(full)
     for layer, width in zip(shared, widths, strict=True):
         result[layer] = width
+    return result
+
+
+def narrowed(
+    widths: Sequence[int], budget: int, multiple: int, whole: Collection[int] = ()
+) -> list[int]:
+    """The widths, the widest cut by a multiple at a time until they hold no more than the budget."""
+    result = list(widths)
+    while sum(result) > budget:
+        room = [i for i in range(len(result)) if i not in whole and result[i] > multiple]
+        if not room:
+            break
+        layer = max(room, key=lambda i: (result[i], -i))
+        result[layer] = (result[layer] - 1) // multiple * multiple
     return result
 
 

@@ -37,6 +37,8 @@ class CutOptions:
     """The type in which the checkpoint will be stored; the live model gets weights rounded to it, so that its
     figures are those of the written one."""
 
+    loss_aware: bool = False
+
 
 @dataclass(frozen=True)
 class CutModel:
