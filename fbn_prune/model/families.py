@@ -48,6 +48,23 @@ class Projection:
 
 
 @dataclass(frozen=True)
+class Gguf:
+    """How llama.cpp knows the architecture.
+
+    Attributes
+    ----------
+    arch : its name there.
+    ragged_arch : the one that reads a width for each layer; None if none has this arithmetic.
+    paired_rope : rotary embedding turns neighbouring channels there, where transformers turns the
+        halves of a head: query and key rows are to be reordered.
+    """
+
+    arch: str
+    ragged_arch: str | None = None
+    paired_rope: bool = False
+
+
+@dataclass(frozen=True)
 class Location:
     """What a checkpoint's tensor is: a part of one projection of one layer."""
 
@@ -68,6 +85,7 @@ class Family:
     biased : whether the MLP's projections have biases, or the config flag that says so.
     bias_key : config flag that gives biases to the MLP and to nothing else; None if there is no
         such flag.
+    gguf : the form in GGUF files; None if none is written.
     """
 
     name: str
@@ -78,6 +96,7 @@ class Family:
     width_key: str = "intermediate_size"
     biased: bool | str = False
     bias_key: str | None = None
+    gguf: Gguf | None = None
 
     @property
     def projections(self) -> tuple[Projection, ...]:
@@ -193,7 +212,9 @@ class Family:
         return (neurons, hidden) if location.projection.neuron_axis == 0 else (hidden, neurons)
 
 
-def _gated(name: str, *model_types: str, bias_key: str | None = None) -> Family:
+def _gated(
+    name: str, *model_types: str, bias_key: str | None = None, gguf: Gguf | None = None
+) -> Family:
     return Family(
         name,
         model_types,
@@ -202,15 +223,18 @@ def _gated(name: str, *model_types: str, bias_key: str | None = None) -> Family:
         output=Projection("mlp.down_proj", 1),
         biased=bias_key or False,
         bias_key=bias_key,
+        gguf=gguf,
     )
 
 
 FAMILIES: tuple[Family, ...] = (
-    _gated("Llama", "llama", bias_key="mlp_bias"),  # SmolLM and SmolLM2 are of this type too
+    _gated(  # SmolLM and SmolLM2 are of this type too
+        "Llama", "llama", bias_key="mlp_bias", gguf=Gguf("llama", "deci", paired_rope=True)
+    ),
     _gated("Mistral", "mistral"),
     _gated("OLMo 2", "olmo2"),
-    _gated("Qwen2", "qwen2"),
-    _gated("Qwen3", "qwen3"),
+    _gated("Qwen2", "qwen2", gguf=Gguf("qwen2")),
+    _gated("Qwen3", "qwen3", gguf=Gguf("qwen3")),
     _gated("Gemma", "gemma", "gemma2", "gemma3_text"),
     _gated("Granite", "granite", bias_key="mlp_bias"),
     Family(
