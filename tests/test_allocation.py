@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fbn_prune.networks.functional_networks import FunctionalNetworks
-from fbn_prune.pruning.allocation import member_scores, network_scores, ranked_widths
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from fbn_prune.networks.functional_networks import FunctionalNetworks
+from fbn_prune.pruning.allocation import member_scores, network_scores, ranked_widths
 
 
 def scores(*layers: list[float]) -> list[torch.Tensor]:

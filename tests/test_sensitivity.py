@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_models import CONTEXT, FAMILY_CONFIGS, HIDDEN, LAYERS, make_model
+
 from fbn_prune.calibration import TokenBlocks
 from fbn_prune.model.families import family_of
 from fbn_prune.progress import StageClock
 from fbn_prune.sensitivity import output_sensitivity
-from tiny_models import CONTEXT, FAMILY_CONFIGS, HIDDEN, LAYERS, make_model
 
 torch.set_num_threads(1)
 
