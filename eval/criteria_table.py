@@ -6,8 +6,8 @@ All criteria see one pass over one calibration sample. Blocks for calibration ar
 text, those for evaluation are its first ones; perplexity is over all evaluation tokens together, in float32.
 Widths are the same in every layer, except under `network widths` (layers of different widths by all networks),
 `+ loss-aware` (the same, errors scored as the loss feels them) and `loss widths` (widths by the loss-aware removal
-curves), which keep exactly as many neurons in all. `membership, global` is the published procedure instead: one threshold over all
-layers, no refit, shown by silencing the neurons of the dense model.
+curves), which keep exactly as many neurons in all. `membership, global` is the published procedure instead: one
+threshold over all layers, no refit, shown by silencing the neurons of the dense model.
 """
 
 from __future__ import annotations

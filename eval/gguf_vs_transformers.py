@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+
 from fbn_prune.model.checkpoint import Checkpoint
 
 TEXT = "Once upon a time, there was a little girl named Lily. She loved to play outside"

@@ -77,7 +77,7 @@ class Recipe(BaseModel):
     widths: WidthRule = Field(
         "networks",
         description="Ragged widths by all networks, by the loss's removal curves, by membership in the kept networks, "
-        "or the better of the first two in a trial (auto).",
+        "or the best of the first two and an even split in a trial (auto).",
     )
     loss_aware: bool = Field(
         False, description="Score errors as the loss feels them (takes a backward pass)."

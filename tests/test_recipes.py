@@ -79,11 +79,11 @@ def test_the_general_recipe_removes_its_share_and_loads_anywhere(
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-def test_the_quality_recipe_tries_both_rules_for_ragged_widths(
+def test_the_quality_recipe_tries_every_rule_for_widths(
     tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = run(capsys, "quality-first", tiny, text, tmp_path / "out", "--networks", "6")
-    assert set(result["layout_trials"]) == {"networks", "loss"}
+    assert set(result["layout_trials"]) == {"uniform", "networks", "loss"}
     assert sum(result["widths"]) == round(0.7 * 320)
     AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -107,17 +108,21 @@ def choose_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -
     if len(rules) == 1:
         return Layout(candidates[rules[0]], rules[0])
     trials = _trials(subject, candidates, trying, clock)
-    best = min((rule for rule in rules if rule != UNIFORM), key=trials.__getitem__)
-    if UNIFORM in trials and trials[best] > (1 - RAGGED_GAIN) * trials[UNIFORM]:
-        best = UNIFORM
+    best = min(rules, key=trials.__getitem__)
+    if request.layout == "auto":
+        ragged = min((rule for rule in rules if rule != UNIFORM), key=trials.__getitem__)
+        worth_it = trials[ragged] <= (1 - RAGGED_GAIN) * trials[UNIFORM]
+        best = ragged if worth_it else UNIFORM
     return Layout(candidates[best], best, trials)
 
 
 def _rules(request: LayoutRequest) -> list[str]:
-    ragged = ["networks", "loss"] if request.rule == "auto" else [request.rule]
-    if request.layout == "auto":
-        return [UNIFORM, *ragged]
-    return [UNIFORM] if request.layout == UNIFORM else ragged
+    """The rules to try. An even split is always among several: on small models it can be the best of them."""
+    if request.layout == UNIFORM:
+        return [UNIFORM]
+    if request.rule == "auto":
+        return [UNIFORM, "networks", "loss"]
+    return [UNIFORM, request.rule] if request.layout == "auto" else [request.rule]
 
 
 def _uniform(request: LayoutRequest) -> list[int]:
@@ -128,12 +133,15 @@ def _uniform(request: LayoutRequest) -> list[int]:
 
 
 def _widths(subject: Subject, request: LayoutRequest, rule: str, clock: StageClock) -> list[int]:
-    if rule == UNIFORM:
+    if rule == UNIFORM and request.layout == "auto":
         return _uniform(request)
     budget = request.budget
     if request.layout == "auto":
         budget = sum(_uniform(request))  # a trial compares equals
-    scores = _scores(subject, rule, clock)
+    if rule == UNIFORM:
+        scores = [torch.arange(width, 0, -1) for width in request.full]
+    else:
+        scores = _scores(subject, rule, clock)
     widths = ranked_widths(scores, budget, request.multiple, request.whole)
     return narrowed(widths, budget, request.multiple, request.whole) if request.most else widths
 
@@ -166,6 +174,7 @@ def _evidence(
         membership=membership,
         loss_roots=loss_roots,
         clock=clock,
+        stage="widths",
     )
 
 

@@ -112,10 +112,11 @@ class EvidencePass:
         membership: Sequence[Tensor] | None,
         loss_roots: Sequence[Tensor] | None = None,
         clock: StageClock,
+        stage: str = "prune",
     ) -> None:
         self._model, self._family, self._batches = model, family, batches
         self._options, self._membership, self._clock = options, membership, clock
-        self._loss_roots = loss_roots
+        self._loss_roots, self._stage = loss_roots, stage
         self.forward_seconds = 0.0
 
     def __iter__(self) -> Iterator[LayerEvidence]:
@@ -127,7 +128,7 @@ class EvidencePass:
         layers = family.num_layers(model.config)
         passes = 1 if pruned is None else 3
         total = sum(batch.tokens for batch in self._batches) * layers * passes
-        with self._clock.stage("prune", total, "tokens x layers") as advance:
+        with self._clock.stage(self._stage, total, "tokens x layers") as advance:
             for layer in range(layers):
                 statistics = self._statistics(dense, pruned, layer, advance)
                 self.forward_seconds = dense.forward_seconds
