@@ -4,8 +4,10 @@
 
 All criteria see one pass over one calibration sample. Blocks for calibration are drawn from the first blocks of each
 text, those for evaluation are its first ones; perplexity is over all evaluation tokens together, in float32.
-Widths are the same in every layer; `membership, global` is the published procedure instead: one threshold over all
-layers, no refit, shown by silencing the neurons of the dense model.
+Widths are the same in every layer, except under `network widths` (layers of different widths by all networks),
+`+ loss-aware` (the same, errors scored as the loss feels them) and `loss widths` (widths by the loss-aware removal
+curves), which keep exactly as many neurons in all. `membership, global` is the published procedure instead: one
+threshold over all layers, no refit, shown by silencing the neurons of the dense model.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,11 +34,21 @@ from fbn_prune.networks.interventions import masked
 from fbn_prune.networks.ranking import output_energy, strongest_first
 from fbn_prune.perplexity import perplexity
 from fbn_prune.progress import StageClock
-from fbn_prune.pruning.allocation import budget_from_networks, budget_from_sparsity, uniform_widths
-from fbn_prune.pruning.criteria import CRITERIA
+from fbn_prune.pruning.allocation import (
+    budget_from_networks,
+    budget_from_sparsity,
+    network_scores,
+    ranked_widths,
+    uniform_widths,
+)
+from fbn_prune.pruning.criteria import CRITERIA, neuron_costs
 from fbn_prune.pruning.pipeline import CutOptions, EvidencePass, cut_layers
+from fbn_prune.pruning.second_order import loss_root
+from fbn_prune.sensitivity import output_sensitivity
 
 BATCH_TOKENS = 4096
+GRADIENT_BATCH_TOKENS = 1024
+RAGGED = ("network widths", "+ loss-aware", "loss widths")
 
 
 class Comparison:
@@ -120,6 +133,37 @@ class Comparison:
                 cuts[criterion, budget].append(CRITERIA[criterion](layer, width))
         return {key: self.cut_perplexity(parts) for key, parts in cuts.items()}
 
+    def ragged(self, budgets: list[int]) -> dict[tuple[str, int], float]:
+        """Perplexity for each (rule for ragged widths, budget); as many neurons as uniform widths keep."""
+        small = self.calibration.batches(GRADIENT_BATCH_TOKENS)
+        sensitivity = output_sensitivity(self.model, self.family, small, StageClock())
+        roots = [loss_root(matrix) for matrix in sensitivity]
+        weights = [self.family.down_weight(self.model, i).double() for i in range(len(self.full))]
+        felt = [root @ weight for root, weight in zip(roots, weights, strict=True)]
+        evidence = EvidencePass(
+            self.model,
+            self.family,
+            self.batches,
+            self.options("networks"),
+            membership=None,
+            loss_roots=roots,
+            clock=StageClock(),
+        )
+        plain, aware = network_scores(self.networks, weights), network_scores(self.networks, felt)
+        costs = [neuron_costs(layer) for layer in evidence]
+        scores = dict(zip(RAGGED, (plain, aware, costs), strict=True))
+        widths = {
+            (rule, budget): ranked_widths(scores[rule], sum(self.widths(budget)), self.multiple)
+            for rule in RAGGED
+            for budget in budgets
+        }
+        cuts: dict[tuple[str, int], list[MlpCut]] = {key: [] for key in widths}
+        for layer in evidence:
+            for key, by_layer in widths.items():
+                seen = replace(layer, loss_root=None) if key[0] == RAGGED[0] else layer
+                cuts[key].append(CRITERIA["networks"](seen, by_layer[layer.layer]))
+        return {key: self.cut_perplexity(parts) for key, parts in cuts.items()}
+
     def cut_perplexity(self, cuts: list[MlpCut]) -> float:
         model = copy.deepcopy(self.model)
         for layer, cut in enumerate(cuts):
@@ -196,6 +240,8 @@ def main(
     dense = perplexity(run.model, run.held_out_batches)
     budgets = [budget_from_sparsity(total, 1 - share) for share in kept]
     cells = run.one_shot([(name, b) for name in names for b in budgets], run.order)
+    cells |= run.ragged(budgets)
+    names += RAGGED
     headings = [*names, "membership, global", *(["sequential"] if sequential else [])]
     table = Table("kept", *headings, title=f"{model.name}: perplexity, dense {dense:.2f}")
     rows: list[dict[str, Any]] = []
@@ -217,18 +263,21 @@ def main(
             "K",
             "neurons kept",
             "uniform widths",
+            *RAGGED,
             "membership alone",
             title=f"size dial of {networks}",
         )
-        for count in dial:
-            keep = run.order[:count]
-            budget = budget_from_networks(run.networks, keep)
-            value = run.one_shot([("networks", budget)], keep)["networks", budget]
-            alone = run.membership_global(budget, keep)
-            dial_rows.append(
-                {"K": count, "share": budget / total, "uniform": value, "membership": alone}
-            )
-            table.add_row(str(count), f"{budget / total:.1%}", f"{value:.2f}", f"{alone:.2f}")
+        kept_by = {count: run.order[:count] for count in dial}
+        budget_by = {k: budget_from_networks(run.networks, keep) for k, keep in kept_by.items()}
+        ragged = run.ragged(list(budget_by.values()))
+        for count, budget in budget_by.items():
+            keep = kept_by[count]
+            cells = {rule: ragged[rule, budget] for rule in RAGGED}
+            cells["uniform"] = run.one_shot([("networks", budget)], keep)["networks", budget]
+            cells["membership"] = run.membership_global(budget, keep)
+            dial_rows.append({"K": count, "share": budget / total, **cells})
+            shown = [cells[name] for name in ("uniform", *RAGGED, "membership")]
+            table.add_row(str(count), f"{budget / total:.1%}", *(f"{v:.2f}" for v in shown))
         console.print(table)
     if output is not None:
         facts = {"model": model.name, "dense": dense, **common, "blocks": blocks}

@@ -93,6 +93,15 @@ class TokenBlocks:
             count += len(block)
         return TokenBlocks(tuple(taken), self.context, self.sources)
 
+    def split(self, every: int) -> tuple[TokenBlocks, TokenBlocks]:
+        """All blocks but each `every`-th one, and those: a share to try on what the others have shaped."""
+        apart = self.blocks[::every]
+        rest = tuple(block for index, block in enumerate(self.blocks) if index % every)
+        return (
+            TokenBlocks(rest, self.context, self.sources),
+            TokenBlocks(apart, self.context, self.sources),
+        )
+
 
 @dataclass(frozen=True)
 class CalibrationData:

@@ -20,9 +20,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fbn_prune import builtin
-from fbn_prune.calibration import Batch, CalibrationData, calibration_data
+from fbn_prune.budget import Budget, stated_budget, whole_layers
+from fbn_prune.calibration import Batch, CalibrationData, TokenBlocks, calibration_data
 from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.export.card import CardFacts, model_card, source_license
+from fbn_prune.export.ragged import write_ragged_checkpoint
 from fbn_prune.export.writer import (
     atomic_directory,
     check_output,
@@ -36,14 +38,12 @@ from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.networks.ranking import knockout_rise, output_energy, strongest_first
 from fbn_prune.perplexity import perplexity
 from fbn_prune.progress import StageClock
-from fbn_prune.pruning.allocation import (
-    budget_from_networks,
-    budget_from_sparsity,
-    default_multiple,
-    uniform_widths,
-)
+from fbn_prune.pruning.allocation import budget_from_networks, default_multiple, member_scores
+from fbn_prune.pruning.layout import UNIFORM, Layout, LayoutRequest, Subject, choose_layout
 from fbn_prune.pruning.pipeline import CutModel, CutOptions, cut_layers
+from fbn_prune.pruning.second_order import loss_root
 from fbn_prune.recipe import Recipe
+from fbn_prune.sensitivity import GRADIENT_TOKENS, output_sensitivity
 
 MAX_CONTEXT = 2048
 KNOCKOUT_TOKENS = 8192
@@ -63,6 +63,10 @@ class Prepared:
     context: int
     width_multiple: int
     networks: FunctionalNetworks | None
+    budget: Budget | None
+    """None where the kept networks set it."""
+    whole: frozenset[int]
+    """Layers that keep every neuron."""
 
     @property
     def family(self) -> Family:
@@ -98,6 +102,8 @@ class PruneResult:
     neurons_kept: int
     neurons_total: int
     widths: list[int]
+    width_rule: str
+    layout_trials: dict[str, float]
     kept_networks: list[int]
     calibration_tokens: int
     held_out_tokens: int
@@ -151,7 +157,10 @@ def prepare(recipe: Recipe) -> Prepared:
     device = _device(recipe.device)
     dtype = _dtype(recipe.dtype, device, checkpoint)
     context = recipe.context or min(longest, MAX_CONTEXT)
-    return Prepared(recipe, checkpoint, device, dtype, context, multiple, networks)
+    whole = whole_layers(recipe, layers)
+    least = len(whole) * width + (layers - len(whole)) * multiple
+    budget = stated_budget(recipe, checkpoint, least)
+    return Prepared(recipe, checkpoint, device, dtype, context, multiple, networks, budget, whole)
 
 
 def _device(name: str) -> torch.device:
@@ -272,7 +281,6 @@ def run_prune(recipe: Recipe, clock: StageClock) -> PruneResult:
         networks = find_networks(prepared, model, tokenizer, data, clock)
     order = _ranked(prepared, model, networks, calibrating, clock)
     kept = _kept_networks(recipe, order)
-    widths = _widths(prepared, networks, kept)
     options = CutOptions(
         criterion=recipe.criterion,
         sequential=recipe.sequential,
@@ -280,14 +288,31 @@ def run_prune(recipe: Recipe, clock: StageClock) -> PruneResult:
         refit_damping=recipe.refit_damping,
         seed=recipe.seed,
         round_to=prepared.checkpoint.storage_dtype,
+        loss_aware=recipe.loss_aware,
     )
+    loss_roots = _loss_roots(prepared, model, data.calibrating, clock)
+    subject = Subject(
+        model,
+        family,
+        data.calibrating,
+        prepared.batch_tokens,
+        options,
+        networks,
+        kept,
+        loss_roots,
+    )
+    layout = choose_layout(subject, _layout_request(prepared, networks, kept), clock)
+    if recipe.layout == "auto":
+        clock.note(_verdict(layout))
+    widths = layout.widths
     cut = cut_layers(
         model,
         family,
         calibrating,
         widths,
         options,
-        membership=_membership(networks, kept),
+        membership=None if networks is None else member_scores(networks, kept),
+        loss_roots=loss_roots if recipe.loss_aware else None,
         clock=clock,
     )
     after = _perplexity(model, held_out, clock, "pruned perplexity")
@@ -309,6 +334,8 @@ def run_prune(recipe: Recipe, clock: StageClock) -> PruneResult:
         neurons_kept=sum(widths),
         neurons_total=prepared.width * prepared.layers,
         widths=widths,
+        width_rule=layout.rule,
+        layout_trials=layout.trials,
         kept_networks=kept,
         calibration_tokens=data.calibrating.tokens,
         held_out_tokens=data.held_out.tokens,
@@ -351,8 +378,8 @@ def _ranked(
 
 
 def _kept_networks(recipe: Recipe, order: list[int]) -> list[int]:
-    """The networks to keep: as many as named; where sparsity alone sets the budget, all of them."""
-    if recipe.sparsity is not None and recipe.keep_networks is None:
+    """The networks to keep: as many as named; where the budget is stated without a number of them, all."""
+    if recipe.stated_budget is not None and recipe.keep_networks is None:
         return order
     if order and recipe.kept_networks_or_default > len(order):
         raise InvalidInput(
@@ -361,23 +388,48 @@ def _kept_networks(recipe: Recipe, order: list[int]) -> list[int]:
     return order[: recipe.kept_networks_or_default]
 
 
-def _widths(
-    prepared: Prepared, networks: FunctionalNetworks | None, kept: Sequence[int]
-) -> list[int]:
-    full = [prepared.width] * prepared.layers
-    if prepared.recipe.sparsity is not None:
-        budget = budget_from_sparsity(sum(full), prepared.recipe.sparsity)
-    else:
-        assert networks is not None
-        budget = budget_from_networks(networks, kept)
-    return uniform_widths(budget, full, prepared.width_multiple)
-
-
-def _membership(networks: FunctionalNetworks | None, kept: Sequence[int]) -> list[Tensor] | None:
-    if networks is None:
+def _loss_roots(
+    prepared: Prepared, model: PreTrainedModel, blocks: TokenBlocks, clock: StageClock
+) -> list[Tensor] | None:
+    """R of each layer, where errors are to be scored as the loss feels them."""
+    if not prepared.recipe.needs_gradients:
         return None
-    strongest = networks.maps[list(kept)].abs().amax(0).double()
-    return [strongest[networks.layer_slice(i)] for i in range(len(networks.widths))]
+    batches = blocks.subset(GRADIENT_TOKENS).batches(prepared.batch_tokens // 4)
+    return [
+        loss_root(sensitivity)
+        for sensitivity in output_sensitivity(model, prepared.family, batches, clock)
+    ]
+
+
+def _layout_request(
+    prepared: Prepared, networks: FunctionalNetworks | None, kept: Sequence[int]
+) -> LayoutRequest:
+    recipe, budget = prepared.recipe, prepared.budget
+    if budget is None:
+        assert networks is not None
+        budget = Budget(budget_from_networks(networks, kept), most=False)
+    return LayoutRequest(
+        layout=recipe.layout,
+        rule=recipe.widths,
+        budget=budget.neurons,
+        most=budget.most,
+        full=(prepared.width,) * prepared.layers,
+        multiple=prepared.width_multiple,
+        whole=prepared.whole,
+    )
+
+
+def _verdict(layout: Layout) -> str:
+    """What a trial of layouts found, in a sentence: what ragged gains, and what it costs."""
+    ragged = min(rise for rule, rise in layout.trials.items() if rule != UNIFORM)
+    uniform = layout.trials[UNIFORM]
+    gain = 1 - ragged / uniform if uniform > 0 else 0.0
+    taken = "uniform" if layout.rule == UNIFORM else f"ragged (widths by {layout.rule})"
+    return (
+        f"layers of different widths would save {gain:.0%} of the loss rise on calibration text set aside "
+        f"({uniform:.3f} nats with uniform widths, {ragged:.3f} ragged) and would load with trust_remote_code only: "
+        f"taken: {taken}"
+    )
 
 
 def _export(
@@ -393,7 +445,8 @@ def _export(
         clock.stage("export", prepared.checkpoint.total_bytes, "bytes") as advance,
         atomic_directory(recipe.output, recipe.overwrite) as folder,
     ):
-        write_checkpoint(
+        write = write_checkpoint if len(set(result.widths)) == 1 else write_ragged_checkpoint
+        write(
             prepared.checkpoint,
             prepared.family,
             cut.cuts,
@@ -402,7 +455,7 @@ def _export(
             progress=advance,
         )
         verify_export(folder)
-        written = Checkpoint.open(folder)
+        written = Checkpoint.open(folder, ragged=True)
         result.parameters_after = written.total_parameters
         result.bytes_after = written.total_bytes
         if networks is not None:
@@ -446,7 +499,7 @@ def _card(
         held_out=f"{result.held_out_tokens:,} tokens of {sources} that calibrated nothing",
         command="fbn-prune run recipe.yaml --output NEW_FOLDER",
         version=tool_version(),
-        kept_networks=len(kept) if recipe.sparsity is None else None,
+        kept_networks=len(kept) if recipe.stated_budget is None else None,
         total_networks=None if networks is None else len(networks.maps),
         perplexity_before=result.perplexity_before,
         perplexity_after=result.perplexity_after,

@@ -12,12 +12,16 @@ from typing import Any
 
 import torch
 
+from fbn_prune.budget import Budget, ModelSize
 from fbn_prune.job import Prepared, memory_for_activations
 from fbn_prune.pruning.allocation import (
+    at_most,
     budget_from_networks,
-    budget_from_sparsity,
+    narrowed,
+    ranked_widths,
     uniform_widths,
 )
+from fbn_prune.sensitivity import GRADIENT_TOKENS
 
 MEMBERS_PER_NETWORK = 0.041
 """Share of all neurons that one network of 64 has as members on trained models; sets of K networks overlap as if
@@ -29,7 +33,10 @@ PROCESS_BYTES = 450 * 2**20
 
 @dataclass(frozen=True)
 class Plan:
-    """Prediction of a run. Bytes, seconds; `estimated` names the fields that are no exact counts."""
+    """Prediction of a run. Bytes, seconds; `estimated` names the fields that are no exact counts.
+
+    `same_budget` says what the budget is in each of the other keys that could have set it.
+    """
 
     parameters_before: int
     parameters_after: int
@@ -38,6 +45,7 @@ class Plan:
     neurons_total: int
     neurons_kept: int
     widths: list[int]
+    same_budget: dict[str, float]
     peak_memory_bytes: int
     seconds: float
     estimated: list[str]
@@ -51,43 +59,55 @@ def plan(prepared: Prepared) -> Plan:
     recipe, checkpoint = prepared.recipe, prepared.checkpoint
     total = prepared.width * prepared.layers
     estimated = ["peak_memory_bytes", "seconds"]
-    if recipe.sparsity is not None:
-        budget = budget_from_sparsity(total, recipe.sparsity)
+    sizes = ["parameters_after", "bytes_after", "neurons_kept", "widths", "same_budget"]
+    if prepared.budget is not None:
+        budget = prepared.budget
     elif prepared.networks is not None:
         # The order needs the weights; any K networks cover about as much as any others.
         kept = range(recipe.kept_networks_or_default)
-        budget = budget_from_networks(prepared.networks, list(kept))
-        estimated += ["parameters_after", "bytes_after", "neurons_kept", "widths"]
+        budget = Budget(budget_from_networks(prepared.networks, list(kept)), most=False)
+        estimated += sizes
     else:
         # Fewer networks are each larger: the share that 64 leave untouched is spread over those there are.
         share = 1 - (1 - MEMBERS_PER_NETWORK) ** recipe.kept_networks_or_default
-        budget = round(total * share)
-        estimated += ["parameters_after", "bytes_after", "neurons_kept", "widths"]
-    full = [prepared.width] * prepared.layers
-    widths = uniform_widths(budget, full, prepared.width_multiple)
-    removed = sum(full) - sum(widths)
-    per_neuron = _weights_per_neuron(prepared)
+        budget = Budget(round(total * share), most=False)
+        estimated += sizes
+    widths = _widths(prepared, budget)
+    if recipe.layout != "uniform":
+        estimated.append("widths")
+    size = ModelSize.of(checkpoint)
+    neurons = sum(widths)
     return Plan(
         parameters_before=checkpoint.total_parameters,
-        parameters_after=checkpoint.total_parameters - removed * per_neuron,
+        parameters_after=size.parameters_with(neurons),
         bytes_before=checkpoint.total_bytes,
-        bytes_after=checkpoint.total_bytes
-        - removed * per_neuron * checkpoint.storage_dtype.itemsize,
+        bytes_after=size.bytes_with(neurons),
         neurons_total=total,
-        neurons_kept=sum(widths),
+        neurons_kept=neurons,
         widths=widths,
+        same_budget={
+            "sparsity": round(1 - neurons / total, 4),
+            "target_params": size.parameters_with(neurons),
+            "target_size": size.bytes_with(neurons) + size.header_bytes,
+        },
         peak_memory_bytes=_peak_bytes(prepared),
         seconds=_operations(prepared) / _operations_per_second(prepared.device),
         estimated=estimated,
     )
 
 
-def _weights_per_neuron(prepared: Prepared) -> int:
-    """Stored numbers that go with one neuron: its rows, its column, its biases."""
-    family, config = prepared.family, prepared.checkpoint.config
-    stacks = sum(projection.stacked for projection in family.inputs)
-    biases = stacks if family.has_bias(config) else 0
-    return (stacks + 1) * family.hidden_size(config) + biases
+def _widths(prepared: Prepared, budget: Budget) -> list[int]:
+    """Exact for uniform layers; otherwise an even split, which has the sum that the true widths will have."""
+    recipe, multiple = prepared.recipe, prepared.width_multiple
+    full = [prepared.width] * prepared.layers
+    neurons = budget.neurons
+    if recipe.layout == "ragged":
+        even = [torch.arange(width, 0, -1) for width in full]
+        widths = ranked_widths(even, neurons, multiple, prepared.whole)
+        return narrowed(widths, neurons, multiple, prepared.whole) if budget.most else widths
+    if budget.most:
+        neurons = at_most(neurons, prepared.layers, multiple)
+    return uniform_widths(neurons, full, multiple)
 
 
 def _peak_bytes(prepared: Prepared) -> int:
@@ -116,6 +136,12 @@ def _operations(prepared: Prepared) -> float:
         sample = min(recipe.network_tokens, tokens)
         work += sample * forward + sample * sample * width * layers
         work += 2.0 * sample * sample * 2000 + 400 * 4.0 * width * layers * recipe.networks**2
+    if recipe.needs_gradients:
+        work += 3 * forward * min(tokens, GRADIENT_TOKENS)
+    if recipe.layout != "uniform" and recipe.widths in ("loss", "auto"):
+        work += tokens * (forward + layers * width * width) + layers * 6.0 * width**3
+    if recipe.layout == "auto" or (recipe.layout == "ragged" and recipe.widths == "auto"):
+        work += tokens * (forward + layers * width * width) + 3 * layers * 6.0 * width**3
     if recipe.needs_networks and recipe.rank == "knockout":
         work += recipe.networks * min(tokens, 8192) * forward
     return work + tokens * family.hidden_size(config)

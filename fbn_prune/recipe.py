@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from fbn_prune.errors import InvalidInput
 
@@ -17,6 +18,12 @@ CriterionName = Literal[
 RankName = Literal["energy", "knockout"]
 Scope = Literal["global", "layer"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+LayoutName = Literal["uniform", "ragged", "auto"]
+WidthRule = Literal["networks", "loss", "members", "auto"]
+
+BUDGET_KEYS = ("sparsity", "target_params", "target_size")
+"""What may state how much stays instead of the kept networks."""
 
 CRITERION_NAMES: tuple[str, ...] = get_args(CriterionName)
 
@@ -56,7 +63,28 @@ class Recipe(BaseModel):
         "energy", description="Order of networks: output energy, or loss rise when knocked out."
     )
     criterion: CriterionName = Field("networks", description="Which neurons go.")
-    layout: Literal["uniform"] = Field("uniform", description="Same width in every layer.")
+    target_params: str | None = Field(
+        None, description="Parameters of the result, as 5000000, 350M or 1.5B: sets the budget."
+    )
+    target_size: str | None = Field(
+        None, description="Largest size of the result's weights, as 2GB or 900MB: sets the budget."
+    )
+    layout: LayoutName = Field(
+        "uniform",
+        description="The same width in every layer, which every loader takes; or widths of their own (ragged: better, "
+        "loads with trust_remote_code); or ragged only where a trial shows that it gains enough (auto).",
+    )
+    widths: WidthRule = Field(
+        "networks",
+        description="Ragged widths by all networks, by the loss's removal curves, by membership in the kept networks, "
+        "or the best of the first two and an even split in a trial (auto).",
+    )
+    loss_aware: bool = Field(
+        False, description="Score errors as the loss feels them (takes a backward pass)."
+    )
+    keep_layers: str | None = Field(
+        None, description="Layers to leave whole, as 0,1,-1. Needs --layout ragged."
+    )
     width_multiple: int | None = Field(
         None, ge=1, description="Widths are multiples of this. Default: 64, or 8 below width 2048."
     )
@@ -78,10 +106,32 @@ class Recipe(BaseModel):
     def kept_networks_or_default(self) -> int:
         return 10 if self.keep_networks is None else self.keep_networks
 
+    @field_validator("target_params", "target_size", "keep_layers", mode="before")
+    @classmethod
+    def _numbers_are_words_too(cls, value: Any) -> Any:
+        """YAML reads 5000000, and a single layer, as a number."""
+        whole = isinstance(value, int | float) and not isinstance(value, bool)
+        return format(value, "d" if isinstance(value, int) else "f") if whole else value
+
+    @property
+    def stated_budget(self) -> str | None:
+        """The key that sets the budget; None where the kept networks do."""
+        return next((key for key in BUDGET_KEYS if getattr(self, key) is not None), None)
+
     @property
     def needs_networks(self) -> bool:
         """Whether the result depends on the networks at all."""
-        return self.sparsity is None or self.criterion in ("networks", "membership")
+        return (
+            self.stated_budget is None
+            or self.criterion in ("networks", "membership")
+            or (self.layout != "uniform" and self.widths != "loss")
+        )
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether a backward pass is needed."""
+        by_loss = self.layout != "uniform" and self.widths in ("loss", "auto")
+        return self.loss_aware or by_loss
 
     def to_yaml(self) -> str:
         """The resolved recipe, every key spelled out."""
@@ -136,6 +186,8 @@ def _check(recipe: Recipe, where: str) -> None:
         raise InvalidInput(
             f"{where}: sparsity = {recipe.sparsity}: the share of neurons to remove lies between 0 and 1"
         )
+    _check_budget(recipe, where)
+    _check_layout(recipe, where)
     if not recipe.calibration:
         raise InvalidInput(f"{where}: calibration is empty: name at least one source of text")
     if recipe.networks > recipe.network_tokens - 1 or recipe.networks > recipe.tokens - 1:
@@ -144,6 +196,76 @@ def _check(recipe: Recipe, where: str) -> None:
             f"{min(recipe.network_tokens, recipe.tokens)} tokens allow fewer than that many; "
             "lower networks or raise tokens and network_tokens"
         )
+
+
+def _check_budget(recipe: Recipe, where: str) -> None:
+    stated = [key for key in BUDGET_KEYS if getattr(recipe, key) is not None]
+    if len(stated) > 1:
+        raise InvalidInput(f"{where}: {' and '.join(stated)} both set the budget: give one of them")
+    if recipe.target_params is not None:
+        parse_count(recipe.target_params, f"{where}: target_params")
+    if recipe.target_size is not None:
+        parse_size(recipe.target_size, f"{where}: target_size")
+
+
+def _check_layout(recipe: Recipe, where: str) -> None:
+    if recipe.layout == "uniform" and recipe.widths != "networks":
+        raise InvalidInput(
+            f"{where}: widths = {recipe.widths}: uniform layers have no widths of their own: "
+            "add layout = ragged or auto"
+        )
+    if recipe.keep_layers is not None:
+        if recipe.layout != "ragged":
+            raise InvalidInput(
+                f"{where}: keep_layers = {recipe.keep_layers}: whole layers beside cut ones need layout = ragged"
+            )
+        parse_layers(recipe.keep_layers, f"{where}: keep_layers")
+    if recipe.loss_aware and recipe.criterion not in ("networks", "second-order"):
+        raise InvalidInput(
+            f"{where}: loss_aware = true: criterion {recipe.criterion} scores no errors"
+        )
+
+
+def parse_count(text: str, name: str) -> int:
+    """A number of parameters: 5000000, 350M, 1.5B.
+
+    Raises
+    ------
+    InvalidInput
+    """
+    return _parse(text, {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}, name, "5000000, 350M or 1.5B")
+
+
+def parse_size(text: str, name: str) -> int:
+    """A size in bytes: 2GB, 900MB, 1.5GiB.
+
+    Raises
+    ------
+    InvalidInput
+    """
+    units = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+    return _parse(text, units, name, "2GB, 900MB or 1.5GiB")
+
+
+def _parse(text: str, units: dict[str, int], name: str, examples: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([A-Z]*)", text.strip().upper())
+    if match is None or match[2] not in units or float(match[1]) <= 0:
+        raise InvalidInput(f"{name} = {text!r}: write it as {examples}")
+    return int(float(match[1]) * units[match[2]])
+
+
+def parse_layers(text: str, name: str) -> tuple[int, ...]:
+    """Layers as 0,1,-1, where -1 is the last.
+
+    Raises
+    ------
+    InvalidInput
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InvalidInput(f"{name} = {text!r}: write layers as 0,1,-1") from None
 
 
 def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:

@@ -13,8 +13,10 @@ from fbn_prune.pruning.second_order import (
     centred,
     choose_neurons,
     damped,
+    loss_root,
     output_error,
     refit,
+    removal_costs,
 )
 
 torch.set_num_threads(1)
@@ -138,3 +140,40 @@ def test_a_dead_layer_is_handled(level: float) -> None:
     new = refit(weight, gram, kept, damping=1e-3)
     assert len(kept) == 6
     assert torch.isfinite(new).all()
+
+
+@given(seed=st.integers(0, 10_000), keep=st.integers(1, 11))
+@settings(deadline=None, max_examples=30)
+def test_the_removal_curve_is_that_of_the_choice(seed: int, keep: int) -> None:
+    weight, _, gram = problem(seed)
+    costs = removal_costs(weight, gram, damping=1e-2)
+    kept = choose_neurons(weight, gram, keep, damping=1e-2)
+    gone = [j for j in range(12) if j not in kept.tolist()]
+    assert costs[gone].max() <= costs[kept].min()
+    assert bool((costs > 0).all())
+
+
+def test_the_removal_curve_starts_with_the_true_cost_of_the_first() -> None:
+    weight, _, gram = problem(9)
+    ridge = damped(gram, 1e-2)
+    kept = choose_neurons(weight, gram, 11, damping=1e-2)
+    error = output_error(weight, ridge, kept, refit(weight, ridge, kept, damping=1e-14))
+    assert float(removal_costs(weight, gram, damping=1e-2).min()) == pytest.approx(error, rel=1e-6)
+
+
+@pytest.mark.parametrize("rank", [5, 2])
+def test_the_loss_root_is_a_root_also_of_a_singular_matrix(rank: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    g = torch.randn(rank, 5, generator=generator, dtype=torch.float64)
+    root = loss_root(g.T @ g)
+    torch.testing.assert_close(root.T @ root, g.T @ g)
+
+
+def test_outputs_the_loss_does_not_feel_do_not_keep_a_neuron() -> None:
+    weight, _, gram = problem(10, neurons=8, outputs=2)
+    gram = torch.diag(gram.diagonal())
+    weight[0, :4], weight[1, :4] = 10.0, 0.0
+    weight[0, 4:], weight[1, 4:] = 0.0, 0.1
+    felt = loss_root(torch.diag(torch.tensor([0.0, 1.0], dtype=torch.float64)))
+    assert choose_neurons(weight, gram, 4, damping=1e-6).tolist() == [0, 1, 2, 3]
+    assert choose_neurons(felt @ weight, gram, 4, damping=1e-6).tolist() == [4, 5, 6, 7]

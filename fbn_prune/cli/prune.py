@@ -52,12 +52,20 @@ def execute(recipe: Recipe, *, json: bool, dry_run: bool) -> None:
     kept = ", ".join(str(network) for network in result.kept_networks[:10])
     more = "" if len(result.kept_networks) <= 10 else f" and {len(result.kept_networks) - 10} more"
     if kept:
-        console.print_line(f"networks kept: {kept}{more}; width of every layer: {result.widths[0]}")
+        console.print_line(f"networks kept: {kept}{more}")
+    console.print_line(_widths(result.widths, result.width_rule))
     seconds = ", ".join(f"{name} {took:.1f} s" for name, took in result.stages.items())
     console.print_line(
         f"{seconds}; peak memory {console.size(result.peak_memory_bytes)}; "
         f"bare forward passes {result.forward_seconds:.1f} s"
     )
+
+
+def _widths(widths: list[int], rule: str) -> str:
+    if len(set(widths)) == 1:
+        return f"width of every layer: {widths[0]}"
+    listed = ", ".join(str(width) for width in widths)
+    return f"widths by {rule}: {listed}; loads with trust_remote_code=True"
 
 
 def print_version() -> None:
@@ -97,6 +105,9 @@ def _predict(recipe: Recipe, *, json: bool) -> None:
         console.size(predicted.bytes_before),
         about("bytes_after", console.size(predicted.bytes_after)),
     )
+    for key, value in predicted.same_budget.items():
+        words = console.size(int(value)) if key == "target_size" else f"{value:,}"
+        table.add_row(f"  as --{key.replace('_', '-')}", "", about("same_budget", words))
     table.add_row("peak memory", "", f"about {console.size(predicted.peak_memory_bytes)}")
     table.add_row("time", "", f"about {predicted.seconds:.0f} s")
     console.print_table(table)

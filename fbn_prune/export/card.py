@@ -80,10 +80,10 @@ Perplexity is measured on {facts.held_out}.
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("PATH_TO_THIS_FOLDER")
+model = AutoModelForCausalLM.from_pretrained("PATH_TO_THIS_FOLDER"{_trust(facts)})
 tokenizer = AutoTokenizer.from_pretrained("PATH_TO_THIS_FOLDER")
 ```
-
+{_why_trust(facts)}
 ## Make it again
 
 `recipe.yaml` in this folder holds every setting of the run (fbn-prune {facts.version}):
@@ -91,6 +91,23 @@ tokenizer = AutoTokenizer.from_pretrained("PATH_TO_THIS_FOLDER")
 ```
 {facts.command}
 ```
+"""
+
+
+def _ragged(facts: CardFacts) -> bool:
+    return len(set(facts.widths)) > 1
+
+
+def _trust(facts: CardFacts) -> str:
+    return ", trust_remote_code=True" if _ragged(facts) else ""
+
+
+def _why_trust(facts: CardFacts) -> str:
+    if not _ragged(facts):
+        return ""
+    return """
+The layers differ in width (`per_layer_config` in `config.json`), which transformers does not build by itself for this
+architecture yet; `modeling_ragged.py` in this folder, a page of code, narrows each MLP to its width.
 """
 
 

@@ -67,7 +67,7 @@ def write_checkpoint(
     if len(widths) != 1:
         raise InvalidInput(
             f"the stock config has one width for all layers, found {widths[0]} to {widths[-1]}; "
-            "use uniform widths"
+            "use uniform widths, or write_ragged_checkpoint"
         )
     needs_bias = any(cut.down_bias is not None for cut in cuts)
     config = pruned_config(source.config, family, widths[0], needs_bias)
@@ -160,7 +160,7 @@ def verify_export(directory: Path) -> None:
         If a tensor is missing, has a shape other than the config's, or the tokenizer is unusable.
     """
     try:
-        written = Checkpoint.open(directory)
+        written = Checkpoint.open(directory, ragged=True)
         written.load_model("meta", written.storage_dtype)
     except InvalidInput as error:
         raise FbnPruneError(f"the written checkpoint does not load: {error}") from error

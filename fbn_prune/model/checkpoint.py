@@ -21,6 +21,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
 from torch import Tensor
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -30,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.families import Family, as_config, family_of
+from fbn_prune.model.modeling_ragged import ragged_class
 from fbn_prune.model.shards import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -88,7 +90,9 @@ class Checkpoint:
     trust_remote_code: bool = False
 
     @classmethod
-    def open(cls, path_or_hub_id: str | Path, *, trust_remote_code: bool = False) -> Checkpoint:
+    def open(
+        cls, path_or_hub_id: str | Path, *, trust_remote_code: bool = False, ragged: bool = False
+    ) -> Checkpoint:
         """Find a checkpoint and check it, reading headers and the tokenizer but no weights.
 
         Parameters
@@ -96,15 +100,16 @@ class Checkpoint:
         path_or_hub_id : a folder, or a Hub id whose files are downloaded (no pickle; code only if
             it is trusted).
         trust_remote_code : let the tokenizer be code from the checkpoint. The model never is.
+        ragged : accept layers of different widths: for a checkpoint to be run, not pruned.
 
         Raises
         ------
         InvalidInput
             If anything is missing, broken, contradictory or not supported.
         """
-        path, hub_id = _find(path_or_hub_id, trust_remote_code)
+        path, hub_id = _find(path_or_hub_id, trust_remote_code, ragged)
         config = _read_config(path)
-        family = family_of(config)
+        family = family_of(config, ragged=ragged)
         tensors = read_headers(path)
         _check_mlps(path, family, config, tensors)
         checkpoint = cls(path, config, family, tensors, hub_id, trust_remote_code)
@@ -149,7 +154,7 @@ class Checkpoint:
             return tensor
 
     def load_model(self, device: str | torch.device, dtype: torch.dtype) -> PreTrainedModel:
-        """The model on `device` in `dtype`: eval mode, no key-value cache, stock code only.
+        """The model on `device` in `dtype`: eval mode, no key-value cache, no code from the folder.
 
         The device "meta" goes through the same loading code, but reads and holds no weights.
 
@@ -158,10 +163,18 @@ class Checkpoint:
         InvalidInput
             If a tensor the model needs is not in the checkpoint, or has another shape.
         """
+        model_class: Any = AutoModelForCausalLM
+        more: dict[str, Any] = {}
+        if self.config.get("per_layer_config"):
+            facts = {"ragged_mlp": self.family.mlp_facts()}
+            more["config"] = as_config(self.config | facts)
+            stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(more["config"])]
+            model_class = ragged_class(stock)
         with _quiet_transformers():
             try:
-                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                loaded: Any = model_class.from_pretrained(
                     self.path,
+                    **more,
                     dtype=dtype,
                     device_map="meta" if torch.device(device).type == "meta" else None,
                     use_safetensors=True,
@@ -204,7 +217,9 @@ class Checkpoint:
             ) from error
 
 
-def _find(path_or_hub_id: str | Path, trust_remote_code: bool) -> tuple[Path, str | None]:
+def _find(
+    path_or_hub_id: str | Path, trust_remote_code: bool, ragged: bool
+) -> tuple[Path, str | None]:
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
         if not any(path.iterdir()):
@@ -215,14 +230,14 @@ def _find(path_or_hub_id: str | Path, trust_remote_code: bool) -> tuple[Path, st
     text = str(path_or_hub_id)
     if isinstance(path_or_hub_id, Path) or not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", text):
         raise InvalidInput(f"there is no folder {path}; give a model folder or a Hub id")
-    return _download(text, trust_remote_code), text
+    return _download(text, trust_remote_code, ragged), text
 
 
-def _download(hub_id: str, trust_remote_code: bool) -> Path:
+def _download(hub_id: str, trust_remote_code: bool, ragged: bool) -> Path:
     """Fetch the small files, refuse what they already rule out, and only then fetch the weights."""
     small = ["config.json", INDEX_FILE, *TOKENIZER_FILES, *COMPANION_FILES]
     path = _snapshot(hub_id, small + (["*.py"] if trust_remote_code else []))
-    family_of(_read_config(path))
+    family_of(_read_config(path), ragged=ragged)
     index = path / INDEX_FILE
     shards = sorted(set(read_index(path).values())) if index.exists() else [SINGLE_FILE]
     return _snapshot(hub_id, shards)
@@ -250,14 +265,18 @@ def _check_mlps(
 ) -> None:
     """Every layer has the MLP tensors that the config promises, in those shapes, and no others."""
     typed = as_config(config)
-    layers, width, hidden = family.num_layers(typed), family.width(typed), family.hidden_size(typed)
+    layers, widths, hidden = (
+        family.num_layers(typed),
+        family.widths(typed),
+        family.hidden_size(typed),
+    )
     biased = family.has_bias(typed)
     found: set[tuple[int, str, str]] = set()
     for name, info in tensors.items():
         location = family.locate(name)
         if location is None or location.layer >= layers:
             continue
-        expected = family.tensor_shape(location, hidden, width)
+        expected = family.tensor_shape(location, hidden, widths[location.layer])
         if info.shape != expected:
             raise InvalidInput(
                 f"{path / info.file}: {name} has shape {list(info.shape)}, "

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from fbn_prune.errors import InvalidInput
@@ -48,6 +48,23 @@ class Projection:
 
 
 @dataclass(frozen=True)
+class Gguf:
+    """How llama.cpp knows the architecture.
+
+    Attributes
+    ----------
+    arch : its name there.
+    ragged_arch : the one that reads a width for each layer; None if none has this arithmetic.
+    paired_rope : rotary embedding turns neighbouring channels there, where transformers turns the
+        halves of a head: query and key rows are to be reordered.
+    """
+
+    arch: str
+    ragged_arch: str | None = None
+    paired_rope: bool = False
+
+
+@dataclass(frozen=True)
 class Location:
     """What a checkpoint's tensor is: a part of one projection of one layer."""
 
@@ -68,6 +85,7 @@ class Family:
     biased : whether the MLP's projections have biases, or the config flag that says so.
     bias_key : config flag that gives biases to the MLP and to nothing else; None if there is no
         such flag.
+    gguf : the form in GGUF files; None if none is written.
     """
 
     name: str
@@ -78,6 +96,7 @@ class Family:
     width_key: str = "intermediate_size"
     biased: bool | str = False
     bias_key: str | None = None
+    gguf: Gguf | None = None
 
     @property
     def projections(self) -> tuple[Projection, ...]:
@@ -90,6 +109,16 @@ class Family:
         config = as_config(config)
         width = getattr(config, self.width_key)
         return 4 * self.hidden_size(config) if width is None else int(width)
+
+    def widths(self, config: Config) -> list[int]:
+        """Neurons of each layer's MLP, also where `per_layer_config` gives the layers their own."""
+        config = as_config(config)
+        fields = config.to_dict()
+        own = {int(i): v.get(self.width_key) for i, v in _per_layer(fields).items()}
+        if not own:
+            return [self.width(config)] * self.num_layers(config)
+        common = fields.get(self.width_key) or 4 * self.hidden_size(config)
+        return [int(own.get(i) or common) for i in range(self.num_layers(config))]
 
     def num_layers(self, config: Config) -> int:
         return int(as_config(config).num_hidden_layers)
@@ -113,6 +142,15 @@ class Family:
     def accepts_bias(self, config: Config) -> bool:
         """Whether `output` has a bias, or a stock config can say that it has one."""
         return self.bias_key is not None or self.has_bias(config)
+
+    def mlp_facts(self) -> dict[str, Any]:
+        """Where the MLPs are, as the JSON object `ragged_mlp` that `modeling_ragged.py` reads."""
+        return {
+            "inputs": [asdict(projection) for projection in self.inputs],
+            "layers": self.layers,
+            "output": asdict(self.output),
+            "width_key": self.width_key,
+        }
 
     # A live model
 
@@ -174,7 +212,9 @@ class Family:
         return (neurons, hidden) if location.projection.neuron_axis == 0 else (hidden, neurons)
 
 
-def _gated(name: str, *model_types: str, bias_key: str | None = None) -> Family:
+def _gated(
+    name: str, *model_types: str, bias_key: str | None = None, gguf: Gguf | None = None
+) -> Family:
     return Family(
         name,
         model_types,
@@ -183,15 +223,18 @@ def _gated(name: str, *model_types: str, bias_key: str | None = None) -> Family:
         output=Projection("mlp.down_proj", 1),
         biased=bias_key or False,
         bias_key=bias_key,
+        gguf=gguf,
     )
 
 
 FAMILIES: tuple[Family, ...] = (
-    _gated("Llama", "llama", bias_key="mlp_bias"),  # SmolLM and SmolLM2 are of this type too
+    _gated(  # SmolLM and SmolLM2 are of this type too
+        "Llama", "llama", bias_key="mlp_bias", gguf=Gguf("llama", "deci", paired_rope=True)
+    ),
     _gated("Mistral", "mistral"),
     _gated("OLMo 2", "olmo2"),
-    _gated("Qwen2", "qwen2"),
-    _gated("Qwen3", "qwen3"),
+    _gated("Qwen2", "qwen2", gguf=Gguf("qwen2")),
+    _gated("Qwen3", "qwen3", gguf=Gguf("qwen3")),
     _gated("Gemma", "gemma", "gemma2", "gemma3_text"),
     _gated("Granite", "granite", bias_key="mlp_bias"),
     Family(
@@ -242,12 +285,13 @@ _BY_MODEL_TYPE = {model_type: family for family in FAMILIES for model_type in fa
 _SUPPORTED = ", ".join(_BY_MODEL_TYPE)
 
 
-def family_of(config: Config) -> Family:
+def family_of(config: Config, *, ragged: bool = False) -> Family:
     """The family of a model.
 
     Parameters
     ----------
     config : a loaded config, or the object in `config.json`.
+    ragged : accept layers of different widths, for a model that is to be run and not pruned.
 
     Raises
     ------
@@ -261,7 +305,7 @@ def family_of(config: Config) -> Family:
         raise InvalidInput(
             f"the config has no model_type (found {model_type!r}); supported: {_SUPPORTED}"
         )
-    if obstacle := _obstacle(fields):
+    if obstacle := _obstacle(fields) or (None if ragged else _raggedness(fields)):
         raise InvalidInput(f"model_type {model_type!r} {obstacle}; supported: {_SUPPORTED}")
     if model_type not in _BY_MODEL_TYPE:
         raise InvalidInput(f"model_type {model_type!r} is not known; supported: {_SUPPORTED}")
@@ -282,9 +326,17 @@ def _obstacle(fields: Mapping[str, Any]) -> str | None:
     if quantization := fields.get("quantization_config"):
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
         return f"is quantized ({method or 'quantization_config'}): prune first, quantize afterwards"
-    if fields.get("per_layer_config"):
+    return None
+
+
+def _raggedness(fields: Mapping[str, Any]) -> str | None:
+    if _per_layer(fields):
         return "has layers of different widths (per_layer_config), which cannot be pruned again"
     return None
+
+
+def _per_layer(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    return fields.get("per_layer_config") or {}
 
 
 def as_config(config: Config) -> PretrainedConfig:

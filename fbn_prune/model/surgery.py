@@ -8,7 +8,8 @@ checkpoint computes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,6 +116,34 @@ def apply_cut(
         _replace(down, "bias", _rounded(cut.down_bias, round_to or down.bias.dtype))
     _set_features(down)
     _sync_width(model, family)
+
+
+@contextmanager
+def as_if_cut(model: PreTrainedModel, family: Family, cuts: Sequence[MlpCut]) -> Iterator[None]:
+    """The live model computes what the cut one would, inside the context; then it is as it was.
+
+    A neuron whose output weights are zero does what a removed one does, so only these are exchanged.
+
+    Parameters
+    ----------
+    cuts : one a layer.
+    """
+    before = []
+    for layer in range(len(cuts)):
+        down = family.output_module(model, layer)
+        before.append((down, down.weight, down.bias))
+    try:
+        for (down, weight, _), cut in zip(before, cuts, strict=True):
+            new = torch.zeros_like(weight)
+            columns = new if family.output.neuron_axis == 1 else new.T
+            columns[:, cut.kept.to(new.device)] = cut.down_weight.to(new)
+            down.weight = nn.Parameter(new, requires_grad=False)
+            if cut.down_bias is not None:
+                down.bias = nn.Parameter(cut.down_bias.to(new), requires_grad=False)
+        yield
+    finally:
+        for down, weight, bias in before:
+            down.weight, down.bias = weight, bias
 
 
 def pruned_config(

@@ -33,6 +33,9 @@ class LayerEvidence:
         E[tᵀx] and E[t] of the signal to reproduce, where that is not x itself (sequential mode).
     membership
         Largest abs z of each neuron over the kept networks, [N]; None where no networks were found.
+    loss_root
+        R [d, d] with RᵀR = E[g gᵀ] of the loss gradient g at this output, to score errors as the loss feels
+        them; None to score them all alike.
     can_have_bias
         Whether the architecture can store a bias of the output projection.
     """
@@ -46,6 +49,7 @@ class LayerEvidence:
     cross: Tensor | None
     target_mean: Tensor | None
     membership: Tensor | None
+    loss_root: Tensor | None
     can_have_bias: bool
     damping: float
     refit_damping: float
@@ -131,6 +135,8 @@ def second_order_cut(evidence: LayerEvidence, width: int) -> MlpCut:
     start = evidence.weight
     if cross is not None:
         start = second_order.refit(start, gram, full, damping=evidence.refit_damping, cross=cross)
+    if evidence.loss_root is not None:
+        start = evidence.loss_root @ start
     kept = second_order.choose_neurons(start, gram, width, damping=evidence.damping)
     weight = second_order.refit(
         evidence.weight, gram, kept, damping=evidence.refit_damping, cross=cross
@@ -141,6 +147,15 @@ def second_order_cut(evidence: LayerEvidence, width: int) -> MlpCut:
         bias = evidence.bias + evidence.weight @ target_mean - weight @ evidence.mean[kept]
         bias = bias.cpu()
     return MlpCut(kept.cpu(), weight.cpu(), bias)
+
+
+def neuron_costs(evidence: LayerEvidence) -> Tensor:
+    """What each neuron of a layer costs to remove, cheapest first, in its own layer's units; float64 [N]."""
+    gram = evidence.gram
+    if evidence.bias is not None:
+        gram = second_order.centred(gram, evidence.mean)
+    weight = evidence.weight if evidence.loss_root is None else evidence.loss_root @ evidence.weight
+    return second_order.removal_costs(weight, gram, damping=evidence.damping).cpu()
 
 
 CRITERIA["networks"] = second_order_cut

@@ -37,6 +37,8 @@ class CutOptions:
     """The type in which the checkpoint will be stored; the live model gets weights rounded to it, so that its
     figures are those of the written one."""
 
+    loss_aware: bool = False
+
 
 @dataclass(frozen=True)
 class CutModel:
@@ -54,6 +56,7 @@ def cut_layers(
     options: CutOptions,
     *,
     membership: Sequence[Tensor] | None,
+    loss_roots: Sequence[Tensor] | None = None,
     clock: StageClock,
 ) -> CutModel:
     """Cut the layers of `model` in place to `widths` and return the cuts.
@@ -62,13 +65,23 @@ def cut_layers(
     ----------
     membership
         For each layer the largest abs z of its neurons over the kept networks, or None without networks.
+    loss_roots
+        For each layer R (see :func:`fbn_prune.pruning.second_order.loss_root`), or None to count errors alike.
 
     Raises
     ------
     InvalidInput
         A layer's activations are NaN or Inf; the layer is named.
     """
-    evidence = EvidencePass(model, family, batches, options, membership=membership, clock=clock)
+    evidence = EvidencePass(
+        model,
+        family,
+        batches,
+        options,
+        membership=membership,
+        loss_roots=loss_roots,
+        clock=clock,
+    )
     cuts: list[MlpCut] = []
     for layer, width in zip(evidence, widths, strict=True):
         cut = CRITERIA[options.criterion](layer, width)
@@ -97,10 +110,13 @@ class EvidencePass:
         options: CutOptions,
         *,
         membership: Sequence[Tensor] | None,
+        loss_roots: Sequence[Tensor] | None = None,
         clock: StageClock,
+        stage: str = "prune",
     ) -> None:
         self._model, self._family, self._batches = model, family, batches
         self._options, self._membership, self._clock = options, membership, clock
+        self._loss_roots, self._stage = loss_roots, stage
         self.forward_seconds = 0.0
 
     def __iter__(self) -> Iterator[LayerEvidence]:
@@ -112,7 +128,7 @@ class EvidencePass:
         layers = family.num_layers(model.config)
         passes = 1 if pruned is None else 3
         total = sum(batch.tokens for batch in self._batches) * layers * passes
-        with self._clock.stage("prune", total, "tokens x layers") as advance:
+        with self._clock.stage(self._stage, total, "tokens x layers") as advance:
             for layer in range(layers):
                 statistics = self._statistics(dense, pruned, layer, advance)
                 self.forward_seconds = dense.forward_seconds
@@ -152,6 +168,9 @@ class EvidencePass:
         membership = None
         if self._membership is not None:
             membership = self._membership[layer].to(weight.device)
+        loss_root = None
+        if self._loss_roots is not None:
+            loss_root = self._loss_roots[layer].to(weight.device)
         return LayerEvidence(
             layer=layer,
             weight=weight,
@@ -165,6 +184,7 @@ class EvidencePass:
             cross=None if cross is None else cross.cross,
             target_mean=None if cross is None else cross.target_mean,
             membership=membership,
+            loss_root=loss_root,
             can_have_bias=family.accepts_bias(model.config),
             damping=options.damping,
             refit_damping=options.refit_damping,

@@ -9,6 +9,8 @@ Pure numerics in float64: W [d, neurons], H [neurons, neurons], on any device. N
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -49,24 +51,80 @@ def choose_neurons(weight: Tensor, gram: Tensor, keep: int, *, damping: float) -
     -------
     int64 [keep], ascending.
     """
-    total = weight.shape[1]
-    kept = torch.arange(total, device=weight.device)
-    if keep >= total:
-        return kept
-    block = max(1, total // BLOCKS_PER_LAYER)
+    step = _all_neurons(weight, gram, damping)
+    block = _block_size(step)
+    while len(step.kept) > keep:
+        step, _, _ = _remove_cheapest(step, min(block, len(step.kept) - keep))
+    return step.kept
+
+
+def removal_costs(weight: Tensor, gram: Tensor, *, damping: float) -> Tensor:
+    """What each neuron's removal costs when all go, the cheapest first: the slope of the removal curve.
+
+    Parameters as for :func:`choose_neurons`, which removes in this order.
+
+    Returns
+    -------
+    float64 [neurons], in units of the squared MLP output; never less than that of a neuron that goes earlier.
+    """
+    step = _all_neurons(weight, gram, damping)
+    block = _block_size(step)
+    costs = weight.new_zeros(weight.shape[1])
+    highest = 0.0
+    while len(step.kept) > 0:
+        step, gone, cost = _remove_cheapest(step, min(block, len(step.kept)))
+        costs[gone] = cost.clamp(min=highest)
+        highest = float(costs[gone].max())
+    return costs
+
+
+def loss_root(sensitivity: Tensor) -> Tensor:
+    """R with F = RᵀR, by which output weights are multiplied where errors count as the loss feels them.
+
+    A weight W scored as R W, its cost is the rise of the loss to second order: ``||R W_j||² / [H⁻¹]_jj``. Which
+    weights compensate best does not depend on F, so nothing else changes.
+
+    Parameters
+    ----------
+    sensitivity
+        F = E[g gᵀ] of the loss gradient g at the MLP output, [d, d], float64.
+    """
+    values, vectors = torch.linalg.eigh(sensitivity)
+    return values.clamp(min=0).sqrt()[:, None] * vectors.T
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Between two removals: the neurons that are left, their weights as compensated so far, their H⁻¹."""
+
+    kept: Tensor
+    weight: Tensor
+    inverse: Tensor
+
+
+def _all_neurons(weight: Tensor, gram: Tensor, damping: float) -> _Step:
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram, damping)))
-    weight = weight.clone()
-    while len(kept) > keep:
-        cost = weight.square().sum(0) / inverse.diagonal()
-        order = torch.argsort(cost, stable=True)
-        count = min(block, len(kept) - keep)
-        gone, stay = order[:count], order[count:].sort().values
-        between = inverse[gone][:, stay]
-        solved = torch.linalg.solve(inverse[gone][:, gone], between)
-        weight = weight[:, stay] - weight[:, gone] @ solved
-        inverse = inverse[stay][:, stay] - between.T @ solved
-        kept = kept[stay]
-    return kept
+    return _Step(torch.arange(weight.shape[1], device=weight.device), weight, inverse)
+
+
+def _block_size(step: _Step) -> int:
+    return max(1, len(step.kept) // BLOCKS_PER_LAYER)
+
+
+def _remove_cheapest(step: _Step, count: int) -> tuple[_Step, Tensor, Tensor]:
+    """The step after it, the neurons gone (cheapest first) and what each cost."""
+    weight, inverse = step.weight, step.inverse
+    cost = weight.square().sum(0) / inverse.diagonal()
+    order = torch.argsort(cost, stable=True)
+    gone, stay = order[:count], order[count:].sort().values
+    between = inverse[gone][:, stay]
+    solved = torch.linalg.solve(inverse[gone][:, gone], between)
+    left = _Step(
+        step.kept[stay],
+        weight[:, stay] - weight[:, gone] @ solved,
+        inverse[stay][:, stay] - between.T @ solved,
+    )
+    return left, step.kept[gone], cost[gone]
 
 
 def refit(

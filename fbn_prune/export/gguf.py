@@ -1,0 +1,257 @@
+"""A checkpoint as a GGUF file for llama.cpp, written tensor by tensor with the `gguf` package.
+
+Where the layers differ in width the file names an architecture that reads one width a layer. Vectors are stored in
+float32, as llama.cpp wants them; matrices as they are, or in the type that is asked for.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fbn_prune.errors import InvalidInput
+from fbn_prune.export.directory import disk_errors
+from fbn_prune.export.gguf_tokenizer import GgufTokenizer, gguf_tokenizer
+from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.families import Gguf, as_config
+
+GgufType = Literal["auto", "f32", "f16", "bf16"]
+"""Type of the matrices; auto keeps the checkpoint's."""
+
+_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+def write_gguf(
+    source: Checkpoint,
+    path: Path,
+    *,
+    matrices: GgufType = "auto",
+    progress: Callable[[int], None] | None = None,
+) -> str:
+    """Write `source` to the file `path`, whole or not at all; returns the architecture's name in GGUF.
+
+    Raises
+    ------
+    InvalidInput
+        The family, its rotary embedding or its tokenizer has no form in GGUF here, or `gguf` is not installed.
+    FbnPruneError
+        The file cannot be written.
+    """
+    gguf = _package()
+    facts, arch = _architecture(source)
+    tokenizer = gguf_tokenizer(
+        source.path, source.load_tokenizer(), source.family.vocab_size(source.config)
+    )
+    config = _OwnAttributes(as_config(source.config))
+    names = _Names(gguf, arch, source)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    writer = gguf.GGUFWriter(partial, arch)
+    try:
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _add_facts(writer, source, config)
+            _add_tokenizer(writer, tokenizer)
+            tensors = _plan(source, names, matrices)
+            extra = _rope_factors(config)
+            for name, stored in tensors.items():
+                _add_info(gguf, writer, name, stored.shape, stored.dtype)
+            if extra is not None:
+                _add_info(gguf, writer, "rope_freqs.weight", tuple(extra.shape), torch.float32)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for stored in tensors.values():
+                tensor = source.tensor(stored.name)
+                if facts.paired_rope:
+                    tensor = _reordered(tensor, stored.name, config)
+                writer.write_tensor_data(_array(tensor.to(stored.dtype)))
+                if progress is not None:
+                    progress(source.tensors[stored.name].nbytes)
+            if extra is not None:
+                writer.write_tensor_data(_array(extra))
+            writer.close()
+            os.replace(partial, path)
+    finally:
+        writer.close()
+        partial.unlink(missing_ok=True)
+    return arch
+
+
+def _package() -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise InvalidInput(
+            "GGUF files are written with the package gguf: pip install gguf"
+        ) from None
+    return gguf
+
+
+def _architecture(source: Checkpoint) -> tuple[Gguf, str]:
+    facts = source.family.gguf
+    if facts is None:
+        raise InvalidInput(
+            f"{source.path}: {source.family.name} models are not converted to GGUF here"
+        )
+    if len(set(source.family.widths(source.config))) == 1:
+        return facts, facts.arch
+    if facts.ragged_arch is None:
+        raise InvalidInput(
+            f"{source.path}: llama.cpp reads layers of different widths only with Llama's arithmetic, not "
+            f"{source.family.name}'s; prune with --layout uniform"
+        )
+    return facts, facts.ragged_arch
+
+
+class _OwnAttributes:
+    """A config's attributes, also those that a ragged config refuses to give for all layers at once."""
+
+    def __init__(self, config: Any) -> None:
+        self._fields = config.to_dict()
+        self._config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return self._fields[name] if name in self._fields else getattr(self._config, name, None)
+
+
+class _Names:
+    """GGUF's name for each tensor of a checkpoint."""
+
+    def __init__(self, gguf: Any, arch: str, source: Checkpoint) -> None:
+        number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+        self._map = gguf.get_tensor_name_map(number, source.family.num_layers(source.config))
+        self._root = source.family.layers.partition(".")[0] + "."
+
+    def __call__(self, name: str) -> str | None:
+        """None for a tensor that GGUF has no place for: what the model computes by itself."""
+        for spelled in (name, self._root + name):
+            if (
+                found := self._map.get_name(spelled, try_suffixes=(".weight", ".bias"))
+            ) is not None:
+                return str(found)
+        return None
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor of the checkpoint, and the type it is to have in the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _plan(source: Checkpoint, names: _Names, matrices: GgufType) -> dict[str, _Stored]:
+    """GGUF name -> the tensor, in the order of the file."""
+    tied = bool(as_config(source.config).tie_word_embeddings)
+    plan: dict[str, _Stored] = {}
+    for stored, info in source.tensors.items():
+        if stored.endswith("rotary_emb.inv_freq") or (tied and stored == "lm_head.weight"):
+            continue
+        name = names(stored)
+        if name is None:
+            raise InvalidInput(f"{source.path}: GGUF has no place for {stored}")
+        dtype = info.dtype if matrices == "auto" else _DTYPES[matrices]
+        plan[name] = _Stored(stored, info.shape, torch.float32 if len(info.shape) == 1 else dtype)
+    return plan
+
+
+def _add_info(
+    gguf: Any, writer: Any, name: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    kind = {
+        torch.float32: gguf.GGMLQuantizationType.F32,
+        torch.float16: gguf.GGMLQuantizationType.F16,
+        torch.bfloat16: gguf.GGMLQuantizationType.BF16,
+    }.get(dtype)
+    if kind is None:
+        raise InvalidInput(f"{name} is stored as {dtype}: name a type with --gguf-type")
+    size = math.prod(shape) * dtype.itemsize
+    writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=kind)
+
+
+def _array(tensor: Tensor) -> Any:
+    return tensor.contiguous().view(torch.uint8).numpy()
+
+
+def _reordered(tensor: Tensor, name: str, config: _OwnAttributes) -> Tensor:
+    """Query and key rows from halves of a head to neighbouring pairs."""
+    match = re.search(r"self_attn\.([qk])_proj\.", name)
+    if match is None:
+        return tensor
+    heads = config.num_attention_heads if match[1] == "q" else config.num_key_value_heads
+    rows = tensor.shape[0] // heads // 2
+    split = tensor.reshape(heads, 2, rows, *tensor.shape[1:])
+    return split.swapaxes(1, 2).reshape(tensor.shape)
+
+
+def _add_facts(writer: Any, source: Checkpoint, config: _OwnAttributes) -> None:
+    family = source.family
+    widths = family.widths(source.config)
+    layers, heads = len(widths), config.num_attention_heads
+    shared = config.num_key_value_heads or heads
+    ragged = len(set(widths)) > 1
+    head = config.head_dim or config.hidden_size // heads
+    writer.add_name(source.path.resolve().name)
+    writer.add_block_count(layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(widths if ragged else widths[0])
+    writer.add_head_count([heads] * layers if ragged else heads)
+    writer.add_head_count_kv([shared] * layers if ragged else shared)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_rope_dimension_count(head)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_rope_freq_base(_rope(config)["rope_theta"])
+
+
+def _rope(config: _OwnAttributes) -> dict[str, Any]:
+    rope: dict[str, Any] = config.rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
+    if rope.get("rope_type") not in ("default", "llama3"):
+        raise InvalidInput(
+            f"rotary embedding of type {rope.get('rope_type')!r} is not converted to GGUF here"
+        )
+    return rope
+
+
+def _rope_factors(config: _OwnAttributes) -> Tensor | None:
+    """What llama.cpp divides the rotary frequencies by, float32 [head / 2]; None where they are plain."""
+    rope = _rope(config)
+    if rope["rope_type"] != "llama3":
+        return None
+    head = config.head_dim or config.hidden_size // config.num_attention_heads
+    plain = rope["rope_theta"] ** (-torch.arange(0, head, 2, dtype=torch.float64) / head)
+    wavelength = 2 * math.pi / plain
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    smooth = (rope["original_max_position_embeddings"] / wavelength - low) / (high - low)
+    share = smooth.clamp(0, 1)  # 1: the frequency as it is, 0: divided by the whole factor
+    return (1 / (share + (1 - share) / rope["factor"])).float()
+
+
+def _add_tokenizer(writer: Any, tokenizer: GgufTokenizer) -> None:
+    writer.add_tokenizer_model(tokenizer.model)
+    writer.add_tokenizer_pre(tokenizer.split)
+    writer.add_token_list([token.encode("utf-8") for token in tokenizer.tokens])
+    writer.add_token_types(tokenizer.types)
+    if tokenizer.scores:
+        writer.add_token_scores(tokenizer.scores)
+    if tokenizer.merges:
+        writer.add_token_merges(tokenizer.merges)
+    for key, index in tokenizer.special.items():
+        getattr(writer, f"add_{key}_token_id")(index)
+    writer.add_add_bos_token(tokenizer.adds_bos)
+    writer.add_add_space_prefix(tokenizer.adds_space)
+    if tokenizer.chat_template is not None:
+        writer.add_chat_template(tokenizer.chat_template)

@@ -1,0 +1,277 @@
+"""Claims about ragged runs, budgets in parameters and bytes, and whole layers, end to end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import CONTEXT, FAMILY_CONFIGS, HIDDEN, LAYERS, make_model, save_tiny
+from transformers import AutoModelForCausalLM
+
+from fbn_prune.budget import ModelSize
+from fbn_prune.calibration import TokenBlocks
+from fbn_prune.cli.main import _exit_code
+from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.families import family_of
+from fbn_prune.model.surgery import MlpCut, apply_cut, as_if_cut
+from fbn_prune.recipe import parse_count, parse_size
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(
+        "".join(f"{i} apples cost {i * 3} pence, and {i % 7} pears. " for i in range(400))
+    )
+    return path
+
+
+def arguments(model: Path, text: Path, output: Path, *more: str) -> list[str]:
+    small = "--tokens 1000 --network-tokens 600 --networks 6 --context 48 --width-multiple 1"
+    head = ["--model", str(model), "--calibration", str(text), "--output", str(output)]
+    return [*head, *small.split(), *more]
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, Any]:
+    capsys.readouterr()
+    assert _exit_code([*args, "--json"]) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", FAMILY_CONFIGS)
+def test_a_ragged_run_ends_in_a_checkpoint_of_the_widths_it_reports(
+    name: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_tiny(tmp_path / "model", name)
+    extra = [
+        "--layout",
+        "ragged",
+        "--sparsity",
+        "0.45",
+        "--loss-aware",
+    ]  # no multiple of the layers
+    result = run_json(capsys, *arguments(model, text, tmp_path / "out", *extra))
+    written = Checkpoint.open(tmp_path / "out", ragged=True)
+    assert written.family.widths(written.config) == result["widths"]
+    assert len(set(result["widths"])) > 1
+    assert sum(result["widths"]) == round(0.55 * result["neurons_total"])
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert sum(p.numel() for p in loaded.parameters()) == result["parameters_after"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "trust_remote_code=True" in card
+    assert "modeling_ragged.py" in card
+
+
+@pytest.mark.parametrize("rule", ["networks", "loss", "members", "auto"])
+def test_every_rule_for_widths_keeps_the_budget(
+    rule: str, tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extra = ["--layout", "ragged", "--widths", rule, "--sparsity", "0.4"]
+    result = run_json(capsys, *arguments(tiny, text, tmp_path / "out", *extra))
+    assert sum(result["widths"]) == round(0.6 * 72)
+    tried = {"uniform", "networks", "loss"} if rule == "auto" else set()
+    assert set(result["layout_trials"]) == tried
+    best = min(result["layout_trials"], key=result["layout_trials"].get) if tried else rule
+    assert result["width_rule"] == best
+
+
+def test_auto_layout_takes_ragged_only_where_it_gains_enough_and_says_so(
+    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = arguments(
+        tiny, text, tmp_path / "out", "--layout", "auto", "--sparsity", "0.5", "--json"
+    )
+    assert _exit_code(args) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    trials = result["layout_trials"]
+    assert set(trials) == {"uniform", "networks"}
+    worth = trials["networks"] <= 0.9 * trials["uniform"]
+    assert result["width_rule"] == ("networks" if worth else "uniform")
+    assert "trust_remote_code" in captured.err
+    assert ("ragged (" in captured.err) == worth
+    assert (tmp_path / "out" / "modeling_ragged.py").exists() == worth
+
+
+def test_loss_aware_and_sequential_go_together_and_change_the_choice(
+    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {}
+    for name, extra in {"plain": [], "aware": ["--loss-aware"]}.items():
+        more = ["--sparsity", "0.5", "--sequential", *extra]
+        run_json(capsys, *arguments(tiny, text, tmp_path / name, *more))
+        found[name] = (tmp_path / name / "model.safetensors").read_bytes()
+    assert found["plain"] != found["aware"]
+
+
+def test_a_ragged_recipe_makes_the_same_bytes_again(tiny: Path, text: Path, tmp_path: Path) -> None:
+    extra = ["--layout", "ragged", "--widths", "loss", "--loss-aware", "--sparsity", "0.45"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert _exit_code(arguments(tiny, text, first, *extra)) == 0
+    assert _exit_code(["run", str(first / "recipe.yaml"), "--output", str(second)]) == 0
+    for name in ("model.safetensors", "config.json", "modeling_ragged.py"):
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+def test_whole_layers_stay_whole(
+    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extra = ["--layout", "ragged", "--keep-layers", "0,-1", "--sparsity", "0.2"]
+    result = run_json(capsys, *arguments(tiny, text, tmp_path / "out", *extra))
+    assert result["widths"] == [24, 10, 24]
+    before, after = Checkpoint.open(tiny), Checkpoint.open(tmp_path / "out", ragged=True)
+    for name in before.names:
+        if ".layers.0." in name or ".layers.2." in name:
+            assert torch.equal(before.tensor(name), after.tensor(name)), name
+
+
+@pytest.mark.parametrize("layout", ["uniform", "ragged"])
+@pytest.mark.parametrize("name", ["llama-mlp-bias", "gpt2", "phi3"])
+def test_a_target_is_met_and_never_exceeded(
+    name: str, layout: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_tiny(tmp_path / "model", name)
+    size = ModelSize.of(Checkpoint.open(model))
+    step = size.neuron_parameters * (LAYERS if layout == "uniform" else 1)
+    target = size.parameters - 20 * size.neuron_parameters + 5
+    extra = ["--layout", layout, "--target-params", str(target)]
+    result = run_json(capsys, *arguments(model, text, tmp_path / "by-parameters", *extra))
+    assert target - step < result["parameters_after"] <= target
+    limit = (model / "model.safetensors").stat().st_size - 20 * size.neuron_bytes + 5
+    extra = ["--layout", layout, "--target-size", f"{limit}B"]
+    run_json(capsys, *arguments(model, text, tmp_path / "by-size", *extra))
+    written = (tmp_path / "by-size" / "model.safetensors").stat().st_size
+    assert limit - 4 * step - 64 < written <= limit
+
+
+@pytest.mark.parametrize("layout", ["uniform", "ragged"])
+def test_the_dry_run_says_the_same_budget_in_every_key(
+    layout: str, tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = arguments(tiny, text, tmp_path / "out", "--layout", layout, "--dry-run")
+    shown = run_json(capsys, *base, "--sparsity", "0.5")
+    same = shown["same_budget"]
+    for flag, value in (
+        ("--target-params", str(same["target_params"])),
+        ("--target-size", f"{same['target_size']}B"),
+        ("--sparsity", str(same["sparsity"])),
+    ):
+        again = run_json(capsys, *base, flag, value)
+        assert again["neurons_kept"] == shown["neurons_kept"] == 36, flag
+    assert _exit_code([*base, "--sparsity", "0.5"]) == 0
+    table = capsys.readouterr().out
+    for key in ("--sparsity", "--target-params", "--target-size"):
+        assert key in table
+
+
+@pytest.mark.parametrize("extra", [[], ["--layout", "ragged", "--keep-layers", "0"]])
+def test_the_dry_run_counts_what_the_run_writes(
+    extra: list[str], tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = arguments(tiny, text, tmp_path / "out", "--target-params", "13000", *extra)
+    predicted = run_json(capsys, *args, "--dry-run")
+    result = run_json(capsys, *args)
+    for key in ("parameters_after", "bytes_after", "neurons_kept"):
+        assert predicted[key] == result[key], key
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--target-params", "many"], "target_params = 'many'"),
+        (["--target-params", "100"], "attention, embeddings and the narrowest MLPs alone take"),
+        (["--target-params", "1B"], "nothing to remove"),
+        (["--target-size", "1TB"], "nothing to remove"),
+        (["--target-size", "2 gigs"], "target_size = '2 gigs'"),
+        (["--target-size", "1KB"], "attention, embeddings"),
+        (
+            ["--target-size", "1MB", "--sparsity", "0.5"],
+            "sparsity and target_size both set the budget",
+        ),
+        (["--sparsity", "0.5", "--widths", "loss"], "uniform layers have no widths of their own"),
+        (["--sparsity", "0.5", "--keep-layers", "0"], "need layout = ragged"),
+        (["--layout", "ragged", "--keep-layers", "0,x"], "write layers as 0,1,-1"),
+        (["--layout", "ragged", "--keep-layers", "3"], "there is no layer 3 among 3"),
+        (["--layout", "ragged", "--keep-layers", "0,1,-1"], "no layer is left to cut"),
+        (["--loss-aware", "--criterion", "flap"], "criterion flap scores no errors"),
+        (["--layout", "wavy"], "wavy"),
+    ],
+)
+def test_a_budget_or_layout_that_cannot_be_is_refused_in_one_line(
+    extra: list[str],
+    message: str,
+    tiny: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    capsys.readouterr()
+    assert _exit_code(arguments(tiny, text, tmp_path / "out", *extra)) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def test_a_ragged_checkpoint_is_not_pruned_again(
+    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extra = ["--layout", "ragged", "--sparsity", "0.5"]
+    run_json(capsys, *arguments(tiny, text, tmp_path / "out", *extra))
+    assert _exit_code(arguments(tmp_path / "out", text, tmp_path / "again", *extra)) == 2
+    assert "cannot be pruned again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("spelled", "count"), [("5000000", 5_000_000), ("350M", 350_000_000), ("1.5b", 1_500_000_000)]
+)
+def test_counts_are_read_as_they_are_spoken(spelled: str, count: int) -> None:
+    assert parse_count(spelled, "x") == count
+
+
+@pytest.mark.parametrize(
+    ("spelled", "size"), [("2GB", 2 * 10**9), ("900 MB", 9 * 10**8), ("1.5GiB", 3 * 2**29)]
+)
+def test_sizes_are_read_as_they_are_spoken(spelled: str, size: int) -> None:
+    assert parse_size(spelled, "x") == size
+
+
+@pytest.mark.parametrize("name", FAMILY_CONFIGS)
+def test_a_model_as_if_cut_is_the_cut_model_and_then_itself_again(name: str) -> None:
+    model, other = make_model(name), make_model(name)
+    family = family_of(model.config)
+    ids = torch.arange(3, 40)[None]
+    generator = torch.Generator().manual_seed(0)
+    bias = family.has_bias(model.config)
+    cuts = [
+        MlpCut(
+            torch.tensor([1, 4, 5, 9, 20]),
+            torch.randn(HIDDEN, 5, generator=generator, dtype=torch.float64),
+            torch.randn(HIDDEN, generator=generator) if bias else None,
+        )
+        for _ in range(LAYERS)
+    ]
+    for layer, cut in enumerate(cuts):
+        apply_cut(other, family, layer, cut)
+    with torch.no_grad():
+        before = model(ids).logits
+        with as_if_cut(model, family, cuts):
+            inside = model(ids).logits
+        torch.testing.assert_close(inside, other(ids).logits, rtol=1e-4, atol=1e-4)
+        assert torch.equal(model(ids).logits, before)
+
+
+def test_the_blocks_a_trial_is_measured_on_are_not_those_it_is_shaped_by() -> None:
+    blocks = tuple(torch.full((4,), index) for index in range(20))
+    rest, apart = TokenBlocks(blocks, CONTEXT, ("x",)).split(8)
+    assert [int(b[0]) for b in apart.blocks] == [0, 8, 16]
+    assert sorted(int(b[0]) for b in (*rest.blocks, *apart.blocks)) == list(range(20))

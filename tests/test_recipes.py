@@ -1,0 +1,121 @@
+"""Claims about the recipes that come with the project: each runs as it stands and does what its comments say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import FAMILY_CONFIGS, save_tiny
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from fbn_prune.cli.main import _exit_code
+from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.networks.functional_networks import FunctionalNetworks
+from fbn_prune.recipe import load_recipe
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+SMALL = ["--tokens", "1000", "--network-tokens", "600", "--context", "48"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    fields = {
+        **FAMILY_CONFIGS["llama"]().to_dict(),
+        "num_hidden_layers": 8,
+        "intermediate_size": 40,
+    }
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny", config=LlamaConfig(**fields))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(
+        "".join(f"{i} apples cost {i * 3} pence, and {i % 7} pears. " for i in range(400))
+    )
+    return path
+
+
+def run(
+    capsys: pytest.CaptureFixture[str], name: str, model: Path, text: Path, output: Path, *more: str
+) -> dict[str, Any]:
+    capsys.readouterr()
+    places = ["--model", str(model), "--calibration", str(text), "--output", str(output)]
+    code = _exit_code(["run", str(RECIPES / f"{name}.yaml"), *places, *SMALL, *more, "--json"])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    return json.loads(captured.out)
+
+
+def test_every_recipe_is_tested_here() -> None:
+    tested = {"general-30-percent", "quality-first", "fits-a-size", "paper-layerwise"}
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == tested
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_is_valid_and_says_how_to_run_it(path: Path) -> None:
+    load_recipe(path)
+    assert f"fbn-prune run recipes/{path.name} --model MODEL --output FOLDER" in path.read_text()
+
+
+def test_the_general_recipe_removes_its_share_and_loads_anywhere(
+    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = run(
+        capsys,
+        "general-30-percent",
+        tiny,
+        text,
+        tmp_path / "out",
+        "--networks",
+        "6",
+        "--width-multiple",
+        "4",
+    )
+    assert result["widths"] == [28] * 8
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_the_quality_recipe_tries_every_rule_for_widths(
+    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = run(capsys, "quality-first", tiny, text, tmp_path / "out", "--networks", "6")
+    assert set(result["layout_trials"]) == {"uniform", "networks", "loss"}
+    assert sum(result["widths"]) == round(0.7 * 320)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+
+
+def test_the_size_recipe_stays_within_the_size(
+    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--networks", "6", "--width-multiple", "1", "--target-size", "120KB"]
+    result = run(capsys, "fits-a-size", tiny, text, tmp_path / "out", *more)
+    assert 110_000 < (tmp_path / "out" / "model.safetensors").stat().st_size <= 120_000
+    assert set(result["layout_trials"]) == {"uniform", "networks"}
+
+
+def test_the_paper_recipe_keeps_by_threshold_and_leaves_the_outer_layers_whole(
+    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Against a straightforward implementation: the kept neurons are those at or above one threshold on abs z."""
+    result = run(capsys, "paper-layerwise", tiny, text, tmp_path / "out", "--networks", "6")
+    outer = (0, 1, 2, 6, 7)
+    assert all(result["widths"][layer] == 40 for layer in outer)
+    assert sum(result["widths"]) == round(0.8 * 320)
+    networks = FunctionalNetworks.load(tmp_path / "out" / "networks.safetensors")
+    assert len(networks.maps) == 6 * 8
+    strongest = networks.maps.abs().amax(0)
+    inner = torch.cat([strongest[networks.layer_slice(layer)] for layer in (3, 4, 5)])
+    threshold = inner.sort(descending=True).values[sum(result["widths"]) - 5 * 40 - 1]
+    before, after = Checkpoint.open(tiny), Checkpoint.open(tmp_path / "out", ragged=True)
+    for layer in range(8):
+        stays = strongest[networks.layer_slice(layer)] >= threshold
+        if layer in outer:
+            stays[:] = True
+        for part, axis in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
+            name = f"model.layers.{layer}.mlp.{part}.weight"
+            expected = before.tensor(name).index_select(axis, stays.nonzero()[:, 0])
+            assert torch.equal(after.tensor(name), expected), name

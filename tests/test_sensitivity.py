@@ -1,0 +1,71 @@
+"""Claims about the loss gradients at the MLP outputs: they predict what a change there does to the loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import CONTEXT, FAMILY_CONFIGS, HIDDEN, LAYERS, make_model
+
+from fbn_prune.calibration import TokenBlocks
+from fbn_prune.model.families import family_of
+from fbn_prune.progress import StageClock
+from fbn_prune.sensitivity import output_sensitivity
+
+torch.set_num_threads(1)
+
+
+def blocks(*lengths: int) -> TokenBlocks:
+    generator = torch.Generator().manual_seed(3)
+    return TokenBlocks(
+        tuple(torch.randint(0, 256, (n,), generator=generator) for n in lengths), CONTEXT, ("x",)
+    )
+
+
+@pytest.mark.parametrize("name", FAMILY_CONFIGS)
+def test_it_is_the_gradient_of_the_loss_by_the_mlp_output(name: str) -> None:
+    """Of two tokens only the first one's output can matter: F is the outer product of its gradient, halved."""
+    model = make_model(name)
+    family = family_of(model.config)
+    ids = torch.tensor([[17, 42]])
+    batches = TokenBlocks((ids[0],), CONTEXT, ("x",)).batches(10)
+    found = output_sensitivity(model, family, batches, StageClock())
+    for layer in range(LAYERS):
+        shift = torch.zeros(HIDDEN, requires_grad=True)
+
+        def add(
+            module: object, args: object, out: torch.Tensor, shift: torch.Tensor = shift
+        ) -> torch.Tensor:
+            rows = out.clone()
+            rows[..., 0, :] += shift
+            return rows
+
+        handle = family.output_module(model, layer).register_forward_hook(add)
+        logits = model(ids, use_cache=False).logits
+        handle.remove()
+        loss = torch.nn.functional.cross_entropy(logits[0, :1], ids[0, 1:])
+        (gradient,) = torch.autograd.grad(loss, shift)
+        expected = torch.outer(gradient, gradient).double() / 2
+        torch.testing.assert_close(
+            found[layer], expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max())
+        )
+
+
+def test_padding_and_batching_change_nothing() -> None:
+    model = make_model("llama")
+    family = family_of(model.config)
+    data = blocks(40, 9, 23)
+    together = output_sensitivity(model, family, data.batches(1000), StageClock())
+    apart = output_sensitivity(model, family, data.batches(1), StageClock())
+    for a, b in zip(together, apart, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * float(a.max()))
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = make_model("llama")
+    family = family_of(model.config)
+    ids = torch.arange(12)[None]
+    before = model(input_ids=ids).logits
+    output_sensitivity(model, family, blocks(16).batches(16), StageClock())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(model(input_ids=ids).logits, before)
