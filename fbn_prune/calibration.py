@@ -34,23 +34,38 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded blocks: `input_ids` int64 [blocks, length], `valid` bool of the same shape."""
+    """Right-padded blocks: `input_ids` int64 [blocks, length], `valid` bool of the same shape.
+
+    `weights`, float64 [blocks], says how often each block's tokens count in statistics; None is once.
+    """
 
     input_ids: Tensor
     valid: Tensor
+    weights: Tensor | None = None
 
     @property
     def tokens(self) -> int:
         return int(self.valid.sum())
 
+    @property
+    def token_weights(self) -> Tensor | None:
+        """The weight of every valid token, float64 [tokens], in order; None where all count once."""
+        if self.weights is None:
+            return None
+        return self.weights[:, None].expand(self.valid.shape)[self.valid]
+
 
 @dataclass(frozen=True)
 class TokenBlocks:
-    """Blocks of token ids (int64, each at most `context` long) and where they came from."""
+    """Blocks of token ids (int64, each at most `context` long) and where they came from.
+
+    `weights`, one number a block, says how often its tokens count in statistics; None is once.
+    """
 
     blocks: tuple[Tensor, ...]
     context: int
     sources: tuple[str, ...]
+    weights: tuple[float, ...] | None = None
 
     @property
     def tokens(self) -> int:
@@ -58,8 +73,10 @@ class TokenBlocks:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the context length and of every block, in order."""
+        """SHA-256 of the context length and of every block, in order, with the weights if there are."""
         digest = hashlib.sha256(f"context={self.context}".encode())
+        if self.weights is not None:
+            digest.update(json.dumps(self.weights).encode())
         for block in self.blocks:
             digest.update(len(block).to_bytes(8, "little"))
             digest.update(block.numpy().tobytes())
@@ -79,7 +96,10 @@ class TokenBlocks:
                 block = self.blocks[index]
                 ids[row, : len(block)] = block
                 valid[row, : len(block)] = True
-            batches.append(Batch(ids, valid))
+            weights = None
+            if self.weights is not None:
+                weights = torch.tensor([self.weights[i] for i in taken], dtype=torch.float64)
+            batches.append(Batch(ids, valid, weights))
         return batches
 
     def subset(self, tokens: int) -> TokenBlocks:
@@ -91,7 +111,8 @@ class TokenBlocks:
                 break
             taken.append(block)
             count += len(block)
-        return TokenBlocks(tuple(taken), self.context, self.sources)
+        weights = None if self.weights is None else self.weights[: len(taken)]
+        return TokenBlocks(tuple(taken), self.context, self.sources, weights)
 
 
 @dataclass(frozen=True)
