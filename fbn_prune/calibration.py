@@ -84,7 +84,7 @@ class TokenBlocks:
 
     def batches(self, batch_tokens: int) -> list[Batch]:
         """Group blocks of similar length into batches of about `batch_tokens` tokens, longest first."""
-        order = sorted(range(len(self.blocks)), key=lambda i: -len(self.blocks[i]))
+        order = self.batch_order()
         batches: list[Batch] = []
         while order:
             longest = len(self.blocks[order[0]])
@@ -101,6 +101,10 @@ class TokenBlocks:
                 weights = torch.tensor([self.weights[i] for i in taken], dtype=torch.float64)
             batches.append(Batch(ids, valid, weights))
         return batches
+
+    def batch_order(self) -> list[int]:
+        """The blocks' indices in the order in which :meth:`batches` goes through them, whatever the batch size."""
+        return sorted(range(len(self.blocks)), key=lambda i: -len(self.blocks[i]))
 
     def subset(self, tokens: int) -> TokenBlocks:
         """The first blocks that together hold at least `tokens` tokens (all, if there are fewer)."""

@@ -116,7 +116,7 @@ def _operations(prepared: Prepared) -> float:
         sample = min(recipe.network_tokens, tokens)
         work += sample * forward + sample * sample * width * layers
         work += 2.0 * sample * sample * 2000 + 400 * 4.0 * width * layers * recipe.networks**2
-    if recipe.needs_networks and recipe.rank == "knockout":
+    if recipe.needs_networks and recipe.rank_or_default == "knockout":
         work += recipe.networks * min(tokens, 8192) * forward
     return work + tokens * family.hidden_size(config)
 
