@@ -11,14 +11,16 @@ generic             all generic documents alike
 examples alone      the task's few blocks
 half and half       half the weight to each of these two
 oracle              the task's own generic documents and its examples, all alike
-networks, K         function-matched (`fbn_prune.networks.tasks`) on the K networks where the task stands out most
-components, K       the same with principal components of the same space
-mean activations    documents by cosine of the mean activations of all neurons, standardised
+networks, K, s      function-matched (`fbn_prune.networks.tasks`) on the K networks where the task stands out most,
+                    weights of sharpness s
+components, K, s    the same with principal components of the same space
+mean activations, s documents by cosine of the mean activations of all neurons, standardised
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import random
 import statistics
@@ -42,6 +44,7 @@ from fbn_prune.model.surgery import apply_cut
 from fbn_prune.networks.activity import principal_maps, second_moment, time_courses
 from fbn_prune.networks.discovery import DiscoveryOptions, discover
 from fbn_prune.networks.tasks import (
+    SHARPNESS,
     match_documents,
     mixture_weights,
     score_weights,
@@ -191,7 +194,9 @@ class Experiment:
             apply_cut(model, self.family, evidence.layer, cut)
         return model
 
-    def weights_by_method(self, place: int, draw: int, matched: list[int]) -> dict[str, Tensor]:
+    def weights_by_method(
+        self, place: int, draw: int, matched: list[int], sharpness: list[float]
+    ) -> dict[str, Tensor]:
         """For each method the weights of the pool's documents, float64 [documents]."""
         own, examples = self.own[place], self.examples[place][draw]
         neurons = torch.cat(self.means, dim=1).double()
@@ -225,14 +230,17 @@ class Experiment:
             ("networks", self.activity),
             ("components", self.component_activity),
         ):
-            for count in matched:
-                match = match_documents(activity[generic], activity[examples], count)
-                methods[f"{name}, {count}"] = spread(match.weights, 0.3)
+            for count, sharp in itertools.product(matched, sharpness):
+                match = match_documents(
+                    activity[generic], activity[examples], count, sharpness=sharp
+                )
+                methods[f"{name}, {count}, {sharp:g}"] = spread(match.weights, 0.3)
         means = standardised(neurons, neurons[generic])
         scores = torch.nn.functional.cosine_similarity(
             means[generic], means[examples].mean(0)[None], dim=1
         )
-        methods["mean activations"] = spread(score_weights(scores), 0.3)
+        for sharp in sharpness:
+            methods[f"mean activations, {sharp:g}"] = spread(score_weights(scores, sharp), 0.3)
         return methods
 
     def questions(self, place: int, count: int) -> list[tuple[str, str]]:
@@ -286,6 +294,7 @@ def main(
     networks: Annotated[int, typer.Option()] = 64,
     network_tokens: Annotated[int, typer.Option()] = 6144,
     matched: Annotated[list[int], typer.Option(help="Networks matched on.")] = [10, 64],  # noqa: B006
+    sharpness: Annotated[list[float], typer.Option(help="Steepness of weights.")] = [SHARPNESS],  # noqa: B006
     seed: Annotated[int, typer.Option()] = 0,
     output: Annotated[Path | None, typer.Option(help="Also write JSON here.")] = None,
 ) -> None:
@@ -311,7 +320,7 @@ def main(
         results: dict[str, dict[str, list[float]]] = {}
         known: dict[bytes, list[float]] = {}
         for draw in range(draws):
-            for method, weights in run.weights_by_method(place, draw, matched).items():
+            for method, weights in run.weights_by_method(place, draw, matched, sharpness).items():
                 key = weights.numpy().tobytes()
                 if key not in known:
                     cut = run.cut(weights, kept)

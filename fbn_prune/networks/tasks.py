@@ -54,7 +54,9 @@ def standardised(activity: Tensor, generic: Tensor) -> Tensor:
     return (activity - mean) * scale
 
 
-def match_documents(generic: Tensor, examples: Tensor, networks: int) -> FunctionMatch:
+def match_documents(
+    generic: Tensor, examples: Tensor, networks: int, *, sharpness: float = SHARPNESS
+) -> FunctionMatch:
     """Weigh generic documents by how alike a task's they use the networks.
 
     Parameters
@@ -70,14 +72,14 @@ def match_documents(generic: Tensor, examples: Tensor, networks: int) -> Functio
     scores = torch.nn.functional.cosine_similarity(
         standardised(generic, generic)[:, strongest], vector[strongest][None], dim=1
     )
-    return FunctionMatch(vector, strongest.tolist(), scores, score_weights(scores))
+    return FunctionMatch(vector, strongest.tolist(), scores, score_weights(scores, sharpness))
 
 
-def score_weights(scores: Tensor) -> Tensor:
-    """exp(1.5 * standardised score), normalised to mean 1; float64 [documents]."""
+def score_weights(scores: Tensor, sharpness: float = SHARPNESS) -> Tensor:
+    """exp(sharpness * standardised score), normalised to mean 1; float64 [documents]."""
     std, mean = torch.std_mean(scores, correction=0)
     standard = (scores - mean) / std if float(std) > 1e-12 else torch.zeros_like(scores)
-    weights = torch.exp(SHARPNESS * standard)
+    weights = torch.exp(sharpness * standard)
     return weights / weights.mean()
 
 
