@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fbn_prune.cli import ablate, discover, evaluate, inspect, prune, rank, run
+from fbn_prune.cli import ablate, compare, discover, evaluate, inspect, prune, rank, run
 from fbn_prune.cli.options import ALL_FLAGS, DryRun, Json, recipe_flags
 from fbn_prune.errors import FbnPruneError
 
@@ -51,6 +51,7 @@ def main_job(
 
 
 app.command("ablate")(ablate.command)
+app.command("compare")(compare.command)
 app.command("discover")(discover.command)
 app.command("evaluate")(evaluate.command)
 app.command("inspect")(inspect.command)
