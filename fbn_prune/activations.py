@@ -18,15 +18,20 @@ class GramStatistics:
     """
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
-        self.count = 0
+        self.count: float = 0
         self._sum = torch.zeros(width, dtype=torch.float64, device=device)
         self._upper = torch.zeros(width, width, dtype=torch.float32, device=device)
 
-    def update(self, x: Tensor) -> None:
-        """Add the tokens of x [tokens, neurons]."""
+    def update(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """Add the tokens of x [tokens, neurons], each counted `weights` [tokens] times (once by default)."""
         x = x.float()
-        self.count += x.shape[0]
-        self._sum += x.sum(0, dtype=torch.float64)
+        if weights is None:
+            self.count += x.shape[0]
+            self._sum += x.sum(0, dtype=torch.float64)
+        else:
+            self.count += float(weights.sum(dtype=torch.float64))
+            self._sum += weights.double() @ x.double()
+            x = x * weights.float().sqrt()[:, None]
         add_gram(self._upper, x)
 
     @property
@@ -37,18 +42,18 @@ class GramStatistics:
     @property
     def gram(self) -> Tensor:
         """H = xᵀx / tokens, float64 [neurons, neurons]."""
-        return mirror_upper(self._upper).double() / max(self.count, 1)
+        return mirror_upper(self._upper).double() / (self.count or 1)
 
     @property
     def mean(self) -> Tensor:
         """Mean activation, float64 [neurons]."""
-        return self._sum / max(self.count, 1)
+        return self._sum / (self.count or 1)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"count": torch.tensor(self.count), "sum": self._sum, "upper": self._upper}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.count = int(state["count"])
+        self.count = state["count"].item()
         self._sum = state["sum"].clone()
         self._upper = state["upper"].clone()
 
@@ -58,26 +63,31 @@ class CrossStatistics:
     of another signal needs."""
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
-        self.count = 0
+        self.count: float = 0
         self._target_sum = torch.zeros(width, dtype=torch.float64, device=device)
         self._cross = torch.zeros(width, width, dtype=torch.float32, device=device)
 
-    def update(self, target: Tensor, x: Tensor) -> None:
-        """Add the tokens of target and x, both [tokens, neurons]."""
+    def update(self, target: Tensor, x: Tensor, weights: Tensor | None = None) -> None:
+        """Add the tokens of target and x, both [tokens, neurons], each counted `weights` [tokens] times."""
         target, x = target.float(), x.float()
-        self.count += x.shape[0]
-        self._target_sum += target.sum(0, dtype=torch.float64)
+        if weights is None:
+            self.count += x.shape[0]
+            self._target_sum += target.sum(0, dtype=torch.float64)
+        else:
+            self.count += float(weights.sum(dtype=torch.float64))
+            self._target_sum += weights.double() @ target.double()
+            target = target * weights.float()[:, None]
         self._cross.addmm_(target.T, x)
 
     @property
     def cross(self) -> Tensor:
         """C = tᵀx / tokens, float64 [neurons, neurons]."""
-        return self._cross.double() / max(self.count, 1)
+        return self._cross.double() / (self.count or 1)
 
     @property
     def target_mean(self) -> Tensor:
         """Mean target, float64 [neurons]."""
-        return self._target_sum / max(self.count, 1)
+        return self._target_sum / (self.count or 1)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {
@@ -87,6 +97,6 @@ class CrossStatistics:
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.count = int(state["count"])
+        self.count = state["count"].item()
         self._target_sum = state["target_sum"].clone()
         self._cross = state["cross"].clone()

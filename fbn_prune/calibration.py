@@ -34,23 +34,38 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded blocks: `input_ids` int64 [blocks, length], `valid` bool of the same shape."""
+    """Right-padded blocks: `input_ids` int64 [blocks, length], `valid` bool of the same shape.
+
+    `weights`, float64 [blocks], says how often each block's tokens count in statistics; None is once.
+    """
 
     input_ids: Tensor
     valid: Tensor
+    weights: Tensor | None = None
 
     @property
     def tokens(self) -> int:
         return int(self.valid.sum())
 
+    @property
+    def token_weights(self) -> Tensor | None:
+        """The weight of every valid token, float64 [tokens], in order; None where all count once."""
+        if self.weights is None:
+            return None
+        return self.weights[:, None].expand(self.valid.shape)[self.valid]
+
 
 @dataclass(frozen=True)
 class TokenBlocks:
-    """Blocks of token ids (int64, each at most `context` long) and where they came from."""
+    """Blocks of token ids (int64, each at most `context` long) and where they came from.
+
+    `weights`, one number a block, says how often its tokens count in statistics; None is once.
+    """
 
     blocks: tuple[Tensor, ...]
     context: int
     sources: tuple[str, ...]
+    weights: tuple[float, ...] | None = None
 
     @property
     def tokens(self) -> int:
@@ -58,8 +73,10 @@ class TokenBlocks:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the context length and of every block, in order."""
+        """SHA-256 of the context length and of every block, in order, with the weights if there are."""
         digest = hashlib.sha256(f"context={self.context}".encode())
+        if self.weights is not None:
+            digest.update(json.dumps(self.weights).encode())
         for block in self.blocks:
             digest.update(len(block).to_bytes(8, "little"))
             digest.update(block.numpy().tobytes())
@@ -67,7 +84,7 @@ class TokenBlocks:
 
     def batches(self, batch_tokens: int) -> list[Batch]:
         """Group blocks of similar length into batches of about `batch_tokens` tokens, longest first."""
-        order = sorted(range(len(self.blocks)), key=lambda i: -len(self.blocks[i]))
+        order = self.batch_order()
         batches: list[Batch] = []
         while order:
             longest = len(self.blocks[order[0]])
@@ -79,28 +96,36 @@ class TokenBlocks:
                 block = self.blocks[index]
                 ids[row, : len(block)] = block
                 valid[row, : len(block)] = True
-            batches.append(Batch(ids, valid))
+            weights = None
+            if self.weights is not None:
+                weights = torch.tensor([self.weights[i] for i in taken], dtype=torch.float64)
+            batches.append(Batch(ids, valid, weights))
         return batches
+
+    def batch_order(self) -> list[int]:
+        """The blocks' indices in the order in which :meth:`batches` goes through them, whatever the batch size."""
+        return sorted(range(len(self.blocks)), key=lambda i: -len(self.blocks[i]))
 
     def subset(self, tokens: int) -> TokenBlocks:
         """The first blocks that together hold at least `tokens` tokens (all, if there are fewer)."""
-        taken: list[Tensor] = []
-        count = 0
-        for block in self.blocks:
-            if count >= tokens:
-                break
-            taken.append(block)
-            count += len(block)
-        return TokenBlocks(tuple(taken), self.context, self.sources)
+        taken, count = 0, 0
+        while taken < len(self.blocks) and count < tokens:
+            count += len(self.blocks[taken])
+            taken += 1
+        return self._chosen(range(taken))
 
     def split(self, every: int) -> tuple[TokenBlocks, TokenBlocks]:
         """All blocks but each `every`-th one, and those: a share to try on what the others have shaped."""
-        apart = self.blocks[::every]
-        rest = tuple(block for index, block in enumerate(self.blocks) if index % every)
-        return (
-            TokenBlocks(rest, self.context, self.sources),
-            TokenBlocks(apart, self.context, self.sources),
-        )
+        apart = [index for index in range(len(self.blocks)) if index % every == 0]
+        rest = [index for index in range(len(self.blocks)) if index % every]
+        return self._chosen(rest), self._chosen(apart)
+
+    def _chosen(self, indices: Sequence[int]) -> TokenBlocks:
+        """Some of the blocks, with their weights."""
+        blocks = tuple(self.blocks[index] for index in indices)
+        weights = self.weights
+        chosen = None if weights is None else tuple(weights[index] for index in indices)
+        return TokenBlocks(blocks, self.context, self.sources, chosen)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,13 @@ from fbn_prune.export.writer import (
     verify_export,
     write_checkpoint,
 )
+from fbn_prune.matching import (
+    MatchedCalibration,
+    Task,
+    TaskCalibration,
+    match_calibration,
+    task_calibration,
+)
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.families import Family
 from fbn_prune.networks.discovery import DiscoveryOptions, discover
@@ -44,6 +51,7 @@ from fbn_prune.pruning.pipeline import CutModel, CutOptions, cut_layers
 from fbn_prune.pruning.second_order import loss_root
 from fbn_prune.recipe import Recipe
 from fbn_prune.sensitivity import GRADIENT_TOKENS, output_sensitivity
+from fbn_prune.task_data import RECORD_NAME, record
 
 MAX_CONTEXT = 2048
 KNOCKOUT_TOKENS = 8192
@@ -67,6 +75,7 @@ class Prepared:
     """None where the kept networks set it."""
     whole: frozenset[int]
     """Layers that keep every neuron."""
+    task: Task | None = None
 
     @property
     def family(self) -> Family:
@@ -108,6 +117,7 @@ class PruneResult:
     calibration_tokens: int
     held_out_tokens: int
     calibration_fingerprint: str
+    task: dict[str, Any] | None
     forward_seconds: float
     peak_memory_bytes: int
     stages: dict[str, float] = field(default_factory=dict)
@@ -160,7 +170,10 @@ def prepare(recipe: Recipe) -> Prepared:
     whole = whole_layers(recipe, layers)
     least = len(whole) * width + (layers - len(whole)) * multiple
     budget = stated_budget(recipe, checkpoint, least)
-    return Prepared(recipe, checkpoint, device, dtype, context, multiple, networks, budget, whole)
+    task = None if recipe.task is None else Task.read(recipe.task, recipe.task_test)
+    return Prepared(
+        recipe, checkpoint, device, dtype, context, multiple, networks, budget, whole, task
+    )
 
 
 def _device(name: str) -> torch.device:
@@ -271,15 +284,20 @@ def run_prune(recipe: Recipe, clock: StageClock) -> PruneResult:
     tokenizer = prepared.checkpoint.load_tokenizer()
     with clock.stage("calibration"):
         data = load_calibration(prepared, tokenizer)
-        calibrating = data.calibrating.batches(prepared.batch_tokens)
+        task = load_task(prepared, tokenizer, data)
+        data = data if task is None else task.data
         held_out = data.held_out.batches(prepared.batch_tokens)
     with clock.stage("load"):
         model = prepared.checkpoint.load_model(prepared.device, prepared.dtype)
     before = _perplexity(model, held_out, clock, "dense perplexity")
+    on_task = _test_perplexity(prepared, model, task, clock)
     networks = prepared.networks
     if networks is None and recipe.needs_networks:
         networks = find_networks(prepared, model, tokenizer, data, clock)
-    order = _ranked(prepared, model, networks, calibrating, clock)
+    matched = None if task is None else match_to_task(prepared, model, networks, task, clock)
+    blocks = data.calibrating if matched is None else matched.blocks
+    calibrating = blocks.batches(prepared.batch_tokens)
+    order = rank_networks(prepared, model, networks, data, matched, clock)
     kept = _kept_networks(recipe, order)
     options = CutOptions(
         criterion=recipe.criterion,
@@ -290,11 +308,11 @@ def run_prune(recipe: Recipe, clock: StageClock) -> PruneResult:
         round_to=prepared.checkpoint.storage_dtype,
         loss_aware=recipe.loss_aware,
     )
-    loss_roots = _loss_roots(prepared, model, data.calibrating, clock)
+    loss_roots = _loss_roots(prepared, model, blocks, clock)
     subject = Subject(
         model,
         family,
-        data.calibrating,
+        blocks,
         prepared.batch_tokens,
         options,
         networks,
@@ -337,12 +355,18 @@ def run_prune(recipe: Recipe, clock: StageClock) -> PruneResult:
         width_rule=layout.rule,
         layout_trials=layout.trials,
         kept_networks=kept,
-        calibration_tokens=data.calibrating.tokens,
+        calibration_tokens=blocks.tokens,
         held_out_tokens=data.held_out.tokens,
-        calibration_fingerprint=data.calibrating.fingerprint,
+        calibration_fingerprint=blocks.fingerprint,
+        task=None if task is None or matched is None else _task_facts(task, matched),
         forward_seconds=cut.forward_seconds,
         peak_memory_bytes=0,
     )
+    if result.task is not None and on_task is not None:
+        result.task |= {
+            "test_perplexity_before": on_task,
+            "test_perplexity_after": _test_perplexity(prepared, model, task, clock),
+        }
     if recipe.output is not None:
         _export(prepared, cut, networks, result, clock)
     result.stages = dict(clock.seconds)
@@ -357,24 +381,96 @@ def _perplexity(
         return perplexity(model, batches, advance)
 
 
-def _ranked(
+def load_task(prepared: Prepared, tokenizer: Any, data: CalibrationData) -> TaskCalibration | None:
+    """The task's blocks beside the generic data, without its test questions; None without a task."""
+    if prepared.task is None:
+        return None
+    return task_calibration(
+        prepared.task,
+        data,
+        tokenizer,
+        context=prepared.context,
+        vocabulary=prepared.family.vocab_size(prepared.checkpoint.config),
+    )
+
+
+def match_to_task(
     prepared: Prepared,
     model: PreTrainedModel,
     networks: FunctionalNetworks | None,
-    calibrating: Sequence[Batch],
+    task: TaskCalibration,
+    clock: StageClock,
+) -> MatchedCalibration:
+    """Weigh the generic data by the networks that the recipe keeps."""
+    assert networks is not None
+    return match_calibration(
+        model,
+        prepared.family,
+        networks,
+        task.data.calibrating,
+        task.examples,
+        matched_on=prepared.recipe.kept_networks_or_default,
+        batch_tokens=prepared.batch_tokens,
+        clock=clock,
+    )
+
+
+def rank_scores(
+    prepared: Prepared,
+    model: PreTrainedModel,
+    networks: FunctionalNetworks,
+    data: CalibrationData,
+    matched: MatchedCalibration | None,
+    clock: StageClock,
+) -> Tensor:
+    """What the recipe's `rank` orders networks by, float64 [networks]: energy, nats, or standard deviations."""
+    rank = prepared.recipe.rank_or_default
+    if rank == "task":
+        assert matched is not None
+        return matched.match.vector.abs()
+    if rank == "energy":
+        weights = [prepared.family.down_weight(model, i) for i in range(prepared.layers)]
+        return output_energy(networks, weights)
+    few: list[Batch] = []
+    for batch in data.calibrating.batches(prepared.batch_tokens):
+        if sum(other.tokens for other in few) < KNOCKOUT_TOKENS:
+            few.append(batch)
+    return knockout_rise(model, prepared.family, networks, few, clock)
+
+
+def rank_networks(
+    prepared: Prepared,
+    model: PreTrainedModel,
+    networks: FunctionalNetworks | None,
+    data: CalibrationData,
+    matched: MatchedCalibration | None,
     clock: StageClock,
 ) -> list[int]:
     """Networks, strongest first; empty without networks."""
     if networks is None:
         return []
-    if prepared.recipe.rank == "energy":
-        weights = [prepared.family.down_weight(model, i) for i in range(prepared.layers)]
-        return strongest_first(output_energy(networks, weights))
-    few: list[Batch] = []
-    for batch in calibrating:
-        if sum(other.tokens for other in few) < KNOCKOUT_TOKENS:
-            few.append(batch)
-    return strongest_first(knockout_rise(model, prepared.family, networks, few, clock))
+    return strongest_first(rank_scores(prepared, model, networks, data, matched, clock))
+
+
+def _test_perplexity(
+    prepared: Prepared, model: PreTrainedModel, task: TaskCalibration | None, clock: StageClock
+) -> float | None:
+    if task is None or task.test is None:
+        return None
+    return _perplexity(model, task.test.batches(prepared.batch_tokens), clock, "task perplexity")
+
+
+def _task_facts(task: TaskCalibration, matched: MatchedCalibration) -> dict[str, Any]:
+    return {
+        "file": str(task.task.path),
+        "examples": len(task.task.examples),
+        "tokens": task.examples.tokens,
+        "matched_networks": matched.match.networks,
+        "effective_documents": matched.effective_documents,
+        "documents": len(matched.match.weights),
+        "left_out": task.left_out,
+        "test_questions": len(task.task.test),
+    }
 
 
 def _kept_networks(recipe: Recipe, order: list[int]) -> list[int]:
@@ -461,6 +557,14 @@ def _export(
         if networks is not None:
             networks.save(folder / "networks.safetensors")
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        if prepared.task is not None and result.task is not None:
+            seen = record(
+                prepared.task.examples,
+                source=str(prepared.task.path),
+                tokens=result.task["tokens"],
+                networks=result.task["matched_networks"],
+            )
+            (folder / RECORD_NAME).write_text(seen, encoding="utf-8")
         (folder / "README.md").write_text(
             _card(prepared, networks, result.kept_networks, result), encoding="utf-8"
         )
@@ -485,6 +589,12 @@ def _card(
 ) -> str:
     recipe = prepared.recipe
     sources = ", ".join(recipe.calibration)
+    for_task = ""
+    if result.task is not None:
+        for_task = (
+            f", weighed to match {result.task['examples']} examples of {result.task['file']} "
+            f"(with them in) by {len(result.task['matched_networks'])} functional networks"
+        )
     facts = CardFacts(
         base_name=recipe.model,
         base_hub_id=prepared.checkpoint.hub_id,
@@ -495,7 +605,7 @@ def _card(
         parameters_after=result.parameters_after,
         bytes_before=result.bytes_before,
         bytes_after=result.bytes_after,
-        calibration=f"{result.calibration_tokens:,} tokens of {sources}",
+        calibration=f"{result.calibration_tokens:,} tokens of {sources}{for_task}",
         held_out=f"{result.held_out_tokens:,} tokens of {sources} that calibrated nothing",
         command="fbn-prune run recipe.yaml --output NEW_FOLDER",
         version=tool_version(),

@@ -12,13 +12,23 @@ from transformers import PreTrainedModel
 from fbn_prune.calibration import Batch
 
 
-@torch.inference_mode()
 def mean_loss(
     model: PreTrainedModel,
     batches: Sequence[Batch],
     on_batch: Callable[[int], None] | None = None,
 ) -> float:
     """Mean next-token loss in nats over all valid tokens of all blocks but each block's first."""
+    total, count = summed_loss(model, batches, on_batch)
+    return total / count
+
+
+@torch.inference_mode()
+def summed_loss(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    on_batch: Callable[[int], None] | None = None,
+) -> tuple[float, int]:
+    """Next-token loss in nats, summed over the tokens that :func:`mean_loss` is the mean of, and their number."""
     device = model.device
     total, count = 0.0, 0
     for batch in batches:
@@ -32,7 +42,7 @@ def mean_loss(
         count += int((targets != -100).sum())
         if on_batch is not None:
             on_batch(batch.tokens)
-    return total / count
+    return total, count
 
 
 def perplexity(
@@ -41,5 +51,9 @@ def perplexity(
     on_batch: Callable[[int], None] | None = None,
 ) -> float:
     """exp of :func:`mean_loss`; infinite where that overflows."""
-    loss = mean_loss(model, batches, on_batch)
+    return exp_or_infinite(mean_loss(model, batches, on_batch))
+
+
+def exp_or_infinite(loss: float) -> float:
+    """exp of a mean loss; infinite where that overflows."""
     return math.exp(loss) if loss < 700 else math.inf

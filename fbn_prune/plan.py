@@ -142,7 +142,7 @@ def _operations(prepared: Prepared) -> float:
         work += tokens * (forward + layers * width * width) + layers * 6.0 * width**3
     if recipe.layout == "auto" or (recipe.layout == "ragged" and recipe.widths == "auto"):
         work += tokens * (forward + layers * width * width) + 3 * layers * 6.0 * width**3
-    if recipe.needs_networks and recipe.rank == "knockout":
+    if recipe.needs_networks and recipe.rank_or_default == "knockout":
         work += recipe.networks * min(tokens, 8192) * forward
     return work + tokens * family.hidden_size(config)
 

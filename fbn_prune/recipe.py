@@ -15,7 +15,7 @@ from fbn_prune.errors import InvalidInput
 CriterionName = Literal[
     "networks", "second-order", "flap", "wanda", "membership", "magnitude", "random"
 ]
-RankName = Literal["energy", "knockout"]
+RankName = Literal["energy", "knockout", "task"]
 Scope = Literal["global", "layer"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -59,8 +59,17 @@ class Recipe(BaseModel):
     sparsity: float | None = Field(
         None, description="Share of MLP neurons to remove, instead of --keep-networks's budget."
     )
-    rank: RankName = Field(
-        "energy", description="Order of networks: output energy, or loss rise when knocked out."
+    rank: RankName | None = Field(
+        None,
+        description="Order of networks: output energy, loss rise when knocked out, or how far they "
+        "stand out on the task. Default: task with --task, else energy.",
+    )
+    task: Path | None = Field(
+        None,
+        description="A few examples of the task to keep, JSON lines of text, or question and answer.",
+    )
+    task_test: Path | None = Field(
+        None, description="Questions of the task, likewise, that must not calibrate; measured on."
     )
     criterion: CriterionName = Field("networks", description="Which neurons go.")
     target_params: str | None = Field(
@@ -119,10 +128,15 @@ class Recipe(BaseModel):
         return next((key for key in BUDGET_KEYS if getattr(self, key) is not None), None)
 
     @property
+    def rank_or_default(self) -> RankName:
+        return self.rank or ("energy" if self.task is None else "task")
+
+    @property
     def needs_networks(self) -> bool:
         """Whether the result depends on the networks at all."""
         return (
-            self.stated_budget is None
+            self.task is not None
+            or self.stated_budget is None
             or self.criterion in ("networks", "membership")
             or (self.layout != "uniform" and self.widths != "loss")
         )
@@ -188,6 +202,10 @@ def _check(recipe: Recipe, where: str) -> None:
         )
     _check_budget(recipe, where)
     _check_layout(recipe, where)
+    if recipe.rank == "task" and recipe.task is None:
+        raise InvalidInput(f"{where}: rank = task: name the task's examples with task")
+    if recipe.task_test is not None and recipe.task is None:
+        raise InvalidInput(f"{where}: task_test = {recipe.task_test}: there is no task to test")
     if not recipe.calibration:
         raise InvalidInput(f"{where}: calibration is empty: name at least one source of text")
     if recipe.networks > recipe.network_tokens - 1 or recipe.networks > recipe.tokens - 1:

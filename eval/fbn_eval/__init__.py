@@ -1,1 +1,1 @@
-"""Evaluation of pruned checkpoints beside their dense originals."""
+"""Evaluation of pruned checkpoints beside their dense originals, with lm-evaluation-harness."""

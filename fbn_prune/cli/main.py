@@ -10,7 +10,17 @@ from typing import Annotated, Any
 
 import typer
 
-from fbn_prune.cli import convert, discover, inspect, prune, run
+from fbn_prune.cli import (
+    ablate,
+    compare,
+    convert,
+    discover,
+    evaluate,
+    inspect,
+    prune,
+    rank,
+    run,
+)
 from fbn_prune.cli.options import ALL_FLAGS, DryRun, Json, recipe_flags
 from fbn_prune.errors import FbnPruneError
 
@@ -51,8 +61,12 @@ def main_job(
 
 
 app.command("convert")(convert.command)
+app.command("ablate")(ablate.command)
+app.command("compare")(compare.command)
 app.command("discover")(discover.command)
+app.command("evaluate")(evaluate.command)
 app.command("inspect")(inspect.command)
+app.command("rank")(rank.command)
 app.command("run")(run.command)
 
 

@@ -20,6 +20,16 @@ DryRun = Annotated[
 MODEL_FLAGS = ("model", "device", "dtype", "seed")
 CALIBRATION_FLAGS = ("calibration", "tokens", "context", "held_out")
 DISCOVERY_FLAGS = ("networks", "network_tokens", "scope")
+STUDY_FLAGS = (
+    *MODEL_FLAGS,
+    *CALIBRATION_FLAGS,
+    *DISCOVERY_FLAGS,
+    "networks_from",
+    "keep_networks",
+    "rank",
+    "task",
+    "task_test",
+)
 OUTPUT_FLAGS = ("output", "overwrite")
 ALL_FLAGS = tuple(Recipe.model_fields)
 

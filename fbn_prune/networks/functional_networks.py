@@ -101,6 +101,10 @@ class FunctionalNetworks:
         start = sum(self.widths[:layer])
         return slice(start, start + self.widths[layer])
 
+    def by_layer(self, values: Tensor) -> list[Tensor]:
+        """Values over all neurons [..., N], apart for each layer."""
+        return list(torch.split(values, self.widths, dim=-1))
+
     def members(self, network: int, z: float = MEMBER_Z) -> Tensor:
         """[N] bool: neurons with abs(z-score) of at least ``z`` in a network."""
         return self._map(network).abs() >= z
@@ -111,8 +115,7 @@ class FunctionalNetworks:
 
     def members_by_layer(self, network: int, z: float = MEMBER_Z) -> list[int]:
         """How many members a network has in each layer."""
-        parts = torch.split(self.members(network, z), self.widths)
-        return [int(part.sum()) for part in parts]
+        return [int(part.sum()) for part in self.by_layer(self.members(network, z))]
 
     def layers_spanned(self, network: int, z: float = HUB_Z) -> list[int]:
         """Layers that hold at least one hub of a network."""

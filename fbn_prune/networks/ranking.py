@@ -51,9 +51,7 @@ def knockout_rise(
         advance(1)
         rises = torch.zeros(count, dtype=torch.float64)
         for network in range(count):
-            hubs = networks.hubs(network)
-            silent = [hubs[networks.layer_slice(i)] for i in range(len(networks.widths))]
-            with masked(model, family, silent):
+            with masked(model, family, networks.by_layer(networks.hubs(network))):
                 rises[network] = mean_loss(model, batches) - dense
             advance(1)
     return rises

@@ -7,7 +7,7 @@ the mean of the dense output and the output it would itself give there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -148,16 +148,22 @@ class EvidencePass:
         statistics = GramStatistics(weight.shape[1], weight.device)
         cross = None
         if pruned is None:
-            dense.advance(lambda index, x: statistics.update(x), on_batch=advance)
+            dense.advance(
+                lambda index, x: statistics.update(x, self._weights(index, x)), on_batch=advance
+            )
         else:
             cross = CrossStatistics(weight.shape[1], weight.device)
-            _watch_both(dense, pruned, statistics, cross, advance)
+            _watch_both(dense, pruned, statistics, cross, self._weights, advance)
         if not statistics.finite:
             raise InvalidInput(
                 f"NaN or Inf among the MLP activations of layer {layer}: the checkpoint is damaged, "
                 "or the compute type overflows (try --dtype float32)"
             )
         return statistics, cross
+
+    def _weights(self, index: int, x: Tensor) -> Tensor | None:
+        weights = self._batches[index].token_weights
+        return None if weights is None else weights.to(x.device)
 
     def _evidence(
         self, layer: int, statistics: GramStatistics, cross: CrossStatistics | None
@@ -197,6 +203,7 @@ def _watch_both(
     pruned: LayerwiseForward,
     statistics: GramStatistics,
     cross: CrossStatistics,
+    weights_of: Callable[[int, Tensor], Tensor | None],
     advance: Advance,
 ) -> None:
     """Statistics of the pruned stream's activations, with the mean of both streams' as the target."""
@@ -207,7 +214,8 @@ def _watch_both(
         dense.hidden[index] = output
         x_dense, x_pruned = seen
         seen.clear()
-        statistics.update(x_pruned)
-        cross.update((x_dense + x_pruned) / 2, x_pruned)
+        weights = weights_of(index, x_pruned)
+        statistics.update(x_pruned, weights)
+        cross.update((x_dense + x_pruned) / 2, x_pruned, weights)
         advance(2 * x_dense.shape[0])
     dense.next_layer += 1

@@ -1,0 +1,101 @@
+"""What a model's known networks do on text that they were not found on.
+
+The artifact's mean and std standardise the new activations, and A = Z pinv(maps) gives the time courses
+(arXiv 2502.20408); the model runs layer by layer, so one layer's activations are in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fbn_prune.calibration import Batch, TokenBlocks
+from fbn_prune.layerwise import LayerwiseForward
+from fbn_prune.model.families import Family
+from fbn_prune.networks.functional_networks import FunctionalNetworks
+from fbn_prune.progress import StageClock
+
+
+def time_courses(
+    model: PreTrainedModel,
+    family: Family,
+    networks: FunctionalNetworks,
+    batches: Sequence[Batch],
+    clock: StageClock,
+) -> list[Tensor]:
+    """A of every batch, float64 [valid tokens, networks], on the CPU."""
+    layers = len(networks.widths)
+    courses = [torch.zeros(b.tokens, len(networks.maps), dtype=torch.float64) for b in batches]
+    stream = LayerwiseForward(model, family, batches)
+    total = sum(batch.tokens for batch in batches) * layers
+    with clock.stage("time courses", total, "tokens x layers") as advance:
+        for layer in range(layers):
+            span = networks.layer_slice(layer)
+            std = networks.std[span]
+            # A neuron that was dead when the networks were found has no scale, and no say.
+            scale = torch.where(std > 0, std.reciprocal(), torch.zeros_like(std))
+            weights = (networks.maps[:, span] * scale).T.to(model.device)
+            mean = networks.mean[span].to(model.device)
+
+            def add(index: int, x: Tensor, mean: Tensor = mean, weights: Tensor = weights) -> None:
+                courses[index] += ((x.float() - mean) @ weights).cpu()
+
+            stream.advance(add, on_batch=advance)
+    maps = networks.maps.double()
+    inverse = torch.linalg.pinv(maps @ maps.T, hermitian=True)
+    return [course @ inverse for course in courses]
+
+
+def block_activity(
+    model: PreTrainedModel,
+    family: Family,
+    networks: FunctionalNetworks,
+    blocks: TokenBlocks,
+    *,
+    batch_tokens: int,
+    clock: StageClock,
+) -> Tensor:
+    """Mean time course of every block, float64 [blocks, networks], in the order of the blocks."""
+    batches = blocks.batches(batch_tokens)
+    courses = time_courses(model, family, networks, batches, clock)
+    parts = [
+        torch.stack([part.mean(0) for part in torch.split(course, batch.valid.sum(1).tolist())])
+        for course, batch in zip(courses, batches, strict=True)
+    ]
+    means = torch.cat(parts)
+    return means[torch.argsort(torch.tensor(blocks.batch_order()))]
+
+
+def second_moment(courses: Sequence[Tensor]) -> Tensor:
+    """E[AᵀA] over all tokens of the courses [tokens, networks], float64 [networks, networks]."""
+    total = sum((course.T @ course for course in courses), start=courses[0].new_zeros(()))
+    return total / sum(len(course) for course in courses)
+
+
+def principal_maps(networks: FunctionalNetworks, moment: Tensor) -> Tensor:
+    """Principal components of the activity that the networks carry: another basis of the same space.
+
+    With Z ~ A maps and maps of equal norm that are uncorrelated, ZᵀZ ~ mapsᵀ (AᵀA) maps, so that the eigenvectors of
+    AᵀA turn the networks into its principal components. The control that tells what independence adds.
+
+    Parameters
+    ----------
+    moment
+        E[AᵀA], [networks, networks]; see :func:`second_moment`.
+
+    Returns
+    -------
+    float32 [networks, N], each with mean square 1 over neurons, strongest first.
+    """
+    maps = networks.maps.double()
+    root_values, root_vectors = torch.linalg.eigh(maps @ maps.T)
+    half = (root_vectors * root_values.clamp_min(0).sqrt()) @ root_vectors.T
+    inverse_half = (
+        root_vectors * root_values.clamp_min(root_values[-1] * 1e-12).rsqrt()
+    ) @ root_vectors.T
+    _, vectors = torch.linalg.eigh(half @ moment @ half)
+    components = vectors.flip(1).T @ inverse_half @ maps
+    return (components * components.shape[1] ** 0.5).float()

@@ -1,0 +1,275 @@
+"""Claims about interventions: exact while they last, gone without a trace after, and what an ablation reports."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import FAMILY_CONFIGS, make_model, save_tiny
+from transformers import PreTrainedModel
+
+from fbn_prune.cli.main import _exit_code
+from fbn_prune.errors import InvalidInput
+from fbn_prune.model.families import family_of
+from fbn_prune.networks.ablation import Ablation, largest, random_like
+from fbn_prune.networks.interventions import amplified, masked, retained
+
+IDS = torch.arange(2, 40)[None]
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(IDS, use_cache=False).logits
+
+
+def some_neurons(model: PreTrainedModel, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    family = family_of(model.config)
+    return [
+        torch.rand(family.width(model.config), generator=generator) < 0.4
+        for _ in range(family.num_layers(model.config))
+    ]
+
+
+@pytest.mark.parametrize("name", sorted(FAMILY_CONFIGS))
+def test_masking_is_zeroing_the_weights_and_leaves_no_trace(name: str) -> None:
+    model = make_model(name)
+    family, masks = family_of(model.config), some_neurons(model)
+    before = logits(model)
+    with masked(model, family, masks):
+        silenced = logits(model)
+    assert torch.equal(logits(model), before)
+    with retained(model, family, [~mask for mask in masks]):
+        assert torch.equal(logits(model), silenced)
+    with torch.no_grad():
+        for layer, mask in enumerate(masks):
+            family.down_weight(model, layer)[:, mask] = 0
+    assert not torch.equal(silenced, before)
+    assert torch.equal(logits(model), silenced)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_amplifying_by_one_changes_no_bit(dtype: torch.dtype) -> None:
+    model = make_model("llama", dtype=dtype)
+    family, masks = family_of(model.config), some_neurons(model)
+    before = logits(model)
+    with amplified(model, family, masks, 1.0):
+        assert torch.equal(logits(model), before)
+    with amplified(model, family, masks, 0.0), torch.inference_mode():
+        none = logits(model)
+    with masked(model, family, masks):
+        assert torch.equal(logits(model), none)
+
+
+@given(st.floats(-4, 4), st.integers(0, 5))
+@settings(max_examples=15, deadline=None)
+def test_amplifying_is_scaling_the_weights(factor: float, seed: int) -> None:
+    model = make_model("llama")
+    family, masks = family_of(model.config), some_neurons(model, seed)
+    with amplified(model, family, masks, factor):
+        louder = logits(model)
+    with torch.no_grad():
+        for layer, mask in enumerate(masks):
+            family.down_weight(model, layer)[:, mask] *= factor
+    assert torch.allclose(logits(model), louder, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "enter",
+    [masked, retained, lambda model, family, masks: amplified(model, family, masks, 3.0)],
+)
+def test_an_exception_inside_restores_every_bit(
+    enter: Callable[..., AbstractContextManager[None]],
+) -> None:
+    model = make_model("gpt2")
+    before = logits(model)
+    changed = []
+
+    def fails() -> None:
+        with enter(model, family_of(model.config), some_neurons(model)):
+            changed.append(not torch.equal(logits(model), before))
+            raise KeyError("inside")
+
+    with pytest.raises(KeyError, match="inside"):
+        fails()
+    assert changed == [True]
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda masks: masks[:-1], "2 masks of neurons for a model of 3 layers"),
+        (lambda masks: [*masks[:2], masks[2][:5]], "layer 2"),
+        (lambda masks: [*masks[:2], masks[2].float()], "torch.float32"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused_and_leave_no_trace(
+    damage: Callable[[list[torch.Tensor]], list[torch.Tensor]], message: str
+) -> None:
+    model = make_model("llama")
+    before = logits(model)
+    with (
+        pytest.raises(InvalidInput, match=message),
+        masked(model, family_of(model.config), damage(some_neurons(model))),
+    ):
+        raise AssertionError("entered")
+    assert torch.equal(logits(model), before)
+
+
+def test_interventions_nest() -> None:
+    model = make_model("llama")
+    family = family_of(model.config)
+    first, second = some_neurons(model, 1), some_neurons(model, 2)
+    with masked(model, family, first), masked(model, family, second):
+        both = logits(model)
+    with masked(model, family, [a | b for a, b in zip(first, second, strict=True)]):
+        assert torch.equal(logits(model), both)
+
+
+@given(st.lists(st.integers(0, 10), min_size=1, max_size=4), st.integers(0, 100))
+def test_random_sets_are_as_large_in_every_layer(sizes: list[int], seed: int) -> None:
+    like = [torch.arange(10) < size for size in sizes]
+    drawn = random_like(like, torch.Generator().manual_seed(seed))
+    assert [int(mask.sum()) for mask in drawn] == sizes
+
+
+def test_the_largest_neurons_are_taken_whatever_their_sign() -> None:
+    weights = torch.tensor([0.5, -3.0, 2.0, 0.0])
+    assert largest(weights, 2).tolist() == [False, True, True, False]
+
+
+def test_an_unchanged_model_shows_no_rise() -> None:
+    from fbn_prune.calibration import TokenBlocks
+
+    model = make_model("llama")
+    family = family_of(model.config)
+    batches = TokenBlocks((IDS[0],), 64, ("here",)).batches(100)
+    ablation = Ablation(model, family, {"a": batches, "b": batches})
+    dense = ablation.dense()
+    same = ablation.measure(ablation.action("amplify", 1.0), some_neurons(model))
+    assert same.quality.rises(dense) == {"a": 0.0, "b": 0.0}
+    assert same.quality.perplexity == dense.perplexity
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(
+        "".join(f"{i} apples cost {i * 3} pence, and {i % 7} pears. " for i in range(400))
+    )
+    return path
+
+
+def command(name: str, model: Path, text: Path, *more: str) -> list[str]:
+    small = "--tokens 1000 --network-tokens 600 --networks 6 --context 48"
+    return [name, "--model", str(model), "--calibration", str(text), *small.split(), *more]
+
+
+def shown(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> dict[str, Any]:
+    capsys.readouterr()
+    assert _exit_code([*arguments, "--json"]) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("action", ["mask", "retain", "amplify"])
+def test_ablate_keeps_its_contract(
+    action: str, tiny: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--action", action, "--draws", "3", "--z", "1", "--text-tokens", "100"]
+    result = shown(capsys, command("ablate", tiny, text, *more))
+    assert {entry["id"] for entry in result["networks"]} == set(range(6))
+    for entry in result["networks"]:
+        assert 0 < entry["neurons"] < 72
+        assert entry["perplexity"] > 0
+    assert result["dense"] > 0
+    assert result["random"]["n"] == 3
+    assert result["random"]["mean"] > 0
+    assert result["random"]["std"] >= 0
+    by_id = {entry["id"]: entry["neurons"] for entry in result["networks"]}
+    assert result["random"]["neurons"] == by_id[result["strongest"]]
+
+
+def test_amplifying_by_one_is_the_dense_model_to_the_last_digit(
+    tiny: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--action", "amplify", "--factor", "1", "--draws", "2", "--z", "2"]
+    result = shown(capsys, command("ablate", tiny, text, *more))
+    assert {entry["perplexity"] for entry in result["networks"]} == {result["dense"]}
+    assert (result["random"]["mean"], result["random"]["std"]) == (result["dense"], 0)
+
+
+def test_ablate_shows_growing_sets_components_and_each_text(
+    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    more = "--network 2 --network 4 --grow 1,6 --draws 2 --z 2 --components --text-tokens 200"
+    texts = ["--text", str(text), "--text", f"fox={other}"]
+    result = shown(capsys, command("ablate", tiny, text, *more.split(), *texts))
+    assert {entry["id"] for entry in result["networks"]} == {2, 4}
+    assert list(result["tokens"]) == ["text", "fox"]
+    for entry in result["networks"]:
+        assert list(entry["rise_by_text"]) == ["text", "fox"]
+    sizes = {entry["neurons"] for entry in result["components"]}
+    assert sizes == {result["random"]["neurons"]}
+    for curve in ("mask", "retain"):
+        steps = result["growing"][curve]
+        assert [step["n"] for step in steps] == [1, 6]
+        assert steps[0]["neurons"] < steps[1]["neurons"]
+        assert all(step["random"]["n"] == 2 for step in steps)
+    assert _exit_code(command("ablate", tiny, text, *more.split(), *texts)) == 0
+    assert "random" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--network", "9"], "no network 9"),
+        (["--grow", "1,7"], "there are 6"),
+        (["--grow", "many"], "write numbers"),
+        (["--draws", "0"], "draws"),
+        (["--action", "freeze"], "freeze"),
+        (["--text", "nowhere.txt"], "nowhere.txt"),
+    ],
+)
+def test_ablate_refuses_in_one_line(
+    more: list[str], message: str, tiny: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _exit_code(command("ablate", tiny, text, *more)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("rank", ["energy", "knockout"])
+def test_rank_lists_every_network_strongest_first(
+    rank: str, tiny: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = shown(capsys, command("rank", tiny, text, "--rank", rank))
+    scores = [entry["score"] for entry in result["networks"]]
+    assert scores == sorted(scores, reverse=True)
+    assert {entry["id"] for entry in result["networks"]} == set(range(6))
+    assert result["rank"] == rank
+
+
+def test_rank_by_a_task_is_how_far_networks_stand_out(
+    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = tmp_path / "task.jsonl"
+    task.write_text('{"text": "zzzz zzzz zzzz zzzz"}\n')
+    result = shown(capsys, command("rank", tiny, text, "--task", str(task)))
+    assert result["rank"] == "task"
+    assert result["networks"][0]["score"] > 0
