@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -327,21 +326,24 @@ def test_a_dead_layer_is_pruned_not_divided_by(tiny: Path, text: Path, tmp_path:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_stopped_leaves_nothing(
-    number: signal.Signals, tiny: Path, text: Path, tmp_path: Path
+    number: signal.Signals, tiny: Path, tmp_path: Path
 ) -> None:
-    args = arguments(tiny, text, tmp_path / "out", "--networks", "40", "--tokens", "300000")
+    pipe = tmp_path / "text.txt"
+    os.mkfifo(
+        pipe
+    )  # the run waits at it, so that it is stopped in the middle whatever the machine's load
     process = subprocess.Popen(
-        [sys.executable, "-m", "fbn_prune", *args],
+        [sys.executable, "-m", "fbn_prune", *arguments(tiny, pipe, tmp_path / "out")],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    time.sleep(4)
-    process.send_signal(number)
-    error = process.communicate(timeout=60)[1]
+    with pipe.open("w"):
+        process.send_signal(number)
+        error = process.communicate(timeout=120)[1]
     assert process.returncode != 0
     assert "Traceback" not in error
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [pipe]
 
 
 def _refused(capsys: pytest.CaptureFixture[str], args: list[str], message: str) -> None:
