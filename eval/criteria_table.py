@@ -100,7 +100,7 @@ class Comparison:
             keep_bytes=2**31,
             header={},
             clock=StageClock(),
-        )[0]
+        )
         weights = [self.family.down_weight(self.model, i) for i in range(len(self.full))]
         self.order = strongest_first(output_energy(self.networks, weights))
 

@@ -127,7 +127,7 @@ class Experiment:
         clock = StageClock()
         mixed = list(documents)
         random.Random(seed).shuffle(mixed)
-        found_networks, _ = discover(
+        found_networks = discover(
             self.model,
             self.family,
             TokenBlocks(tuple(mixed), context, names),

@@ -233,7 +233,7 @@ def find_networks(
     options = DiscoveryOptions(
         recipe.networks, recipe.network_tokens, recipe.scope, recipe.seed, recurrence
     )
-    networks, _ = discover(
+    networks = discover(
         model,
         family,
         data.calibrating,

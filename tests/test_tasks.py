@@ -142,7 +142,7 @@ def found() -> tuple[FunctionalNetworks, TokenBlocks, torch.Tensor]:
     )
     family = family_of(model.config)
     options = {"batch_tokens": 100, "keep_bytes": 2**30, "clock": StageClock()}
-    networks, _ = discover(
+    networks = discover(
         model,
         family,
         blocks,

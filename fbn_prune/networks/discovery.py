@@ -48,17 +48,13 @@ def discover(
     keep_bytes: int,
     header: dict[str, Any],
     clock: StageClock,
-) -> tuple[FunctionalNetworks, float]:
+) -> FunctionalNetworks:
     """Find the networks of `model` on `blocks`.
 
     Parameters
     ----------
     header
         Facts about the run to store with the networks (model, fingerprints, versions).
-
-    Returns
-    -------
-    The artifact, and the seconds that the model's own forward passes took.
 
     Raises
     ------
@@ -96,7 +92,7 @@ def discover(
     }
     if recurrence is not None:
         full_header["recurrence"] = recurrence
-    networks = FunctionalNetworks(
+    return FunctionalNetworks(
         maps=found.maps.cpu(),
         widths=widths,
         mean=torch.cat(activations.mean),
@@ -105,7 +101,6 @@ def discover(
         engagement=found.time_courses.double().square().mean(0).cpu(),
         header=full_header,
     )
-    return networks, activations.forward_seconds
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,6 @@ class SampledActivations:
         self._kept: list[Tensor] = []
         self.mean: list[Tensor] = []
         self.std: list[Tensor] = []
-        self.forward_seconds = 0.0
 
     def __iter__(self) -> Iterator[Tensor]:
         if len(self._kept) == self.layers:
@@ -75,7 +74,6 @@ class SampledActivations:
                 if self._keep:
                     self._kept.append(z)
                 yield z
-        self.forward_seconds += stream.forward_seconds
 
     def _layer(
         self, stream: LayerwiseForward, layer: int, advance: Advance
