@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from fbn_prune.errors import InvalidInput
-from fbn_prune.job import rank_networks
 from fbn_prune.model.surgery import MlpCut, apply_cut
 from fbn_prune.perplexity import perplexity
 from fbn_prune.progress import StageClock
@@ -23,6 +22,7 @@ from fbn_prune.pruning.allocation import budget_from_sparsity, uniform_widths
 from fbn_prune.pruning.criteria import CRITERIA
 from fbn_prune.pruning.pipeline import CutOptions, EvidencePass
 from fbn_prune.recipe import CRITERION_NAMES, Recipe
+from fbn_prune.stages import rank_networks
 from fbn_prune.studies import Studied, study
 
 Cell = tuple[str, float]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fbn_prune.budget import Budget, ModelSize
-from fbn_prune.job import Prepared, memory_for_activations
+from fbn_prune.prepared import Prepared, memory_for_activations
 from fbn_prune.pruning.allocation import (
     at_most,
     budget_from_networks,

@@ -13,15 +13,6 @@ from fbn_prune import builtin
 from fbn_prune.calibration import Batch, CalibrationData, TokenBlocks, read_documents
 from fbn_prune.calibration import tokenize_document as tokenize
 from fbn_prune.errors import InvalidInput
-from fbn_prune.job import (
-    Prepared,
-    find_networks,
-    load_calibration,
-    load_task,
-    match_to_task,
-    prepare,
-    rank_scores,
-)
 from fbn_prune.matching import MatchedCalibration
 from fbn_prune.networks.ablation import (
     Ablated,
@@ -36,8 +27,16 @@ from fbn_prune.networks.ablation import (
 from fbn_prune.networks.activity import principal_maps, second_moment, time_courses
 from fbn_prune.networks.functional_networks import HUB_Z, FunctionalNetworks
 from fbn_prune.networks.ranking import strongest_first
+from fbn_prune.prepared import Prepared, prepare
 from fbn_prune.progress import StageClock
 from fbn_prune.recipe import Recipe
+from fbn_prune.stages import (
+    find_networks,
+    load_calibration,
+    load_task,
+    match_to_task,
+    rank_scores,
+)
 
 CHARACTERS_PER_TOKEN = 16
 MOMENT_TOKENS = 8192

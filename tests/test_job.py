@@ -13,13 +13,15 @@ from safetensors.torch import load_file, save_file
 from tiny_models import FAMILY_CONFIGS, save_tiny
 from transformers import AutoModelForCausalLM
 
-from fbn_prune.job import Prepared, load_calibration, prepare, run_prune
+from fbn_prune.job import run_prune
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.perplexity import perplexity
+from fbn_prune.prepared import Prepared, prepare
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.pipeline import CutOptions, EvidencePass, cut_layers
 from fbn_prune.pruning.second_order import choose_neurons, output_error, refit
 from fbn_prune.recipe import Recipe, build_recipe
+from fbn_prune.stages import load_calibration
 
 torch.set_num_threads(1)
 

@@ -70,14 +70,14 @@ def _widths(widths: list[int], rule: str) -> str:
 
 def print_version() -> None:
     """Print the installed version."""
-    from fbn_prune.job import tool_version
+    from fbn_prune.result import tool_version
 
     console.print_line(tool_version())
 
 
 def _predict(recipe: Recipe, *, json: bool) -> None:
-    from fbn_prune.job import prepare
     from fbn_prune.plan import plan
+    from fbn_prune.prepared import prepare
 
     predicted = plan(prepare(recipe))
     if json:

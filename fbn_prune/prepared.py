@@ -1,0 +1,133 @@
+"""What a recipe names, opened and checked before any work: everything that can be refused is refused here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from fbn_prune import builtin
+from fbn_prune.budget import Budget, stated_budget, whole_layers
+from fbn_prune.errors import InvalidInput
+from fbn_prune.export.directory import check_output
+from fbn_prune.matching import Task
+from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.families import Family
+from fbn_prune.networks.functional_networks import FunctionalNetworks
+from fbn_prune.pruning.allocation import default_multiple
+from fbn_prune.recipe import Recipe
+
+MAX_CONTEXT = 2048
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a recipe names, opened and checked, and nothing loaded yet."""
+
+    recipe: Recipe
+    checkpoint: Checkpoint
+    device: torch.device
+    dtype: torch.dtype
+    context: int
+    width_multiple: int
+    networks: FunctionalNetworks | None
+    budget: Budget | None
+    """None where the kept networks set it."""
+    whole: frozenset[int]
+    """Layers that keep every neuron."""
+    task: Task | None = None
+
+    @property
+    def family(self) -> Family:
+        return self.checkpoint.family
+
+    @property
+    def width(self) -> int:
+        return self.family.width(self.checkpoint.config)
+
+    @property
+    def layers(self) -> int:
+        return self.family.num_layers(self.checkpoint.config)
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of one forward batch: enough to fill the device, few enough to stay in its caches."""
+        return 16384 if self.device.type == "cuda" else 4096
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Open and check everything that a recipe names.
+
+    Raises
+    ------
+    InvalidInput
+        The checkpoint, the output place, the device, the context or the networks cannot be used.
+    """
+    source = str(builtin.model_path()) if recipe.model == "builtin" else recipe.model
+    checkpoint = Checkpoint.open(source, trust_remote_code=recipe.trust_remote_code)
+    if recipe.output is not None:
+        check_output(
+            recipe.output, recipe.overwrite, checkpoint.path, needed_bytes=checkpoint.total_bytes
+        )
+    family = checkpoint.family
+    longest = family.context_length(checkpoint.config)
+    if recipe.context is not None and recipe.context > longest:
+        raise InvalidInput(f"context = {recipe.context}: the model was made for {longest} at most")
+    width = family.width(checkpoint.config)
+    layers = family.num_layers(checkpoint.config)
+    multiple = recipe.width_multiple or min(default_multiple(width), width)
+    if multiple > width:
+        raise InvalidInput(f"width_multiple = {multiple}: a layer has only {width} neurons")
+    if recipe.networks > width * layers - 1:
+        raise InvalidInput(f"networks = {recipe.networks}: the model has {width * layers} neurons")
+    networks = None
+    if recipe.networks_from is not None:
+        networks = FunctionalNetworks.load(recipe.networks_from)
+        if list(networks.widths) != [width] * layers:
+            raise InvalidInput(
+                f"{recipe.networks_from} was found on layers of {networks.widths}, "
+                f"the model has {layers} of {width}"
+            )
+        if recipe.kept_networks_or_default > len(networks.maps):
+            raise InvalidInput(
+                f"keep_networks = {recipe.kept_networks_or_default}: {recipe.networks_from} holds "
+                f"{len(networks.maps)} networks"
+            )
+    device = _device(recipe.device)
+    dtype = _dtype(recipe.dtype, device, checkpoint)
+    context = recipe.context or min(longest, MAX_CONTEXT)
+    whole = whole_layers(recipe, layers)
+    least = len(whole) * width + (layers - len(whole)) * multiple
+    budget = stated_budget(recipe, checkpoint, least)
+    task = None if recipe.task is None else Task.read(recipe.task, recipe.task_test)
+    return Prepared(
+        recipe, checkpoint, device, dtype, context, multiple, networks, budget, whole, task
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InvalidInput(f"device = {name!r}: write auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InvalidInput(f"device = {name!r}: write auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InvalidInput(f"device = {name!r}: {torch.cuda.device_count()} CUDA devices are here")
+    return device
+
+
+def _dtype(name: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
+    if name != "auto":
+        return _DTYPES[name]
+    return torch.float32 if device.type == "cpu" else checkpoint.storage_dtype
+
+
+def memory_for_activations() -> int:
+    """A quarter of the free memory, in bytes."""
+    return int(psutil.virtual_memory().available // 4)

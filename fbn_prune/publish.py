@@ -1,0 +1,106 @@
+"""Writing the pruned checkpoint with all that belongs to it: networks, recipe, record of the task, model card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fbn_prune.export.card import CardFacts, model_card, source_license
+from fbn_prune.export.ragged import write_ragged_checkpoint
+from fbn_prune.export.writer import atomic_directory, verify_export, write_checkpoint
+from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.networks.functional_networks import FunctionalNetworks
+from fbn_prune.prepared import Prepared
+from fbn_prune.progress import StageClock
+from fbn_prune.pruning.pipeline import CutModel
+from fbn_prune.result import PruneResult, tool_version
+from fbn_prune.task_data import RECORD_NAME, record
+
+
+def publish(
+    prepared: Prepared,
+    cut: CutModel,
+    networks: FunctionalNetworks | None,
+    result: PruneResult,
+    clock: StageClock,
+) -> None:
+    recipe = prepared.recipe
+    assert recipe.output is not None
+    with (
+        clock.stage("export", prepared.checkpoint.total_bytes, "bytes") as advance,
+        atomic_directory(recipe.output, recipe.overwrite) as folder,
+    ):
+        write = write_checkpoint if len(set(result.widths)) == 1 else write_ragged_checkpoint
+        write(
+            prepared.checkpoint,
+            prepared.family,
+            cut.cuts,
+            folder,
+            max_shard_size=recipe.max_shard_size,
+            progress=advance,
+        )
+        verify_export(folder)
+        written = Checkpoint.open(folder, ragged=True)
+        result.parameters_after = written.total_parameters
+        result.bytes_after = written.total_bytes
+        if networks is not None:
+            networks.save(folder / "networks.safetensors")
+        (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        if prepared.task is not None and result.task is not None:
+            seen = record(
+                prepared.task.examples,
+                source=str(prepared.task.path),
+                tokens=result.task["tokens"],
+                networks=result.task["matched_networks"],
+            )
+            (folder / RECORD_NAME).write_text(seen, encoding="utf-8")
+        (folder / "README.md").write_text(
+            _card(prepared, networks, result.kept_networks, result), encoding="utf-8"
+        )
+
+
+_CRITERION_WORDS = {
+    "networks": "second-order cost, each layer's remaining output weights refitted",
+    "second-order": "second-order cost, each layer's remaining output weights refitted",
+    "flap": "FLAP (output variance, mean moved into a bias)",
+    "wanda": "Wanda (weight times activation norm)",
+    "membership": "membership in the kept networks, without a refit",
+    "magnitude": "weight norm",
+    "random": "chance",
+}
+
+
+def _card(
+    prepared: Prepared,
+    networks: FunctionalNetworks | None,
+    kept: Sequence[int],
+    result: PruneResult,
+) -> str:
+    recipe = prepared.recipe
+    sources = ", ".join(recipe.calibration)
+    for_task = ""
+    if result.task is not None:
+        for_task = (
+            f", weighed to match {result.task['examples']} examples of {result.task['file']} "
+            f"(with them in) by {len(result.task['matched_networks'])} functional networks"
+        )
+    facts = CardFacts(
+        base_name=recipe.model,
+        base_hub_id=prepared.checkpoint.hub_id,
+        criterion=_CRITERION_WORDS[recipe.criterion],
+        widths=tuple(result.widths),
+        neurons_before=prepared.width,
+        parameters_before=result.parameters_before,
+        parameters_after=result.parameters_after,
+        bytes_before=result.bytes_before,
+        bytes_after=result.bytes_after,
+        calibration=f"{result.calibration_tokens:,} tokens of {sources}{for_task}",
+        held_out=f"{result.held_out_tokens:,} tokens of {sources} that calibrated nothing",
+        command="fbn-prune run recipe.yaml --output NEW_FOLDER",
+        version=tool_version(),
+        kept_networks=len(kept) if recipe.stated_budget is None else None,
+        total_networks=None if networks is None else len(networks.maps),
+        perplexity_before=result.perplexity_before,
+        perplexity_after=result.perplexity_after,
+        license=source_license(prepared.checkpoint.path / "README.md"),
+    )
+    return model_card(facts)

@@ -1,0 +1,59 @@
+"""What a run reports of itself: its figures, its peak memory, the version that made it."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+
+@dataclass
+class PruneResult:
+    """What a run did; :meth:`to_json` is the object that `--json` prints."""
+
+    model: str
+    output: str | None
+    criterion: str
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    perplexity_before: float
+    perplexity_after: float
+    neurons_kept: int
+    neurons_total: int
+    widths: list[int]
+    width_rule: str
+    layout_trials: dict[str, float]
+    kept_networks: list[int]
+    calibration_tokens: int
+    held_out_tokens: int
+    calibration_fingerprint: str
+    task: dict[str, Any] | None
+    forward_seconds: float
+    peak_memory_bytes: int
+    stages: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def peak_memory_bytes() -> int:
+    """Highest resident memory of the process so far, plus the highest allocation on a GPU."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak *= 1 if sys.platform == "darwin" else 1024
+    if torch.cuda.is_available():
+        peak += torch.cuda.max_memory_allocated()
+    return int(peak)
+
+
+def tool_version() -> str:
+    """The installed version of this package."""
+    try:
+        return version("fbn-prune")
+    except PackageNotFoundError:
+        return "0+unknown"

@@ -1,0 +1,165 @@
+"""The stages of a run that several commands share: data, networks, their order, what the loss feels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fbn_prune.calibration import Batch, CalibrationData, TokenBlocks, calibration_data
+from fbn_prune.matching import (
+    MatchedCalibration,
+    TaskCalibration,
+    match_calibration,
+    task_calibration,
+)
+from fbn_prune.networks.discovery import DiscoveryOptions, discover
+from fbn_prune.networks.functional_networks import FunctionalNetworks
+from fbn_prune.networks.ranking import knockout_rise, output_energy, strongest_first
+from fbn_prune.prepared import Prepared, memory_for_activations
+from fbn_prune.progress import StageClock
+from fbn_prune.pruning.second_order import loss_root
+from fbn_prune.result import tool_version
+from fbn_prune.sensitivity import GRADIENT_TOKENS, output_sensitivity
+
+KNOCKOUT_TOKENS = 8192
+"""Calibration tokens on which knock-outs are measured: one pass a network must stay cheap."""
+
+
+def load_calibration(prepared: Prepared, tokenizer: Any) -> CalibrationData:
+    """The calibrating and the held-out blocks of a prepared run."""
+    recipe = prepared.recipe
+    return calibration_data(
+        recipe.calibration,
+        tokenizer,
+        tokens=recipe.tokens,
+        context=prepared.context,
+        held_out=recipe.held_out,
+        seed=recipe.seed,
+        vocabulary=prepared.family.vocab_size(prepared.checkpoint.config),
+    )
+
+
+def find_networks(
+    prepared: Prepared,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    data: CalibrationData,
+    clock: StageClock,
+    *,
+    recurrence: bool = False,
+) -> FunctionalNetworks:
+    """Discover the networks of a loaded model, with their output energy filled in."""
+    recipe, family = prepared.recipe, prepared.family
+    header = {
+        "tool": f"fbn-prune {tool_version()}",
+        "torch": torch.__version__,
+        "model": recipe.model,
+        "model_type": prepared.checkpoint.config.get("model_type"),
+        "calibration": list(recipe.calibration),
+        "calibration_fingerprint": data.calibrating.fingerprint,
+        "dtype": str(prepared.dtype).removeprefix("torch."),
+    }
+    options = DiscoveryOptions(
+        recipe.networks, recipe.network_tokens, recipe.scope, recipe.seed, recurrence
+    )
+    networks = discover(
+        model,
+        family,
+        data.calibrating,
+        options,
+        tokenizer=tokenizer,
+        batch_tokens=prepared.batch_tokens,
+        keep_bytes=memory_for_activations(),
+        header=header,
+        clock=clock,
+    )
+    weights = [family.down_weight(model, layer) for layer in range(prepared.layers)]
+    return replace(networks, energy=output_energy(networks, weights))
+
+
+def load_task(prepared: Prepared, tokenizer: Any, data: CalibrationData) -> TaskCalibration | None:
+    """The task's blocks beside the generic data, without its test questions; None without a task."""
+    if prepared.task is None:
+        return None
+    return task_calibration(
+        prepared.task,
+        data,
+        tokenizer,
+        context=prepared.context,
+        vocabulary=prepared.family.vocab_size(prepared.checkpoint.config),
+    )
+
+
+def match_to_task(
+    prepared: Prepared,
+    model: PreTrainedModel,
+    networks: FunctionalNetworks | None,
+    task: TaskCalibration,
+    clock: StageClock,
+) -> MatchedCalibration:
+    """Weigh the generic data by the networks that the recipe keeps."""
+    assert networks is not None
+    return match_calibration(
+        model,
+        prepared.family,
+        networks,
+        task.data.calibrating,
+        task.examples,
+        matched_on=prepared.recipe.kept_networks_or_default,
+        batch_tokens=prepared.batch_tokens,
+        clock=clock,
+    )
+
+
+def rank_scores(
+    prepared: Prepared,
+    model: PreTrainedModel,
+    networks: FunctionalNetworks,
+    data: CalibrationData,
+    matched: MatchedCalibration | None,
+    clock: StageClock,
+) -> Tensor:
+    """What the recipe's `rank` orders networks by, float64 [networks]: energy, nats, or standard deviations."""
+    rank = prepared.recipe.rank_or_default
+    if rank == "task":
+        assert matched is not None
+        return matched.match.vector.abs()
+    if rank == "energy":
+        weights = [prepared.family.down_weight(model, i) for i in range(prepared.layers)]
+        return output_energy(networks, weights)
+    few: list[Batch] = []
+    for batch in data.calibrating.batches(prepared.batch_tokens):
+        if sum(other.tokens for other in few) < KNOCKOUT_TOKENS:
+            few.append(batch)
+    return knockout_rise(model, prepared.family, networks, few, clock)
+
+
+def rank_networks(
+    prepared: Prepared,
+    model: PreTrainedModel,
+    networks: FunctionalNetworks | None,
+    data: CalibrationData,
+    matched: MatchedCalibration | None,
+    clock: StageClock,
+) -> list[int]:
+    """Networks, strongest first; empty without networks."""
+    if networks is None:
+        return []
+    return strongest_first(rank_scores(prepared, model, networks, data, matched, clock))
+
+
+def loss_roots_of(
+    prepared: Prepared, model: PreTrainedModel, blocks: TokenBlocks, clock: StageClock
+) -> list[Tensor] | None:
+    """R of each layer, where errors are to be scored as the loss feels them."""
+    if not prepared.recipe.needs_gradients:
+        return None
+    batches = blocks.subset(GRADIENT_TOKENS).batches(prepared.batch_tokens // 4)
+    return [
+        loss_root(sensitivity)
+        for sensitivity in output_sensitivity(model, prepared.family, batches, clock)
+    ]
