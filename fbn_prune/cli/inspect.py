@@ -1,4 +1,4 @@
-"""`fbn-prune inspect`: what the networks of an artifact are."""
+"""`fbn-prune inspect`: what the networks of an artifact are, and whether those of another are the same."""
 
 from __future__ import annotations
 
@@ -14,77 +14,133 @@ from fbn_prune.cli.options import Json
 
 if TYPE_CHECKING:
     from fbn_prune.networks.functional_networks import FunctionalNetworks
+    from fbn_prune.networks.structure import Recurrence
 
 Artifact = Annotated[
     Path, typer.Argument(metavar="PATH", help="networks.safetensors, or a folder that holds one.")
 ]
 Most = Annotated[int, typer.Option("--most", min=1, help="Show this many networks.")]
+Against = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--against",
+        help="Networks to compare with: of other text, a task, or another model of the same shape; repeat for several.",
+    ),
+]
+
+_BARS = " ▁▂▃▄▅▆▇█"
 
 
-def command(path: Artifact, *, json: Json = False, most: Most = 64) -> None:
-    """Show the networks of an artifact: size, layers, top tokens in context, recurrence."""
+def command(
+    path: Artifact, *, against: Against = None, json: Json = False, most: Most = 64
+) -> None:
+    """Show the networks of an artifact: size, layers, tokens and contexts, connectivity, recurrence."""
     from fbn_prune.networks.functional_networks import FunctionalNetworks
+    from fbn_prune.networks.structure import recurrence
 
-    file = path / "networks.safetensors" if path.is_dir() else path
-    show(FunctionalNetworks.load(file), file, json=json, most=most)
+    def file(given: Path) -> Path:
+        return given / "networks.safetensors" if given.is_dir() else given
+
+    networks = FunctionalNetworks.load(file(path))
+    others = {
+        str(given): recurrence(networks, FunctionalNetworks.load(file(given)))
+        for given in against or ()
+    }
+    show(networks, file(path), json=json, most=most, others=others)
 
 
-def show(networks: FunctionalNetworks, path: Path, *, json: bool, most: int) -> None:
+def show(
+    networks: FunctionalNetworks,
+    path: Path,
+    *,
+    json: bool,
+    most: int,
+    others: dict[str, Recurrence] | None = None,
+) -> None:
     """Print the networks as a table, or as one JSON object."""
-    cards = [_card(networks, index) for index in range(min(most, len(networks.maps)))]
+    from fbn_prune.networks.cards import network_cards
+
+    others = others or {}
+    cards = network_cards(networks)[:most]
     if json:
-        header = {k: v for k, v in networks.header.items() if k not in ("contexts", "recurrence")}
-        console.print_json({"path": str(path), "header": header, "networks": cards})
+        apart = ("contexts", "driving_tokens", "recurrence")
+        header = {k: v for k, v in networks.header.items() if k not in apart}
+        matrix = networks.connectivity
+        result = {
+            "path": str(path),
+            "header": header,
+            "networks": cards,
+            "connectivity": None if matrix is None else matrix.tolist(),
+        }
+        if others:
+            result["against"] = [
+                {"path": name, **other.to_json()} for name, other in others.items()
+            ]
+        console.print_json(result)
         return
+    console.print_table(_table(networks, path, cards, others))
+    if "recurrence" not in networks.header:
+        console.print_line("recurrence was not measured here: `fbn-prune discover` measures it")
+    for name, other in others.items():
+        console.print_line(_verdict(name, other))
+
+
+def _table(
+    networks: FunctionalNetworks,
+    path: Path,
+    cards: list[dict[str, Any]],
+    others: dict[str, Recurrence],
+) -> Table:
     table = Table(title=f"{len(networks.maps)} networks in {path}", title_justify="left")
     measured = "recurrence" in networks.header
     for column in ("id", "variance", "hubs", "members", "layers"):
         table.add_column(column, justify="right")
     for column in ("IoU halves", "IoU seeds") if measured else ():
         table.add_column(column, justify="right")
+    for place in range(len(others)):
+        table.add_column(f"in {place + 1}: IoU", justify="right")
+    table.add_column("goes with")
+    table.add_column("tokens")
     table.add_column("top tokens in context")
     for card in cards:
         overlaps = [f"{card[key]:.2f}" for key in ("iou_halves", "iou_seeds") if measured]
+        for other in others.values():
+            partner, overlap = int(other.partner[card["id"]]), float(other.overlap[card["id"]])
+            overlaps.append(f"{partner}: {overlap:.2f}")
         table.add_row(
             str(card["id"]),
             f"{card['explained_variance']:.2%}",
             str(card["hubs"]),
             str(card["members"]),
-            str(card["layers_spanned"]),
+            _profile(card["members_by_layer"]),
             *overlaps,
+            "\n".join(f"{tie['id']} {tie['correlation']:+.2f}" for tie in card["connected"][:2]),
+            " ".join(_visible(entry["token"]) for entry in card["tokens"][:4]),
             "\n".join(_context(context) for context in card["contexts"][:2]),
         )
-    console.print_table(table)
-    if not measured:
-        console.print_line("recurrence was not measured here: `fbn-prune discover` measures it")
+    return table
 
 
-def _card(networks: FunctionalNetworks, index: int) -> dict[str, Any]:
-    recurrence = networks.header.get("recurrence") or {}
-    contexts = networks.header.get("contexts") or []
-    energy = networks.energy
+def _profile(members: list[int]) -> str:
+    """Members by layer as a row of bars."""
+    top = max(*members, 1)
+    return "".join(_BARS[-(-count * (len(_BARS) - 1) // top)] for count in members)
 
-    def recurrent(key: str) -> float | None:
-        values = recurrence.get(key)
-        return None if values is None else float(values[index])
 
-    return {
-        "id": index,
-        "explained_variance": float(networks.explained_variance[index]),
-        "energy": None if energy is None else float(energy[index]),
-        "hubs": int(networks.hubs(index).sum()),
-        "members": int(networks.members(index).sum()),
-        "layers_spanned": len(networks.layers_spanned(index)),
-        "members_by_layer": [int(count) for count in networks.members_by_layer(index)],
-        "iou_halves": recurrent("iou_halves"),
-        "iou_seeds": recurrent("iou_seeds"),
-        "correlation_seeds": recurrent("correlation_seeds"),
-        "contexts": contexts[index] if index < len(contexts) else [],
-    }
+def _verdict(name: str, other: Recurrence) -> str:
+    facts, count = other.to_json(), len(other.partner)
+    ties = facts["connectivity_correlation"]
+    words = "" if ties is None else f"; correlation of the connectivities {ties:.2f}"
+    return (
+        f"{name}: {facts['recurring']} of {count} networks overlap more than chance (IoU {facts['chance_iou']:.2f}), "
+        f"mean IoU {facts['mean_iou']:.2f}; {facts['same']} have maps that correlate at 0.9 or more{words}"
+    )
 
 
 def _context(context: dict[str, Any]) -> str:
-    before, token, after = (
-        escape(str(context[key]).replace("\n", "⏎")) for key in ("before", "token", "after")
-    )
-    return f"{before[-24:]}[bold]»{token}«[/bold]{after[:16]}"
+    before, token, after = (str(context[key]) for key in ("before", "token", "after"))
+    return f"{_visible(before[-24:])}[bold]»{_visible(token)}«[/bold]{_visible(after[:16])}"
+
+
+def _visible(text: str) -> str:
+    return escape(text.replace("\n", "⏎"))

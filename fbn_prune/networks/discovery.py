@@ -21,14 +21,21 @@ from fbn_prune.model.families import Family
 from fbn_prune.networks import ica
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.networks.sampling import SampledActivations
+from fbn_prune.networks.structure import (
+    STARTS,
+    connectivity,
+    driving_tokens,
+    recurrence_between_starts,
+)
 from fbn_prune.progress import Advance, StageClock
 
 CONTEXTS_PER_NETWORK = 5
+TOKENS_PER_NETWORK = 8
 
 
 @dataclass(frozen=True)
 class DiscoveryOptions:
-    """See the recipe keys of the same names; `recurrence` adds three more decompositions to compare with."""
+    """See the recipe keys of the same names; `recurrence` adds decompositions of halves, and further starts."""
 
     networks: int
     network_tokens: int
@@ -77,7 +84,7 @@ def discover(
         )
     for _ in activations:  # so that the passes of the model are a stage apart from the solver's
         pass
-    with clock.stage("ica", 4 if options.recurrence else 1, "decompositions") as advance:
+    with clock.stage("ica", 4 if options.recurrence else 1, "steps") as advance:
         found = _decompose(activations, slice(None), options, options.seed, clock)
         advance(1)
         recurrence = _recurrence(activations, found, options, clock, advance)
@@ -89,6 +96,7 @@ def discover(
         "tokens": activations.tokens,
         "convergence": found.facts,
         "contexts": _top_contexts(found.time_courses, activations, tokenizer),
+        "driving_tokens": _top_tokens(found.time_courses, activations, tokenizer),
     }
     if recurrence is not None:
         full_header["recurrence"] = recurrence
@@ -99,6 +107,7 @@ def discover(
         std=torch.cat(activations.std),
         explained_variance=found.explained_variance.cpu(),
         engagement=found.time_courses.double().square().mean(0).cpu(),
+        connectivity=connectivity(found.time_courses),
         header=full_header,
     )
 
@@ -106,6 +115,7 @@ def discover(
 @dataclass(frozen=True)
 class _Decomposition:
     maps: Tensor
+    spans: list[slice]
     time_courses: Tensor
     explained_variance: Tensor
     facts: list[dict[str, Any]]
@@ -162,6 +172,7 @@ def _join(
         )
     return _Decomposition(
         torch.cat(maps),
+        [slice(start, stop) for start, stop in spans],
         torch.cat([result.time_courses.cpu() for result in results], dim=1),
         torch.cat([result.explained_variance.cpu() for result in results]),
         facts,
@@ -174,11 +185,11 @@ def _recurrence(
     options: DiscoveryOptions,
     clock: StageClock,
     advance: Advance,
-) -> dict[str, list[float]] | None:
+) -> dict[str, Any] | None:
     """How far each network comes back, by the overlap (IoU) of members and the correlation of maps.
 
     Between halves: of its counterpart in the first half of the tokens with that one's counterpart in the second;
-    the halves share no block. Between seeds: of the network with its counterpart from another start.
+    the halves share no block. Between seeds: of the network with its counterparts from other starts.
     """
     if not options.recurrence or options.networks > activations.tokens // 2 - 1:
         return None
@@ -187,14 +198,16 @@ def _recurrence(
     for tokens in (slice(0, middle), slice(middle, None)):
         halves.append(_decompose(activations, tokens, options, options.seed, clock))
         advance(1)
-    again = _decompose(activations, slice(None), options, options.seed + 1, clock)
-    advance(1)
     counterpart, _ = ica.match(found.maps, halves[0].maps)
-    return {
-        "iou_halves": ica.spatial_overlap(halves[0].maps[counterpart], halves[1].maps).tolist(),
-        "iou_seeds": ica.spatial_overlap(found.maps, again.maps).tolist(),
-        "correlation_seeds": ica.matched_correlation(found.maps, again.maps).tolist(),
-    }
+    overlap = ica.spatial_overlap(halves[0].maps[counterpart], halves[1].maps)
+    seeds = range(options.seed + 1, options.seed + 1 + STARTS)
+    with (
+        warnings.catch_warnings()
+    ):  # a start that does not settle is no failure but what is asked about
+        warnings.simplefilter("ignore", ica.IcaConvergenceWarning)
+        starts = recurrence_between_starts(found.maps, found.spans, seeds)
+    advance(1)
+    return {"iou_halves": overlap.tolist(), "starts": STARTS, **starts}
 
 
 def _top_contexts(
@@ -217,3 +230,14 @@ def _top_contexts(
             )
         contexts.append(cards)
     return contexts
+
+
+def _top_tokens(
+    time_courses: Tensor, activations: SampledActivations, tokenizer: Any
+) -> list[list[dict[str, Any]]]:
+    """For each network the tokens that drive it wherever they stand, as text."""
+    driving = driving_tokens(time_courses, activations.token_ids(), TOKENS_PER_NETWORK)
+    return [
+        [{**entry, "token": tokenizer.decode([entry["token"]])} for entry in entries]
+        for entries in driving
+    ]

@@ -49,9 +49,11 @@ class FunctionalNetworks:
         [k] float64; mean square of each time course.
     energy
         [k] float64; output energy, or None where it was not computed.
+    connectivity
+        [k, k] float64; correlation of every two time courses, or None where it was not computed.
     header
         JSON facts: model and calibration fingerprints, tokens, seed, scope, versions, convergence,
-        top contexts by network, recurrence.
+        top contexts and tokens by network, recurrence.
 
     Raises
     ------
@@ -66,6 +68,7 @@ class FunctionalNetworks:
     explained_variance: Tensor
     engagement: Tensor
     energy: Tensor | None = None
+    connectivity: Tensor | None = None
     header: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -82,6 +85,7 @@ class FunctionalNetworks:
             self._check(name, (neurons,), torch.float32)
         for name in _ON_NETWORKS:
             self._check(name, (self.maps.shape[0],), torch.float64)
+        self._check("connectivity", (self.maps.shape[0],) * 2, torch.float64)
 
     def _check(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         tensor: Tensor | None = getattr(self, name)
@@ -139,7 +143,7 @@ class FunctionalNetworks:
         path = Path(path)
         tensors = {
             name: tensor.detach().cpu().contiguous()
-            for name in ("maps", *_ON_NEURONS, *_ON_NETWORKS)
+            for name in ("maps", *_ON_NEURONS, *_ON_NETWORKS, "connectivity")
             if (tensor := getattr(self, name)) is not None
         }
         content = {"format": FORMAT_VERSION, "widths": self.widths, "header": self.header}

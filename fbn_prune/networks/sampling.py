@@ -91,6 +91,15 @@ class SampledActivations:
             )
         return ica.standardise(x)
 
+    def token_ids(self) -> Tensor:
+        """The sampled tokens, int64 [tokens]."""
+        return torch.cat(
+            [
+                batch.input_ids[batch.valid][positions]
+                for batch, positions in zip(self._batches, self._positions, strict=True)
+            ]
+        )
+
     def contexts(self, sample: int) -> tuple[list[int], int]:
         """Token ids around one sampled token, and the token's place among them."""
         for batch, positions in zip(self._batches, self._positions, strict=True):

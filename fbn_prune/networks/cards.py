@@ -1,0 +1,51 @@
+"""What there is to say of each network of an artifact, as plain values: for the terminal, JSON and the report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fbn_prune.networks.functional_networks import FunctionalNetworks
+
+TIES = 5
+"""How many of a network's strongest correlations with others a card names."""
+
+
+def network_cards(networks: FunctionalNetworks) -> list[dict[str, Any]]:
+    """One dict a network, in the artifact's order; what the artifact does not know is None or empty."""
+    header = networks.header
+    recurrence = header.get("recurrence") or {}
+    return [
+        {
+            "id": index,
+            "explained_variance": float(networks.explained_variance[index]),
+            "energy": None if networks.energy is None else float(networks.energy[index]),
+            "hubs": int(networks.hubs(index).sum()),
+            "members": int(networks.members(index).sum()),
+            "layers_spanned": len(networks.layers_spanned(index)),
+            "members_by_layer": networks.members_by_layer(index),
+            **{
+                key: float(recurrence[key][index]) if key in recurrence else None
+                for key in ("iou_halves", "iou_seeds", "correlation_seeds", "shared_seeds")
+            },
+            "connected": _ties(networks, index),
+            "tokens": _of(header.get("driving_tokens"), index),
+            "contexts": _of(header.get("contexts"), index),
+        }
+        for index in range(len(networks.maps))
+    ]
+
+
+def _of(lists: list[list[Any]] | None, index: int) -> list[Any]:
+    return lists[index] if lists and index < len(lists) else []
+
+
+def _ties(networks: FunctionalNetworks, index: int) -> list[dict[str, Any]]:
+    """The other networks whose time courses correlate most with this one's, either way."""
+    if networks.connectivity is None:
+        return []
+    row = networks.connectivity[index].clone()
+    row[index] = 0.0
+    strongest = torch.argsort(row.abs(), descending=True, stable=True)[:TIES].tolist()
+    return [{"id": i, "correlation": float(row[i])} for i in strongest if i != index]

@@ -1,0 +1,237 @@
+"""How functional networks stand to one another, to tokens, and to the networks found elsewhere.
+
+Functional connectivity is the correlation of time courses, as in functional MRI; recurrence is the overlap of members
+after one-to-one matching (arXiv 2502.20408 compares inputs so; here also seeds, tasks and models of one shape). An
+overlap means something beside what chance gives, so the same maps are matched with the neurons of each layer shuffled.
+This module knows nothing of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fbn_prune.errors import InvalidInput
+from fbn_prune.networks import ica
+from fbn_prune.networks.fastica import fastica
+from fbn_prune.networks.functional_networks import MEMBER_Z, FunctionalNetworks
+
+STARTS = 8
+"""Starts of the ICA among which a network is looked for: which maps two of them share is luck."""
+SHARED_CORRELATION = 0.9
+"""Two maps with at least this abs correlation are the same network."""
+SHUFFLES = 20
+CHANCE_QUANTILE = 0.99
+LEAST_OCCURRENCES = 3
+"""A token seen less often than this tells of its context and not of itself."""
+
+
+def connectivity(time_courses: Tensor) -> Tensor:
+    """Pearson correlation of every two networks over tokens: [T, k] -> float64 [k, k] in [-1, 1].
+
+    A network that never changes is correlated with itself alone.
+    """
+    courses = time_courses.double() - time_courses.double().mean(0)
+    unit = torch.nn.functional.normalize(courses, dim=0)
+    matrix = (unit.T @ unit).clamp(-1, 1)
+    matrix.fill_diagonal_(1.0)
+    return matrix
+
+
+def driving_tokens(time_courses: Tensor, tokens: Tensor, count: int) -> list[list[dict[str, Any]]]:
+    """For each network the vocabulary entries at which it is most unusual, strongest first.
+
+    Parameters
+    ----------
+    time_courses
+        [T, k].
+    tokens
+        int64 [T]; the token at which each row was taken.
+
+    Returns
+    -------
+    For each network at most `count` of {`token`: id, `activity`: mean in standard deviations of the time course,
+    `count`: occurrences}, ordered by abs(activity) * sqrt(count), the z-score of that mean.
+    """
+    ids, place, seen = torch.unique(tokens, return_inverse=True, return_counts=True)
+    courses = time_courses.double() - time_courses.double().mean(0)
+    courses = courses / courses.square().mean(0).sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+    means = torch.zeros(len(ids), courses.shape[1], dtype=torch.float64)
+    means.index_add_(0, place, courses)
+    means /= seen[:, None]
+    surprise = means.abs() * seen[:, None].double().sqrt()
+    surprise[seen < LEAST_OCCURRENCES] = -1.0
+    best = torch.argsort(surprise, dim=0, descending=True, stable=True)[:count]
+    return [
+        [
+            {"token": int(ids[i]), "activity": float(means[i, network]), "count": int(seen[i])}
+            for i in best[:, network].tolist()
+            if surprise[i, network] > 0
+        ]
+        for network in range(courses.shape[1])
+    ]
+
+
+def recurrence_between_starts(
+    maps: Tensor, spans: Sequence[slice], seeds: Sequence[int]
+) -> dict[str, list[float]]:
+    """How often each map comes back when the ICA starts elsewhere.
+
+    The maps are a whitened basis of the space they were found in, so that another start needs no more than the
+    iterations on them.
+
+    Parameters
+    ----------
+    maps
+        [k, N] z-scored maps of one ICA for each span.
+    spans
+        Which neurons each ICA was over; its maps follow one another and are 0 elsewhere.
+    seeds
+        One for each further start.
+
+    Returns
+    -------
+    By network, over the starts: `shared_seeds`, the share of them with a partner that correlates at least 0.9;
+    `correlation_seeds` and `iou_seeds`, the mean abs correlation and overlap of members with the partner.
+    """
+    each = len(maps) // len(spans)
+    shared, correlation, overlap = [], [], []
+    for seed in seeds:
+        parts = [
+            _again(maps[i * each : (i + 1) * each, span], seed) for i, span in enumerate(spans)
+        ]
+        found = [maps[i * each : (i + 1) * each, span] for i, span in enumerate(spans)]
+        matched = [ica.matched_correlation(a, b).cpu() for a, b in zip(found, parts, strict=True)]
+        correlation.append(torch.cat(matched))
+        overlap.append(
+            torch.cat([ica.spatial_overlap(a, b).cpu() for a, b in zip(found, parts, strict=True)])
+        )
+        shared.append((correlation[-1] >= SHARED_CORRELATION).double())
+    return {
+        "shared_seeds": torch.stack(shared).mean(0).tolist(),
+        "correlation_seeds": torch.stack(correlation).mean(0).tolist(),
+        "iou_seeds": torch.stack(overlap).mean(0).tolist(),
+    }
+
+
+def _again(maps: Tensor, seed: int) -> Tensor:
+    """The maps that another start finds in the space of these."""
+    return fastica(maps.T.contiguous(), seed=seed).W.to(maps.dtype) @ maps
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """Networks of A beside their partners in B, matched one to one by the correlation of maps.
+
+    Attributes
+    ----------
+    partner
+        int64 [k]; the network of B.
+    correlation, overlap
+        float64 [k]; abs correlation of the maps, and members shared / members of either.
+    chance
+        The overlap that one in a hundred networks reaches when the neurons of each layer are shuffled.
+    connectivity
+        Correlation of the two connectivity matrices after matching, over pairs of networks; None where one is unknown.
+    """
+
+    partner: Tensor
+    correlation: Tensor
+    overlap: Tensor
+    chance: float
+    connectivity: float | None
+
+    @property
+    def recurs(self) -> Tensor:
+        """Bool [k]: the overlap is above chance."""
+        return self.overlap > self.chance
+
+    def to_json(self) -> dict[str, Any]:
+        columns = zip(
+            self.partner.tolist(),
+            self.overlap.tolist(),
+            self.correlation.tolist(),
+            self.recurs.tolist(),
+            strict=True,
+        )
+        return {
+            "networks": [
+                {"id": i, "partner": p, "iou": o, "correlation": c, "recurs": r}
+                for i, (p, o, c, r) in enumerate(columns)
+            ],
+            "recurring": int(self.recurs.sum()),
+            "same": int((self.correlation >= SHARED_CORRELATION).sum()),
+            "mean_iou": float(self.overlap.mean()),
+            "chance_iou": self.chance,
+            "connectivity_correlation": self.connectivity,
+        }
+
+
+def recurrence(a: FunctionalNetworks, b: FunctionalNetworks, *, seed: int = 0) -> Recurrence:
+    """Compare the networks of two artifacts: of other text, another task, or another model of the same shape.
+
+    Raises
+    ------
+    InvalidInput
+        The layers differ in width, or the artifacts hold different numbers of networks.
+    """
+    if a.widths != b.widths:
+        raise InvalidInput(
+            f"layers of {_widths(a)} neurons and of {_widths(b)}: networks are compared neuron by neuron, "
+            "which takes models of the same widths"
+        )
+    if a.maps.shape != b.maps.shape:
+        raise InvalidInput(
+            f"{len(a.maps)} networks and {len(b.maps)}: discover as many in both to compare them"
+        )
+    partner, correlations = ica.match(a.maps, b.maps)
+    return Recurrence(
+        partner,
+        correlations.gather(1, partner[:, None])[:, 0],
+        ica.spatial_overlap(a.maps, b.maps),
+        _chance(a, b, seed),
+        _same_connectivity(a, b, partner),
+    )
+
+
+def _chance(a: FunctionalNetworks, b: FunctionalNetworks, seed: int) -> float:
+    """The overlap that few networks reach with B's neurons shuffled within each layer, all maps alike."""
+    generator = torch.Generator().manual_seed(seed)
+    overlaps = []
+    for _ in range(SHUFFLES):
+        order = torch.cat(
+            [
+                start + torch.randperm(width, generator=generator)
+                for start, width in zip(_starts(b.widths), b.widths, strict=True)
+            ]
+        )
+        overlaps.append(ica.spatial_overlap(a.maps, b.maps[:, order], MEMBER_Z))
+    return float(torch.quantile(torch.cat(overlaps), CHANCE_QUANTILE))
+
+
+def _starts(widths: Sequence[int]) -> list[int]:
+    return [sum(widths[:layer]) for layer in range(len(widths))]
+
+
+def _same_connectivity(
+    a: FunctionalNetworks, b: FunctionalNetworks, partner: Tensor
+) -> float | None:
+    if a.connectivity is None or b.connectivity is None or len(a.maps) < 3:
+        return None
+    # The sign of a map is a convention; where partners' maps point apart, so do their time courses.
+    signs = torch.sign((a.maps.double() * b.maps[partner].double()).sum(1))
+    turned = b.connectivity[partner][:, partner] * signs[:, None] * signs
+    rows, columns = torch.triu_indices(len(a.maps), len(a.maps), 1)
+    pairs = torch.stack([a.connectivity[rows, columns], turned[rows, columns]])
+    value = float(torch.corrcoef(pairs)[0, 1])
+    return value if value == value else None
+
+
+def _widths(networks: FunctionalNetworks) -> str:
+    distinct = sorted(set(networks.widths))
+    listed = str(distinct[0]) if len(distinct) == 1 else f"{distinct[0]} to {distinct[-1]}"
+    return f"{len(networks.widths)} x {listed}"
