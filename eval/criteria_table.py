@@ -97,7 +97,7 @@ class Comparison:
             DiscoveryOptions(networks, network_tokens, "global", seed),
             tokenizer=tokenizer,
             batch_tokens=BATCH_TOKENS,
-            keep_bytes=2**31,
+            keep=True,
             header={},
             clock=StageClock(),
         )

@@ -134,7 +134,7 @@ class Experiment:
             DiscoveryOptions(networks, network_tokens, "global", seed),
             tokenizer=self.tokenizer,
             batch_tokens=BATCH_TOKENS,
-            keep_bytes=2**31,
+            keep=True,
             header={},
             clock=clock,
         )

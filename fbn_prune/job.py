@@ -45,7 +45,7 @@ def run_discovery(recipe: Recipe, clock: StageClock) -> tuple[FunctionalNetworks
     with clock.stage("calibration"):
         data = load_calibration(prepared, tokenizer)
     with clock.stage("load"):
-        model = prepared.checkpoint.load_model(prepared.device, prepared.dtype)
+        model = prepared.load_model()
     networks = find_networks(prepared, model, tokenizer, data, clock, recurrence=True)
     assert recipe.output is not None
     with atomic_directory(recipe.output, recipe.overwrite) as folder:
@@ -78,7 +78,7 @@ def run_prune(recipe: Recipe, clock: StageClock) -> PruneResult:
         data = data if task is None else task.data
         held_out = data.held_out.batches(prepared.batch_tokens)
     with clock.stage("load"):
-        model = prepared.checkpoint.load_model(prepared.device, prepared.dtype)
+        model = prepared.load_model()
     before = _perplexity(model, held_out, clock, "dense perplexity")
     on_task = _test_perplexity(prepared, model, task, clock)
     networks = prepared.networks

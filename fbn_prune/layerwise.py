@@ -12,7 +12,7 @@ replaced by a recorder, which costs no more than the embedding.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,8 @@ from transformers import PreTrainedModel
 
 from fbn_prune.calibration import Batch
 from fbn_prune.model.families import Family
+from fbn_prune.model.streaming import compute_device, stream_of
+from fbn_prune.spill import Spilled
 
 Observe = Callable[[int, Tensor], None]
 """Called with (batch index, activations x [valid tokens, neurons]) while a layer runs."""
@@ -40,14 +42,15 @@ class LayerwiseForward:
     Parameters
     ----------
     model
-        A live model on one device, in evaluation mode.
+        A model on one device, in evaluation mode; a streamed one reads each layer once for all batches.
     batches
         Right-padded blocks; causal attention keeps padding from reaching valid tokens.
 
     Attributes
     ----------
     hidden
-        One tensor [blocks, length, d] a batch: the input of layer `next_layer`.
+        One tensor [blocks, length, d] a batch: the input of layer `next_layer`; on disk if the model's
+        stream says so.
     next_layer
         The layer that :meth:`advance` runs next.
     forward_seconds
@@ -58,7 +61,7 @@ class LayerwiseForward:
         self._model = model
         self._family = family
         self._layers = family.layer_modules(model)
-        self._device = model.device
+        self._device = compute_device(model)
         self._valid = [batch.valid.to(self._device) for batch in batches]
         self._calls: dict[torch.Size, list[_LayerCall]] = {}
         self._shapes = [batch.input_ids.shape for batch in batches]
@@ -67,7 +70,12 @@ class LayerwiseForward:
         with torch.inference_mode():
             self._returns_tuple = self._probe()
             start = self._now()
-            self.hidden = [self._embed(batch.input_ids.to(self._device)) for batch in batches]
+            stream = stream_of(model)
+            self.hidden: list[Tensor] | Spilled = []
+            if stream is not None and stream.spill_hidden:
+                self.hidden = Spilled(stream.scratch)
+            for batch in batches:
+                self.hidden.append(self._embed(batch.input_ids.to(self._device)))
             self.forward_seconds += self._now() - start
 
     def advance(
@@ -116,6 +124,15 @@ class LayerwiseForward:
         self.forward_seconds += self._now() - start - watched
         return output[0] if isinstance(output, tuple) else output
 
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [blocks, length, vocabulary] of what the last layer put out, [blocks, length, d]."""
+        size = int(self._model.get_input_embeddings().weight.shape[1])  # type: ignore[index]
+        embedded = hidden.new_zeros(*hidden.shape[:2], size)
+        output = (hidden,) if self._returns_tuple else hidden
+        with _forward_replaced(self._layers, lambda *args, **kwargs: output):
+            return self._model(inputs_embeds=embedded, use_cache=False).logits
+
     def _now(self) -> float:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -123,16 +140,17 @@ class LayerwiseForward:
 
     def _probe(self) -> bool:
         """Whether a layer returns a tuple, which the recorder must imitate."""
-        found: list[bool] = []
+        found: list[Any] = []
         handle = self._layers[0].register_forward_hook(
-            lambda module, args, output: found.append(isinstance(output, tuple))
+            lambda module, args, output: found.append(output)
         )
         try:
             ids = torch.zeros(1, 2, dtype=torch.int64, device=self._device)
-            self._model.base_model(input_ids=ids, use_cache=False)
+            with _forward_replaced(self._layers[1:], lambda *args, **kwargs: found[0]):
+                self._model.base_model(input_ids=ids, use_cache=False)
         finally:
             handle.remove()
-        return found[0]
+        return isinstance(found[0], tuple)
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         entered: list[Tensor] = []
@@ -155,7 +173,8 @@ class LayerwiseForward:
 
 
 @contextmanager
-def _forward_replaced(layers: nn.ModuleList, forward: Callable[..., Any]) -> Iterator[None]:
+def _forward_replaced(layers: Iterable[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    layers = list(layers)
     before = [layer.__dict__.get("forward") for layer in layers]
     for layer in layers:
         layer.forward = forward

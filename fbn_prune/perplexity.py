@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from fbn_prune.calibration import Batch
+from fbn_prune.layerwise import LayerwiseForward
+from fbn_prune.model.streaming import compute_device, stream_of
 
 
 def mean_loss(
@@ -29,20 +32,45 @@ def summed_loss(
     on_batch: Callable[[int], None] | None = None,
 ) -> tuple[float, int]:
     """Next-token loss in nats, summed over the tokens that :func:`mean_loss` is the mean of, and their number."""
-    device = model.device
     total, count = 0.0, 0
-    for batch in batches:
-        ids = batch.input_ids.to(device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        targets = ids[:, 1:].masked_fill(~batch.valid[:, 1:].to(device), -100)
+    for logits, targets in _predictions(model, batches, on_batch or (lambda tokens: None)):
         loss = cross_entropy(
             logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum"
         )
         total += float(loss)
         count += int((targets != -100).sum())
-        if on_batch is not None:
-            on_batch(batch.tokens)
     return total, count
+
+
+def _predictions(
+    model: PreTrainedModel, batches: Sequence[Batch], on_batch: Callable[[int], None]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits [blocks, length - 1, vocabulary] and what they should predict [blocks, length - 1], -100 for nothing."""
+    stream, device = stream_of(model), compute_device(model)
+    if stream is None:
+        for batch in batches:
+            ids = batch.input_ids.to(device)
+            logits = model(input_ids=ids, use_cache=False).logits
+            yield logits[:, :-1], _targets(batch, ids)
+            on_batch(batch.tokens)
+        return
+    forward = LayerwiseForward(model, stream.family, batches)
+    layers = stream.family.num_layers(model.config)
+    said, total = 0, sum(batch.tokens for batch in batches)
+    for layer in range(layers):
+        forward.advance()
+        on_batch(total * (layer + 1) // layers - said)
+        said = total * (layer + 1) // layers
+    for index, batch in enumerate(batches):
+        targets = _targets(batch, batch.input_ids.to(device))
+        # Block by block: the logits of a batch can be larger than all else.
+        for hidden, expected in zip(forward.hidden[index].split(1), targets.split(1), strict=True):
+            yield forward.logits(hidden)[:, :-1], expected
+    stream.release()
+
+
+def _targets(batch: Batch, ids: Tensor) -> Tensor:
+    return ids[:, 1:].masked_fill(~batch.valid[:, 1:].to(ids.device), -100)
 
 
 def perplexity(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fbn_prune.budget import Budget, ModelSize
-from fbn_prune.prepared import Prepared, memory_for_activations
+from fbn_prune.prepared import Prepared
 from fbn_prune.pruning.allocation import (
     at_most,
     budget_from_networks,
@@ -26,9 +26,6 @@ from fbn_prune.sensitivity import GRADIENT_TOKENS
 MEMBERS_PER_NETWORK = 0.041
 """Share of all neurons that one network of 64 has as members on trained models; sets of K networks overlap as if
 drawn independently, to within two points (17 % of the neurons for 5, 35 % for 10, 55 % for 20, 84 % for 40)."""
-
-PROCESS_BYTES = 450 * 2**20
-"""Python, torch and transformers, before any model."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +44,7 @@ class Plan:
     widths: list[int]
     same_budget: dict[str, float]
     peak_memory_bytes: int
+    memory: str
     seconds: float
     estimated: list[str]
 
@@ -90,7 +88,8 @@ def plan(prepared: Prepared) -> Plan:
             "target_params": size.parameters_with(neurons),
             "target_size": size.bytes_with(neurons) + size.header_bytes,
         },
-        peak_memory_bytes=_peak_bytes(prepared),
+        peak_memory_bytes=prepared.memory.peak_bytes,
+        memory=prepared.memory.words,
         seconds=_operations(prepared) / _operations_per_second(prepared.device),
         estimated=estimated,
     )
@@ -108,21 +107,6 @@ def _widths(prepared: Prepared, budget: Budget) -> list[int]:
     if budget.most:
         neurons = at_most(neurons, prepared.layers, multiple)
     return uniform_widths(neurons, full, multiple)
-
-
-def _peak_bytes(prepared: Prepared) -> int:
-    recipe, family, config = prepared.recipe, prepared.family, prepared.checkpoint.config
-    width, hidden = prepared.width, family.hidden_size(config)
-    model = prepared.checkpoint.total_parameters * prepared.dtype.itemsize
-    logits = 3 * 4 * min(recipe.tokens, prepared.batch_tokens) * family.vocab_size(config)
-    hidden_states = recipe.tokens * hidden * prepared.dtype.itemsize
-    second_order = width * width * (4 + 5 * 8) + 6 * prepared.batch_tokens * width * 4
-    tokens = min(recipe.network_tokens, recipe.tokens)
-    activations = 4 * tokens * width * prepared.layers
-    kept = activations if activations <= memory_for_activations() else 4 * tokens * width
-    solver = kept + 4 * tokens * tokens * 2 + 8 * recipe.networks * width * prepared.layers * 4
-    stages = [logits, hidden_states + second_order, solver if recipe.needs_networks else 0]
-    return PROCESS_BYTES + model + max(stages)
 
 
 def _operations(prepared: Prepared) -> float:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import psutil
 import torch
+from transformers import PreTrainedModel
 
 from fbn_prune import builtin
 from fbn_prune.budget import Budget, stated_budget, whole_layers
 from fbn_prune.errors import InvalidInput
 from fbn_prune.export.directory import check_output
 from fbn_prune.matching import Task
+from fbn_prune.memory import MemoryPlan, plan_memory
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.families import Family
+from fbn_prune.model.streaming import stream_model
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.pruning.allocation import default_multiple
 from fbn_prune.recipe import Recipe
@@ -38,6 +40,7 @@ class Prepared:
     """None where the kept networks set it."""
     whole: frozenset[int]
     """Layers that keep every neuron."""
+    memory: MemoryPlan
     task: Task | None = None
 
     @property
@@ -55,7 +58,19 @@ class Prepared:
     @property
     def batch_tokens(self) -> int:
         """Tokens of one forward batch: enough to fill the device, few enough to stay in its caches."""
-        return 16384 if self.device.type == "cuda" else 4096
+        return self.memory.batch_tokens
+
+    def load_model(self) -> PreTrainedModel:
+        """The model, in memory or streamed as the memory plan says."""
+        if not self.memory.streamed:
+            return self.checkpoint.load_model(self.device, self.dtype)
+        return stream_model(
+            self.checkpoint,
+            self.device,
+            self.dtype,
+            scratch=self.memory.scratch,
+            spill_hidden=not self.memory.keep_hidden,
+        )
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -102,9 +117,10 @@ def prepare(recipe: Recipe) -> Prepared:
     whole = whole_layers(recipe, layers)
     least = len(whole) * width + (layers - len(whole)) * multiple
     budget = stated_budget(recipe, checkpoint, least)
+    memory = plan_memory(recipe, checkpoint, device, dtype, context)
     task = None if recipe.task is None else Task.read(recipe.task, recipe.task_test)
     return Prepared(
-        recipe, checkpoint, device, dtype, context, multiple, networks, budget, whole, task
+        recipe, checkpoint, device, dtype, context, multiple, networks, budget, whole, memory, task
     )
 
 
@@ -126,8 +142,3 @@ def _dtype(name: str, device: torch.device, checkpoint: Checkpoint) -> torch.dty
     if name != "auto":
         return _DTYPES[name]
     return torch.float32 if device.type == "cpu" else checkpoint.storage_dtype
-
-
-def memory_for_activations() -> int:
-    """A quarter of the free memory, in bytes."""
-    return int(psutil.virtual_memory().available // 4)

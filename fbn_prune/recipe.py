@@ -106,6 +106,11 @@ class Recipe(BaseModel):
     seed: int = Field(0, ge=0, description="Seed of every random choice.")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     dtype: DtypeName = Field("auto", description="Compute type. The checkpoint keeps its own.")
+    memory_budget: str | None = Field(
+        None,
+        description="Most memory to take, as 4GB: a model that does not fit is read layer by layer, and what else "
+        "does not fit goes to disk. Default: what is free.",
+    )
     trust_remote_code: bool = Field(
         False, description="Let the tokenizer be code from the checkpoint; the model never is."
     )
@@ -224,6 +229,8 @@ def _check_budget(recipe: Recipe, where: str) -> None:
         parse_count(recipe.target_params, f"{where}: target_params")
     if recipe.target_size is not None:
         parse_size(recipe.target_size, f"{where}: target_size")
+    if recipe.memory_budget is not None:
+        parse_size(recipe.memory_budget, f"{where}: memory_budget")
 
 
 def _check_layout(recipe: Recipe, where: str) -> None:

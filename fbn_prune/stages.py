@@ -16,10 +16,11 @@ from fbn_prune.matching import (
     match_calibration,
     task_calibration,
 )
+from fbn_prune.model.streaming import down_weights
 from fbn_prune.networks.discovery import DiscoveryOptions, discover
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.networks.ranking import knockout_rise, output_energy, strongest_first
-from fbn_prune.prepared import Prepared, memory_for_activations
+from fbn_prune.prepared import Prepared
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.second_order import loss_root
 from fbn_prune.result import tool_version
@@ -73,12 +74,11 @@ def find_networks(
         options,
         tokenizer=tokenizer,
         batch_tokens=prepared.batch_tokens,
-        keep_bytes=memory_for_activations(),
+        keep=prepared.memory.keep_activations,
         header=header,
         clock=clock,
     )
-    weights = [family.down_weight(model, layer) for layer in range(prepared.layers)]
-    return replace(networks, energy=output_energy(networks, weights))
+    return replace(networks, energy=output_energy(networks, down_weights(model, family)))
 
 
 def load_task(prepared: Prepared, tokenizer: Any, data: CalibrationData) -> TaskCalibration | None:
@@ -129,8 +129,7 @@ def rank_scores(
         assert matched is not None
         return matched.match.vector.abs()
     if rank == "energy":
-        weights = [prepared.family.down_weight(model, i) for i in range(prepared.layers)]
-        return output_energy(networks, weights)
+        return output_energy(networks, down_weights(model, prepared.family))
     few: list[Batch] = []
     for batch in data.calibrating.batches(prepared.batch_tokens):
         if sum(other.tokens for other in few) < KNOCKOUT_TOKENS:

@@ -141,7 +141,7 @@ def found() -> tuple[FunctionalNetworks, TokenBlocks, torch.Tensor]:
         ("random",),
     )
     family = family_of(model.config)
-    options = {"batch_tokens": 100, "keep_bytes": 2**30, "clock": StageClock()}
+    options = {"batch_tokens": 100, "keep": True, "clock": StageClock()}
     networks = discover(
         model,
         family,

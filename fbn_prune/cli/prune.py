@@ -109,5 +109,6 @@ def _predict(recipe: Recipe, *, json: bool) -> None:
         words = console.size(int(value)) if key == "target_size" else f"{value:,}"
         table.add_row(f"  as --{key.replace('_', '-')}", "", about("same_budget", words))
     table.add_row("peak memory", "", f"about {console.size(predicted.peak_memory_bytes)}")
+    table.add_row("", "", predicted.memory)
     table.add_row("time", "", f"about {predicted.seconds:.0f} s")
     console.print_table(table)

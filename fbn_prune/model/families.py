@@ -86,6 +86,8 @@ class Family:
     bias_key : config flag that gives biases to the MLP and to nothing else; None if there is no
         such flag.
     gguf : the form in GGUF files; None if none is written.
+    stored_as : a part of module names and what checkpoints have in its place, where transformers
+        renames on loading.
     """
 
     name: str
@@ -97,6 +99,7 @@ class Family:
     biased: bool | str = False
     bias_key: str | None = None
     gguf: Gguf | None = None
+    stored_as: tuple[str, str] | None = None
 
     @property
     def projections(self) -> tuple[Projection, ...]:
@@ -260,6 +263,7 @@ FAMILIES: tuple[Family, ...] = (
         inputs=(Projection("mlp.dense_h_to_4h", 0),),
         output=Projection("mlp.dense_4h_to_h", 1),
         biased=True,
+        stored_as=("lm_head.", "embed_out."),
     ),
     Family(  # `enable_bias` and Falcon's `bias` rule the attention too: no flag for the MLP alone
         "OPT",

@@ -8,7 +8,7 @@ checkpoint computes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -101,20 +101,18 @@ def apply_cut(
         If a new output weight does not fit `round_to`.
     """
     down = family.output_module(model, layer)
-    if cut.down_bias is not None and down.bias is None:
-        require_bias(family, model.config)
-        _add_biases(model, family)
+    require_place_for_bias(model, family, [cut])
     for projection in family.inputs:
         module = family.projection_module(model, layer, projection)
         kept = cut.kept.to(module.weight.device)
         for part, parameter in list(module.named_parameters(recurse=False)):
             _replace(module, part, _cut_input(projection, part, parameter.detach(), kept))
-        _set_features(module)
+        set_features(module)
     weight = _new_output_weight(family, cut, round_to or down.weight.dtype)
     _replace(down, "weight", weight)
     if cut.down_bias is not None:
         _replace(down, "bias", _rounded(cut.down_bias, round_to or down.bias.dtype))
-    _set_features(down)
+    set_features(down)
     _sync_width(model, family)
 
 
@@ -178,6 +176,26 @@ def require_bias(family: Family, config: Any) -> None:
         )
 
 
+def require_place_for_bias(model: PreTrainedModel, family: Family, cuts: Iterable[MlpCut]) -> None:
+    """Give the MLPs of a live model zero biases if a cut brings one and they have none, or refuse it."""
+    if family.output_module(model, 0).bias is None and any(
+        cut.down_bias is not None for cut in cuts
+    ):
+        require_bias(family, model.config)
+        _add_biases(model, family)
+
+
+def rounded_cut(cut: MlpCut, dtype: torch.dtype) -> MlpCut:
+    """The cut with its output weights as they will be stored.
+
+    Raises
+    ------
+    FbnPruneError
+        If a new output weight does not fit the dtype.
+    """
+    return MlpCut(cut.kept, _rounded(cut.down_weight, dtype), cut.down_bias)
+
+
 def _cut_input(projection: Projection, part: str, tensor: Tensor, kept: Tensor) -> Tensor:
     axis = projection.neuron_axis if part == "weight" else 0
     width = tensor.shape[axis] // projection.stacked
@@ -206,7 +224,7 @@ def _replace(module: nn.Module, part: str, values: Tensor) -> None:
     setattr(module, part, nn.Parameter(new, requires_grad=old.requires_grad))
 
 
-def _set_features(module: nn.Linear | Conv1D) -> None:
+def set_features(module: nn.Linear | Conv1D) -> None:
     """Bring a layer's own record of its shape in line with its weight."""
     first, second = module.weight.shape
     if isinstance(module, Conv1D):

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from fbn_prune.calibration import Batch, TokenBlocks
 from fbn_prune.layerwise import LayerwiseForward
 from fbn_prune.model.families import Family
+from fbn_prune.model.streaming import compute_device, let_go
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.progress import StageClock
 
@@ -27,7 +28,7 @@ def time_courses(
     clock: StageClock,
 ) -> list[Tensor]:
     """A of every batch, float64 [valid tokens, networks], on the CPU."""
-    layers = len(networks.widths)
+    layers, device = len(networks.widths), compute_device(model)
     courses = [torch.zeros(b.tokens, len(networks.maps), dtype=torch.float64) for b in batches]
     stream = LayerwiseForward(model, family, batches)
     total = sum(batch.tokens for batch in batches) * layers
@@ -37,13 +38,14 @@ def time_courses(
             std = networks.std[span]
             # A neuron that was dead when the networks were found has no scale, and no say.
             scale = torch.where(std > 0, std.reciprocal(), torch.zeros_like(std))
-            weights = (networks.maps[:, span] * scale).T.to(model.device)
-            mean = networks.mean[span].to(model.device)
+            weights = (networks.maps[:, span] * scale).T.to(device)
+            mean = networks.mean[span].to(device)
 
             def add(index: int, x: Tensor, mean: Tensor = mean, weights: Tensor = weights) -> None:
                 courses[index] += ((x.float() - mean) @ weights).cpu()
 
             stream.advance(add, on_batch=advance)
+    let_go(model)
     maps = networks.maps.double()
     inverse = torch.linalg.pinv(maps @ maps.T, hermitian=True)
     return [course @ inverse for course in courses]

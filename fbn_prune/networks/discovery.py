@@ -52,7 +52,7 @@ def discover(
     *,
     tokenizer: Any,
     batch_tokens: int,
-    keep_bytes: int,
+    keep: bool,
     header: dict[str, Any],
     clock: StageClock,
 ) -> FunctionalNetworks:
@@ -74,7 +74,7 @@ def discover(
         blocks,
         options.network_tokens,
         batch_tokens=batch_tokens,
-        keep_bytes=keep_bytes,
+        keep=keep,
         clock=clock,
     )
     if options.networks > activations.tokens - 1:

@@ -7,7 +7,7 @@ Knock-out (arXiv 2502.20408): silence its hubs, measure the rise of the loss; th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from fbn_prune.perplexity import mean_loss
 from fbn_prune.progress import StageClock
 
 
-def output_energy(networks: FunctionalNetworks, down_weights: Sequence[Tensor]) -> Tensor:
+def output_energy(networks: FunctionalNetworks, down_weights: Iterable[Tensor]) -> Tensor:
     """Output energy of each network, float64 [networks].
 
     Parameters

@@ -12,8 +12,10 @@ from fbn_prune.calibration import Batch, TokenBlocks
 from fbn_prune.errors import InvalidInput
 from fbn_prune.layerwise import LayerwiseForward
 from fbn_prune.model.families import Family
+from fbn_prune.model.streaming import let_go, stream_of
 from fbn_prune.networks import ica
 from fbn_prune.progress import Advance, StageClock
+from fbn_prune.spill import Spilled
 
 LEAST_BLOCKS = 32
 """Networks are found on tokens of at least this many blocks, where there are: tokens of one context are alike."""
@@ -31,8 +33,9 @@ class SampledActivations:
     ----------
     tokens
         Size of the sample; evenly spaced over the blocks, which are the first of `blocks` that give enough.
-    keep_bytes
-        Activations are kept in memory between passes if all layers' together are at most this large.
+    keep
+        Whether activations stay in memory between passes; else those of a streamed model go to disk, and those of
+        another are computed again.
     """
 
     def __init__(
@@ -43,7 +46,7 @@ class SampledActivations:
         tokens: int,
         *,
         batch_tokens: int,
-        keep_bytes: int,
+        keep: bool,
         clock: StageClock,
     ) -> None:
         self._model, self._family, self._clock = model, family, clock
@@ -53,8 +56,11 @@ class SampledActivations:
         self._positions = _positions(self._batches, self.tokens)
         self.layers = family.num_layers(model.config)
         self.width = family.width(model.config)
-        self._keep = 4 * self.tokens * self.layers * self.width <= keep_bytes
-        self._kept: list[Tensor] = []
+        self._keep = keep
+        weights = stream_of(model)
+        self._kept: list[Tensor] | Spilled = []
+        if weights is not None and not self._keep:  # reading them back beats reading all weights
+            self._keep, self._kept = True, Spilled(weights.scratch)
         self.mean: list[Tensor] = []
         self.std: list[Tensor] = []
 
@@ -74,6 +80,7 @@ class SampledActivations:
                 if self._keep:
                     self._kept.append(z)
                 yield z
+        let_go(self._model)
 
     def _layer(
         self, stream: LayerwiseForward, layer: int, advance: Advance

@@ -6,7 +6,7 @@ among them is its width. Which neurons those are is of no account afterwards; a 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ def at_most(budget: int, layers: int, multiple: int) -> int:
     return max(budget // (layers * multiple), 1) * layers * multiple
 
 
-def network_scores(networks: FunctionalNetworks, down_weights: Sequence[Tensor]) -> list[Tensor]:
+def network_scores(networks: FunctionalNetworks, down_weights: Iterable[Tensor]) -> list[Tensor]:
     """``m_j * sqrt(std_j * ||W_j||)`` of each layer's neurons: part in the networks times output carried.
 
     m_j is the largest abs z over ALL networks: what is large in none of them matters to none.

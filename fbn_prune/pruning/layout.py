@@ -6,7 +6,7 @@ the statistics that the cuts are fitted on. The held-out text stays out of it: i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from fbn_prune.calibration import TokenBlocks
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.families import Family
+from fbn_prune.model.streaming import SpilledCuts, down_weights, stream_of
 from fbn_prune.model.surgery import MlpCut, as_if_cut
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.perplexity import mean_loss
@@ -152,10 +153,9 @@ def _scores(subject: Subject, rule: str, clock: StageClock) -> list[Tensor]:
     assert subject.networks is not None
     if rule == "members":
         return member_scores(subject.networks, subject.kept)
-    layers = range(len(subject.networks.widths))
-    weights = [subject.family.down_weight(subject.model, layer).double() for layer in layers]
-    if subject.options.loss_aware and subject.loss_roots is not None:
-        weights = [root @ weight for root, weight in zip(subject.loss_roots, weights, strict=True)]
+    weights: Iterable[Tensor] = down_weights(subject.model, subject.family)
+    if subject.options.loss_aware and (roots := subject.loss_roots) is not None:
+        weights = (root @ weight.double() for root, weight in zip(roots, weights, strict=True))
     return network_scores(subject.networks, weights)
 
 
@@ -182,7 +182,10 @@ def _trials(
     subject: Subject, candidates: dict[str, list[int]], trying: TokenBlocks, clock: StageClock
 ) -> dict[str, float]:
     """Loss rise over dense, for each candidate."""
-    cuts: dict[str, list[MlpCut]] = {rule: [] for rule in candidates}
+    stream = stream_of(subject.model)
+    cuts: dict[str, list[MlpCut] | SpilledCuts] = {
+        rule: [] if stream is None else SpilledCuts(stream.scratch) for rule in candidates
+    }
     loss_roots = subject.loss_roots if subject.options.loss_aware else None
     for layer in _evidence(subject, loss_roots, clock):
         made: dict[int, MlpCut] = {}
@@ -197,7 +200,11 @@ def _trials(
         dense = mean_loss(subject.model, batches)
         advance(1)
         for rule, parts in cuts.items():
-            with as_if_cut(subject.model, subject.family, parts):
+            with (
+                as_if_cut(subject.model, subject.family, parts)
+                if stream is None
+                else stream.tried(parts)
+            ):
                 rises[rule] = mean_loss(subject.model, batches) - dense
             advance(1)
     return rises

@@ -19,6 +19,7 @@ from fbn_prune.calibration import Batch
 from fbn_prune.errors import InvalidInput
 from fbn_prune.layerwise import LayerwiseForward
 from fbn_prune.model.families import Family
+from fbn_prune.model.streaming import have_layer, let_go, stream_of
 from fbn_prune.model.surgery import MlpCut, apply_cut
 from fbn_prune.progress import Advance, StageClock
 from fbn_prune.pruning.criteria import CRITERIA, LayerEvidence
@@ -44,7 +45,7 @@ class CutOptions:
 class CutModel:
     """The cuts of all layers, and the seconds of one bare pass over the calibration tokens."""
 
-    cuts: tuple[MlpCut, ...]
+    cuts: Sequence[MlpCut]
     forward_seconds: float
 
 
@@ -83,11 +84,16 @@ def cut_layers(
         clock=clock,
     )
     cuts: list[MlpCut] = []
+    stream = stream_of(model)
     for layer, width in zip(evidence, widths, strict=True):
         cut = CRITERIA[options.criterion](layer, width)
-        apply_cut(model, family, layer.layer, cut, round_to=options.round_to)
-        cuts.append(cut)
-    return CutModel(tuple(cuts), evidence.forward_seconds)
+        if stream is None:
+            apply_cut(model, family, layer.layer, cut, round_to=options.round_to)
+            cuts.append(cut)
+        else:
+            stream.cut(cut)
+        del layer, cut
+    return CutModel(stream.cuts if stream is not None else cuts, evidence.forward_seconds)
 
 
 class EvidencePass:
@@ -130,9 +136,7 @@ class EvidencePass:
         total = sum(batch.tokens for batch in self._batches) * layers * passes
         with self._clock.stage(self._stage, total, "tokens x layers") as advance:
             for layer in range(layers):
-                statistics = self._statistics(dense, pruned, layer, advance)
-                self.forward_seconds = dense.forward_seconds
-                yield self._evidence(layer, *statistics)
+                yield self._evidence(layer, *self._statistics(dense, pruned, layer, advance))
                 if pruned is not None:
                     pruned.advance(on_batch=advance)
 
@@ -144,21 +148,25 @@ class EvidencePass:
         advance: Advance,
     ) -> tuple[GramStatistics, CrossStatistics | None]:
         """Statistics of one layer; the dense stream moves on past it, the pruned one stays."""
+        have_layer(self._model, layer)
         weight = self._family.down_weight(self._model, layer)
-        statistics = GramStatistics(weight.shape[1], weight.device)
+        width, device = weight.shape[1], weight.device
+        del weight
+        statistics = GramStatistics(width, device)
         cross = None
         if pruned is None:
             dense.advance(
                 lambda index, x: statistics.update(x, self._weights(index, x)), on_batch=advance
             )
         else:
-            cross = CrossStatistics(weight.shape[1], weight.device)
+            cross = CrossStatistics(width, device)
             _watch_both(dense, pruned, statistics, cross, self._weights, advance)
         if not statistics.finite:
             raise InvalidInput(
                 f"NaN or Inf among the MLP activations of layer {layer}: the checkpoint is damaged, "
                 "or the compute type overflows (try --dtype float32)"
             )
+        self.forward_seconds = dense.forward_seconds
         return statistics, cross
 
     def _weights(self, index: int, x: Tensor) -> Tensor | None:
@@ -169,6 +177,7 @@ class EvidencePass:
         self, layer: int, statistics: GramStatistics, cross: CrossStatistics | None
     ) -> LayerEvidence:
         model, family, options = self._model, self._family, self._options
+        have_layer(model, layer)
         weight = family.down_weight(model, layer).double()
         bias = family.down_bias(model, layer)
         membership = None
@@ -177,14 +186,16 @@ class EvidencePass:
         loss_root = None
         if self._loss_roots is not None:
             loss_root = self._loss_roots[layer].to(weight.device)
+        input_norms = sum(
+            (rows.double().square().sum(1) for rows in family.input_weights(model, layer)),
+            start=weight.new_zeros(weight.shape[1]),
+        )
+        let_go(model)  # what the cut needs of the layer is in the evidence
         return LayerEvidence(
             layer=layer,
             weight=weight,
             bias=None if bias is None else bias.double(),
-            input_norms=sum(
-                (rows.double().square().sum(1) for rows in family.input_weights(model, layer)),
-                start=weight.new_zeros(weight.shape[1]),
-            ),
+            input_norms=input_norms,
             gram=statistics.gram,
             mean=statistics.mean,
             cross=None if cross is None else cross.cross,

@@ -1,0 +1,222 @@
+"""How a run keeps within a memory budget: decided before any work, from the checkpoint's headers and the recipe.
+
+A model that fits is held in memory whole. One that does not is streamed (:mod:`fbn_prune.model.streaming`); then, in
+this order, activations kept for the ICA go to disk, hidden states go to disk, and batches become smaller. What is
+left is the least the run takes: one layer's weights, or one layer's second order, whichever is larger.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from fbn_prune.errors import InvalidInput
+from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.recipe import Recipe, parse_size
+
+PROCESS_BYTES = 480 * 10**6
+"""Python, torch and transformers, before any model."""
+
+LEAST_BLOCKS = 32
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What is held where.
+
+    Attributes
+    ----------
+    streamed
+        Whether weights are read from the checkpoint a layer at a time instead of loaded whole.
+    batch_tokens
+        Tokens of one forward batch.
+    keep_activations, keep_hidden
+        Whether the activations that the ICA reads twice, and the hidden states between two layers, stay in memory.
+    stages
+        Stage -> predicted peak of the process in bytes, on host and device together.
+    scratch
+        Folder for what does not stay in memory.
+    """
+
+    streamed: bool
+    batch_tokens: int
+    keep_activations: bool
+    keep_hidden: bool
+    stages: dict[str, int]
+    scratch: Path
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(self.stages.values())
+
+    @property
+    def words(self) -> str:
+        """What was decided, in a few words."""
+        if not self.streamed:
+            return "the model in memory"
+        hidden = "memory" if self.keep_hidden else "disk"
+        return f"weights streamed layer by layer, hidden states in {hidden}"
+
+
+def plan_memory(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    context: int,
+) -> MemoryPlan:
+    """The quickest way of running the recipe within its `memory_budget`, or within what is free.
+
+    Raises
+    ------
+    InvalidInput
+        No way keeps within the budget that the recipe states.
+    """
+    plans = list(possible_plans(recipe, checkpoint, device, dtype, context))
+    least = min(plans, key=lambda plan: plan.peak_bytes)
+    if recipe.memory_budget is None:
+        free = free_memory(device)
+        return next((plan for plan in plans if plan.peak_bytes <= free), least)
+    budget = parse_size(recipe.memory_budget, "memory_budget")
+    for plan in plans:
+        if plan.peak_bytes <= budget:
+            return plan
+    stage = max(least.stages, key=least.stages.__getitem__)
+    why = ""
+    if recipe.needs_gradients:
+        why = ", as loss gradients need the whole model in memory"
+    raise InvalidInput(
+        f"memory_budget = {recipe.memory_budget}: the least that this run takes is "
+        f"{least.peak_bytes / 1e9:.2f}GB (stage {stage}{why})"
+    )
+
+
+def possible_plans(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    context: int,
+) -> Iterator[MemoryPlan]:
+    """Every way of running the recipe, quickest first."""
+    usual = 16384 if device.type == "cuda" else 4096
+    scratch = Path(tempfile.gettempdir()) if recipe.output is None else recipe.output.parent
+
+    def planned(streamed: bool, batch: int, activations: bool, hidden: bool) -> MemoryPlan:
+        sizes = _Sizes(recipe, checkpoint, dtype, context, streamed, batch, activations, hidden)
+        return MemoryPlan(streamed, batch, activations, hidden, sizes.stages(), scratch)
+
+    yield planned(False, usual, True, True)
+    yield planned(False, usual, False, True)
+    if recipe.needs_gradients:
+        return
+    yield planned(True, usual, True, True)
+    yield planned(True, usual, False, True)
+    batch = usual
+    while batch >= min(context, usual):
+        yield planned(True, batch, False, False)
+        batch //= 2
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that the process may still take: of the machine, or of its own limit where that is less; of the GPU."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free) + PROCESS_BYTES
+    process = psutil.Process()
+    free = psutil.virtual_memory().available + process.memory_info().rss
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        free = min(free, limit - process.memory_info().vms + process.memory_info().rss)
+    return int(free)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes of what each stage holds at once."""
+
+    recipe: Recipe
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+    context: int
+    streamed: bool
+    batch: int
+    keep_activations: bool
+    keep_hidden: bool
+
+    def stages(self) -> dict[str, int]:
+        recipe, family, config = self.recipe, self.checkpoint.family, self.checkpoint.config
+        width, layers = family.width(config), family.num_layers(config)
+        hidden, vocabulary = family.hidden_size(config), family.vocab_size(config)
+        tokens, size = recipe.tokens, self.dtype.itemsize
+        layer, largest, rest = self._weights()
+        base = PROCESS_BYTES + (rest if self.streamed else self.checkpoint.total_parameters) * size
+        part = layer * size if self.streamed else 0
+        head = vocabulary * hidden * size if self.streamed else 0
+        batch = min(self.batch, tokens)
+        forward = part + batch * (10 * hidden + 6 * width + self.context) * size
+        held_out = int(tokens * recipe.held_out)
+        rows = min(self.context if self.streamed else batch, held_out)
+        logits = head + rows * vocabulary * (size + 2 * 4)
+        stages = {
+            "perplexity": base
+            + self._hidden(held_out)
+            + max(logits, head + batch * hidden * size, forward)
+        }
+        neurons, networks = width * layers, recipe.networks
+        maps = 0
+        if recipe.needs_networks:
+            maps = 4 * networks * neurons
+            stages["networks"] = base + max(
+                self._discovery(width, layers, forward), 7 * maps + recipe.network_tokens
+            )
+        square = 8 * width * width
+        second_order = (7 if recipe.sequential else 3.2) * square + 4 * 8 * hidden * width
+        statistics = (1 if recipe.sequential else 0.5) * square
+        streams = 2 if recipe.sequential else 1
+        stages["prune"] = int(
+            base + maps + streams * self._hidden(tokens) + max(forward + statistics, second_order)
+        )
+        stages["export"] = base + 3 * largest + maps
+        if recipe.needs_gradients:
+            few = min(tokens, self.batch // 4)
+            graph = few * layers * (16 * hidden + 8 * width) * size
+            stages["gradients"] = base + graph + layers * 8 * hidden**2 + 3 * 4 * few * vocabulary
+            stages["prune"] += layers * 8 * hidden**2
+        return stages
+
+    def _hidden(self, tokens: int) -> int:
+        """Hidden states between two layers."""
+        hidden = self.checkpoint.family.hidden_size(self.checkpoint.config)
+        held = tokens if self.keep_hidden else min(tokens, 2 * self.batch)
+        return held * hidden * self.dtype.itemsize
+
+    def _discovery(self, width: int, layers: int, forward: int) -> int:
+        tokens = min(self.recipe.network_tokens, self.recipe.tokens)
+        streamed = max(tokens, min(LEAST_BLOCKS * self.context, self.recipe.tokens))
+        kept = 4 * tokens * width * (layers if self.keep_activations else 0)
+        sampling = self._hidden(streamed) + forward + 3 * 4 * tokens * width
+        gram = 4 * tokens * tokens * (1 if tokens > 1024 else 6) + 4 * 4 * tokens * width
+        return kept + max(sampling, gram)
+
+    def _weights(self) -> tuple[int, int, int]:
+        """Parameters of the largest decoder layer, bytes of the largest tensor, parameters in no layer or embedding."""
+        checkpoint, family = self.checkpoint, self.checkpoint.family
+        root, _, stem = family.layers.partition(".")
+        pattern = re.compile(rf"(?:{re.escape(root)}\.)?{re.escape(stem)}\.(\d+)\.")
+        layers: dict[str, int] = {}
+        rest = 0
+        vocabulary = family.vocab_size(checkpoint.config)
+        for name, info in checkpoint.tensors.items():
+            if match := pattern.match(name):
+                layers[match[1]] = layers.get(match[1], 0) + info.parameters
+            elif info.shape[:1] != (vocabulary,):
+                rest += info.parameters
+        return max(layers.values()), max(i.nbytes for i in checkpoint.tensors.values()), rest

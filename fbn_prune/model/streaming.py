@@ -1,0 +1,293 @@
+"""A model whose weights stay in its checkpoint: one part of it is in memory at a time.
+
+The parts are the decoder layers, the input embedding and the output embedding; norms and other small things stay.
+The model itself is the architecture's own, on the meta device, with tables such as the rotary ones in place. When
+a part is about to run, its tensors are read from the safetensors, and those of the part before are let go: running
+all data through one layer before the next (:mod:`fbn_prune.layerwise`) reads each weight once.
+
+A cut layer is not kept either: it is read anew and cut again, by the function that also makes the tensors of the
+written checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from fbn_prune.errors import InvalidInput
+from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.families import Family, as_config
+from fbn_prune.model.surgery import (
+    MlpCut,
+    cut_tensor,
+    require_place_for_bias,
+    rounded_cut,
+    set_features,
+)
+from fbn_prune.spill import Spilled
+
+Part = int | str
+"""A decoder layer's number, or the name of an embedding."""
+
+_ATTRIBUTE = "_fbn_prune_stream"
+
+
+class SpilledCuts(Sequence[MlpCut]):
+    """Cuts of the first layers, on disk but for the one asked for last."""
+
+    def __init__(self, folder: Path) -> None:
+        self._tensors = Spilled(folder)
+        self._places: list[tuple[int, bool]] = []
+        self._last: tuple[int, MlpCut] | None = None
+
+    def append(self, cut: MlpCut) -> None:
+        self._places.append((len(self._tensors), cut.down_bias is not None))
+        self._tensors.append(cut.kept)
+        self._tensors.append(cut.down_weight)
+        if cut.down_bias is not None:
+            self._tensors.append(cut.down_bias)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> MlpCut: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[MlpCut]: ...
+    def __getitem__(self, index: int | slice) -> MlpCut | Sequence[MlpCut]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if self._last is None or self._last[0] != index:
+            place, has_bias = self._places[index]
+            bias = self._tensors[place + 2] if has_bias else None
+            cut = MlpCut(self._tensors[place], self._tensors[place + 1], bias)
+            self._last = index, cut
+        return self._last[1]
+
+
+class WeightStream:
+    """Brings the parts of a model into memory and lets them go; :func:`stream_of` finds it.
+
+    Attributes
+    ----------
+    device, dtype
+        Where and in what the model computes.
+    cuts
+        Cuts of the layers cut so far.
+    scratch
+        Folder for what is not to stay in memory: cuts, and where `spill_hidden` says so, hidden states.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        scratch: Path,
+        spill_hidden: bool,
+    ) -> None:
+        self.family = checkpoint.family
+        self.device, self.dtype = device, dtype
+        self.scratch, self.spill_hidden = scratch, spill_hidden
+        self.cuts = SpilledCuts(scratch)
+        self._trial: Sequence[MlpCut] | None = None
+        self._here: Part | None = None
+        self._model, self._checkpoint = model, checkpoint
+        self._modules: dict[Part, nn.Module] = dict(enumerate(self.family.layer_modules(model)))
+        self._prefixes: dict[Part, str] = {i: f"{self.family.layers}.{i}." for i in self._modules}
+        self._input = self._add(model, model.get_input_embeddings())
+        self._output = self._add(model, model.get_output_embeddings())
+        self._tied = bool(model.config.tie_word_embeddings)
+        self._check(model)
+        for part, module in self._modules.items():
+            for inner in module.modules():
+                if list(inner.parameters(recurse=False)):
+                    inner.register_forward_pre_hook(self._hook(part))
+        self._load_the_rest(model)
+
+    def bring(self, part: Part) -> None:
+        """Have a part in memory, and no other."""
+        if self._here == part:
+            return
+        self.release()
+        self._here = part
+        prefix = self._prefixes[part]
+        for name in [name for name, _ in self._modules[part].named_parameters()]:
+            value = self._value(prefix + name)
+            _set(self._modules[part], name, value.to(self.device, self.dtype))
+        if isinstance(part, int):
+            for projection in self.family.projections:
+                set_features(self.family.projection_module(self._model, part, projection))
+
+    def release(self) -> None:
+        """Let go of the part in memory, if there is one."""
+        if self._here is None:
+            return
+        module, self._here = self._modules[self._here], None
+        for name, parameter in list(module.named_parameters()):
+            _set(module, name, torch.empty_like(parameter, device="meta"))
+
+    def cut(self, cut: MlpCut) -> None:
+        """Cut the first layer that is whole: from now on it computes what the written checkpoint's will.
+
+        Raises
+        ------
+        InvalidInput
+            The cut brings a bias to an architecture that has no place for one.
+        FbnPruneError
+            A new output weight does not fit the type in which the layer is stored.
+        """
+        self.release()
+        require_place_for_bias(self._model, self.family, [cut])
+        self.cuts.append(rounded_cut(cut, self._checkpoint.storage_dtype))
+
+    @contextmanager
+    def tried(self, cuts: Sequence[MlpCut]) -> Iterator[None]:
+        """Inside the context all layers compute as cut so."""
+        self.release()
+        require_place_for_bias(self._model, self.family, cuts)
+        self._trial = cuts
+        try:
+            yield
+        finally:
+            self._trial = None
+            self.release()
+
+    def _add(self, model: PreTrainedModel, module: nn.Module) -> str:
+        name = next(name for name, other in model.named_modules() if other is module)
+        self._modules[name], self._prefixes[name] = module, f"{name}."
+        return name
+
+    def _hook(self, part: Part) -> Any:
+        def bring(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self.bring(part)
+
+        return bring
+
+    def _load_the_rest(self, model: PreTrainedModel) -> None:
+        for name in [name for name, _ in model.named_parameters()]:
+            if not name.startswith(tuple(self._prefixes.values())):
+                value = self._checkpoint.tensor(self._stored_name(name))
+                _set(model, name, value.to(self.device, self.dtype))
+        for module in model.modules():
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, name, buffer.to(self.device))
+
+    def _check(self, model: PreTrainedModel) -> None:
+        """Refuse a checkpoint that lacks a tensor, or has one of another shape, before any of it is read."""
+        path = self._checkpoint.path
+        for name, parameter in model.named_parameters():
+            stored = self._stored_name(name)
+            if stored not in self._checkpoint.tensors:
+                raise InvalidInput(f"{path}: {name} of the model is not in the checkpoint")
+            shape = self._checkpoint.shape(stored)
+            if shape != tuple(parameter.shape):
+                raise InvalidInput(
+                    f"{path}: {name} has shape {list(shape)}, the model needs {list(parameter.shape)}"
+                )
+
+    def _stored_name(self, name: str) -> str:
+        """What the checkpoint calls a parameter: base models leave a component out, tied embeddings are stored once."""
+        tensors, root = self._checkpoint.tensors, self.family.layers.partition(".")[0]
+        candidates = [name, name.removeprefix(f"{root}.")]
+        if (other := self.family.stored_as) is not None:
+            candidates.append(name.replace(*other))
+        if self._tied and name.startswith(self._prefixes[self._output]):
+            embedding = self._prefixes[self._input] + "weight"
+            candidates += [embedding, embedding.removeprefix(f"{root}.")]
+        return next((known for known in candidates if known in tensors), name)
+
+    def _value(self, name: str) -> Tensor:
+        """A parameter as stored, or as the cut of its layer makes it."""
+        family, location = self.family, self.family.locate(name)
+        stored = self._stored_name(name)
+        if stored in self._checkpoint.tensors:
+            tensor = self._checkpoint.tensor(stored)
+        else:  # a bias that the cuts bring
+            assert location is not None
+            config = self._checkpoint.config
+            shape = family.tensor_shape(location, family.hidden_size(config), family.width(config))
+            tensor = torch.zeros(shape, dtype=self._checkpoint.storage_dtype)
+        cuts = self.cuts if self._trial is None else self._trial
+        if location is None or location.layer >= len(cuts):
+            return tensor
+        return cut_tensor(family, location, tensor, cuts[location.layer])
+
+
+def stream_model(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    scratch: Path,
+    spill_hidden: bool = False,
+) -> PreTrainedModel:
+    """The model of a checkpoint in evaluation mode, its weights read when they are wanted.
+
+    Parameters
+    ----------
+    scratch, spill_hidden
+        See :class:`WeightStream`.
+
+    Raises
+    ------
+    InvalidInput
+        A tensor that the model needs is not in the checkpoint, or has another shape.
+    """
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            as_config(checkpoint.config), dtype=dtype, trust_remote_code=False
+        )
+    model.config.use_cache = False
+    model.eval()
+    setattr(
+        model, _ATTRIBUTE, WeightStream(model, checkpoint, device, dtype, scratch, spill_hidden)
+    )
+    return model
+
+
+def stream_of(model: PreTrainedModel) -> WeightStream | None:
+    """What brings the weights of a streamed model; None for a model that is in memory."""
+    return getattr(model, _ATTRIBUTE, None)
+
+
+def have_layer(model: PreTrainedModel, layer: int) -> None:
+    """See to it that a layer's weights can be read."""
+    if (stream := stream_of(model)) is not None:
+        stream.bring(layer)
+
+
+def down_weights(model: PreTrainedModel, family: Family) -> Iterator[Tensor]:
+    """The output weights of each layer in order, [hidden, neurons] (see :meth:`Family.down_weight`)."""
+    for layer in range(family.num_layers(model.config)):
+        have_layer(model, layer)
+        yield family.down_weight(model, layer)
+    let_go(model)
+
+
+def let_go(model: PreTrainedModel) -> None:
+    """Free what a streamed model has in memory and can read again."""
+    if (stream := stream_of(model)) is not None:
+        stream.release()
+
+
+def compute_device(model: PreTrainedModel) -> torch.device:
+    """Where the model computes."""
+    stream = stream_of(model)
+    return model.device if stream is None else stream.device
+
+
+def _set(module: nn.Module, name: str, value: Tensor) -> None:
+    path, _, attribute = name.rpartition(".")
+    # Inference mode, where layers run, would make tensors that no gradient can ever pass.
+    with torch.inference_mode(False):
+        parameter = nn.Parameter(value, requires_grad=False)
+    setattr(module.get_submodule(path), attribute, parameter)

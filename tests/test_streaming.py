@@ -1,0 +1,246 @@
+"""Claims about models larger than memory: reading them layer by layer changes nothing but what is held at once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import FAMILY_CONFIGS, save_tiny
+
+from fbn_prune import memory
+from fbn_prune.calibration import TokenBlocks
+from fbn_prune.errors import FbnPruneError, InvalidInput
+from fbn_prune.job import run_prune
+from fbn_prune.layerwise import LayerwiseForward
+from fbn_prune.memory import possible_plans
+from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.streaming import down_weights, stream_model, stream_of
+from fbn_prune.networks.interventions import masked
+from fbn_prune.perplexity import mean_loss
+from fbn_prune.plan import plan
+from fbn_prune.prepared import Prepared, prepare
+from fbn_prune.progress import StageClock
+from fbn_prune.recipe import Recipe, build_recipe
+from fbn_prune.spill import Spilled
+
+torch.set_num_threads(1)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"{i} apples, {i * 3} pence, {i % 7} pears. " for i in range(200)))
+    return path
+
+
+def recipe(model: Path, text: Path, output: Path | None = None, **changes: object) -> Recipe:
+    small = {"tokens": 400, "network_tokens": 300, "networks": 5, "keep_networks": 3}
+    base = {"model": str(model), "calibration": [str(text)], "context": 48, "output": output}
+    return build_recipe({**base, **small, "width_multiple": 4, "seed": 1, **changes})
+
+
+def opened(model: Path, **options: object) -> tuple[Checkpoint, object, object]:
+    checkpoint = Checkpoint.open(model)
+    whole = checkpoint.load_model(CPU, torch.float32)
+    streamed = stream_model(checkpoint, CPU, torch.float32, scratch=model, **options)
+    return checkpoint, whole, streamed
+
+
+def blocks() -> TokenBlocks:
+    generator = torch.Generator().manual_seed(3)
+    lengths = (20, 48, 48, 33)
+    return TokenBlocks(
+        tuple(torch.randint(0, 256, (n,), generator=generator) for n in lengths), 48, ("x",)
+    )
+
+
+def run_both(
+    monkeypatch: pytest.MonkeyPatch, model: Path, text: Path, folder: Path, **changes: object
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The written tensors (and networks) of the run in memory, and of the most frugal one."""
+    run_prune(recipe(model, text, folder / "whole", **changes), StageClock())
+    chosen: list[bool] = []
+
+    def frugal(*args: object) -> memory.MemoryPlan:
+        plans = [p for p in possible_plans(*args) if p.streamed and p.batch_tokens == 4096]
+        chosen.append(plans[-1].streamed and not plans[-1].keep_hidden)
+        return plans[-1]
+
+    monkeypatch.setattr("fbn_prune.prepared.plan_memory", frugal)
+    run_prune(recipe(model, text, folder / "streamed", **changes), StageClock())
+    assert chosen == [True]
+    return tuple(
+        {
+            key: tensor
+            for file in sorted((folder / name).glob("*.safetensors"))
+            for key, tensor in load_file(file).items()
+        }
+        for name in ("whole", "streamed")
+    )
+
+
+@pytest.mark.parametrize("name", FAMILY_CONFIGS)
+def test_a_streamed_model_has_the_logits_of_the_whole_one(name: str, tmp_path: Path) -> None:
+    _, whole, streamed = opened(save_tiny(tmp_path / "model", name))
+    ids = torch.arange(40).reshape(2, 20)
+    with torch.inference_mode():
+        assert torch.equal(whole(ids).logits, streamed(ids).logits)
+
+
+@pytest.mark.parametrize("name", FAMILY_CONFIGS)
+def test_streaming_prunes_to_the_same_weights(
+    name: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_tiny(tmp_path / "model", name)
+    whole, streamed = run_both(monkeypatch, model, text, tmp_path)
+    assert whole.keys() == streamed.keys()
+    for key, tensor in whole.items():
+        torch.testing.assert_close(streamed[key], tensor, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sequential": True},
+        {"criterion": "flap", "sparsity": 0.5},
+        {"layout": "auto"},
+        {"layout": "ragged", "sparsity": 0.5},
+        {"rank": "knockout"},
+        {"scope": "layer", "networks": 3},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_streaming_serves_every_way_of_pruning(
+    changes: dict[str, object], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_tiny(tmp_path / "model")
+    whole, streamed = run_both(monkeypatch, model, text, tmp_path, **changes)
+    for key, tensor in whole.items():
+        torch.testing.assert_close(streamed[key], tensor, rtol=1e-5, atol=1e-5)
+
+
+def test_one_layer_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    checkpoint, _, model = opened(save_tiny(tmp_path / "model"))
+    family = checkpoint.family
+    forward = LayerwiseForward(model, family, blocks().batches(100))
+    present = []
+    for _ in range(3):
+        forward.advance()
+        live = [
+            index
+            for index, layer in enumerate(family.layer_modules(model))
+            if not next(layer.parameters()).is_meta
+        ]
+        present.append(live)
+    assert present == [[0], [1], [2]]
+    assert model.get_input_embeddings().weight.is_meta
+    stream_of(model).release()
+    for layer in family.layer_modules(model):
+        assert all(parameter.is_meta for parameter in layer.parameters())
+
+
+def test_hidden_states_on_disk_are_those_in_memory(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model")
+    checkpoint, whole, on_disk = opened(folder, spill_hidden=True)
+    batches = blocks().batches(100)
+    kept = LayerwiseForward(whole, checkpoint.family, batches)
+    spilled = LayerwiseForward(on_disk, checkpoint.family, batches)
+    assert isinstance(spilled.hidden, Spilled)
+    for _ in range(3):
+        kept.advance()
+        spilled.advance()
+        for a, b in zip(kept.hidden, spilled.hidden, strict=True):
+            assert torch.equal(a, b)
+    assert mean_loss(on_disk, batches) == pytest.approx(mean_loss(whole, batches), rel=1e-6)
+
+
+def test_interventions_and_weights_reach_a_streamed_model(tmp_path: Path) -> None:
+    checkpoint, whole, streamed = opened(save_tiny(tmp_path / "model"))
+    family, batches = checkpoint.family, blocks().batches(100)
+    for a, b in zip(down_weights(whole, family), down_weights(streamed, family), strict=True):
+        assert torch.equal(a, b)
+    width = family.width(checkpoint.config)
+    silent = [torch.arange(width) % 3 == 0 for _ in range(3)]
+    losses = []
+    for model in (whole, streamed):
+        with masked(model, family, silent):
+            losses.append(mean_loss(model, batches))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert losses[0] != mean_loss(whole, batches)
+
+
+def test_a_missing_or_misshapen_tensor_is_named_before_anything_runs(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(save_tiny(tmp_path / "model"))
+    tensors = dict(checkpoint.tensors)
+    gone = tensors.pop("model.norm.weight")
+    with pytest.raises(InvalidInput, match=r"model\.norm\.weight"):
+        stream_model(replace(checkpoint, tensors=tensors), CPU, torch.float32, scratch=tmp_path)
+    tensors["model.norm.weight"] = replace(gone, shape=(3,))
+    with pytest.raises(InvalidInput, match=r"model\.norm\.weight has shape \[3\]"):
+        stream_model(replace(checkpoint, tensors=tensors), CPU, torch.float32, scratch=tmp_path)
+
+
+def test_spilled_tensors_come_back_as_they_were_and_leave_no_file(tmp_path: Path) -> None:
+    spilled = Spilled(tmp_path)
+    tensors = [
+        torch.randn(3, 5),
+        torch.zeros(0, 4),
+        torch.arange(7),
+        torch.randn(4, 2).T.to(torch.bfloat16),
+        torch.tensor(True),
+    ]
+    for tensor in tensors:
+        spilled.append(tensor)
+    spilled[2] = torch.arange(7) * 2
+    tensors[2] = torch.arange(7) * 2
+    assert len(spilled) == 5
+    for a, b in zip(spilled, tensors, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match=r"in place of"):
+        spilled[0] = torch.zeros(2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_hold_the_spill_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FbnPruneError, match="nowhere"):
+        Spilled(tmp_path / "nowhere")
+
+
+def prepared_with(model: Path, text: Path, **changes: object) -> Prepared:
+    return prepare(recipe(model, text, **changes))
+
+
+def test_a_budget_below_the_model_streams_and_the_dry_run_says_so(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "PROCESS_BYTES", 0)  # else it is all that counts in a tiny model
+    model = save_tiny(tmp_path / "model")
+    whole = prepared_with(model, text, memory_budget="1GB")
+    assert not whole.memory.streamed
+    budget = whole.memory.peak_bytes - 1
+    tight = prepared_with(model, text, memory_budget=f"{budget}B")
+    assert plan(tight).peak_memory_bytes <= budget
+    assert plan(whole).peak_memory_bytes == whole.memory.peak_bytes
+    arguments = (tight.recipe, tight.checkpoint, CPU, torch.float32, 48)
+    streamed = [p for p in possible_plans(*arguments) if p.streamed]
+    assert streamed[-1].peak_bytes < streamed[0].peak_bytes
+    least = prepared_with(model, text, memory_budget=f"{streamed[-1].peak_bytes}B")
+    assert least.memory.streamed
+    assert "streamed" in plan(least).memory
+
+
+def test_a_budget_that_nothing_fits_is_refused_with_the_least_that_would(
+    text: Path, tmp_path: Path
+) -> None:
+    model = save_tiny(tmp_path / "model")
+    with pytest.raises(InvalidInput, match=r"memory_budget = 10MB.*least.* 0\.\d+GB"):
+        prepared_with(model, text, memory_budget="10MB")
+    with pytest.raises(InvalidInput, match="gradients need the whole model"):
+        prepared_with(model, text, memory_budget="10MB", loss_aware=True)
+    with pytest.raises(InvalidInput, match="memory_budget = 'much'"):
+        prepared_with(model, text, memory_budget="much")
