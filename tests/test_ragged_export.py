@@ -96,6 +96,7 @@ def test_the_export_is_the_live_model_also_saved_and_loaded_again(
     reloaded.save_pretrained(tmp_path / "again")
     again = load(tmp_path / "again")
     assert torch.equal(logits(again), expected)
+    assert again.config.auto_map == reloaded.config.auto_map
     again.save_pretrained(tmp_path / "third")
     assert torch.equal(logits(load(tmp_path / "third")), expected)
 
@@ -213,6 +214,20 @@ def test_where_transformers_builds_the_widths_itself_nothing_is_changed(
     monkeypatch.setattr(modeling_ragged, "_narrow", lambda *_: pytest.fail("was built right"))
     model = modeling_ragged.LlamaForCausalLM.from_pretrained(out).eval()
     assert torch.equal(logits(model), logits(cut_live(source, cuts)))
+
+
+def test_a_stock_model_may_be_opened_after_it_by_the_name_that_transformers_serve_uses(
+    tmp_path: Path,
+) -> None:
+    from transformers import AutoModelForDecision
+
+    source = Checkpoint.open(save_tiny(tmp_path / "in", "granite"))
+    cuts = random_cuts(source, some_widths(source))
+    out = export(source, cuts, tmp_path / "out")
+    served = AutoModelForDecision.from_pretrained(out, trust_remote_code=True).eval()
+    assert torch.equal(logits(served), logits(cut_live(source, cuts)))
+    stock = AutoModelForDecision.from_pretrained(source.path).eval()
+    assert torch.equal(logits(stock), logits(source.load_model("cpu", torch.float32)))
 
 
 def test_the_config_states_the_widths_in_the_standard_form(tmp_path: Path) -> None:

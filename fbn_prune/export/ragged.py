@@ -61,6 +61,8 @@ def ragged_config(
         "AutoModel": MODEL_MAPPING[typed],
         "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING[typed],
     }
+    # `transformers serve` opens a checkpoint's own code by this name alone; by any other it takes the stock class.
+    stock["AutoModelForDecision"] = stock["AutoModelForCausalLM"]
     classes = {auto: model_class.__name__ for auto, model_class in stock.items()}
     file = modeling_ragged.__name__.rpartition(".")[2]
     return {

@@ -42,7 +42,9 @@ class RaggedMlps:
                 super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
             finally:
                 config.per_layer_config = different
-        mlps = config.to_dict()["ragged_mlp"]
+        mlps = config.to_dict().get("ragged_mlp")
+        if mlps is None:  # transformers may take this class for any later model of the architecture
+            return
         for layer, width in zip(self._layers(mlps["layers"]), layer_widths(config), strict=True):
             for projection in mlps["inputs"]:
                 _fit(layer, projection, width, reads=False)
