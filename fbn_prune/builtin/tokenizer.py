@@ -11,6 +11,12 @@ from transformers import PreTrainedTokenizerFast
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"
+    "{% if message['role'] != 'user' %}{{ '\\n' }}{% endif %}{% endfor %}"
+)
+"""A turn of a conversation as the training text has it: a question and, on the same line, its answer."""
+
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int, context: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE of `vocabulary` tokens; digits are single tokens, a bos opens every text."""
@@ -44,12 +50,13 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, context: int) -> PreT
         model_max_length=context,
         padding_side="left",
         clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
     )
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write tokenizer.json and a tokenizer_config.json that transformers 4 and 5 both open."""
-    tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder, save_jinja_files=False)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     # The name that version 5 writes is unknown to version 4; the old one both know.
