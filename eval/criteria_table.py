@@ -4,9 +4,10 @@
 
 All criteria see one pass over one calibration sample. Blocks for calibration are drawn from the first blocks of each
 text, those for evaluation are its first ones; perplexity is over all evaluation tokens together, in float32.
-Widths are the same in every layer, except under `network widths` (layers of different widths by all networks),
-`+ loss-aware` (the same, errors scored as the loss feels them) and `loss widths` (widths by the loss-aware removal
-curves), which keep exactly as many neurons in all. `membership, global` is the published procedure instead: one
+Widths are the same in every layer, except under `network widths` (`--layout ragged --widths networks`), `+ loss-aware`
+(the same, errors scored as the loss feels them), `loss widths` and `auto widths` (`--widths loss` and `auto`, scored
+so too), which keep exactly as many neurons in all; how far each goes from an even split is tried on calibration text.
+`uniform, loss-aware` is what their scoring alone does. `membership, global` is the published procedure instead: one
 threshold over all layers, no refit, shown by silencing the neurons of the dense model.
 """
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 import copy
 import json
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,18 +38,26 @@ from fbn_prune.progress import StageClock
 from fbn_prune.pruning.allocation import (
     budget_from_networks,
     budget_from_sparsity,
-    network_scores,
-    ranked_widths,
     uniform_widths,
 )
-from fbn_prune.pruning.criteria import CRITERIA, neuron_costs
+from fbn_prune.pruning.criteria import CRITERIA, cuts_to_widths
+from fbn_prune.pruning.layout import Layout, LayoutRequest, Subject, choose_layout
 from fbn_prune.pruning.pipeline import CutOptions, EvidencePass, cut_layers
 from fbn_prune.pruning.second_order import loss_root
 from fbn_prune.sensitivity import output_sensitivity
 
 BATCH_TOKENS = 4096
 GRADIENT_BATCH_TOKENS = 1024
-RAGGED = ("network widths", "+ loss-aware", "loss widths")
+RAGGED = {
+    "network widths": ("networks", False),
+    "+ loss-aware": ("networks", True),
+    "loss widths": ("loss", True),
+    "auto widths": ("auto", True),
+}
+"""What `--widths` says, and whether errors are scored as the loss feels them."""
+
+UNIFORM_AWARE = "uniform, loss-aware"
+SCORED_BY_LOSS = {name: aware for name, (_, aware) in RAGGED.items()} | {UNIFORM_AWARE: True}
 
 
 class Comparison:
@@ -73,6 +82,7 @@ class Comparison:
         self.family = checkpoint.family
         self.model = checkpoint.load_model("cpu", torch.float32)
         self.multiple, self.seed = multiple, seed
+        self.layouts: dict[tuple[str, int], Layout] = {}
         context = min(context, self.family.context_length(checkpoint.config))
         tokenizer = checkpoint.load_tokenizer()
         draw = random.Random(seed)
@@ -138,8 +148,30 @@ class Comparison:
         small = self.calibration.batches(GRADIENT_BATCH_TOKENS)
         sensitivity = output_sensitivity(self.model, self.family, small, StageClock())
         roots = [loss_root(matrix) for matrix in sensitivity]
-        weights = [self.family.down_weight(self.model, i).double() for i in range(len(self.full))]
-        felt = [root @ weight for root, weight in zip(roots, weights, strict=True)]
+        cuts: dict[tuple[str, int], list[MlpCut]] = {}
+        for name, (rule, loss_aware) in RAGGED.items():
+            options = replace(self.options("networks"), loss_aware=loss_aware)
+            subject = Subject(
+                self.model,
+                self.family,
+                self.calibration,
+                BATCH_TOKENS,
+                options,
+                self.networks,
+                self.order,
+                roots,
+            )
+            for budget in budgets:
+                request = LayoutRequest(
+                    layout="ragged",
+                    rule=rule,
+                    budget=sum(self.widths(budget)),
+                    most=False,
+                    full=tuple(self.full),
+                    multiple=self.multiple,
+                )
+                self.layouts[name, budget] = choose_layout(subject, request, StageClock())
+                cuts[name, budget] = []
         evidence = EvidencePass(
             self.model,
             self.family,
@@ -149,19 +181,20 @@ class Comparison:
             loss_roots=roots,
             clock=StageClock(),
         )
-        plain, aware = network_scores(self.networks, weights), network_scores(self.networks, felt)
-        costs = [neuron_costs(layer) for layer in evidence]
-        scores = dict(zip(RAGGED, (plain, aware, costs), strict=True))
-        widths = {
-            (rule, budget): ranked_widths(scores[rule], sum(self.widths(budget)), self.multiple)
-            for rule in RAGGED
-            for budget in budgets
-        }
-        cuts: dict[tuple[str, int], list[MlpCut]] = {key: [] for key in widths}
+        cuts |= {(UNIFORM_AWARE, budget): [] for budget in budgets}
         for layer in evidence:
-            for key, by_layer in widths.items():
-                seen = replace(layer, loss_root=None) if key[0] == RAGGED[0] else layer
-                cuts[key].append(CRITERIA["networks"](seen, by_layer[layer.layer]))
+            for seen in (layer, replace(layer, loss_root=None)):
+                widths = {
+                    key: self.widths(key[1])
+                    if key[0] == UNIFORM_AWARE
+                    else self.layouts[key].widths
+                    for key in cuts
+                    if SCORED_BY_LOSS[key[0]] == (seen.loss_root is not None)
+                }
+                wanted = {by_layer[layer.layer] for by_layer in widths.values()}
+                made = cuts_to_widths("networks", seen, wanted)
+                for key, by_layer in widths.items():
+                    cuts[key].append(made[by_layer[layer.layer]])
         return {key: self.cut_perplexity(parts) for key, parts in cuts.items()}
 
     def cut_perplexity(self, cuts: list[MlpCut]) -> float:
@@ -241,13 +274,14 @@ def main(
     budgets = [budget_from_sparsity(total, 1 - share) for share in kept]
     cells = run.one_shot([(name, b) for name in names for b in budgets], run.order)
     cells |= run.ragged(budgets)
-    names += RAGGED
+    names += SCORED_BY_LOSS
     headings = [*names, "membership, global", *(["sequential"] if sequential else [])]
     table = Table("kept", *headings, title=f"{model.name}: perplexity, dense {dense:.2f}")
     rows: list[dict[str, Any]] = []
     for share, budget in zip(kept, budgets, strict=True):
         row: dict[str, Any] = {"kept": share, "widths": run.widths(budget)}
         row |= {name: cells[name, budget] for name in names}
+        row["chosen"] = {name: asdict(run.layouts[name, budget]) for name in RAGGED}
         row["membership, global"] = run.membership_global(budget, run.order)
         if sequential:
             row["sequential"] = run.sequential(budget)
@@ -263,7 +297,7 @@ def main(
             "K",
             "neurons kept",
             "uniform widths",
-            *RAGGED,
+            *SCORED_BY_LOSS,
             "membership alone",
             title=f"size dial of {networks}",
         )
@@ -272,11 +306,11 @@ def main(
         ragged = run.ragged(list(budget_by.values()))
         for count, budget in budget_by.items():
             keep = kept_by[count]
-            cells = {rule: ragged[rule, budget] for rule in RAGGED}
+            cells = {rule: ragged[rule, budget] for rule in SCORED_BY_LOSS}
             cells["uniform"] = run.one_shot([("networks", budget)], keep)["networks", budget]
             cells["membership"] = run.membership_global(budget, keep)
             dial_rows.append({"K": count, "share": budget / total, **cells})
-            shown = [cells[name] for name in ("uniform", *RAGGED, "membership")]
+            shown = [cells[name] for name in ("uniform", *SCORED_BY_LOSS, "membership")]
             table.add_row(str(count), f"{budget / total:.1%}", *(f"{v:.2f}" for v in shown))
         console.print(table)
     if output is not None:

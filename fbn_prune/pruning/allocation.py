@@ -6,6 +6,7 @@ among them is its width. Which neurons those are is of no account afterwards; a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 
 import torch
@@ -127,6 +128,42 @@ def ranked_widths(
         [counts[layer] for layer in shared], [full[layer] for layer in shared], multiple
     )
     result = list(full)
+    for layer, width in zip(shared, widths, strict=True):
+        result[layer] = width
+    return result
+
+
+def blended_widths(
+    even: Sequence[int],
+    ranked: Sequence[int],
+    strength: float,
+    full: Sequence[int],
+    multiple: int,
+    whole: Collection[int] = (),
+) -> list[int]:
+    """Part of the way from an even split to a rule's own widths.
+
+    Parameters
+    ----------
+    even, ranked
+        Widths of each layer, of the same sum to within half a multiple.
+    strength
+        0 gives the even ones, 1 the ranked ones.
+    full
+        Neurons of each layer now.
+
+    Returns
+    -------
+    Widths as of :func:`ranked_widths`, which keep what these two keep.
+    """
+    shared = [layer for layer in range(len(full)) if layer not in whole]
+    shares = [(1 - strength) * even[i] + strength * ranked[i] for i in shared]
+    counts = [math.floor(share) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda i: (counts[i] - shares[i], i))
+    for i in by_remainder[: round(sum(shares)) - sum(counts)]:
+        counts[i] += 1
+    result = list(full)
+    widths = _rounded(counts, [full[layer] for layer in shared], multiple)
     for layer, width in zip(shared, widths, strict=True):
         result[layer] = width
     return result

@@ -7,7 +7,7 @@ membership: the union of thresholded network maps without a refit, as in arXiv 2
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -126,18 +126,32 @@ def membership(evidence: LayerEvidence, width: int) -> MlpCut:
 @criterion("second-order")
 def second_order_cut(evidence: LayerEvidence, width: int) -> MlpCut:
     """Optimal brain surgeon and refit; where the output has a bias, that takes the mean and the weights the rest."""
+    gram, cross = _signal(evidence)
+    scored = _scored(evidence, gram, cross)
+    kept = second_order.choose_neurons(scored, gram, width, damping=evidence.damping)
+    return _refitted(evidence, gram, cross, kept)
+
+
+def _signal(evidence: LayerEvidence) -> tuple[Tensor, Tensor | None]:
+    """H, or the covariance where a bias takes the mean, and the cross product that goes with it."""
     gram, cross = evidence.gram, evidence.cross
     if evidence.bias is not None:
         gram = second_order.centred(gram, evidence.mean)
         if cross is not None and evidence.target_mean is not None:
             cross = cross - torch.outer(evidence.target_mean, evidence.mean)
-    full = torch.arange(evidence.weight.shape[1], device=evidence.weight.device)
-    start = evidence.weight
+    return gram, cross
+
+
+def _scored(evidence: LayerEvidence, gram: Tensor, cross: Tensor | None) -> Tensor:
+    """The output weights as errors score them."""
+    weight = evidence.weight
     if cross is not None:
-        start = second_order.refit(start, gram, full, damping=evidence.refit_damping, cross=cross)
-    if evidence.loss_root is not None:
-        start = evidence.loss_root @ start
-    kept = second_order.choose_neurons(start, gram, width, damping=evidence.damping)
+        full = torch.arange(weight.shape[1], device=weight.device)
+        weight = second_order.refit(weight, gram, full, damping=evidence.refit_damping, cross=cross)
+    return weight if evidence.loss_root is None else evidence.loss_root @ weight
+
+
+def _refitted(evidence: LayerEvidence, gram: Tensor, cross: Tensor | None, kept: Tensor) -> MlpCut:
     weight = second_order.refit(
         evidence.weight, gram, kept, damping=evidence.refit_damping, cross=cross
     )
@@ -147,6 +161,19 @@ def second_order_cut(evidence: LayerEvidence, width: int) -> MlpCut:
         bias = evidence.bias + evidence.weight @ target_mean - weight @ evidence.mean[kept]
         bias = bias.cpu()
     return MlpCut(kept.cpu(), weight.cpu(), bias)
+
+
+def cuts_to_widths(
+    name: str, evidence: LayerEvidence, widths: Collection[int]
+) -> dict[int, MlpCut]:
+    """What the criterion of that name gives for each width; where the second order decides, by one removal of all."""
+    if CRITERIA[name] is not second_order_cut:
+        return {width: CRITERIA[name](evidence, width) for width in widths}
+    gram, cross = _signal(evidence)
+    scored = _scored(evidence, gram, cross)
+    order = second_order.removal_order(scored, gram, damping=evidence.damping)
+    kept = {width: order[len(order) - width :].sort().values for width in widths}
+    return {width: _refitted(evidence, gram, cross, stays) for width, stays in kept.items()}
 
 
 def neuron_costs(evidence: LayerEvidence) -> Tensor:

@@ -6,6 +6,7 @@ the statistics that the cuts are fitted on. The held-out text stays out of it: i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -19,22 +20,31 @@ from fbn_prune.model.families import Family
 from fbn_prune.model.streaming import SpilledCuts, down_weights, stream_of
 from fbn_prune.model.surgery import MlpCut, as_if_cut
 from fbn_prune.networks.functional_networks import FunctionalNetworks
-from fbn_prune.perplexity import mean_loss
+from fbn_prune.perplexity import token_losses
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.allocation import (
     at_most,
+    blended_widths,
     member_scores,
     narrowed,
     network_scores,
     ranked_widths,
     uniform_widths,
 )
-from fbn_prune.pruning.criteria import CRITERIA, neuron_costs
+from fbn_prune.pruning.criteria import cuts_to_widths, neuron_costs
 from fbn_prune.pruning.pipeline import CutOptions, EvidencePass
 
 UNIFORM = "uniform"
-TRIED_EVERY = 8
-"""In a trial, each so-many-th calibration block is set aside to measure on."""
+MOST_TRIED_EVERY = 8
+TRIAL_TOKENS = 8192
+"""A trial sets about so many tokens of the calibration blocks aside to measure on, but at least an eighth of all."""
+
+STRENGTHS = (0.5, 0.75, 1.0)
+"""How far from an even split to a rule's own widths the trials go: where the rule is right, all the way can be too far,
+and on some models it is wrong."""
+
+SURE_ERRORS = 2.0
+"""Standard errors by which a rule must beat the even split on the tokens tried, or the even split stands."""
 
 RAGGED_GAIN = 0.1
 """The share of the loss rise that ragged layers must save to be worth a checkpoint that brings its own code."""
@@ -71,7 +81,10 @@ class LayoutRequest:
 
 @dataclass(frozen=True)
 class Layout:
-    """The widths, the rule that gave them, and the loss rise over dense of each rule tried (nats a token)."""
+    """The widths, the rule that gave them, and the loss rise over dense of each one tried (nats a token).
+
+    A rule's name with a number, as "networks 0.5", is so far on the way from an even split to its own widths.
+    """
 
     widths: list[int]
     rule: str
@@ -93,37 +106,68 @@ class Subject:
 
 
 def choose_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -> Layout:
-    """The widths that the request asks for, tried against each other where it leaves them open."""
+    """The widths that the request asks for.
+
+    Raises
+    ------
+    InvalidInput
+        A trial is needed and the calibration text is a single block.
+    """
     rules = _rules(request)
-    if rules == [UNIFORM]:
+    if not rules:
         return Layout(_uniform(request), UNIFORM)
-    shaping, trying = subject.blocks, subject.blocks
-    if len(rules) > 1:
-        shaping, trying = subject.blocks.split(TRIED_EVERY)
-        if not shaping.blocks:
-            raise InvalidInput(
-                "one calibration block cannot shape a trial of widths and measure it too: give more text"
-            )
+    if request.layout == "ragged" and rules == ["members"]:  # the published rule, as published
+        return Layout(_ranked(subject, request, "members", clock), "members")
+    shaping, trying = subject.blocks.split(_tried_every(subject.blocks.tokens))
+    if not shaping.blocks:
+        raise InvalidInput(
+            "one calibration block cannot shape a trial of widths and measure it too: give more text"
+        )
     subject = replace(subject, blocks=shaping)
-    candidates = {rule: _widths(subject, request, rule, clock) for rule in rules}
-    if len(rules) == 1:
-        return Layout(candidates[rules[0]], rules[0])
-    trials = _trials(subject, candidates, trying, clock)
-    best = min(rules, key=trials.__getitem__)
-    if request.layout == "auto":
-        ragged = min((rule for rule in rules if rule != UNIFORM), key=trials.__getitem__)
-        worth_it = trials[ragged] <= (1 - RAGGED_GAIN) * trials[UNIFORM]
-        best = ragged if worth_it else UNIFORM
+    candidates = _candidates(subject, request, rules, clock)
+    dense, losses = _trials(subject, candidates, trying, clock)
+    trials = {name: float((found - dense).mean()) for name, found in losses.items()}
+    better = [name for name in losses if _surely_less(losses[name], losses[UNIFORM])]
+    best = min(better, key=trials.__getitem__, default=UNIFORM)
+    if request.layout == "auto" and trials[best] > (1 - RAGGED_GAIN) * trials[UNIFORM]:
+        best = UNIFORM
     return Layout(candidates[best], best, trials)
 
 
 def _rules(request: LayoutRequest) -> list[str]:
-    """The rules to try. An even split is always among several: on small models it can be the best of them."""
+    """The rules to try against an even split."""
     if request.layout == UNIFORM:
-        return [UNIFORM]
-    if request.rule == "auto":
-        return [UNIFORM, "networks", "loss"]
-    return [UNIFORM, request.rule] if request.layout == "auto" else [request.rule]
+        return []
+    return ["networks", "loss"] if request.rule == "auto" else [request.rule]
+
+
+def _tried_every(tokens: int) -> int:
+    """Each so-many-th block is set aside: of little text a larger share, half of it at most."""
+    return max(2, min(MOST_TRIED_EVERY, tokens // TRIAL_TOKENS))
+
+
+def _candidates(
+    subject: Subject, request: LayoutRequest, rules: Sequence[str], clock: StageClock
+) -> dict[str, list[int]]:
+    """Widths to try by name; all keep the same number of neurons."""
+    even = _even(request)
+    candidates = {UNIFORM: even}
+    for rule in rules:
+        ranked = _ranked(subject, request, rule, clock)
+        for strength in (1.0,) if rule == "members" else STRENGTHS:
+            widths = blended_widths(
+                even, ranked, strength, request.full, request.multiple, request.whole
+            )
+            name = rule if strength == 1 else f"{rule} {strength:g}"
+            candidates[name] = _within(request, widths)
+    return candidates
+
+
+def _surely_less(losses: Tensor, others: Tensor) -> bool:
+    """Whether the mean over these tokens would be less on other text too, as far as they can tell."""
+    difference = losses - others
+    doubt = SURE_ERRORS * float(difference.std()) / math.sqrt(len(difference))
+    return float(difference.mean()) < -doubt
 
 
 def _uniform(request: LayoutRequest) -> list[int]:
@@ -133,18 +177,26 @@ def _uniform(request: LayoutRequest) -> list[int]:
     return uniform_widths(budget, request.full, request.multiple)
 
 
-def _widths(subject: Subject, request: LayoutRequest, rule: str, clock: StageClock) -> list[int]:
-    if rule == UNIFORM and request.layout == "auto":
+def _even(request: LayoutRequest) -> list[int]:
+    if request.layout == "auto":
         return _uniform(request)
+    scores = [torch.arange(width, 0, -1) for width in request.full]
+    widths = ranked_widths(scores, request.budget, request.multiple, request.whole)
+    return _within(request, widths)
+
+
+def _ranked(subject: Subject, request: LayoutRequest, rule: str, clock: StageClock) -> list[int]:
     budget = request.budget
     if request.layout == "auto":
         budget = sum(_uniform(request))  # a trial compares equals
-    if rule == UNIFORM:
-        scores = [torch.arange(width, 0, -1) for width in request.full]
-    else:
-        scores = _scores(subject, rule, clock)
-    widths = ranked_widths(scores, budget, request.multiple, request.whole)
-    return narrowed(widths, budget, request.multiple, request.whole) if request.most else widths
+    scores = _scores(subject, rule, clock)
+    return _within(request, ranked_widths(scores, budget, request.multiple, request.whole))
+
+
+def _within(request: LayoutRequest, widths: list[int]) -> list[int]:
+    if not request.most:
+        return widths
+    return narrowed(widths, request.budget, request.multiple, request.whole)
 
 
 def _scores(subject: Subject, rule: str, clock: StageClock) -> list[Tensor]:
@@ -180,31 +232,29 @@ def _evidence(
 
 def _trials(
     subject: Subject, candidates: dict[str, list[int]], trying: TokenBlocks, clock: StageClock
-) -> dict[str, float]:
-    """Loss rise over dense, for each candidate."""
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The losses [tokens] of the dense model, and of each candidate."""
     stream = stream_of(subject.model)
     cuts: dict[str, list[MlpCut] | SpilledCuts] = {
-        rule: [] if stream is None else SpilledCuts(stream.scratch) for rule in candidates
+        name: [] if stream is None else SpilledCuts(stream.scratch) for name in candidates
     }
     loss_roots = subject.loss_roots if subject.options.loss_aware else None
     for layer in _evidence(subject, loss_roots, clock):
-        made: dict[int, MlpCut] = {}
-        for rule, widths in candidates.items():
-            width = widths[layer.layer]
-            if width not in made:
-                made[width] = CRITERIA[subject.options.criterion](layer, width)
-            cuts[rule].append(made[width])
+        wanted = {widths[layer.layer] for widths in candidates.values()}
+        made = cuts_to_widths(subject.options.criterion, layer, wanted)
+        for name, widths in candidates.items():
+            cuts[name].append(made[widths[layer.layer]])
     batches = trying.batches(subject.batch_tokens)
-    rises: dict[str, float] = {}
+    losses: dict[str, Tensor] = {}
     with clock.stage("trial", len(cuts) + 1, "layouts") as advance:
-        dense = mean_loss(subject.model, batches)
+        dense = token_losses(subject.model, batches)
         advance(1)
-        for rule, parts in cuts.items():
+        for name, parts in cuts.items():
             with (
                 as_if_cut(subject.model, subject.family, parts)
                 if stream is None
                 else stream.tried(parts)
             ):
-                rises[rule] = mean_loss(subject.model, batches) - dense
+                losses[name] = token_losses(subject.model, batches)
             advance(1)
-    return rises
+    return dense, losses

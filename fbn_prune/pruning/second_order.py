@@ -9,6 +9,7 @@ Pure numerics in float64: W [d, neurons], H [neurons, neurons], on any device. N
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -67,15 +68,24 @@ def removal_costs(weight: Tensor, gram: Tensor, *, damping: float) -> Tensor:
     -------
     float64 [neurons], in units of the squared MLP output; never less than that of a neuron that goes earlier.
     """
-    step = _all_neurons(weight, gram, damping)
-    block = _block_size(step)
     costs = weight.new_zeros(weight.shape[1])
     highest = 0.0
-    while len(step.kept) > 0:
-        step, gone, cost = _remove_cheapest(step, min(block, len(step.kept)))
+    for gone, cost in _removals(weight, gram, damping):
         costs[gone] = cost.clamp(min=highest)
         highest = float(costs[gone].max())
     return costs
+
+
+def removal_order(weight: Tensor, gram: Tensor, *, damping: float) -> Tensor:
+    """All neurons in the order in which they go: the last `keep` are those that :func:`choose_neurons` keeps.
+
+    One removal of all costs little more than one down to a few, and answers for every width.
+
+    Returns
+    -------
+    int64 [neurons].
+    """
+    return torch.cat([gone for gone, _ in _removals(weight, gram, damping)])
 
 
 def loss_root(sensitivity: Tensor) -> Tensor:
@@ -100,6 +110,15 @@ class _Step:
     kept: Tensor
     weight: Tensor
     inverse: Tensor
+
+
+def _removals(weight: Tensor, gram: Tensor, damping: float) -> Iterator[tuple[Tensor, Tensor]]:
+    """The neurons of one block after another until none is left, cheapest first, and what each cost."""
+    step = _all_neurons(weight, gram, damping)
+    block = _block_size(step)
+    while len(step.kept) > 0:
+        step, gone, cost = _remove_cheapest(step, min(block, len(step.kept)))
+        yield gone, cost
 
 
 def _all_neurons(weight: Tensor, gram: Tensor, damping: float) -> _Step:
