@@ -29,11 +29,10 @@ def mean_loss(
 def token_losses(model: PreTrainedModel, batches: Sequence[Batch]) -> Tensor:
     """Next-token loss in nats of every token that :func:`mean_loss` is the mean of, float64 [tokens]."""
     losses: list[Tensor] = []
-    for batch in batches:
-        ids = batch.input_ids.to(model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        loss = cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
-        losses.append(loss[batch.valid[:, 1:].flatten().to(loss.device)].double().cpu())
+    for logits, targets in _predictions(model, batches, lambda tokens: None):
+        targets = targets.flatten()
+        loss = cross_entropy(logits.flatten(0, 1).float(), targets, reduction="none")
+        losses.append(loss[targets != -100].double().cpu())
     return torch.cat(losses)
 
 

@@ -8,7 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fbn_prune.networks.functional_networks import FunctionalNetworks
-from fbn_prune.pruning.allocation import member_scores, network_scores, ranked_widths
+from fbn_prune.pruning.allocation import (
+    blended_widths,
+    member_scores,
+    network_scores,
+    ranked_widths,
+)
 
 
 def scores(*layers: list[float]) -> list[torch.Tensor]:
@@ -99,3 +104,36 @@ def test_a_networks_score_is_part_in_any_network_times_output_carried() -> None:
     assert first.tolist() == pytest.approx([2 * 5**0.5, 4 * 2.0])
     assert second.tolist() == pytest.approx([0.0, 3.0])
     assert [layer.tolist() for layer in member_scores(networks, [0])] == [[1.0, 4.0], [0.5, 0.0]]
+
+
+@given(
+    layers=st.integers(1, 8),
+    width=st.integers(8, 200),
+    multiple=st.integers(1, 8),
+    share=st.floats(0.0, 1.0),
+    strength=st.floats(0.0, 1.0),
+    seed=st.integers(0, 1000),
+)
+@settings(deadline=None, max_examples=300)
+def test_widths_between_even_and_ranked_ones_keep_what_both_keep(
+    layers: int, width: int, multiple: int, share: float, strength: float, seed: int
+) -> None:
+    full, budget = [width] * layers, round(share * layers * width)
+    even = ranked_widths(scores(*[list(range(width, 0, -1))] * layers), budget, multiple)
+    ranked = ranked_widths(random_scores(full, seed), budget, multiple)
+    found = blended_widths(even, ranked, strength, full, multiple)
+    assert all(min(multiple, width) <= w <= width for w in found)
+    kept = sorted((sum(even), sum(ranked)))
+    slack = max(multiple, width % multiple)
+    assert kept[0] - slack <= sum(found) <= kept[1] + slack
+    if multiple == 1:
+        assert sum(found) == sum(even)
+        bounds = [sorted(pair) for pair in zip(even, ranked, strict=True)]
+        assert all(low <= w <= high for w, (low, high) in zip(found, bounds, strict=True))
+
+
+def test_no_step_from_even_widths_is_even_and_a_whole_step_is_the_rules_own() -> None:
+    even, ranked, full = [5, 5, 8], [8, 2, 8], [8, 8, 8]
+    assert blended_widths(even, ranked, 0.0, full, 1, whole={2}) == even
+    assert blended_widths(even, ranked, 1.0, full, 1, whole={2}) == ranked
+    assert blended_widths(even, ranked, 0.5, full, 1, whole={2}) in ([7, 3, 8], [6, 4, 8])

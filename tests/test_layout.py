@@ -17,6 +17,7 @@ from fbn_prune.cli.main import _exit_code
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.families import family_of
 from fbn_prune.model.surgery import MlpCut, apply_cut, as_if_cut
+from fbn_prune.pruning.layout import _surely_less, _tried_every
 from fbn_prune.recipe import parse_count, parse_size
 
 torch.set_num_threads(1)
@@ -79,10 +80,14 @@ def test_every_rule_for_widths_keeps_the_budget(
     extra = ["--layout", "ragged", "--widths", rule, "--sparsity", "0.4"]
     result = run_json(capsys, *arguments(tiny, text, tmp_path / "out", *extra))
     assert sum(result["widths"]) == round(0.6 * 72)
-    tried = {"uniform", "networks", "loss"} if rule == "auto" else set()
-    assert set(result["layout_trials"]) == tried
-    best = min(result["layout_trials"], key=result["layout_trials"].get) if tried else rule
-    assert result["width_rule"] == best
+    tried = {"networks": ["networks"], "loss": ["loss"], "auto": ["networks", "loss"]}
+    names = {f"{name}{part}" for name in tried.get(rule, []) for part in ("", " 0.5", " 0.75")}
+    trials = result["layout_trials"]
+    assert set(trials) == names | ({"uniform"} if names else set())
+    if rule == "members":
+        assert result["width_rule"] == "members"
+    else:
+        assert trials[result["width_rule"]] <= trials["uniform"]
 
 
 def test_auto_layout_takes_ragged_only_where_it_gains_enough_and_says_so(
@@ -95,9 +100,11 @@ def test_auto_layout_takes_ragged_only_where_it_gains_enough_and_says_so(
     captured = capsys.readouterr()
     result = json.loads(captured.out)
     trials = result["layout_trials"]
-    assert set(trials) == {"uniform", "networks"}
-    worth = trials["networks"] <= 0.9 * trials["uniform"]
-    assert result["width_rule"] == ("networks" if worth else "uniform")
+    assert set(trials) == {"uniform", "networks", "networks 0.5", "networks 0.75"}
+    worth = result["width_rule"] != "uniform"
+    if worth:
+        assert result["width_rule"] == min(trials, key=trials.get)
+        assert trials[result["width_rule"]] <= 0.9 * trials["uniform"]
     assert "trust_remote_code" in captured.err
     assert ("ragged (" in captured.err) == worth
     assert (tmp_path / "out" / "modeling_ragged.py").exists() == worth
@@ -225,7 +232,7 @@ def test_a_budget_or_layout_that_cannot_be_is_refused_in_one_line(
 def test_a_ragged_checkpoint_is_not_pruned_again(
     tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    extra = ["--layout", "ragged", "--sparsity", "0.5"]
+    extra = ["--layout", "ragged", "--widths", "members", "--sparsity", "0.45"]
     run_json(capsys, *arguments(tiny, text, tmp_path / "out", *extra))
     assert _exit_code(arguments(tmp_path / "out", text, tmp_path / "again", *extra)) == 2
     assert "cannot be pruned again" in capsys.readouterr().err
@@ -275,3 +282,36 @@ def test_the_blocks_a_trial_is_measured_on_are_not_those_it_is_shaped_by() -> No
     rest, apart = TokenBlocks(blocks, CONTEXT, ("x",)).split(8)
     assert [int(b[0]) for b in apart.blocks] == [0, 8, 16]
     assert sorted(int(b[0]) for b in (*rest.blocks, *apart.blocks)) == list(range(20))
+
+
+def test_a_rule_must_surely_beat_the_even_split() -> None:
+    even = torch.linspace(1, 3, 400, dtype=torch.float64)
+    noise = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise -= noise.mean()
+    assert _surely_less(even - 0.2 + noise, even)  # four standard errors
+    assert not _surely_less(even - 0.05 + noise, even)  # one
+    assert not _surely_less(even, even)
+    assert not _surely_less(even + 0.1, even)
+
+
+@pytest.mark.parametrize(("tokens", "every"), [(100, 2), (24_576, 3), (131_072, 8), (10**7, 8)])
+def test_of_little_text_a_larger_share_is_tried_on(tokens: int, every: int) -> None:
+    assert _tried_every(tokens) == every
+
+
+def test_widths_that_starve_a_layer_lose_to_the_even_split(
+    tiny: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    starved = [torch.arange(24.0) + 100 * index for index in range(LAYERS)]
+    monkeypatch.setattr("fbn_prune.pruning.layout.network_scores", lambda *_: starved)
+    extra = ["--layout", "ragged", "--sparsity", "0.5", "--criterion", "second-order"]
+    result = run_json(capsys, *arguments(tiny, text, tmp_path / "out", *extra))
+    trials = result["layout_trials"]
+    if result["width_rule"] == "uniform":
+        assert result["widths"] == [12] * LAYERS
+    else:
+        assert trials[result["width_rule"]] < trials["uniform"]

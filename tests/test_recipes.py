@@ -83,7 +83,9 @@ def test_the_quality_recipe_tries_every_rule_for_widths(
     tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = run(capsys, "quality-first", tiny, text, tmp_path / "out", "--networks", "6")
-    assert set(result["layout_trials"]) == {"uniform", "networks", "loss"}
+    assert {"uniform", "networks", "networks 0.5", "loss", "loss 0.5"} < set(
+        result["layout_trials"]
+    )
     assert sum(result["widths"]) == round(0.7 * 320)
     AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
 
@@ -94,7 +96,7 @@ def test_the_size_recipe_stays_within_the_size(
     more = ["--networks", "6", "--width-multiple", "1", "--target-size", "120KB"]
     result = run(capsys, "fits-a-size", tiny, text, tmp_path / "out", *more)
     assert 110_000 < (tmp_path / "out" / "model.safetensors").stat().st_size <= 120_000
-    assert set(result["layout_trials"]) == {"uniform", "networks"}
+    assert {"uniform", "networks"} < set(result["layout_trials"])
 
 
 def test_the_paper_recipe_keeps_by_threshold_and_leaves_the_outer_layers_whole(

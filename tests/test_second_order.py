@@ -17,6 +17,7 @@ from fbn_prune.pruning.second_order import (
     output_error,
     refit,
     removal_costs,
+    removal_order,
 )
 
 torch.set_num_threads(1)
@@ -177,3 +178,13 @@ def test_outputs_the_loss_does_not_feel_do_not_keep_a_neuron() -> None:
     felt = loss_root(torch.diag(torch.tensor([0.0, 1.0], dtype=torch.float64)))
     assert choose_neurons(weight, gram, 4, damping=1e-6).tolist() == [0, 1, 2, 3]
     assert choose_neurons(felt @ weight, gram, 4, damping=1e-6).tolist() == [4, 5, 6, 7]
+
+
+@given(seed=st.integers(0, 1000), keep=st.integers(1, 149))
+@settings(deadline=None, max_examples=30)
+def test_one_removal_of_all_neurons_answers_for_every_width(seed: int, keep: int) -> None:
+    weight, _, gram = problem(seed, neurons=150)
+    order = removal_order(weight, gram, damping=1e-2)
+    assert sorted(order.tolist()) == list(range(150))
+    kept = choose_neurons(weight, gram, keep, damping=1e-2)
+    assert order[150 - keep :].sort().values.tolist() == kept.tolist()
