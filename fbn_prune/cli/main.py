@@ -19,6 +19,7 @@ from fbn_prune.cli import (
     inspect,
     prune,
     rank,
+    report,
     run,
 )
 from fbn_prune.cli.options import ALL_FLAGS, DryRun, Json, recipe_flags
@@ -67,6 +68,7 @@ app.command("discover")(discover.command)
 app.command("evaluate")(evaluate.command)
 app.command("inspect")(inspect.command)
 app.command("rank")(rank.command)
+app.command("report")(report.command)
 app.command("run")(run.command)
 
 
