@@ -18,7 +18,11 @@ from fbn_prune.errors import InvalidInput
 from fbn_prune.model.surgery import MlpCut, apply_cut
 from fbn_prune.perplexity import perplexity
 from fbn_prune.progress import StageClock
-from fbn_prune.pruning.allocation import budget_from_sparsity, uniform_widths
+from fbn_prune.pruning.allocation import (
+    budget_from_networks,
+    budget_from_sparsity,
+    uniform_widths,
+)
 from fbn_prune.pruning.criteria import CRITERIA
 from fbn_prune.pruning.pipeline import CutOptions, EvidencePass
 from fbn_prune.recipe import CRITERION_NAMES, Recipe
@@ -38,6 +42,8 @@ class Comparison:
     dense: float
     widths: dict[float, list[int]]
     cells: dict[Cell, float] = field(default_factory=dict)
+    networks: dict[float, int] = field(default_factory=dict)
+    """How many networks set a share, where they did."""
 
     def to_json(self) -> dict[str, Any]:
         shares = sorted(self.widths, reverse=True)
@@ -48,6 +54,7 @@ class Comparison:
             "budgets": [
                 {
                     "kept": share,
+                    "networks": self.networks.get(share),
                     "widths": self.widths[share],
                     "perplexity": {
                         name: value for (name, of), value in self.cells.items() if of == share
@@ -59,12 +66,21 @@ class Comparison:
 
     def save(self, path: Path) -> None:
         """Write the JSON whole or not at all."""
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        _replace(path, json.dumps(self.to_json(), indent=1) + "\n")
+
+
+def plot_path(path: Path) -> Path:
+    """Where the plot of the results in `path` goes."""
+    return path.with_suffix(".svg")
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def run_comparison(
@@ -81,9 +97,9 @@ def run_comparison(
     criteria
         Names of criteria; empty for all.
     kept
-        Shares of neurons to keep, each between 0 and 1.
+        Shares of neurons to keep, each between 0 and 1; or, from 1 on, numbers of networks, whose members say how many.
     path
-        File of the results, written after each cell and read at the start.
+        File of the results, written after each cell and read at the start; the plot goes beside it.
 
     Raises
     ------
@@ -95,15 +111,22 @@ def run_comparison(
         if name not in CRITERIA:
             raise InvalidInput(f"criterion {name!r}: choose from {', '.join(CRITERION_NAMES)}")
     for share in kept:
-        if not 0 < share < 1:
-            raise InvalidInput(f"kept = {share}: the share of neurons kept lies between 0 and 1")
+        if not 0 < share < 1 and not (share >= 1 and share == int(share)):
+            raise InvalidInput(
+                f"kept = {share}: the share of neurons kept lies between 0 and 1; whole numbers are of networks"
+            )
     if path is not None and not path.resolve().parent.is_dir():
         raise InvalidInput(f"{path}: there is no folder {path.resolve().parent}")
+    if path is not None and path == plot_path(path):
+        raise InvalidInput(f"{path}: the plot gets that name; name a .json file for the results")
     on = study(recipe, clock)
-    comparison = _begin(on, kept, path, clock)
-    missing = [(n, s) for s in kept for n in names if (n, s) not in comparison.cells]
+    order = rank_networks(on.prepared, on.model, on.networks, on.data, on.matched, clock)
+    budgets = {share: _budget(on, share, order) for share in kept}
+    comparison = _begin(on, budgets, path, clock)
+    shares = [_share(on, share, budgets[share]) for share in kept]
+    missing = [(n, s) for s in shares for n in names if (n, s) not in comparison.cells]
     if missing:
-        cuts = _cuts(on, missing, comparison.widths, clock)
+        cuts = _cuts(on, missing, comparison.widths, order, clock)
         held_out = on.data.held_out.batches(on.prepared.batch_tokens)
         with clock.stage("comparison", len(missing), "models") as advance:
             for cell in missing:
@@ -111,12 +134,33 @@ def run_comparison(
                 if path is not None:
                     comparison.save(path)
                 advance(1)
-    wanted = {(name, share) for name in names for share in kept}
+    if path is not None:
+        from fbn_prune.report.facts import Comparison as Compared
+        from fbn_prune.report.figures import comparison_svg
+
+        _replace(plot_path(path), comparison_svg(Compared.model_validate(comparison.to_json())))
+    wanted = {(name, share) for name in names for share in shares}
     comparison.cells = {cell: comparison.cells[cell] for cell in sorted(wanted)}
     return comparison
 
 
-def _begin(on: Studied, kept: Sequence[float], path: Path | None, clock: StageClock) -> Comparison:
+def _budget(on: Studied, kept: float, order: Sequence[int]) -> int:
+    """Neurons to keep: of a share, or of the strongest networks' members."""
+    prepared = on.prepared
+    if kept < 1:
+        return budget_from_sparsity(prepared.width * prepared.layers, 1 - kept)
+    if kept > len(order):
+        raise InvalidInput(f"kept = {int(kept)} networks: there are {len(order)}")
+    return budget_from_networks(on.networks, order[: int(kept)])
+
+
+def _share(on: Studied, kept: float, budget: int) -> float:
+    return kept if kept < 1 else budget / (on.prepared.width * on.prepared.layers)
+
+
+def _begin(
+    on: Studied, budgets: dict[float, int], path: Path | None, clock: StageClock
+) -> Comparison:
     """What is known before any cut: from the file, or measured."""
     prepared = on.prepared
     blocks = on.data.calibrating if on.matched is None else on.matched.blocks
@@ -130,11 +174,10 @@ def _begin(on: Studied, kept: Sequence[float], path: Path | None, clock: StageCl
     }
     full = [prepared.width] * prepared.layers
     widths = {
-        share: uniform_widths(
-            budget_from_sparsity(sum(full), 1 - share), full, prepared.width_multiple
-        )
-        for share in kept
+        _share(on, kept, budget): uniform_widths(budget, full, prepared.width_multiple)
+        for kept, budget in budgets.items()
     }
+    networks = {_share(on, k, budget): int(k) for k, budget in budgets.items() if k >= 1}
     if path is not None and path.exists():
         before = _read(path)
         if (before.model, before.facts) != (prepared.recipe.model, facts):
@@ -142,11 +185,12 @@ def _begin(on: Studied, kept: Sequence[float], path: Path | None, clock: StageCl
                 f"{path} holds a comparison of another model, calibration or seed: name another file"
             )
         before.widths |= widths
+        before.networks |= networks
         return before
     held_out = on.data.held_out.batches(prepared.batch_tokens)
     with clock.stage("dense perplexity", on.data.held_out.tokens, "tokens") as advance:
         dense = perplexity(on.model, held_out, advance)
-    return Comparison(prepared.recipe.model, facts, dense, widths)
+    return Comparison(prepared.recipe.model, facts, dense, widths, networks=networks)
 
 
 def _read(path: Path) -> Comparison:
@@ -159,19 +203,23 @@ def _read(path: Path) -> Comparison:
             content["dense"],
             {entry["kept"]: entry["widths"] for entry in budgets},
             {(n, e["kept"]): v for e in budgets for n, v in e["perplexity"].items()},
+            {e["kept"]: e["networks"] for e in budgets if e["networks"] is not None},
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InvalidInput(f"{path} exists and is no comparison: name another file") from None
 
 
 def _cuts(
-    on: Studied, cells: Sequence[Cell], widths: dict[float, list[int]], clock: StageClock
+    on: Studied,
+    cells: Sequence[Cell],
+    widths: dict[float, list[int]],
+    order: Sequence[int],
+    clock: StageClock,
 ) -> dict[Cell, list[MlpCut]]:
     """The cuts of all layers for each cell, from one pass over the calibration data."""
     prepared, recipe = on.prepared, on.prepared.recipe
-    order = rank_networks(prepared, on.model, on.networks, on.data, on.matched, clock)
-    order = order[: recipe.keep_networks or len(order)]
-    strongest = on.networks.maps[order].abs().amax(0).double()
+    kept = list(order[: recipe.keep_networks or len(order)])
+    strongest = on.networks.maps[kept].abs().amax(0).double()
     blocks = on.data.calibrating if on.matched is None else on.matched.blocks
     evidence = EvidencePass(
         on.model,

@@ -145,6 +145,7 @@ def run_prune(recipe: Recipe, clock: StageClock) -> PruneResult:
         width_rule=layout.rule,
         layout_trials=layout.trials,
         kept_networks=kept,
+        ranked_networks=order,
         calibration_tokens=blocks.tokens,
         held_out_tokens=data.held_out.tokens,
         calibration_fingerprint=blocks.fingerprint,

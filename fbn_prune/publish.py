@@ -1,4 +1,4 @@
-"""Writing the pruned checkpoint with all that belongs to it: networks, recipe, record of the task, model card."""
+"""Writing the pruned checkpoint with all that belongs to it: networks, recipe, record of the task, card, report."""
 
 from __future__ import annotations
 
@@ -6,12 +6,19 @@ from collections.abc import Sequence
 
 from fbn_prune.export.card import CardFacts, model_card, source_license
 from fbn_prune.export.ragged import write_ragged_checkpoint
-from fbn_prune.export.writer import atomic_directory, verify_export, write_checkpoint
+from fbn_prune.export.writer import (
+    atomic_directory,
+    verify_export,
+    write_checkpoint,
+    write_json,
+)
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.prepared import Prepared
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.pipeline import CutModel
+from fbn_prune.report.facts import RESULT_NAME, read_facts
+from fbn_prune.report.page import REPORT_NAME, write_report
 from fbn_prune.result import PruneResult, tool_version
 from fbn_prune.task_data import RECORD_NAME, record
 
@@ -56,6 +63,8 @@ def publish(
         (folder / "README.md").write_text(
             _card(prepared, networks, result.kept_networks, result), encoding="utf-8"
         )
+        write_json(folder / RESULT_NAME, result.lasting())
+        write_report(read_facts(folder), folder / REPORT_NAME)
 
 
 _CRITERION_WORDS = {

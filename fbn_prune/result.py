@@ -30,6 +30,7 @@ class PruneResult:
     width_rule: str
     layout_trials: dict[str, float]
     kept_networks: list[int]
+    ranked_networks: list[int]
     calibration_tokens: int
     held_out_tokens: int
     calibration_fingerprint: str
@@ -40,6 +41,11 @@ class PruneResult:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    def lasting(self) -> dict[str, Any]:
+        """What is the same whenever and wherever the run is made again: no place, no times, no memory."""
+        passing = ("output", "forward_seconds", "peak_memory_bytes", "stages")
+        return {key: value for key, value in asdict(self).items() if key not in passing}
 
 
 def peak_memory_bytes() -> int:

@@ -79,6 +79,7 @@ def test_the_main_job_keeps_its_contract(
     assert {"calibration", "ica", "prune", "export"} <= set(result["stages"])
     names = {p.name for p in output.iterdir()}
     assert {"networks.safetensors", "recipe.yaml", "README.md", "tokenizer.json"} <= names
+    assert {"result.json", "report.html"} <= names
     assert list(tmp_path.iterdir()) == [output]
     assert {p.name: p.read_bytes() for p in tiny.iterdir()} == before
 
@@ -89,7 +90,13 @@ def test_the_written_recipe_makes_the_same_bytes_again(
     first, second = tmp_path / "first", tmp_path / "second"
     assert _exit_code(arguments(tiny, text, first)) == 0
     assert _exit_code(["run", str(first / "recipe.yaml"), "--output", str(second)]) == 0
-    for name in ("model.safetensors", "networks.safetensors", "config.json"):
+    for name in (
+        "model.safetensors",
+        "networks.safetensors",
+        "config.json",
+        "result.json",
+        "report.html",
+    ):
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from tiny_models import save_tiny
@@ -101,6 +102,8 @@ def test_another_comparisons_file_is_not_mixed_in(
     ("more", "message"),
     [
         (["--kept", "1.5"], "between 0 and 1"),
+        (["--kept", "7"], "7 networks: there are 6"),
+        (["--kept", "0.5", "--output-path", "table.svg"], "name a .json file"),
         (["--kept", "half"], "write shares"),
         (["--criteria", "luck"], "luck"),
         (["--output-path", "/nowhere/at/all.json"], "no folder"),
@@ -124,3 +127,35 @@ def test_the_table_names_every_criterion(
     assert "flap" in output
     assert "random" in output
     assert "50%" in output
+
+
+def test_the_plot_stands_beside_the_results_and_is_drawn_the_same_again(
+    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "table.json"
+    more = ["--kept", "0.67,0.5", "--criteria", "networks,random", "--output-path", str(path)]
+    shown(capsys, ["compare", *arguments(tiny, text), *more])
+    plot = (tmp_path / "table.svg").read_text()
+    root = ElementTree.fromstring(plot)
+    assert root.tag.endswith("svg")
+    words = {"".join(element.itertext()).strip() for element in root.iter()}
+    assert {"networks", "random", "dense", "perplexity"} <= words
+    shown(capsys, ["compare", *arguments(tiny, text), *more])
+    assert (tmp_path / "table.svg").read_text() == plot
+    assert {file.name for file in tmp_path.iterdir()} == {"table.json", "table.svg"}
+
+
+def test_a_budget_of_networks_is_that_of_a_run_that_keeps_them(
+    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = shown(
+        capsys, ["compare", *arguments(tiny, text), "--kept", "2,0.5", "--criteria", "networks"]
+    )
+    more = ["--keep-networks", "2", "--output", str(tmp_path / "out")]
+    alone = shown(capsys, [*arguments(tiny, text), *more])
+    (by_networks,) = [budget for budget in result["budgets"] if budget["networks"] == 2]
+    assert by_networks["widths"] == alone["widths"]
+    assert by_networks["perplexity"]["networks"] == pytest.approx(
+        alone["perplexity_after"], rel=1e-5
+    )
+    assert [budget["networks"] for budget in result["budgets"] if budget["kept"] == 0.5] == [None]

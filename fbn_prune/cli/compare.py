@@ -17,13 +17,18 @@ Criteria = Annotated[
     str | None, typer.Option("--criteria", help="Names, divided by commas. Default: all.")
 ]
 Kept = Annotated[
-    str, typer.Option("--kept", help="Shares of MLP neurons to keep, divided by commas.")
+    str,
+    typer.Option(
+        "--kept",
+        help="Shares of MLP neurons to keep, or numbers of networks (their members are the budget), divided by commas.",
+    ),
 ]
 OutputPath = Annotated[
     Path | None,
     typer.Option(
         "--output-path",
-        help="JSON file of the results, written as they come; the same command goes on from it.",
+        help="JSON file of the results, written as they come; the same command goes on from it. "
+        "The plot is written beside it, as SVG.",
     ),
 ]
 
@@ -42,7 +47,9 @@ def command(
     try:
         shares = [float(part) for part in kept.split(",")]
     except ValueError:
-        raise InvalidInput(f"--kept {kept}: write shares, as 0.7,0.5,0.3") from None
+        raise InvalidInput(
+            f"--kept {kept}: write shares, as 0.7,0.5,0.3, or numbers of networks"
+        ) from None
     names = [name.strip() for name in criteria.split(",")] if criteria else []
     from fbn_prune.comparison import run_comparison
     from fbn_prune.progress import StageClock
@@ -62,5 +69,6 @@ def command(
     for budget in shown["budgets"]:
         values = [f"{budget['perplexity'][name]:.3f}" for name in columns if budget["perplexity"]]
         if values:
-            table.add_row(f"{budget['kept']:.0%}", *values)
+            by = "" if budget["networks"] is None else f" ({budget['networks']} networks)"
+            table.add_row(f"{budget['kept']:.0%}{by}", *values)
     console.print_table(table)

@@ -215,12 +215,15 @@ def connectivity_figure(matrix: Tensor) -> str:
     values = matrix.double().numpy()
     order = _side_by_side(values)
     figure, axes = _figure(3.6)
-    image = axes.imshow(values[np.ix_(order, order)], cmap="RdBu_r", vmin=-1, vmax=1)
+    shown = values[np.ix_(order, order)].copy()
+    np.fill_diagonal(shown, np.nan)  # each with itself says nothing, and would drown the rest
+    bound = max(0.1, float(np.nanmax(np.abs(shown), initial=0.0)))
+    image = axes.imshow(shown, cmap="RdBu_r", vmin=-bound, vmax=bound)
     step = max(1, len(order) // 16)
     axes.set_xticks(range(0, len(order), step), [str(i) for i in order[::step]], rotation=90)
     axes.set_yticks(range(0, len(order), step), [str(i) for i in order[::step]])
     axes.tick_params(labelsize=7, length=2)
-    bar = figure.colorbar(image, ax=axes, shrink=0.8, ticks=[-1, -0.5, 0, 0.5, 1])
+    bar = figure.colorbar(image, ax=axes, shrink=0.8)
     bar.set_label("correlation of time courses")
     bar.outline.set_visible(False)  # type: ignore[operator]
     return _svg(figure, "connectivity")

@@ -6,6 +6,7 @@ are shown by their pictures; a content policy in the page forbids scripts and th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ FIGURES = (
     "growing_retain",
 )
 CONTEXTS_SHOWN = 3
+CARDS_SHOWN = 12
+"""Cards that are open where no run says which networks matter."""
 SELECTIVE_SHOWN = 16
 """Networks in the table of what each text loses."""
 
@@ -238,32 +241,41 @@ def _with_error(value: float, stderr: float | None) -> str:
     return f"{value:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
 
 
-def _cards(facts: ReportFacts) -> dict[str, list[dict[str, Any]]]:
-    """Network cards in the networks' order, those that the run kept apart from the others."""
+def _cards(facts: ReportFacts) -> dict[str, Any]:
+    """Network cards in the networks' order: those that the run kept, or else the strongest, and the others."""
     if facts.networks is None:
-        return {"kept": [], "others": []}
-    kept = [] if facts.result is None else facts.result.kept_networks
-    rises: dict[int, str] = {}
-    if facts.ablation is not None:
-        dense = facts.ablation.dense
-        rises = {
-            one.id: f"{one.perplexity - dense:+,.3f}"
-            for one in facts.ablation.networks
-            if one.id is not None
-        }
-    drawn: dict[str, list[dict[str, Any]]] = {"kept": [], "others": []}
-    cards = network_cards(facts.networks)
-    for place, network in enumerate(facts.order, 1):
-        card = cards[network]
-        most = max(*card["members_by_layer"], 1)
-        drawn["kept" if network in kept else "others"].append(
-            {
-                **card,
-                "place": place,
-                "variance": f"{100 * card['explained_variance']:.2f} %",
-                "rise": rises.get(network),
-                "bars": [round(100 * n / most) for n in card["members_by_layer"]],
-                "contexts": card["contexts"][:CONTEXTS_SHOWN],
-            }
-        )
-    return drawn
+        return {"title": "", "first": [], "others": []}
+    first = set(facts.order[:CARDS_SHOWN])
+    title = "The strongest networks"
+    if facts.result is not None and not _budget_of_its_own(facts):
+        first, title = set(facts.result.kept_networks), "Networks kept"
+    drawn = [
+        (network in first, _card(facts, card))
+        for network, card in _by_place(facts.order, network_cards(facts.networks))
+    ]
+    return {
+        "title": title,
+        "first": [card for shown, card in drawn if shown],
+        "others": [card for shown, card in drawn if not shown],
+    }
+
+
+def _by_place(
+    order: list[int], cards: list[dict[str, Any]]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    for place, network in enumerate(order, 1):
+        yield network, {**cards[network], "place": place}
+
+
+def _card(facts: ReportFacts, card: dict[str, Any]) -> dict[str, Any]:
+    most = max(*card["members_by_layer"], 1)
+    ablated = [] if facts.ablation is None else facts.ablation.networks
+    alone = [one.perplexity for one in ablated if one.id == card["id"]]
+    dense = 0.0 if facts.ablation is None else facts.ablation.dense
+    return {
+        **card,
+        "variance": f"{100 * card['explained_variance']:.2f} %",
+        "change": f"{alone[0] - dense:+,.3f}" if alone else None,
+        "bars": [round(100 * n / most) for n in card["members_by_layer"]],
+        "contexts": card["contexts"][:CONTEXTS_SHOWN],
+    }
