@@ -1,4 +1,4 @@
-"""Claims about the report: what it shows and leaves out, that text stays text, that the same facts give the same bytes."""
+"""Claims about the report: what it shows and leaves out, text that stays text, bytes that are always the same."""
 
 from __future__ import annotations
 

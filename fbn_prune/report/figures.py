@@ -225,7 +225,7 @@ def connectivity_figure(matrix: Tensor) -> str:
     axes.tick_params(labelsize=7, length=2)
     bar = figure.colorbar(image, ax=axes, shrink=0.8)
     bar.set_label("correlation of time courses")
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     return _svg(figure, "connectivity")
 
 
