@@ -24,6 +24,7 @@ from fbn_prune.pruning.allocation import (
     uniform_widths,
 )
 from fbn_prune.pruning.criteria import CRITERIA
+from fbn_prune.pruning.fitting import DampingNotes
 from fbn_prune.pruning.pipeline import CutOptions, EvidencePass
 from fbn_prune.recipe import CRITERION_NAMES, Recipe
 from fbn_prune.stages import rank_networks
@@ -237,9 +238,13 @@ def _cuts(
         clock=clock,
     )
     cuts: dict[Cell, list[MlpCut]] = {cell: [] for cell in cells}
+    notes = DampingNotes()
     for layer in evidence:
         for name, share in cells:
-            cuts[name, share].append(CRITERIA[name](layer, widths[share][layer.layer]))
+            with notes.heard(layer.layer):
+                cuts[name, share].append(CRITERIA[name](layer, widths[share][layer.layer]))
+    for line in notes.lines():
+        clock.note(line)
     return cuts
 
 

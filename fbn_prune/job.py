@@ -17,14 +17,16 @@ from fbn_prune.budget import Budget
 from fbn_prune.calibration import Batch
 from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.export.directory import atomic_directory
+from fbn_prune.finite import damage
 from fbn_prune.matching import MatchedCalibration, TaskCalibration
 from fbn_prune.networks.functional_networks import FunctionalNetworks
-from fbn_prune.perplexity import perplexity
+from fbn_prune.perplexity import NonFiniteLogits, perplexity
 from fbn_prune.prepared import Prepared, prepare
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.allocation import budget_from_networks, member_scores
 from fbn_prune.pruning.layout import UNIFORM, Layout, LayoutRequest, Subject, choose_layout
 from fbn_prune.pruning.pipeline import CutOptions, cut_layers
+from fbn_prune.pruning.prediction import check_rise, predicted_rise
 from fbn_prune.publish import publish
 from fbn_prune.recipe import Recipe
 from fbn_prune.result import PruneResult, peak_memory_bytes
@@ -79,7 +81,10 @@ def run_prune(recipe: Recipe, clock: StageClock) -> PruneResult:
         held_out = data.held_out.batches(prepared.batch_tokens)
     with clock.stage("load"):
         model = prepared.load_model()
-    before = _perplexity(model, held_out, clock, "dense perplexity")
+    try:
+        before = _perplexity(model, held_out, clock, "dense perplexity")
+    except NonFiniteLogits:
+        raise damage(model, family, held_out) from None
     on_task = _test_perplexity(prepared, model, task, clock)
     networks = prepared.networks
     if networks is None and recipe.needs_networks:
@@ -123,12 +128,11 @@ def run_prune(recipe: Recipe, clock: StageClock) -> PruneResult:
         loss_roots=loss_roots if recipe.loss_aware else None,
         clock=clock,
     )
-    after = _perplexity(model, held_out, clock, "pruned perplexity")
-    if not math.isfinite(after):
-        raise FbnPruneError(
-            f"the pruned model's perplexity is {after}: nothing was written; keep more neurons, "
-            "raise --tokens, or compute in --dtype float32"
-        )
+    after = _pruned_perplexity(model, held_out, clock)
+    predicted = predicted_rise(cut.relative_errors)
+    warning = check_rise(before, after, predicted, family.vocab_size(prepared.checkpoint.config))
+    if warning is not None:
+        clock.note(f"warning: {warning}")
     result = PruneResult(
         model=recipe.model,
         output=None if recipe.output is None else str(recipe.output),
@@ -139,6 +143,8 @@ def run_prune(recipe: Recipe, clock: StageClock) -> PruneResult:
         bytes_after=prepared.checkpoint.total_bytes,
         perplexity_before=before,
         perplexity_after=after,
+        perplexity_expected=predicted.perplexity(before),
+        warning=warning,
         neurons_kept=sum(widths),
         neurons_total=prepared.width * prepared.layers,
         widths=widths,
@@ -170,6 +176,19 @@ def _perplexity(
 ) -> float:
     with clock.stage(stage, sum(batch.tokens for batch in batches), "tokens") as advance:
         return perplexity(model, batches, advance)
+
+
+def _pruned_perplexity(
+    model: PreTrainedModel, batches: Sequence[Batch], clock: StageClock
+) -> float:
+    remedy = "nothing was written; keep more neurons, raise --tokens, or compute in --dtype float32"
+    try:
+        after = _perplexity(model, batches, clock, "pruned perplexity")
+    except NonFiniteLogits:
+        raise FbnPruneError(f"the pruned model gives NaN or Inf: {remedy}") from None
+    if not math.isfinite(after):
+        raise FbnPruneError(f"the pruned model's perplexity is {after}: {remedy}")
+    return after
 
 
 def _test_perplexity(

@@ -11,8 +11,13 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from fbn_prune.calibration import Batch
+from fbn_prune.errors import FbnPruneError
 from fbn_prune.layerwise import LayerwiseForward
 from fbn_prune.model.streaming import compute_device, stream_of
+
+
+class NonFiniteLogits(FbnPruneError):
+    """A model computes NaN or Inf."""
 
 
 def mean_loss(
@@ -42,9 +47,18 @@ def summed_loss(
     batches: Sequence[Batch],
     on_batch: Callable[[int], None] | None = None,
 ) -> tuple[float, int]:
-    """Next-token loss in nats, summed over the tokens that :func:`mean_loss` is the mean of, and their number."""
+    """Next-token loss in nats, summed over the tokens that :func:`mean_loss` is the mean of, and their number.
+
+    Raises
+    ------
+    NonFiniteLogits
+        A logit is NaN or Inf.
+    """
     total, count = 0.0, 0
     for logits, targets in _predictions(model, batches, on_batch or (lambda tokens: None)):
+        finite = torch.isfinite(logits).all(dim=-1)
+        if not bool((finite | (targets == -100)).all()):
+            raise NonFiniteLogits("the model gives NaN or Inf as logits")
         loss = cross_entropy(
             logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum"
         )

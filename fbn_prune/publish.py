@@ -110,6 +110,7 @@ def _card(
         total_networks=None if networks is None else len(networks.maps),
         perplexity_before=result.perplexity_before,
         perplexity_after=result.perplexity_after,
+        warning=result.warning,
         license=source_license(prepared.checkpoint.path / "README.md"),
     )
     return model_card(facts)

@@ -101,7 +101,9 @@ class Recipe(BaseModel):
         False, description="Fit each layer on the output of the layers already pruned."
     )
     damping: float = Field(1e-2, gt=0, description="Share of mean diag(H) added while choosing.")
-    refit_damping: float = Field(1e-3, gt=0, description="The same share while refitting.")
+    refit_damping: float = Field(
+        1e-3, gt=0, description="The same share while refitting; more where tokens are few."
+    )
     max_shard_size: str = Field("5GB", description="Largest safetensors shard to write.")
     seed: int = Field(0, ge=0, description="Seed of every random choice.")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")

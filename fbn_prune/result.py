@@ -24,6 +24,10 @@ class PruneResult:
     bytes_after: int
     perplexity_before: float
     perplexity_after: float
+    perplexity_expected: tuple[float, float]
+    """The range that the cuts' own statistics lead to expect."""
+    warning: str | None
+    """What the check after pruning found; also in the model card."""
     neurons_kept: int
     neurons_total: int
     widths: list[int]

@@ -9,10 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fbn_prune.pruning.damping import centred, damped
 from fbn_prune.pruning.second_order import (
-    centred,
     choose_neurons,
-    damped,
     loss_root,
     output_error,
     refit,

@@ -27,6 +27,7 @@ class CardFacts:
     kept_networks, total_networks : functional networks kept and found; None if they set no budget.
     calibration, held_out : the texts, in words.
     perplexity_before, perplexity_after : on the held-out share; None if not measured.
+    warning : what a check of the result found amiss; None if nothing.
     command : the command line that makes the model again.
     """
 
@@ -47,6 +48,7 @@ class CardFacts:
     total_networks: int | None = None
     perplexity_before: float | None = None
     perplexity_after: float | None = None
+    warning: str | None = None
     license: dict[str, str] = field(default_factory=dict)
 
 
@@ -73,7 +75,7 @@ def model_card(facts: CardFacts) -> str:
 |---|---:|---:|---:|
 {_table(facts)}
 
-Perplexity is measured on {facts.held_out}.
+Perplexity is measured on {facts.held_out}.{_warning(facts)}
 
 ## Load it
 
@@ -109,6 +111,10 @@ def _why_trust(facts: CardFacts) -> str:
 The layers differ in width (`per_layer_config` in `config.json`), which transformers does not build by itself for this
 architecture yet; `modeling_ragged.py` in this folder, a page of code, narrows each MLP to its width.
 """
+
+
+def _warning(facts: CardFacts) -> str:
+    return "" if facts.warning is None else f"\n\n**Warning:** {facts.warning}."
 
 
 def _base(facts: CardFacts) -> str:

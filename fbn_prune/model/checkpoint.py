@@ -66,6 +66,11 @@ TOKENIZER_FILES = (
 COMPANION_FILES = ("generation_config.json", "LICENSE*", "NOTICE*", "README.md")
 
 _MLP_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_PACKED = re.compile(
+    r"\.(qweight|qzeros|scales|g_idx|SCB|absmax|quant_map|quant_state\..+|weight_packed|weight_scale(_inv|_2)?|weight_format)$"
+)
+"""Ends of the names of tensors that GPTQ, AWQ, bitsandbytes, compressed-tensors and fp8 checkpoints bring along."""
+
 _PROBE = "The quick brown fox jumps over 13 lazy dogs.\n"
 
 
@@ -111,6 +116,7 @@ class Checkpoint:
         config = _read_config(path)
         family = family_of(config, ragged=ragged)
         tensors = read_headers(path)
+        _refuse_quantized(path, tensors)
         _check_mlps(path, family, config, tensors)
         checkpoint = cls(path, config, family, tensors, hub_id, trust_remote_code)
         _check_tokenizer(checkpoint)
@@ -260,6 +266,19 @@ def _read_config(path: Path) -> dict[str, Any]:
     return read_object(path / "config.json")
 
 
+def _refuse_quantized(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    """Also where the config does not say so. Other tensors than weights may be integers: masks, position ids."""
+    for name, info in tensors.items():
+        if _PACKED.search(name):
+            raise InvalidInput(
+                f"{path / info.file}: {name} belongs to a quantized model; prune the unquantized model"
+            )
+        if name.endswith(".weight") and info.dtype not in _MLP_DTYPES:
+            raise InvalidInput(
+                f"{path / info.file}: {name} is stored as {info.dtype}; prune the unquantized model"
+            )
+
+
 def _check_mlps(
     path: Path, family: Family, config: dict[str, Any], tensors: Mapping[str, TensorInfo]
 ) -> None:
@@ -283,9 +302,7 @@ def _check_mlps(
                 f"but config.json means {list(expected)}"
             )
         if info.dtype not in _MLP_DTYPES:
-            raise InvalidInput(
-                f"{path / info.file}: {name} is stored as {info.dtype}; prune the unquantized model"
-            )
+            raise InvalidInput(f"{path / info.file}: {name} is stored as {info.dtype}")
         if location.part == "bias" and not biased:
             raise InvalidInput(f"{path / info.file} has {name}, but config.json means no MLP bias")
         found.add((location.layer, location.projection.path, location.part))

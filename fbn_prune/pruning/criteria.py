@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fbn_prune.model.surgery import MlpCut
 from fbn_prune.pruning import second_order
+from fbn_prune.pruning.damping import centred, constant_neurons, refit_share, warn_of_outliers
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class LayerEvidence:
         Squared norm of each neuron's weights into it, [N].
     gram, mean
         H = E[xᵀx] [N, N] and E[x] [N].
+    tokens
+        Tokens (or their weights) that these are means over.
     cross, target_mean
         E[tᵀx] and E[t] of the signal to reproduce, where that is not x itself (sequential mode).
     membership
@@ -46,6 +49,7 @@ class LayerEvidence:
     input_norms: Tensor
     gram: Tensor
     mean: Tensor
+    tokens: float
     cross: Tensor | None
     target_mean: Tensor | None
     membership: Tensor | None
@@ -105,7 +109,7 @@ def wanda(evidence: LayerEvidence, width: int) -> MlpCut:
 @criterion("flap")
 def flap(evidence: LayerEvidence, width: int) -> MlpCut:
     """Variance of x_j times ||W_j||², the removed neurons' mean output moved into a bias where one can be stored."""
-    variance = second_order.centred(evidence.gram, evidence.mean).diagonal()
+    variance = centred(evidence.gram, evidence.mean).diagonal()
     cut = _without_refit(evidence, variance * evidence.weight.square().sum(0), width)
     if not evidence.can_have_bias:
         return cut
@@ -136,9 +140,11 @@ def _signal(evidence: LayerEvidence) -> tuple[Tensor, Tensor | None]:
     """H, or the covariance where a bias takes the mean, and the cross product that goes with it."""
     gram, cross = evidence.gram, evidence.cross
     if evidence.bias is not None:
-        gram = second_order.centred(gram, evidence.mean)
+        gram = centred(gram, evidence.mean)
         if cross is not None and evidence.target_mean is not None:
             cross = cross - torch.outer(evidence.target_mean, evidence.mean)
+            cross[:, constant_neurons(evidence.gram, evidence.mean)] = 0
+    warn_of_outliers(gram)
     return gram, cross
 
 
@@ -147,14 +153,19 @@ def _scored(evidence: LayerEvidence, gram: Tensor, cross: Tensor | None) -> Tens
     weight = evidence.weight
     if cross is not None:
         full = torch.arange(weight.shape[1], device=weight.device)
-        weight = second_order.refit(weight, gram, full, damping=evidence.refit_damping, cross=cross)
+        weight = second_order.refit(
+            weight, gram, full, damping=_refit_damping(evidence), cross=cross
+        )
     return weight if evidence.loss_root is None else evidence.loss_root @ weight
 
 
+def _refit_damping(evidence: LayerEvidence) -> float:
+    return refit_share(evidence.refit_damping, evidence.tokens, evidence.weight.shape[1])
+
+
 def _refitted(evidence: LayerEvidence, gram: Tensor, cross: Tensor | None, kept: Tensor) -> MlpCut:
-    weight = second_order.refit(
-        evidence.weight, gram, kept, damping=evidence.refit_damping, cross=cross
-    )
+    damping = _refit_damping(evidence)
+    weight = second_order.refit(evidence.weight, gram, kept, damping=damping, cross=cross)
     bias = None
     if evidence.bias is not None:
         target_mean = evidence.mean if evidence.target_mean is None else evidence.target_mean
@@ -180,7 +191,7 @@ def neuron_costs(evidence: LayerEvidence) -> Tensor:
     """What each neuron of a layer costs to remove, cheapest first, in its own layer's units; float64 [N]."""
     gram = evidence.gram
     if evidence.bias is not None:
-        gram = second_order.centred(gram, evidence.mean)
+        gram = centred(gram, evidence.mean)
     weight = evidence.weight if evidence.loss_root is None else evidence.loss_root @ evidence.weight
     return second_order.removal_costs(weight, gram, damping=evidence.damping).cpu()
 

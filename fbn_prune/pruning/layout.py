@@ -32,6 +32,7 @@ from fbn_prune.pruning.allocation import (
     uniform_widths,
 )
 from fbn_prune.pruning.criteria import cuts_to_widths, neuron_costs
+from fbn_prune.pruning.fitting import DampingNotes
 from fbn_prune.pruning.pipeline import CutOptions, EvidencePass
 
 UNIFORM = "uniform"
@@ -201,7 +202,11 @@ def _within(request: LayoutRequest, widths: list[int]) -> list[int]:
 
 def _scores(subject: Subject, rule: str, clock: StageClock) -> list[Tensor]:
     if rule == "loss":
-        return [neuron_costs(layer) for layer in _evidence(subject, subject.loss_roots, clock)]
+        costs = []
+        for layer in _evidence(subject, subject.loss_roots, clock):
+            with DampingNotes().heard(layer.layer):
+                costs.append(neuron_costs(layer))
+        return costs
     assert subject.networks is not None
     if rule == "members":
         return member_scores(subject.networks, subject.kept)
@@ -241,7 +246,8 @@ def _trials(
     loss_roots = subject.loss_roots if subject.options.loss_aware else None
     for layer in _evidence(subject, loss_roots, clock):
         wanted = {widths[layer.layer] for widths in candidates.values()}
-        made = cuts_to_widths(subject.options.criterion, layer, wanted)
+        with DampingNotes().heard(layer.layer):  # the cut itself will say the same
+            made = cuts_to_widths(subject.options.criterion, layer, wanted)
         for name, widths in candidates.items():
             cuts[name].append(made[widths[layer.layer]])
     batches = trying.batches(subject.batch_tokens)

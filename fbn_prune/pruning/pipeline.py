@@ -22,7 +22,9 @@ from fbn_prune.model.families import Family
 from fbn_prune.model.streaming import have_layer, let_go, stream_of
 from fbn_prune.model.surgery import MlpCut, apply_cut
 from fbn_prune.progress import Advance, StageClock
-from fbn_prune.pruning.criteria import CRITERIA, LayerEvidence
+from fbn_prune.pruning.criteria import LayerEvidence
+from fbn_prune.pruning.fitting import DampingNotes, fitting_cut
+from fbn_prune.pruning.prediction import relative_error
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,12 @@ class CutOptions:
 
 @dataclass(frozen=True)
 class CutModel:
-    """The cuts of all layers, and the seconds of one bare pass over the calibration tokens."""
+    """The cuts of all layers, the seconds of one bare pass over the calibration tokens, and the layers' errors, see
+    :func:`fbn_prune.pruning.prediction.relative_error`."""
 
     cuts: Sequence[MlpCut]
     forward_seconds: float
+    relative_errors: tuple[float, ...]
 
 
 def cut_layers(
@@ -84,16 +88,23 @@ def cut_layers(
         clock=clock,
     )
     cuts: list[MlpCut] = []
+    errors: list[float] = []
+    notes = DampingNotes()
     stream = stream_of(model)
     for layer, width in zip(evidence, widths, strict=True):
-        cut = CRITERIA[options.criterion](layer, width)
+        with notes.heard(layer.layer):
+            cut = fitting_cut(layer, width, criterion=options.criterion, stored=options.round_to)
+        errors.append(relative_error(layer, cut))
         if stream is None:
             apply_cut(model, family, layer.layer, cut, round_to=options.round_to)
             cuts.append(cut)
         else:
             stream.cut(cut)
         del layer, cut
-    return CutModel(stream.cuts if stream is not None else cuts, evidence.forward_seconds)
+    for line in notes.lines():
+        clock.note(line)
+    made = cuts if stream is None else stream.cuts
+    return CutModel(made, evidence.forward_seconds, tuple(errors))
 
 
 class EvidencePass:
@@ -198,6 +209,7 @@ class EvidencePass:
             input_norms=input_norms,
             gram=statistics.gram,
             mean=statistics.mean,
+            tokens=statistics.count,
             cross=None if cross is None else cross.cross,
             target_mean=None if cross is None else cross.target_mean,
             membership=membership,

@@ -15,23 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fbn_prune.pruning.damping import factored, ridge
+
 BLOCKS_PER_LAYER = 64
 """Neurons leave in at most this many blocks a layer: fewer is visibly worse, more costs time and changes little."""
 
-
-def damped(gram: Tensor, share: float) -> Tensor:
-    """H with `share` of its mean diagonal added to the diagonal; of an all-zero H, the identity.
-
-    The sum is positive definite for every share > 0, also for dead neurons and fewer tokens than neurons.
-    """
-    scale = float(gram.diagonal().mean())
-    ridge = share * scale if scale > 0 else 1.0
-    return gram + ridge * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-
-
-def centred(gram: Tensor, mean: Tensor) -> Tensor:
-    """The covariance belonging to H and the mean: what is left to explain where an output bias takes the mean."""
-    return gram - torch.outer(mean, mean)
+INVERSE_TOLERANCE = 1e-6
+"""How far rounding may push [H⁻¹]_jj below its least possible value, 1 / H_jj, before H⁻¹ is computed afresh."""
 
 
 def choose_neurons(weight: Tensor, gram: Tensor, keep: int, *, damping: float) -> Tensor:
@@ -46,17 +36,16 @@ def choose_neurons(weight: Tensor, gram: Tensor, keep: int, *, damping: float) -
     keep
         Number of neurons that stay, 0 < keep <= neurons.
     damping
-        Share of the mean diagonal of H added before inversion.
+        Share of the mean diagonal of H added before inversion, see :func:`fbn_prune.pruning.damping.ridge`.
 
     Returns
     -------
     int64 [keep], ascending.
     """
-    step = _all_neurons(weight, gram, damping)
-    block = _block_size(step)
-    while len(step.kept) > keep:
-        step, _, _ = _remove_cheapest(step, min(block, len(step.kept) - keep))
-    return step.kept
+    surgeon = _Surgeon(weight, gram, damping)
+    while len(surgeon.step.kept) > keep:
+        surgeon.remove_cheapest(len(surgeon.step.kept) - keep)
+    return surgeon.step.kept
 
 
 def removal_costs(weight: Tensor, gram: Tensor, *, damping: float) -> Tensor:
@@ -114,36 +103,53 @@ class _Step:
 
 def _removals(weight: Tensor, gram: Tensor, damping: float) -> Iterator[tuple[Tensor, Tensor]]:
     """The neurons of one block after another until none is left, cheapest first, and what each cost."""
-    step = _all_neurons(weight, gram, damping)
-    block = _block_size(step)
-    while len(step.kept) > 0:
-        step, gone, cost = _remove_cheapest(step, min(block, len(step.kept)))
-        yield gone, cost
+    surgeon = _Surgeon(weight, gram, damping)
+    while len(surgeon.step.kept) > 0:
+        yield surgeon.remove_cheapest(len(surgeon.step.kept))
 
 
-def _all_neurons(weight: Tensor, gram: Tensor, damping: float) -> _Step:
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram, damping)))
-    return _Step(torch.arange(weight.shape[1], device=weight.device), weight, inverse)
+class _Surgeon:
+    """Takes neurons out of one layer, from all of them to the last."""
 
+    def __init__(self, weight: Tensor, gram: Tensor, damping: float) -> None:
+        self._weight, self._gram = weight, gram
+        self._ridge = ridge(gram, damping)
+        self._block = max(1, weight.shape[1] // BLOCKS_PER_LAYER)
+        factor = factored(gram, self._ridge)
+        self._energy = factor.square().sum(1)  # the diagonal of H as it was damped
+        kept = torch.arange(weight.shape[1], device=weight.device)
+        self.step = _Step(kept, weight, torch.cholesky_inverse(factor))
 
-def _block_size(step: _Step) -> int:
-    return max(1, len(step.kept) // BLOCKS_PER_LAYER)
+    def remove_cheapest(self, most: int) -> tuple[Tensor, Tensor]:
+        """Take out a block, of `most` neurons at most: which they were (cheapest first) and what each cost."""
+        kept, weight, inverse = self.step.kept, self.step.weight, self.step.inverse
+        count = min(self._block, most)
+        cost = weight.square().sum(0) / inverse.diagonal()
+        order = torch.argsort(cost, stable=True)
+        gone, stay = order[:count], order[count:].sort().values
+        between = inverse[gone][:, stay]
+        solved = torch.linalg.solve(inverse[gone][:, gone], between)
+        left = _Step(
+            kept[stay],
+            weight[:, stay] - weight[:, gone] @ solved,
+            inverse[stay][:, stay] - between.T @ solved,
+        )
+        self.step = left if self._sound(left) else self._afresh(left.kept)
+        return kept[gone], cost[gone]
 
+    def _sound(self, step: _Step) -> bool:
+        """Whether H⁻¹ is still one: its diagonal cannot be less than one over that of H."""
+        share = step.inverse.diagonal() * self._energy[step.kept]
+        return bool((share >= 1 - INVERSE_TOLERANCE).all())
 
-def _remove_cheapest(step: _Step, count: int) -> tuple[_Step, Tensor, Tensor]:
-    """The step after it, the neurons gone (cheapest first) and what each cost."""
-    weight, inverse = step.weight, step.inverse
-    cost = weight.square().sum(0) / inverse.diagonal()
-    order = torch.argsort(cost, stable=True)
-    gone, stay = order[:count], order[count:].sort().values
-    between = inverse[gone][:, stay]
-    solved = torch.linalg.solve(inverse[gone][:, gone], between)
-    left = _Step(
-        step.kept[stay],
-        weight[:, stay] - weight[:, gone] @ solved,
-        inverse[stay][:, stay] - between.T @ solved,
-    )
-    return left, step.kept[gone], cost[gone]
+    def _afresh(self, kept: Tensor) -> _Step:
+        """What the block formula would have come to without rounding."""
+        inner = self._gram[kept][:, kept]
+        factor = factored(inner, self._ridge)
+        target = self._weight @ self._gram[:, kept]
+        target += self._ridge * self._weight[:, kept]
+        solved = torch.cholesky_solve(target.T, factor).T
+        return _Step(kept, solved, torch.cholesky_inverse(factor))
 
 
 def refit(
@@ -173,7 +179,7 @@ def refit(
     target = weight @ (gram if cross is None else cross)[:, kept]
     inner = gram[kept][:, kept]
     residual = target - weight[:, kept] @ inner
-    factor = torch.linalg.cholesky(damped(inner, damping))
+    factor = factored(inner, ridge(inner, damping))
     return weight[:, kept] + torch.cholesky_solve(residual.T, factor).T
 
 
