@@ -42,6 +42,14 @@ def fingerprint(question: str) -> str:
     return hashlib.sha256(_normal(question).encode()).hexdigest()
 
 
+def question_of(record: dict[str, Any]) -> str | None:
+    """What a line of a task file, or a document of a data set, asks; None where it asks nothing."""
+    for field in ("question", "question_stem", "goal", "sentence", "context", "text"):
+        if isinstance(record.get(field), str):
+            return str(record[field])
+    return None
+
+
 def read_examples(path: Path) -> list[Example]:
     """Read the examples of a task.
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import FAMILY_CONFIGS, make_model, save_tiny
-from transformers import PreTrainedModel
+from tiny_models import FAMILY_CONFIGS, make_model, make_tokenizer, save_tiny
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fbn_prune.cli.main import _exit_code
 from fbn_prune.errors import InvalidInput
@@ -230,13 +230,52 @@ def test_ablate_shows_growing_sets_components_and_each_text(
         assert [step["n"] for step in steps] == [1, 6]
         assert steps[0]["neurons"] < steps[1]["neurons"]
         assert all(step["random"]["n"] == 2 for step in steps)
+        assert all(step["components"]["neurons"] == step["neurons"] for step in steps)
     assert _exit_code(command("ablate", tiny, text, *more.split(), *texts)) == 0
     assert "random" in capsys.readouterr().out
+
+
+def test_ablate_measures_tasks_of_the_harness_as_evaluate_does(
+    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval")
+    lines = [
+        {"question": f"{i}?", "choices": ["yes", "no", "so"], "answer": i % 3} for i in range(12)
+    ]
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tasks = ["--tasks", str(questions), "--limit", "9"]
+    evaluated = shown(capsys, ["evaluate", "--model", str(tiny), *tasks])["tasks"]["questions"]
+    expected = {metric: entry["value"] for metric, entry in evaluated.items()}
+    few = "--draws 2 --text-tokens 50 --network 1 --grow 6".split()
+    same = "--action amplify --factor 1".split()
+    result = shown(capsys, command("ablate", tiny, text, *tasks, *few, *same))
+    assert result["dense_tasks"] == {"questions": expected}
+    assert result["networks"][0]["tasks"] == {"questions": expected}
+    for metric, spread in result["random"]["tasks"]["questions"].items():
+        assert spread == {"mean": pytest.approx(expected[metric]), "std": 0}
+    silent = command("ablate", tiny, text, *tasks, *few, "--z", "0")
+    everything_masked = shown(capsys, silent)["growing"]["mask"][0]["tasks"]["questions"]
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    family = family_of(model.config)
+    with torch.no_grad():
+        for layer in range(3):
+            family.down_weight(model, layer).zero_()
+    model.save_pretrained(tmp_path / "without")
+    make_tokenizer().save_pretrained(tmp_path / "without")
+    zeroed = shown(capsys, ["evaluate", "--model", str(tmp_path / "without"), *tasks])
+    for metric, entry in zeroed["tasks"]["questions"].items():
+        assert everything_masked[metric] == entry["value"]
+    assert everything_masked != expected
+    assert _exit_code(silent) == 0
+    assert "questions, acc" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--tasks", "no_such_task_at_all"], "no_such_task_at_all"),
+        (["--tasks", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--network", "9"], "no network 9"),
         (["--grow", "1,7"], "there are 6"),
         (["--grow", "many"], "write numbers"),

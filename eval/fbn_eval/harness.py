@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
-import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import PreTrainedModel
 
-from fbn_eval.task_files import TaskConfig, question_of, task_from_file
+from fbn_eval.task_files import TaskConfig, task_from_file
 from fbn_prune import builtin
 from fbn_prune.errors import FbnPruneError, InvalidInput
+from fbn_prune.harness_tasks import document_question, load_tasks, task_manager
 from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.task_data import fingerprint, recorded_fingerprints
+from fbn_prune.networks.ablation import TaskFigures
+from fbn_prune.task_data import fingerprint, question_of, recorded_fingerprints
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
 
 BOOTSTRAPS = 100_000
 """Resamples behind the standard errors that have no closed form: the harness's own default, so that its figures come
@@ -33,6 +40,7 @@ class HarnessOptions:
     log_samples: bool = False
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+    max_length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -111,44 +119,101 @@ def evaluate(model: str, tasks: Sequence[str | TaskConfig], options: HarnessOpti
     FbnPruneError
         lm-evaluation-harness is not installed, or a task cannot be loaded.
     """
-    # Its advice on how to write tasks, and on being handed a loaded model, is none for users of ready tasks.
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise FbnPruneError(
-            "lm-evaluation-harness is missing: pip install 'fbn-prune[eval]'"
-        ) from None
     checkpoint = Checkpoint.open(str(builtin.model_path()) if model == "builtin" else model)
-    require_unseen_questions(checkpoint.path, tasks)
-    manager = TaskManager(include_defaults=any(isinstance(task, str) for task in tasks))
-    for task in tasks:
-        if isinstance(task, str) and not manager.match_tasks([task]):
-            raise InvalidInput(f"the harness knows no task {task!r}, and there is no such file")
-    device = torch.device(options.device)
-    loaded = HFLM(
-        pretrained=checkpoint.load_model(device, options.dtype),
-        tokenizer=checkpoint.load_tokenizer(),
-        batch_size=int(options.batch_size) if options.batch_size.isdigit() else options.batch_size,
+    seen = recorded_fingerprints(checkpoint.path)
+    require_unseen_lines(checkpoint.path, seen, tasks)
+    loaded = load_tasks(tasks)
+    require_unseen_documents(checkpoint.path, seen, loaded["tasks"])
+    bench = checkpoint.load_model(torch.device(options.device), options.dtype)
+    raw = _run(bench, checkpoint.load_tokenizer(), _top_level(loaded), options, BOOTSTRAPS)
+    return Evaluation(model, _figures(raw), raw)
+
+
+def measure_on_tasks(
+    names: Sequence[str], options: HarnessOptions
+) -> Callable[[Any], Callable[[PreTrainedModel], TaskFigures]]:
+    """What measures a model on tasks again and again, as an ablation does; tasks are loaded once, here.
+
+    Parameters
+    ----------
+    names
+        As for :func:`resolve_tasks`; of a group each of its tasks is measured.
+
+    Returns
+    -------
+    From a tokenizer to a function of the model, which gives metrics by task without standard errors.
+
+    Raises
+    ------
+    InvalidInput, FbnPruneError
+        As :func:`resolve_tasks` and :func:`evaluate`.
+    """
+    tasks = list(load_tasks(resolve_tasks(names))["tasks"].values())
+
+    def with_tokenizer(tokenizer: Any) -> Callable[[PreTrainedModel], TaskFigures]:
+        def measure(model: PreTrainedModel) -> TaskFigures:
+            # It draws bars and prints wherever it runs.
+            with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+                raw = _run(model, tokenizer, tasks, options, bootstraps=0)
+            figures: TaskFigures = {}
+            for one in _figures(raw):
+                figures.setdefault(one.task, {})[one.metric] = one.value
+            return figures
+
+        return measure
+
+    return with_tokenizer
+
+
+def _run(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    tasks: Sequence[Any],
+    options: HarnessOptions,
+    bootstraps: int,
+) -> dict[str, Any]:
+    """One run of the harness on a loaded model."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    batch_size = options.batch_size
+    wrapped = HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=int(batch_size) if batch_size.isdigit() else batch_size,
         device=options.device,
+        max_length=options.max_length,
     )
     try:
         raw = simple_evaluate(
-            model=loaded,
+            model=wrapped,
             tasks=list(tasks),
             num_fewshot=options.fewshot,
             limit=options.limit,
             log_samples=options.log_samples,
-            bootstrap_iters=BOOTSTRAPS,
-            task_manager=manager,
+            bootstrap_iters=bootstraps,
+            task_manager=task_manager(defaults=False),
         )
     except (OSError, ConnectionError, ValueError, KeyError) as error:
         line = " ".join(str(error).split())
         raise FbnPruneError(f"the harness failed: {line[:300]}") from error
+    except AssertionError as error:
+        # It asserts, without a word, that no answer is longer than the model's context.
+        raise FbnPruneError(
+            f"the harness refuses a question: is an answer longer than the {wrapped.max_length} tokens that the "
+            "model takes? --max-length raises that where the model allows it"
+        ) from error
     assert raw is not None
-    return Evaluation(model, _figures(raw), dict(raw))
+    return dict(raw)
+
+
+def _top_level(loaded: dict[str, Any]) -> list[Any]:
+    """Groups, which bring their own tasks and figures, and the tasks that are in none."""
+    groups: dict[str, Any] = loaded.get("groups") or {}
+    inner = {name for children in (loaded.get("group_map") or {}).values() for name in children}
+    grouped = {task.task_name for group in groups.values() for task in group.get_all_tasks()}
+    outer = [group for name, group in groups.items() if name not in inner]
+    return [*outer, *(task for name, task in loaded["tasks"].items() if name not in grouped)]
 
 
 def _figures(raw: Any) -> list[Figure]:
@@ -170,35 +235,56 @@ def _figures(raw: Any) -> list[Figure]:
     return figures
 
 
-def require_unseen_questions(checkpoint: Path, tasks: Sequence[str | TaskConfig]) -> None:
-    """Refuse to test a checkpoint on questions that it was made from, as it records itself.
+def require_unseen_lines(
+    checkpoint: Path, seen: set[str], tasks: Sequence[str | TaskConfig]
+) -> None:
+    """Refuse to test a checkpoint on lines of local files that it was made from, before anything is loaded.
 
     Raises
     ------
     InvalidInput
         A line of a local task file asks what an example of the checkpoint asked.
     """
-    seen = recorded_fingerprints(checkpoint)
-    if not seen:
-        return
-    for task in tasks:
-        for path in _data_files(task):
-            asked = _questions(path)
-            known = sum(fingerprint(question) in seen for question in asked)
-            if known:
-                raise InvalidInput(
-                    f"{known} of {len(asked)} questions of {path} are examples that {checkpoint} "
-                    "was made from: test on others"
-                )
+    for path in (path for task in tasks if seen for path in _test_files(task)):
+        asked = _questions(path)
+        known = sum(fingerprint(question) in seen for question in asked)
+        if known:
+            raise InvalidInput(
+                f"{known} of {len(asked)} questions of {path} are examples that {checkpoint} "
+                "was made from: test on others"
+            )
 
 
-def _data_files(task: str | TaskConfig) -> list[Path]:
+def require_unseen_documents(checkpoint: Path, seen: set[str], tasks: dict[str, Task]) -> None:
+    """The same for the documents that tasks of any kind are tested on.
+
+    Raises
+    ------
+    InvalidInput
+        A task asks what an example of the checkpoint asked.
+    """
+    for name, task in tasks.items() if seen else ():
+        asked = [document_question(task, doc) for doc in task.eval_docs]
+        known = sum(fingerprint(question) in seen for question in asked)
+        if known:
+            raise InvalidInput(
+                f"{known} of {len(asked)} questions of task {name} are examples that {checkpoint} "
+                "was made from: test on others"
+            )
+
+
+def _test_files(task: str | TaskConfig) -> list[Path]:
+    """Local JSON-lines files that a task is tested on."""
     if isinstance(task, str) or task.get("dataset_path") != "json":
         return []
     files = (task.get("dataset_kwargs") or {}).get("data_files") or {}
-    listed = files.values() if isinstance(files, dict) else [files]
-    flat = [one for entry in listed for one in (entry if isinstance(entry, list) else [entry])]
-    return [Path(one) for one in flat if Path(one).is_file()]
+    split = task.get("test_split") or task.get("validation_split")
+    listed = files.get(split, []) if isinstance(files, dict) else files
+    return [
+        Path(one)
+        for one in (listed if isinstance(listed, list) else [listed])
+        if Path(one).is_file()
+    ]
 
 
 def _questions(path: Path) -> list[str]:

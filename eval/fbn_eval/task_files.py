@@ -14,12 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fbn_prune.errors import InvalidInput
-
-TaskConfig = dict[str, Any]
-"""What the harness takes for a task: the content of one of its YAML files."""
+from fbn_prune.harness_tasks import TaskConfig, task_from_yaml
 
 ANSWER_TOKENS = 48
 """Tokens generated for an exact answer at most; it ends with the line."""
@@ -41,7 +37,7 @@ def task_from_file(path: Path) -> TaskConfig:
     if not path.is_file():
         raise InvalidInput(f"task file {path} does not exist")
     if path.suffix in (".yaml", ".yml"):
-        return _from_yaml(path)
+        return task_from_yaml(path)
     source: TaskConfig = {"task": path.stem, "test_split": "test"}
     if path.suffix == ".txt":
         return source | _text_data(path) | _perplexity()
@@ -56,27 +52,6 @@ def task_from_file(path: Path) -> TaskConfig:
         f"{path}: no kind of task has the fields {', '.join(sorted(fields))}; "
         "question and answer, question, choices and answer, or text would do"
     )
-
-
-def question_of(record: dict[str, Any]) -> str | None:
-    """What a line of a task file asks, or None where it asks nothing."""
-    for field in ("question", "question_stem", "goal", "sentence", "context", "text"):
-        if isinstance(record.get(field), str):
-            return str(record[field])
-    return None
-
-
-def _from_yaml(path: Path) -> TaskConfig:
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    try:
-        config = load_yaml(path, resolve_func=True)
-    except (yaml.YAMLError, OSError, ValueError) as error:
-        line = " ".join(str(error).split())
-        raise InvalidInput(f"task file {path} cannot be read: {line}") from None
-    if not isinstance(config, dict) or "task" not in config:
-        raise InvalidInput(f"task file {path} names no task")
-    return dict(config)
 
 
 def _first_record(path: Path) -> dict[str, Any]:

@@ -8,12 +8,24 @@ import typer
 from rich.table import Table
 
 from fbn_prune.cli import console
-from fbn_prune.cli.options import STUDY_FLAGS, Json, recipe_flags
-from fbn_prune.errors import InvalidInput
+from fbn_prune.cli.options import (
+    STUDY_FLAGS,
+    BatchSize,
+    Fewshot,
+    Json,
+    Limit,
+    Tasks,
+    recipe_flags,
+    task_names,
+)
+from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.recipe import build_recipe
 
 if TYPE_CHECKING:
-    from fbn_prune.studies import AblationResult
+    from collections.abc import Callable
+
+    from fbn_prune.ablation_study import AblationResult
+    from fbn_prune.networks.ablation import TaskMeasure
 
 Action = Annotated[
     Literal["mask", "retain", "amplify"],
@@ -61,14 +73,18 @@ def command(
     text: Text = None,
     text_tokens: TextTokens = 4096,
     components: Components = False,
+    tasks: Tasks = None,
+    limit: Limit = None,
+    num_fewshot: Fewshot = None,
+    batch_size: BatchSize = "8",
     json: Json = False,
     flags: dict[str, Any],
 ) -> None:
-    """Mask, retain alone or amplify networks at run time; perplexity against random sets of equal size."""
+    """Mask, retain alone or amplify networks at run time; perplexity and tasks against random sets of equal size."""
     recipe = build_recipe(flags)
     sizes = _sizes(grow)
+    from fbn_prune.ablation_study import AblationPlan, run_ablation
     from fbn_prune.progress import StageClock
-    from fbn_prune.studies import AblationPlan, run_ablation
 
     plan = AblationPlan(
         action=action,
@@ -81,11 +97,25 @@ def command(
         tokens=text_tokens,
         components=components,
     )
-    result = run_ablation(recipe, plan, StageClock(console.display()))
+    on_tasks = _on_tasks(task_names(tasks), limit, num_fewshot, batch_size)
+    result = run_ablation(recipe, plan, StageClock(console.display()), on_tasks)
     if json:
         console.print_json(result.to_json())
     else:
         _show(result)
+
+
+def _on_tasks(
+    names: list[str], limit: float | None, fewshot: int | None, batch_size: str
+) -> Callable[[Any], TaskMeasure] | None:
+    """What measures on tasks, loaded now so that a wrong name is refused before any work."""
+    if not names:
+        return None
+    try:
+        from fbn_eval.harness import HarnessOptions, measure_on_tasks
+    except ImportError as error:
+        raise FbnPruneError(f"{error}: pip install 'fbn-prune[eval]'") from None
+    return measure_on_tasks(names, HarnessOptions(limit, fewshot, batch_size))
 
 
 def _sizes(grow: str | None) -> tuple[int, ...]:
@@ -100,18 +130,27 @@ def _sizes(grow: str | None) -> tuple[int, ...]:
 def _show(result: AblationResult) -> None:
     facts = result.to_json()
     texts = list(facts["tokens"])
+    figures = [
+        (task, metric) for task, metrics in facts["dense_tasks"].items() for metric in metrics
+    ]
     table = Table(
         title=f"{facts['action']} the networks of {facts['model']}: "
         f"perplexity {facts['dense']:.3f} unchanged",
         title_justify="left",
     )
-    for heading in ("network", "neurons", "perplexity", *(f"{name}, nats" for name in texts)):
+    of_texts = [f"{name}, nats" for name in texts]
+    of_tasks = [f"{task}, {metric}" for task, metric in figures]
+    for heading in ("network", "neurons", "perplexity", *of_texts, *of_tasks):
         table.add_column(heading, justify="right")
 
     def row(name: str, entry: dict[str, Any], value: str) -> None:
         rises = [f"{entry['rise_by_text'][text]:+.3f}" for text in texts]
-        table.add_row(name, str(entry["neurons"]), value, *rises)
+        on_tasks = [_figure(entry["tasks"][task][metric]) for task, metric in figures]
+        table.add_row(name, str(entry["neurons"]), value, *rises, *on_tasks)
 
+    if figures:
+        unchanged = [_figure(facts["dense_tasks"][task][metric]) for task, metric in figures]
+        table.add_row("none", "0", f"{facts['dense']:.3f}", *["+0.000"] * len(texts), *unchanged)
     for entry in sorted(facts["networks"], key=lambda entry: -entry["perplexity"]):
         row(str(entry["id"]), entry, f"{entry['perplexity']:.3f}")
     random = facts["random"]
@@ -130,8 +169,25 @@ def _show(result: AblationResult) -> None:
         )
     for name, steps in facts["growing"].items():
         for step in steps:
-            band = step["random"]
-            console.print_line(
-                f"{name} the top {step['n']}: {step['neurons']} neurons, perplexity "
-                f"{step['perplexity']:.3f}; random {band['mean']:.3f} ± {band['std']:.3f}"
-            )
+            console.print_line(_step(name, step, figures))
+
+
+def _step(name: str, step: dict[str, Any], figures: list[tuple[str, str]]) -> str:
+    """One point of a growing curve in a line."""
+    band, control = step["random"], step["components"]
+    parts = [
+        f"{name} the top {step['n']}: {step['neurons']} neurons, perplexity {step['perplexity']:.3f}",
+        f"random {band['mean']:.3f} ± {band['std']:.3f}",
+    ]
+    if control is not None:
+        parts.append(f"components {control['perplexity']:.3f}")
+    for task, metric in figures:
+        beside = _figure(band["tasks"][task][metric])
+        parts.append(f"{task} {metric} {_figure(step['tasks'][task][metric])} (random {beside})")
+    return "; ".join(parts)
+
+
+def _figure(value: float | dict[str, float]) -> str:
+    if isinstance(value, dict):
+        return f"{value['mean']:.3f} ± {value['std']:.3f}"
+    return f"{value:.3f}"

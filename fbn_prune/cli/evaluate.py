@@ -14,29 +14,23 @@ import typer
 from rich.table import Table
 
 from fbn_prune.cli import console
-from fbn_prune.cli.options import Json, recipe_flags
+from fbn_prune.cli.options import (
+    BatchSize,
+    Fewshot,
+    Json,
+    Limit,
+    MaxLength,
+    Tasks,
+    recipe_flags,
+    task_names,
+)
 from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.recipe import build_recipe
 
 if TYPE_CHECKING:
     from fbn_eval.harness import Evaluation
 
-Tasks = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--tasks",
-        help="FILE.jsonl, FILE.txt, FILE.yaml, builtin (the embedded model's skills), or a name that the harness "
-        "knows; repeat, or divide by commas.",
-    ),
-]
 Compare = Annotated[str | None, typer.Option("--compare", help="A second model, for comparison.")]
-Limit = Annotated[
-    float | None, typer.Option("--limit", help="Questions of each task, or a share below 1.")
-]
-Fewshot = Annotated[
-    int | None, typer.Option("--num-fewshot", min=0, help="Examples in the prompt.")
-]
-BatchSize = Annotated[str, typer.Option("--batch-size", help="A number, or auto.")]
 OutputPath = Annotated[
     Path | None,
     typer.Option("--output-path", help="Also write the harness's results here, as JSON."),
@@ -57,6 +51,7 @@ def command(
     limit: Limit = None,
     num_fewshot: Fewshot = None,
     batch_size: BatchSize = "8",
+    max_length: MaxLength = None,
     output_path: OutputPath = None,
     log_samples: Samples = False,
     card: Card = False,
@@ -65,7 +60,7 @@ def command(
 ) -> None:
     """Evaluate a checkpoint with lm-evaluation-harness, alone or beside another one."""
     recipe = build_recipe(flags)
-    names = [name for entry in tasks or ["builtin"] for name in entry.split(",") if name]
+    names = task_names(tasks or ["builtin"])
     if log_samples and output_path is None:
         raise InvalidInput("--log-samples: name the file to put them into with --output-path")
     readme = Path(recipe.model) / "README.md"
@@ -83,7 +78,7 @@ def command(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float32 if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-    options = HarnessOptions(limit, num_fewshot, batch_size, log_samples, device, dtype)
+    options = HarnessOptions(limit, num_fewshot, batch_size, log_samples, device, dtype, max_length)
     resolved = resolve_tasks(names)
     # The harness draws its bars wherever it runs, and prints; what goes wrong it raises.
     quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())

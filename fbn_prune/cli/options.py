@@ -17,6 +17,32 @@ DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Predict size, memory and time; change nothing.")
 ]
 
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tasks",
+        help="FILE.jsonl, FILE.txt, FILE.yaml, builtin (the embedded model's skills), or a name that the harness "
+        "knows; repeat, or divide by commas.",
+    ),
+]
+Limit = Annotated[
+    float | None, typer.Option("--limit", help="Questions of each task, or a share below 1.")
+]
+Fewshot = Annotated[
+    int | None, typer.Option("--num-fewshot", min=0, help="Examples in the prompt.")
+]
+BatchSize = Annotated[str, typer.Option("--batch-size", help="A number, or auto.")]
+MaxLength = Annotated[
+    int | None,
+    typer.Option("--max-length", min=1, help="Longest prompt, in tokens. Default: the model's."),
+]
+
+
+def task_names(tasks: list[str] | None) -> list[str]:
+    """The single names in what `--tasks` was given."""
+    return [name for entry in tasks or [] for name in entry.split(",") if name]
+
+
 MODEL_FLAGS = ("model", "device", "dtype", "seed")
 CALIBRATION_FLAGS = ("calibration", "tokens", "context", "held_out")
 DISCOVERY_FLAGS = ("networks", "network_tokens", "scope")

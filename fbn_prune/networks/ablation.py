@@ -2,8 +2,8 @@
 
 After arXiv 2502.20408: each network by itself, growing sets of the strongest, and beside them random sets with as many
 neurons in each layer, drawn many times. The control that says whether independence matters takes sets of the same size
-from the principal components of the same space. Every measurement is kept apart by text, so that it shows what a
-network is for. The model is never copied or changed.
+from the principal components of the same space. Every measurement is kept apart by text and by task, so that it shows
+what a network is for. The model is never copied or changed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -31,12 +31,19 @@ ActionName = Literal["mask", "retain", "amplify"]
 Intervene = Callable[[Sequence[Tensor]], AbstractContextManager[None]]
 """From masks by layer to a context in which the model runs changed."""
 
+TaskFigures = dict[str, dict[str, float]]
+"""Task -> metric -> value."""
+
+TaskMeasure = Callable[[PreTrainedModel], TaskFigures]
+"""What measures a model, as it is at the call, on questions beside the texts."""
+
 
 @dataclass(frozen=True)
 class Quality:
-    """Loss of a model on several texts: name -> (nats summed over predicted tokens, their number)."""
+    """Loss of a model on several texts, name -> (nats summed over predicted tokens, their number); figures on tasks."""
 
     texts: dict[str, tuple[float, int]]
+    tasks: TaskFigures = field(default_factory=dict)
 
     @property
     def loss(self) -> float:
@@ -71,6 +78,7 @@ class Ablated:
             "perplexity": self.quality.perplexity,
             "rise": self.quality.loss - dense.loss,
             "rise_by_text": self.quality.rises(dense),
+            "tasks": self.quality.tasks,
         }
 
 
@@ -89,10 +97,16 @@ class Band:
     @property
     def std(self) -> float:
         """Standard deviation of the perplexity over the draws; 0 for one draw."""
-        values = [q.perplexity for q in self.qualities]
-        return (
-            statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else 0.0
-        )
+        return _spread([q.perplexity for q in self.qualities])["std"]
+
+    @property
+    def tasks(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Task -> metric -> mean and standard deviation over the draws."""
+        drawn = [q.tasks for q in self.qualities]
+        return {
+            task: {metric: _spread([one[task][metric] for one in drawn]) for metric in metrics}
+            for task, metrics in drawn[0].items()
+        }
 
     def to_json(self, dense: Quality) -> dict[str, Any]:
         rises = [q.rises(dense) for q in self.qualities]
@@ -102,16 +116,21 @@ class Band:
             "std": self.std,
             "n": len(self.qualities),
             "rise_by_text": {name: statistics.fmean(r[name] for r in rises) for name in rises[0]},
+            "tasks": self.tasks,
         }
 
 
 @dataclass(frozen=True)
 class Step:
-    """One point of a growing curve: the first `networks` of the order, and its random band."""
+    """One point of a growing curve: the first `networks` of the order, and its controls of equal size.
+
+    `components` are as many principal components' neurons with the largest weights; None where they were not asked for.
+    """
 
     networks: int
     ablated: Ablated
     band: Band
+    components: Ablated | None
 
 
 class Ablation:
@@ -123,6 +142,8 @@ class Ablation:
         Name -> batches; perplexity is over the tokens of all together.
     on_measured
         Called with 1 after each measurement.
+    tasks
+        Measures the model on tasks each time as well; None for texts alone.
     """
 
     def __init__(
@@ -131,9 +152,10 @@ class Ablation:
         family: Family,
         texts: Mapping[str, Sequence[Batch]],
         on_measured: Advance = lambda count: None,
+        tasks: TaskMeasure | None = None,
     ) -> None:
         self._model, self._family, self._texts = model, family, texts
-        self._on_measured = on_measured
+        self._on_measured, self._tasks = on_measured, tasks
 
     def action(self, name: ActionName, factor: float = 1.0) -> Intervene:
         """The intervention of that name on this model; `factor` is for `amplify` alone."""
@@ -147,8 +169,9 @@ class Ablation:
     def dense(self) -> Quality:
         """The unchanged model."""
         texts = {name: summed_loss(self._model, batches) for name, batches in self._texts.items()}
+        figures = {} if self._tasks is None else self._tasks(self._model)
         self._on_measured(1)
-        return Quality(texts)
+        return Quality(texts, figures)
 
     def measure(self, intervene: Intervene, masks: Sequence[Tensor]) -> Ablated:
         """The model with the neurons of `masks`, bool [neurons] for each layer, changed."""
@@ -173,14 +196,33 @@ class Ablation:
         z: float,
         draws: int,
         seed: int,
+        components: Tensor | None = None,
     ) -> list[Step]:
-        """The same done to the union of the first n networks of `order`, for each n of `sizes`."""
+        """The same done to the union of the first n networks of `order`, for each n of `sizes`.
+
+        `components`, [components, N], are maps to take sets of equal size from: the neurons of the largest abs weight
+        in any of the first n.
+        """
         steps = []
         for size in sizes:
             union = networks.by_layer(networks.union(order[:size], z))
+            ablated = self.measure(intervene, union)
             band = self.random(intervene, union, draws=draws, seed=seed)
-            steps.append(Step(size, self.measure(intervene, union), band))
+            control = None
+            if components is not None:
+                chosen = largest(components[:size].abs().amax(0), ablated.neurons)
+                control = self.measure(intervene, networks.by_layer(chosen))
+            steps.append(Step(size, ablated, band, control))
         return steps
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean, and standard deviation: 0 for one value, or where one is not finite."""
+    varied = len(values) > 1 and all(map(math.isfinite, values))
+    return {
+        "mean": statistics.fmean(values),
+        "std": statistics.stdev(values) if varied else 0.0,
+    }
 
 
 def random_like(masks: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:

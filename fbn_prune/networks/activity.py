@@ -7,6 +7,7 @@ The artifact's mean and std standardise the new activations, and A = Z pinv(maps
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -101,3 +102,14 @@ def principal_maps(networks: FunctionalNetworks, moment: Tensor) -> Tensor:
     _, vectors = torch.linalg.eigh(half @ moment @ half)
     components = vectors.flip(1).T @ inverse_half @ maps
     return (components * components.shape[1] ** 0.5).float()
+
+
+def principal_networks(networks: FunctionalNetworks, moment: Tensor) -> FunctionalNetworks:
+    """The principal components as networks: :func:`principal_maps` with the engagement that goes with them.
+
+    Whatever ranks or masks networks can then treat the control as it treats them.
+    """
+    maps = principal_maps(networks, moment)
+    turn = networks.maps.double() @ maps.double().T / maps.shape[1]
+    engagement = torch.diagonal(turn.T @ moment @ turn)
+    return replace(networks, maps=maps, engagement=engagement.contiguous(), energy=None)
