@@ -239,16 +239,14 @@ def test_ablate_measures_tasks_of_the_harness_as_evaluate_does(
     tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("lm_eval")
-    lines = [
-        {"question": f"{i}?", "choices": ["yes", "no", "so"], "answer": i % 3} for i in range(12)
-    ]
+    lines = [{"context": f"one two {i}", "continuation": "three"} for i in range(8)]
     questions = tmp_path / "questions.jsonl"
     questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    tasks = ["--tasks", str(questions), "--limit", "9"]
+    tasks = ["--tasks", str(questions), "--limit", "6"]
     evaluated = shown(capsys, ["evaluate", "--model", str(tiny), *tasks])["tasks"]["questions"]
     expected = {metric: entry["value"] for metric, entry in evaluated.items()}
-    few = "--draws 2 --text-tokens 50 --network 1 --grow 6".split()
-    same = "--action amplify --factor 1".split()
+    few = ["--draws", "2", "--text-tokens", "50", "--network", "1", "--grow", "6"]
+    same = ["--action", "amplify", "--factor", "1"]
     result = shown(capsys, command("ablate", tiny, text, *tasks, *few, *same))
     assert result["dense_tasks"] == {"questions": expected}
     assert result["networks"][0]["tasks"] == {"questions": expected}
@@ -267,8 +265,6 @@ def test_ablate_measures_tasks_of_the_harness_as_evaluate_does(
     for metric, entry in zeroed["tasks"]["questions"].items():
         assert everything_masked[metric] == entry["value"]
     assert everything_masked != expected
-    assert _exit_code(silent) == 0
-    assert "questions, acc" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
