@@ -201,13 +201,14 @@ def _test_perplexity(
 
 def _task_facts(task: TaskCalibration, matched: MatchedCalibration) -> dict[str, Any]:
     return {
-        "file": str(task.task.path),
+        "file": task.task.source,
         "examples": len(task.task.examples),
         "tokens": task.examples.tokens,
         "matched_networks": matched.match.networks,
         "effective_documents": matched.effective_documents,
         "documents": len(matched.match.weights),
         "left_out": task.left_out,
+        "passed_over": task.task.passed_over,
         "test_questions": len(task.task.test),
     }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -14,39 +13,11 @@ from fbn_prune.networks.activity import block_activity
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.networks.tasks import FunctionMatch, match_documents, mixture_weights
 from fbn_prune.progress import StageClock
-from fbn_prune.task_data import (
-    Example,
-    example_blocks,
-    read_examples,
-    require_unseen,
-    without_questions,
-)
+from fbn_prune.task_data import example_blocks, without_questions
+from fbn_prune.task_sources import Task
 
-
-@dataclass(frozen=True)
-class Task:
-    """A task's files, read and checked; `test` is empty where none were named."""
-
-    path: Path
-    examples: tuple[Example, ...]
-    test_path: Path | None
-    test: tuple[Example, ...]
-
-    @classmethod
-    def read(cls, path: Path, test_path: Path | None) -> Task:
-        """Read the examples and the test questions.
-
-        Raises
-        ------
-        InvalidInput
-            A file cannot be read as examples, or an example is a test question.
-        """
-        examples = tuple(read_examples(path))
-        if test_path is None:
-            return cls(path, examples, None, ())
-        test = tuple(read_examples(test_path))
-        require_unseen(examples, test, (str(path), str(test_path)))
-        return cls(path, examples, test_path, test)
+TEST_TOKENS = 32768
+"""Test questions are measured on up to this many tokens of them; all of them are kept out of calibration."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +31,7 @@ class TaskCalibration:
     examples
         The examples' blocks.
     test
-        The test questions' blocks, or None.
+        The test questions' blocks, the first ones where there are many, or None.
     left_out
         Generic blocks that held a test question.
     """
@@ -91,13 +62,13 @@ def task_calibration(
 ) -> TaskCalibration:
     """Tokenize a task and take its test questions out of the generic data."""
     examples = example_blocks(
-        task.examples, tokenizer, context=context, vocabulary=vocabulary, source=str(task.path)
+        task.examples, tokenizer, context=context, vocabulary=vocabulary, source=task.source
     )
     if not task.test:
         return TaskCalibration(task, data, examples, None, 0)
     test = example_blocks(
-        task.test, tokenizer, context=context, vocabulary=vocabulary, source=str(task.test_path)
-    )
+        task.test, tokenizer, context=context, vocabulary=vocabulary, source=task.test_source
+    ).subset(TEST_TOKENS)
     calibrating, left_out = without_questions(data.calibrating, task.test, tokenizer)
     return TaskCalibration(
         task, CalibrationData(calibrating, data.held_out), examples, test, left_out

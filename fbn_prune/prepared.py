@@ -11,7 +11,6 @@ from fbn_prune import builtin
 from fbn_prune.budget import Budget, stated_budget, whole_layers
 from fbn_prune.errors import InvalidInput
 from fbn_prune.export.directory import check_output
-from fbn_prune.matching import Task
 from fbn_prune.memory import MemoryPlan, plan_memory
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.families import Family
@@ -19,6 +18,7 @@ from fbn_prune.model.streaming import stream_model
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.pruning.allocation import default_multiple
 from fbn_prune.recipe import Recipe
+from fbn_prune.task_sources import Task
 
 MAX_CONTEXT = 2048
 
@@ -118,7 +118,11 @@ def prepare(recipe: Recipe) -> Prepared:
     least = len(whole) * width + (layers - len(whole)) * multiple
     budget = stated_budget(recipe, checkpoint, least)
     memory = plan_memory(recipe, checkpoint, device, dtype, context)
-    task = None if recipe.task is None else Task.read(recipe.task, recipe.task_test)
+    task = (
+        None
+        if recipe.task is None
+        else Task.read(recipe.task, recipe.task_test, drawn=recipe.task_examples, seed=recipe.seed)
+    )
     return Prepared(
         recipe, checkpoint, device, dtype, context, multiple, networks, budget, whole, memory, task
     )

@@ -55,7 +55,7 @@ def publish(
         if prepared.task is not None and result.task is not None:
             seen = record(
                 prepared.task.examples,
-                source=str(prepared.task.path),
+                source=prepared.task.source,
                 tokens=result.task["tokens"],
                 networks=result.task["matched_networks"],
             )

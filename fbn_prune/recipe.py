@@ -64,12 +64,20 @@ class Recipe(BaseModel):
         description="Order of networks: output energy, loss rise when knocked out, or how far they "
         "stand out on the task. Default: task with --task, else energy.",
     )
-    task: Path | None = Field(
+    task: str | None = Field(
         None,
-        description="A few examples of the task to keep, JSON lines of text, or question and answer.",
+        description="The task to keep: a few examples in FILE.jsonl (text, or question and answer), the training split "
+        "of a task of lm-evaluation-harness (lm_eval:NAME or lm_eval:FILE.yaml), or builtin:SKILL.",
+    )
+    task_examples: int = Field(
+        64,
+        ge=1,
+        description="Examples to draw of lm_eval: and builtin: tasks; a file is used whole.",
     )
     task_test: Path | None = Field(
-        None, description="Questions of the task, likewise, that must not calibrate; measured on."
+        None,
+        description="Questions of the task, as in a FILE.jsonl, that must not calibrate; measured on. "
+        "lm_eval: and builtin: tasks bring their own.",
     )
     criterion: CriterionName = Field("networks", description="Which neurons go.")
     target_params: str | None = Field(

@@ -112,22 +112,44 @@ def example_blocks(
     return TokenBlocks(tuple(blocks), context, (source,))
 
 
+class TestQuestions:
+    """The questions of a test, to be found again in whatever is to calibrate.
+
+    A question counts as held by a text where its words stand there, whatever the case and the spaces between them, and
+    not as part of longer words or numbers.
+    """
+
+    __test__ = False  # no test case, whatever its name starts with
+
+    def __init__(self, test: Iterable[Example]) -> None:
+        test = list(test)
+        self._fingerprints = {one.fingerprint for one in test}
+        self._questions = sorted({_normal(one.question) for one in test} - {""})
+
+    def in_text(self, text: str) -> bool:
+        normal = _normal(text)
+        return any(q in normal and _stands_alone(normal, q) for q in self._questions)
+
+    def in_example(self, example: Example) -> bool:
+        """Whether an example asks one of the questions, or one of them stands somewhere in it."""
+        return example.fingerprint in self._fingerprints or self.in_text(example.text)
+
+
 def require_unseen(
     examples: Iterable[Example], test: Iterable[Example], names: tuple[str, str]
 ) -> None:
-    """Refuse examples that are test questions; `names` are the two files', for the error.
+    """Refuse examples that ask or hold a test question; `names` are the two files', for the error.
 
     Raises
     ------
     InvalidInput
-        An example asks what a test question asks.
     """
-    asked = {one.fingerprint for one in test}
+    asked = TestQuestions(test)
     for number, one in enumerate(examples, 1):
-        if one.fingerprint in asked:
+        if asked.in_example(one):
             shown = _normal(one.question)[:60]
             raise InvalidInput(
-                f"example {number} of {names[0]} ({shown!r}) is a test question of {names[1]}: "
+                f"example {number} of {names[0]} ({shown!r}) is or holds a test question of {names[1]}: "
                 "take it out of one of them"
             )
 
@@ -137,18 +159,16 @@ def without_questions(
 ) -> tuple[TokenBlocks, int]:
     """Blocks that hold none of the test questions, and how many were left out.
 
-    A question counts as held where its words stand in a block, whatever the case and the spaces between them.
-
     Raises
     ------
     InvalidInput
         No block is left.
     """
-    questions = sorted({_normal(one.question) for one in test})
+    asked = TestQuestions(test)
     free = [
         place
         for place, block in enumerate(blocks.blocks)
-        if not _holds_any(_normal(tokenizer.decode(block, skip_special_tokens=True)), questions)
+        if not asked.in_text(tokenizer.decode(block, skip_special_tokens=True))
     ]
     if not free:
         raise InvalidInput(
@@ -184,10 +204,6 @@ def recorded_fingerprints(checkpoint: Path) -> set[str]:
 
 def _normal(text: str) -> str:
     return " ".join(text.split()).casefold()
-
-
-def _holds_any(text: str, questions: Sequence[str]) -> bool:
-    return any(question in text and _stands_alone(text, question) for question in questions)
 
 
 def _stands_alone(text: str, question: str) -> bool:

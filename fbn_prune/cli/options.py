@@ -54,6 +54,7 @@ STUDY_FLAGS = (
     "keep_networks",
     "rank",
     "task",
+    "task_examples",
     "task_test",
 )
 OUTPUT_FLAGS = ("output", "overwrite")
