@@ -16,6 +16,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,8 @@ SET_COUNTS = (1, 2, 4, 8)
 DECODE_TOKENS = 64
 TOLERANCE = 1e-2
 COMPACT = "compact, pre-gathered"
+COMPILED_TOKENS = (1, 64, 2048)
+"""Where torch.compile is timed too: each shape costs seconds of compilation."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +70,19 @@ def rows_of(weights: Weights, rows: Tensor) -> Weights:
     return Weights(up, gate, down_t, None, None, None)
 
 
-def methods(neurons: NeuronSet) -> dict[str, Method]:
+def methods(neurons: NeuronSet, tokens: int) -> dict[str, Method]:
     """Return every way to run one set, by name; the first is the bar to beat."""
     rows = neurons.rows()
-    compiled = torch.compile(dense, dynamic=False)
     found: dict[str, Method] = {
         COMPACT: lambda x, copy: dense(x, copy.compact),
         "dense": lambda x, copy: dense(x, copy.whole),
-        "compact, torch.compile": lambda x, copy: compiled(x, copy.compact),
         "index_select a call": lambda x, copy: dense(x, rows_of(copy.whole, rows)),
     }
+
+    if tokens in COMPILED_TOKENS:
+        torch._dynamo.reset()  # else the limit of recompilations leaves later shapes uncompiled
+        compiled = torch.compile(dense, dynamic=False)
+        found["compact, torch.compile"] = lambda x, copy: compiled(x, copy.compact)
 
     def gathered(one: NeuronSet) -> Method:
         return lambda x, copy: gathered_mlp(
@@ -151,7 +157,7 @@ def bench_one_set(
         for count in tokens:
             x = torch.randn(count, width, device=rows.device, dtype=copies_of[0].up.dtype)
             times: dict[str, float] = {}
-            for name, method in methods(neurons).items():
+            for name, method in methods(neurons, count).items():
                 through = expected_rows(name, neurons)
                 expected = reference(x, copies[0].whole, through)
                 error = gate_correct(method(x, copies[0]), expected, f"{name}, {count} tokens")
@@ -249,6 +255,29 @@ def main() -> None:
         "many_sets": bench_many_sets(copies, (1, 8, 64)),
     }
     options.output.write_text(json.dumps(report, indent=1) + "\n")
+    logger.info("\n".join(summary(report)))
+
+
+def summary(report: dict[str, Any]) -> list[str]:
+    """Return what the gathered calls reached, a line each."""
+    lines = [
+        f"copy {report['copy_bytes_a_second'] / 1e12:.2f} TB/s, "
+        f"matrix {report['matrix_operations_a_second'] / 1e12:.0f} TFLOP/s",
+        "share kind tokens us of_copy of_peak against_compact",
+    ]
+    lines += [
+        f"{one['share']:.1f} {one['kind']:8} {one['tokens']:5} {one['microseconds']:8.1f} "
+        f"{one['share_of_copy_bandwidth']:.2f} {one['share_of_matrix_peak']:.2f} "
+        f"{one['against_compact']:.3f}"
+        for one in report["one_set"]
+        if one["method"].startswith("gathered")
+    ]
+    lines += [
+        f"{one['sets']} sets r={one['share']} {one['rows_a_set']} rows: {one['chosen']}, "
+        f"{one['speed_up']:.2f} times one by one, {one['microseconds']}"
+        for one in report["many_sets"]
+    ]
+    return lines
 
 
 if __name__ == "__main__":

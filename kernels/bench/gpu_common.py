@@ -6,6 +6,7 @@ in the cache when its turn comes; prefill by medians of single calls.
 
 from __future__ import annotations
 
+import os
 import shutil
 import statistics
 import subprocess
@@ -26,11 +27,11 @@ REPLAYS = 20
 
 
 def random_weights(
-    neurons: int, width: int, dtype: torch.dtype, device: torch.device
+    neurons: int, width: int, dtype: torch.dtype, device: torch.device, copies: int | None = None
 ) -> list[Weights]:
-    """Draw copies of an MLP until they outgrow any cache (at least 4, over 1 GiB together)."""
+    """Draw copies of an MLP: as many as outgrow any cache (at least 4, over 1 GiB together)."""
     one = 3 * neurons * width * dtype.itemsize
-    copies = max(MIN_COPIES, -(-MIN_BYTES // one))
+    copies = copies or max(MIN_COPIES, -(-MIN_BYTES // one))
     generator = torch.Generator(device=device).manual_seed(0)
 
     def draw(scale: float) -> Tensor:
@@ -50,7 +51,9 @@ def gate_of(weights: Weights) -> Tensor:
     return weights.gate
 
 
-def decode_microseconds(call: Callable[[Any], object], copies: list[Any]) -> float:
+def decode_microseconds(
+    call: Callable[[Any], object], copies: list[Any], *, replays: int = REPLAYS
+) -> float:
     """Return the median time of a call over rotating copies, replayed as one CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -64,7 +67,7 @@ def decode_microseconds(call: Callable[[Any], object], copies: list[Any]) -> flo
             call(copy)
     graph.replay()
     times = []
-    for _ in range(REPLAYS):
+    for _ in range(replays):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
@@ -76,7 +79,7 @@ def decode_microseconds(call: Callable[[Any], object], copies: list[Any]) -> flo
 
 def prefill_microseconds(call: Callable[[], object]) -> float:
     """Return the median time of a call."""
-    return float(triton.testing.do_bench(call, warmup=50, rep=300, return_mode="median")) * 1e3
+    return float(triton.testing.do_bench(call, warmup=25, rep=100, return_mode="median")) * 1e3
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -95,10 +98,17 @@ def matrix_peak(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * size**3 / seconds
 
 
+def architecture() -> str:
+    """Return the GPU's architecture as the tuning tables name it: sm_90, gfx942."""
+    found = triton.runtime.driver.active.get_current_target().arch
+    return f"sm_{found}" if isinstance(found, int) else str(found)
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Return device, clocks, versions, commit and date, for a result file."""
     return {
         "device": torch.cuda.get_device_name(device),
+        "architecture": architecture(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
@@ -110,7 +120,12 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Return the commit of the working tree, with a plus sign if it has changes."""
+    """Return the commit of the working tree, with a plus sign if it has changes.
+
+    Where only the files were copied, the variable FBN_COMMIT tells it.
+    """
+    if given := os.environ.get("FBN_COMMIT"):
+        return given
     here = Path(__file__).parent
     done = subprocess.run(
         ["git", "describe", "--always", "--abbrev=40", "--dirty=+"],

@@ -2,28 +2,34 @@
 
 Usage: python kernels/bench/tune.py --width 4096 --neurons 14336 [--dtype bfloat16] [--output PATH]
 
-The hidden and the down kernel are tuned apart: first the hidden tile with the table's down tile, then
-the down tile with the best hidden one. Candidates that the compiler would spill, or that ask for more
-shared memory than the chip has, are dropped before they are run. Merges into the table that is
-there, and records device, versions and commit.
+Compiling costs more than timing, so all candidates are first compiled by as many processes as there
+are cores, into Triton's cache on disk; those that a chip cannot launch fall out there. Every
+candidate is timed at half the neurons kept, the hidden tile first, then the down tile beside the
+best hidden one; the other shares time the best few of these. A tile that spills or is wrong is never
+taken. Merges into the table that is there, and records device, versions and commit.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-import triton
-from gpu_common import decode_microseconds, environment, gate_of, random_weights
+from gpu_common import architecture, decode_microseconds, environment, gate_of, random_weights
 from sets import draw_set
 
 from fbn_kernels import Kind, NeuronSet, reference_mlp
-from fbn_kernels.aot import CHIPS, Chip, compile_down, compile_hidden
+from fbn_kernels.kernels import down_kernel, hidden_kernel
 from fbn_kernels.launch import Weights, launch_mlp
 from fbn_kernels.tuning import (
     TOKEN_BUCKETS,
@@ -36,94 +42,167 @@ from fbn_kernels.tuning import (
     load_table,
     read_table,
     save_table,
-    table_for,
     table_path,
 )
 
 logger = logging.getLogger("tune")
 
-ROWS = {8: (16,), 16: (16,), 32: (32,), 64: (32, 64), 128: (64, 128)}
-SHARES = (0.3, 0.5, 0.7)
+TUNED_SHARE = 0.5
+OTHER_SHARES = (0.3, 0.7, 1.0)
+FINALISTS = 10
+SHARED_LIMIT = 226 * 1024
+ACCUMULATORS = 128
 
 
 def hidden_candidates(tokens: int) -> Iterator[HiddenTile]:
     """Tiles worth trying for a token bucket."""
-    for rows in ROWS.get(tokens, (64, 128)):
-        for neurons, width, warps, stages in itertools.product(
-            (64, 128), (32, 64, 128), (4, 8), (2, 3, 4, 5)
-        ):
+    if tokens <= 32:
+        sizes = itertools.product((max(16, tokens),), (16, 32, 64), (64, 128, 256), (4,), (3, 4, 5))
+    elif tokens <= 64:
+        sizes = itertools.product((64,), (32, 64, 128), (64, 128), (4, 8), (3, 4))
+    elif tokens <= 256:
+        sizes = itertools.product((64, 128), (64, 128), (64,), (4, 8), (3, 4))
+    else:
+        sizes = itertools.product((64, 128, 256), (64, 128, 256), (32, 64), (4, 8), (3, 4))
+    for rows, neurons, width, warps, stages in sizes:
+        shared = 2 * stages * width * (rows + 2 * neurons)
+        if shared <= SHARED_LIMIT and 2 * rows * neurons <= ACCUMULATORS * 32 * warps:
             yield HiddenTile(rows, neurons, width, warps, stages)
 
 
 def down_candidates(tokens: int) -> Iterator[DownTile]:
     """Tiles worth trying for a token bucket; long calls need no split."""
     parts = (1,) if tokens >= 512 else (1, 2, 4, 8, 16)
-    for rows in ROWS.get(tokens, (64, 128)):
-        for neurons, width, warps, stages, split in itertools.product(
-            (32, 64), (64, 128, 256), (4, 8), (2, 3, 4, 5), parts
-        ):
-            yield DownTile(rows, neurons, width, warps, stages, split)
+    if tokens <= 32:
+        sizes = itertools.product((max(16, tokens),), (32, 64), (32, 64, 128, 256), (4,), (3, 4, 5))
+    elif tokens <= 64:
+        sizes = itertools.product((64,), (32, 64), (64, 128, 256), (4, 8), (3, 4))
+    elif tokens <= 256:
+        sizes = itertools.product((64, 128), (64,), (128, 256), (4, 8), (3, 4))
+    else:
+        sizes = itertools.product((64, 128, 256), (32, 64), (128, 256), (4, 8), (3, 4))
+    for rows, neurons, width, warps, stages in sizes:
+        shared = 2 * stages * neurons * (rows + width)
+        if shared <= SHARED_LIMIT and rows * width <= ACCUMULATORS * 32 * warps:
+            for split in parts:
+                yield DownTile(rows, neurons, width, warps, stages, split)
 
 
-def fits(chip: Chip, tile: HiddenTile | DownTile, dtype: torch.dtype) -> bool:
-    """Whether the chip can launch the tile and the compiler does not spill it."""
+@dataclass(frozen=True)
+class Call:
+    """An MLP call to tune, in numbers alone, so that another process can make it again."""
+
+    width: int
+    neurons: int
+    dtype: str
+    kind: Kind
+    tokens: int
+
+
+@functools.cache
+def _one_copy(neurons: int, width: int, dtype: str) -> Weights:
+    device = torch.device("cuda", torch.cuda.current_device())
+    return random_weights(neurons, width, getattr(torch, dtype), device, copies=1)[0]
+
+
+def launchable(call: Call, tile: Tile) -> bool:
+    """Compile and launch a tile once; False where the chip cannot, or registers are spilled."""
+    weights = _one_copy(call.neurons, call.width, call.dtype)
+    neurons = draw_set(call.neurons, TUNED_SHARE, call.kind).to(weights.up.device)
+    x = torch.zeros(call.tokens, call.width, dtype=weights.up.dtype, device=weights.up.device)
+    # Emptied, so that afterwards they hold this launch's binaries alone.
+    caches = [kernel.device_caches for kernel in (hidden_kernel, down_kernel)]
+    for cache in caches:
+        cache.clear()
     try:
-        if isinstance(tile, HiddenTile):
-            binary = compile_hidden(chip, tile, dtype)
-        else:
-            binary = compile_down(chip, tile, dtype, split=tile.split or 1)
+        _launch(x, weights, neurons, tile)
+        torch.cuda.synchronize()
     except Exception as error:
-        logger.debug("%s does not compile: %s", tile, error)
+        logger.debug("%s: %s", tile, error)
         return False
-    return binary.spilled == 0 and binary.shared <= chip.shared_limit
+    binaries = [
+        binary for cache in caches for entry in cache.values() for binary in entry[0].values()
+    ]
+    return bool(binaries) and not any(binary.n_spills for binary in binaries)
 
 
-def best(candidates: Iterator[Tile], time: Callable[[Tile], float]) -> tuple[Tile, float]:
-    """Return the fastest tile and its time in microseconds."""
-    return min(((tile, time(tile)) for tile in candidates), key=lambda timed: timed[1])
-
-
-def tune_call(
-    tokens: int, neurons: NeuronSet, weights: list[Weights], chip: Chip
-) -> tuple[Tile, float]:
-    """Return the fastest tiles for a number of tokens through a set."""
-    up = weights[0].up
-    x = torch.randn(tokens, up.shape[1], dtype=up.dtype, device=up.device)
-    start = table_for(x.device).find(tokens, neurons.count, x.shape[1], x.dtype, neurons.kind)
-    first = weights[0]
-    expected = reference_mlp(
-        x.double(), first.up.double(), first.down_t.double(), neurons, gate=gate_of(first).double()
+def _launch(x: torch.Tensor, weights: Weights, neurons: NeuronSet, tile: Tile) -> torch.Tensor:
+    return launch_mlp(
+        x,
+        weights,
+        neurons.indices,
+        activation="silu",
+        count=neurons.count,
+        kind=neurons.kind,
+        tile=tile,
     )
 
-    def call(tile: Tile, copy: Weights) -> torch.Tensor:
-        return launch_mlp(
-            x,
-            copy,
-            neurons.indices,
-            activation="silu",
-            count=neurons.count,
-            kind=neurons.kind,
-            tile=tile,
-        )
 
-    def time(tile: Tile) -> float:
-        error = (call(tile, first).double() - expected).norm() / expected.norm()
+class Tuner:
+    """Times tiles for one MLP shape.
+
+    Parameters
+    ----------
+    weights
+        Copies of the MLP, together larger than any cache.
+    """
+
+    def __init__(self, weights: list[Weights]) -> None:
+        self.weights = weights
+        up = weights[0].up
+        self.dtype, self.device = up.dtype, up.device
+        self.neurons, self.width = up.shape
+
+    def timed(
+        self, x: torch.Tensor, neurons: NeuronSet, tiles: list[Tile], replays: int
+    ) -> list[tuple[float, Tile]]:
+        """Return (microseconds, tile), fastest first."""
+        found = [
+            (
+                decode_microseconds(
+                    lambda copy: _launch(x, copy, neurons, tile),  # noqa: B023
+                    self.weights,
+                    replays=replays,
+                ),
+                tile,
+            )
+            for tile in tiles
+        ]
+        return sorted(found, key=lambda one: one[0])
+
+    def best(self, tokens: int, neurons: NeuronSet, tiles: list[Tile]) -> list[tuple[float, Tile]]:
+        """Return the finalists with their times, the first of them checked.
+
+        Raises
+        ------
+        RuntimeError
+            If a tile that was timed computes something else: nothing else it says can be believed.
+        """
+        x = torch.randn(tokens, self.width, dtype=self.dtype, device=self.device)
+        quick = self.timed(x, neurons, tiles, 5)[:FINALISTS]
+        finalists = self.timed(x, neurons, [tile for _, tile in quick], 25)
+        first = self.weights[0]
+        expected = reference_mlp(
+            x.double(),
+            first.up.double(),
+            first.down_t.double(),
+            neurons,
+            gate=gate_of(first).double(),
+        )
+        tile = finalists[0][1]
+        error = (_launch(x, first, neurons, tile).double() - expected).norm() / expected.norm()
         if not error < 1e-2:
             raise RuntimeError(f"{tile} is wrong: relative error {float(error):.2e}")
-        return decode_microseconds(lambda copy: call(tile, copy), weights)
+        return finalists
 
-    hidden, _ = best(
-        (
-            replace(start, hidden=one)
-            for one in hidden_candidates(tokens)
-            if fits(chip, one, up.dtype)
-        ),
-        time,
-    )
-    return best(
-        (replace(hidden, down=one) for one in down_candidates(tokens) if fits(chip, one, up.dtype)),
-        time,
-    )
+
+def compile_all(jobs: list[tuple[Call, Tile]]) -> list[tuple[Call, Tile]]:
+    """Compile tiles side by side; return those that could be launched."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+        calls, tiles = [call for call, _ in jobs], [tile for _, tile in jobs]
+        fine = list(pool.map(launchable, calls, tiles, chunksize=4))
+    return [job for job, good in zip(jobs, fine, strict=True) if good]
 
 
 def main() -> None:
@@ -140,30 +219,85 @@ def main() -> None:
         parser.error("tuning needs a GPU")
     device = torch.device("cuda", torch.cuda.current_device())
     name = torch.cuda.get_device_name(device)
-    architecture = triton.runtime.driver.active.get_current_target().arch
-    chip = CHIPS.get(f"sm_{architecture}") or CHIPS.get(str(architecture))
-    if chip is None:
-        parser.error(f"no limits are known for architecture {architecture}: add it to CHIPS")
+    base_name = architecture()
+    if not table_path(base_name).exists():
+        parser.error(f"architecture {base_name} has no table of its own to start from")
     path = options.output or table_path(name)
-    base = read_table(path) if path.exists() else load_table(chip.name)
+    base = read_table(path) if path.exists() else load_table(base_name)
     dtype = getattr(torch, options.dtype)
-    weights = random_weights(options.neurons, options.width, dtype, device)
     entries = {replace(entry, tile=base.entries[0].tile): entry for entry in base.entries}
-    for share, kind in itertools.product(SHARES, (Kind.BLOCK64, Kind.ROWS)):
-        neurons = draw_set(options.neurons, share, kind).to(device)
-        for tokens in options.tokens:
-            tile, microseconds = tune_call(tokens, neurons, weights, chip)
-            entry = Entry(
+
+    def record(tile: Tile, **keys: Any) -> None:
+        entry = Entry(tile, dtype=options.dtype, **keys)
+        entries[replace(entry, tile=base.entries[0].tile)] = entry
+
+    kinds = (Kind.BLOCK64, Kind.ROWS)
+    calls = [
+        Call(options.width, options.neurons, options.dtype, kind, tokens)
+        for kind, tokens in itertools.product(kinds, options.tokens)
+    ]
+    starts = {
+        call: base.find(call.tokens, options.neurons // 2, options.width, dtype, call.kind)
+        for call in calls
+    }
+    began = time.perf_counter()
+    hidden = [
+        (call, replace(starts[call], hidden=one))
+        for call in calls
+        for one in hidden_candidates(call.tokens)
+    ]
+    # One split stands for all: the kernel takes their number as an argument.
+    down = [
+        (call, replace(starts[call], down=one))
+        for call in calls
+        for one in down_candidates(call.tokens)
+    ]
+    several = {
+        (call, replace(tile, down=replace(tile.down, split=min(2, tile.down.split or 1))))
+        for call, tile in down
+    }
+    able = set(compile_all([*hidden, *several]))
+    logger.info(
+        "%d of %d tiles compiled in %.0f s",
+        len(able),
+        len(hidden) + len(several),
+        time.perf_counter() - began,
+    )
+    hidden = [job for job in hidden if job in able]
+    down = [
+        (call, tile)
+        for call, tile in down
+        if (call, replace(tile, down=replace(tile.down, split=min(2, tile.down.split or 1))))
+        in able
+    ]
+    tuner = Tuner(random_weights(options.neurons, options.width, dtype, device))
+    for call in calls:
+        neurons = draw_set(options.neurons, TUNED_SHARE, call.kind).to(device)
+        mine = [tile for one, tile in hidden if one == call]
+        best_hidden = tuner.best(call.tokens, neurons, mine)
+        mine = [replace(tile, hidden=best_hidden[0][1].hidden) for one, tile in down if one == call]
+        found = tuner.best(call.tokens, neurons, mine)
+        pairs = [
+            replace(tile, hidden=other.hidden)
+            for (_, tile), (_, other) in itertools.product(found[:4], best_hidden[:4])
+        ]
+        found = tuner.best(call.tokens, neurons, pairs)
+        record(found[0][1], tokens=call.tokens, kind=call.kind.value)
+        for share in (TUNED_SHARE, *OTHER_SHARES):
+            neurons = draw_set(options.neurons, share, call.kind).to(device)
+            if neurons.kind is not call.kind:
+                continue
+            microseconds, tile = tuner.best(call.tokens, neurons, pairs)[0]
+            record(
                 tile,
-                tokens=tokens,
+                tokens=call.tokens,
                 kept=kept_bucket(neurons.count),
                 model_width=options.width,
-                dtype=options.dtype,
-                kind=neurons.kind.value,
+                kind=call.kind.value,
             )
-            entries[replace(entry, tile=base.entries[0].tile)] = entry
-            logger.info("%5d tokens, %s: %.1f us, %s", tokens, neurons, microseconds, tile)
-            save_table(Table(name, environment(device), tuple(entries.values())), path)
+            logger.info("%5d tokens, %s: %.1f us, %s", call.tokens, neurons, microseconds, tile)
+        save_table(Table(name, environment(device), tuple(entries.values())), path)
+    logger.info("%.0f s in all", time.perf_counter() - began)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from triton.compiler import ASTSource
 
 from .kernels import down_kernel, hidden_kernel
 from .launch import CUDA_PRECISION, HIP_PRECISION
-from .neuron_set import Kind
 from .tuning import DownTile, HiddenTile
 
 
@@ -39,17 +38,20 @@ class Chip:
         Bytes of shared memory a program may use.
     precision
         How float32 is multiplied.
+    chained
+        Whether a kernel may start while the one before it drains.
     """
 
     name: str
     target: GPUTarget
     shared_limit: int
     precision: str
+    chained: bool = False
 
 
 CHIPS = {
     "sm_80": Chip("sm_80", GPUTarget("cuda", 80, 32), 163 * 1024, CUDA_PRECISION),
-    "sm_90": Chip("sm_90", GPUTarget("cuda", 90, 32), 227 * 1024, CUDA_PRECISION),
+    "sm_90": Chip("sm_90", GPUTarget("cuda", 90, 32), 227 * 1024, CUDA_PRECISION, True),
     "gfx942": Chip("gfx942", GPUTarget("hip", "gfx942", 64), 64 * 1024, HIP_PRECISION),
 }
 
@@ -66,9 +68,7 @@ _INTEGER_TABLES = {"indices": "i32", "set_ids": "i32", "order": "i32", "tiles": 
     "membership": "u8",
 }
 
-_ONE_ROW = {"rows": 1, "row_tiles": 1}
-
-_UNALIGNED = {"rows", "row_tiles", "column_tiles", "kept"}
+_UNALIGNED = {"rows", "row_tiles", "column_tiles", "kept", "splits"}
 
 
 @dataclass(frozen=True)
@@ -103,32 +103,28 @@ def compile_hidden(
     *,
     gated: bool = True,
     activation: str = "silu",
-    kind: Kind = Kind.ROWS,
     biased: bool = False,
     masked: bool = False,
     routed: bool = False,
     even_width: bool = True,
-    one_row: bool = False,
 ) -> Binary:
-    """Compile the hidden kernel for a chip; `one_row` as a call with one row specialises it."""
+    """Compile the hidden kernel for a chip."""
     constants: dict[str, Any] = {
         "ACTIVATION": activation,
         "GATED": gated,
         "UP_BIAS": biased,
         "GATE_BIAS": biased and gated,
-        "BLOCKS": kind is Kind.BLOCK64,
         "MASKED": masked,
         "ROUTED": routed,
         "EVEN_WIDTH": even_width,
         "INTERPRETED": False,
         "PRECISION": chip.precision,
+        "CHAINED": chip.chained,
         "BLOCK_ROWS": tile.block_rows,
         "BLOCK_NEURONS": tile.block_neurons,
         "BLOCK_WIDTH": tile.block_width,
         "GROUP_ROWS": 8,
     }
-    if one_row:
-        constants |= _ONE_ROW
     absent = {
         name
         for name, given in (
@@ -153,28 +149,23 @@ def compile_down(
     dtype: torch.dtype,
     *,
     split: int = 1,
-    kind: Kind = Kind.ROWS,
     biased: bool = False,
     routed: bool = False,
     even_width: bool = True,
-    one_row: bool = False,
 ) -> Binary:
-    """Compile the down kernel for a chip; `one_row` as a call with one row specialises it."""
+    """Compile the down kernel for a chip."""
     constants: dict[str, Any] = {
         "BIAS": biased and split == 1,
-        "BLOCKS": kind is Kind.BLOCK64,
         "ROUTED": routed,
         "EVEN_WIDTH": even_width,
         "INTERPRETED": False,
         "PRECISION": chip.precision,
+        "CHAINED": chip.chained,
         "BLOCK_ROWS": tile.block_rows,
         "BLOCK_NEURONS": tile.block_neurons,
         "BLOCK_WIDTH": tile.block_width,
-        "SPLIT": split,
         "GROUP_ROWS": 8,
     }
-    if one_row:
-        constants |= _ONE_ROW
     absent = set() if routed else {"order", "tiles", "table"}
     if not (biased and split == 1):
         absent.add("down_bias")
@@ -205,7 +196,9 @@ def _compile(
         if name not in _UNALIGNED:
             aligned[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs, aligned)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    options: dict[str, int] = {"num_warps": tile.warps, "num_stages": tile.stages}
+    if chip.chained:
+        options["launch_pdl"] = True
     compiled = triton.compile(source, target=chip.target, options=options)
     return _inspect(compiled, chip)
 

@@ -8,6 +8,10 @@ Weights stay where they are; `down` is stored transposed, since gathering its co
 nearly every memory sector whatever the set. The padding of an index list points at a valid row and
 the hidden kernel writes zeros there, so the down kernel needs no mask. Partial sums go to a float32
 workspace and are added in a fixed order, so a result does not change from run to run.
+
+On Hopper and later the three launches are chained (programmatic dependent launch): a kernel starts
+while the one before it drains, computes what depends on weights and index lists alone, and waits
+before it reads what the other wrote, or writes anything.
 """
 
 # A Triton function's arguments are pointers and sizes of the device's own; its branches on
@@ -18,6 +22,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+# A size that changes from call to call must not compile the kernel again.
+_SIZES = ["rows", "row_tiles", "kept", "splits", "parts"]
 
 
 @triton.jit
@@ -56,7 +63,7 @@ def _swizzle(pid, row_tiles, column_tiles, GROUP_ROWS: tl.constexpr):
     return first + within % rows, within // rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def hidden_kernel(
     x,
     up,
@@ -85,12 +92,12 @@ def hidden_kernel(
     GATED: tl.constexpr,
     UP_BIAS: tl.constexpr,
     GATE_BIAS: tl.constexpr,
-    BLOCKS: tl.constexpr,
     MASKED: tl.constexpr,
     ROUTED: tl.constexpr,
     EVEN_WIDTH: tl.constexpr,
     INTERPRETED: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHAINED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_NEURONS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
@@ -98,6 +105,8 @@ def hidden_kernel(
 ):
     """hidden[row, j] = act(x gate[indices[j]]) * (x up[indices[j]]), one tile a program."""
     row_tile, neuron_tile = _swizzle(tl.program_id(0), row_tiles, column_tiles, GROUP_ROWS)
+    if CHAINED:
+        tl.extra.cuda.gdc_launch_dependents()
     position = tl.arange(0, BLOCK_ROWS)
     neuron = neuron_tile * BLOCK_NEURONS + tl.arange(0, BLOCK_NEURONS)
     if ROUTED:
@@ -117,11 +126,7 @@ def hidden_kernel(
         live = position < rows
         row = position
     listed = neuron < kept_padded
-    if BLOCKS:
-        block = tl.load(indices + neuron // 64 * 64, mask=listed, other=0)
-        weight_row = (block + neuron % 64).to(tl.int64)
-    else:
-        weight_row = tl.load(indices + neuron, mask=listed, other=0).to(tl.int64)
+    weight_row = tl.load(indices + neuron, mask=listed, other=0).to(tl.int64)
     column = tl.arange(0, BLOCK_WIDTH)
     x_tile = x + row.to(tl.int64)[:, None] * x_stride + column[None, :]
     up_tile = up + weight_row[None, :] * up_stride + column[:, None]
@@ -129,6 +134,8 @@ def hidden_kernel(
         gate_tile = gate + weight_row[None, :] * gate_stride + column[:, None]
         gate_sum = tl.zeros((BLOCK_ROWS, BLOCK_NEURONS), dtype=tl.float32)
     up_sum = tl.zeros((BLOCK_ROWS, BLOCK_NEURONS), dtype=tl.float32)
+    if CHAINED:
+        tl.extra.cuda.gdc_wait()
     for start in range(0, model_width, BLOCK_WIDTH):
         if EVEN_WIDTH:
             x_part = tl.load(x_tile + start, mask=live[:, None], other=0.0)
@@ -164,7 +171,7 @@ def hidden_kernel(
     tl.store(target, value.to(hidden.dtype.element_ty), mask=stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def down_kernel(
     hidden,
     down_t,
@@ -177,6 +184,7 @@ def down_kernel(
     rows,
     row_tiles,
     column_tiles,
+    splits,
     model_width,
     kept_padded,
     hidden_stride,
@@ -184,20 +192,21 @@ def down_kernel(
     out_stride,
     out_split_stride,
     BIAS: tl.constexpr,
-    BLOCKS: tl.constexpr,
     ROUTED: tl.constexpr,
     EVEN_WIDTH: tl.constexpr,
     INTERPRETED: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHAINED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_NEURONS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
-    SPLIT: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
 ):
     """out[split, row] = the split's share of sum_j hidden[row, j] down_t[indices[j]]."""
     row_tile, width_tile = _swizzle(tl.program_id(0), row_tiles, column_tiles, GROUP_ROWS)
     split = tl.program_id(1)
+    if CHAINED:
+        tl.extra.cuda.gdc_launch_dependents()
     position = tl.arange(0, BLOCK_ROWS)
     if ROUTED:
         set_id = tl.load(tiles + 3 * row_tile)
@@ -214,7 +223,7 @@ def down_kernel(
         position += row_tile * BLOCK_ROWS
         live = position < rows
         row = position
-    share = tl.cdiv(kept_padded // BLOCK_NEURONS, SPLIT) * BLOCK_NEURONS
+    share = tl.cdiv(kept_padded // BLOCK_NEURONS, splits) * BLOCK_NEURONS
     first = split * share
     stop = min(first + share, kept_padded)
     last_start = kept_padded - BLOCK_NEURONS
@@ -222,18 +231,13 @@ def down_kernel(
     inside = column < model_width
     lane = tl.arange(0, BLOCK_NEURONS)
     hidden_tile = hidden + position.to(tl.int64)[:, None] * hidden_stride + lane[None, :]
-    if BLOCKS:
-        here = min(first, last_start)
-        weight_row = tl.load(indices + here) + lane
-    else:
-        weight_row = tl.load(indices + min(first, last_start) + lane)
+    weight_row = tl.load(indices + min(first, last_start) + lane)
     total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+    if CHAINED:
+        tl.extra.cuda.gdc_wait()
     for start in range(first, stop, BLOCK_NEURONS):
         ahead = min(start + BLOCK_NEURONS, last_start)
-        if BLOCKS:
-            next_row = tl.load(indices + ahead) + lane
-        else:
-            next_row = tl.load(indices + ahead + lane)
+        next_row = tl.load(indices + ahead + lane)
         down_tile = down_t + weight_row.to(tl.int64)[:, None] * down_stride + column[None, :]
         if EVEN_WIDTH:
             down_part = tl.load(down_tile)
@@ -243,7 +247,6 @@ def down_kernel(
         total = _dot(hidden_part, down_part, total, INTERPRETED, PRECISION)
         weight_row = next_row
     if BIAS:
-        tl.static_assert(SPLIT == 1)
         total += tl.load(down_bias + column, mask=inside, other=0.0)[None, :].to(tl.float32)
     target = (
         out
@@ -254,27 +257,39 @@ def down_kernel(
     tl.store(target, total.to(out.dtype.element_ty), mask=live[:, None] & inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def reduce_kernel(
     partial,
     down_bias,
     out,
+    parts,
     model_width,
     partial_row_stride,
-    partial_split_stride,
+    partial_part_stride,
     out_stride,
     BIAS: tl.constexpr,
-    SPLIT: tl.constexpr,
+    CHAINED: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    """out[row] = the sum of partial[split, row] in the order of the splits, plus the bias."""
+    """out[row] = the sum of partial[part, row], always in the same order, plus the bias."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     inside = column < model_width
-    source = partial + row * partial_row_stride + column
-    total = tl.zeros((BLOCK_WIDTH,), dtype=tl.float32)
-    for split in tl.static_range(SPLIT):
-        total += tl.load(source + split * partial_split_stride, mask=inside, other=0.0)
+    if CHAINED:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    lane = tl.arange(0, BLOCK_PARTS)
+    source = partial + row * partial_row_stride + column[None, :]
+    sums = tl.zeros((BLOCK_PARTS, BLOCK_WIDTH), dtype=tl.float32)
+    for first in range(0, parts, BLOCK_PARTS):
+        part = first + lane
+        sums += tl.load(
+            source + part.to(tl.int64)[:, None] * partial_part_stride,
+            mask=(part < parts)[:, None] & inside[None, :],
+            other=0.0,
+        )
+    total = tl.sum(sums, 0)
     if BIAS:
         total += tl.load(down_bias + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * out_stride + column, total.to(out.dtype.element_ty), mask=inside)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -11,7 +12,14 @@ from torch import Tensor
 
 from .kernels import down_kernel, hidden_kernel, reduce_kernel
 from .neuron_set import BLOCK, Kind
-from .tuning import INTERPRETED, DownTile, HiddenTile, Tile, compute_units, table_for
+from .tuning import (
+    INTERPRETED,
+    DownTile,
+    HiddenTile,
+    Tile,
+    compute_units,
+    table_for,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Floating types the kernels take."""
@@ -24,7 +32,8 @@ HIP_PRECISION = "ieee"
 
 _PRECISION = HIP_PRECISION if torch.version.hip else CUDA_PRECISION
 _GROUP_ROWS = 8
-_REDUCE_WIDTH = 1024
+_REDUCE_WIDTH = 128
+_REDUCE_PARTS = 16
 _MAX_SPLIT = 16
 
 
@@ -92,9 +101,9 @@ def launch_mlp(
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         hidden = _launch_hidden(
-            x, weights, indices, activation, count, kind, membership, route, tile.hidden
+            x, weights, indices, activation, count, membership, route, tile.hidden
         )
-        _launch_down(hidden, weights, indices, out, kind, route, tile.down)
+        _launch_down(hidden, weights, indices, out, route, tile.down)
     return out
 
 
@@ -110,13 +119,25 @@ def splits(tile: DownTile, row_tiles: int, width_tiles: int, kept_padded: int, u
     return split
 
 
+@functools.cache
+def chained(device: torch.device) -> bool:
+    """Whether the device can start a kernel while the one before it drains (Hopper and later)."""
+    if device.type != "cuda" or torch.version.hip:
+        return False
+    return torch.cuda.get_device_properties(device).major >= 9
+
+
+def _launch_options(chain: bool) -> dict[str, bool]:
+    # AMD's compiler does not know the option.
+    return {"launch_pdl": True} if chain else {}
+
+
 def _launch_hidden(
     x: Tensor,
     weights: Weights,
     indices: Tensor,
     activation: str,
     count: int,
-    kind: Kind,
     membership: Membership | None,
     route: Route | None,
     tile: HiddenTile,
@@ -128,6 +149,7 @@ def _launch_hidden(
     row_tiles = triton.cdiv(rows, block_rows) if route is None else route.tiles.shape[0]
     column_tiles = triton.cdiv(kept_padded, tile.block_neurons)
     gate = weights.gate
+    chain = chained(x.device)
     hidden_kernel[(row_tiles * column_tiles,)](
         x,
         weights.up,
@@ -156,18 +178,19 @@ def _launch_hidden(
         GATED=gate is not None,
         UP_BIAS=weights.up_bias is not None,
         GATE_BIAS=weights.gate_bias is not None,
-        BLOCKS=kind is Kind.BLOCK64,
         MASKED=membership is not None,
         ROUTED=route is not None,
         EVEN_WIDTH=width % tile.block_width == 0,
         INTERPRETED=INTERPRETED,
         PRECISION=_PRECISION,
+        CHAINED=chain,
         BLOCK_ROWS=block_rows,
         BLOCK_NEURONS=tile.block_neurons,
         BLOCK_WIDTH=tile.block_width,
         GROUP_ROWS=_GROUP_ROWS,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        **_launch_options(chain),
     )
     return hidden
 
@@ -177,7 +200,6 @@ def _launch_down(
     weights: Weights,
     indices: Tensor,
     out: Tensor,
-    kind: Kind,
     route: Route | None,
     tile: DownTile,
 ) -> None:
@@ -188,6 +210,7 @@ def _launch_down(
     column_tiles = triton.cdiv(width, tile.block_width)
     split = splits(tile, row_tiles, column_tiles, kept_padded, compute_units(out.device))
     bias = weights.down_bias
+    chain = chained(out.device)
     partial = out
     if split > 1:
         partial = torch.empty(split, rows, width, dtype=torch.float32, device=out.device)
@@ -203,6 +226,7 @@ def _launch_down(
         rows,
         row_tiles,
         column_tiles,
+        split,
         width,
         kept_padded,
         hidden.stride(0),
@@ -210,32 +234,41 @@ def _launch_down(
         partial.stride(-2),
         partial.stride(0) if split > 1 else 0,
         BIAS=bias is not None and split == 1,
-        BLOCKS=kind is Kind.BLOCK64,
         ROUTED=route is not None,
         EVEN_WIDTH=width % tile.block_width == 0,
         INTERPRETED=INTERPRETED,
         PRECISION=_PRECISION,
+        CHAINED=chain,
         BLOCK_ROWS=block_rows,
         BLOCK_NEURONS=tile.block_neurons,
         BLOCK_WIDTH=tile.block_width,
-        SPLIT=split,
         GROUP_ROWS=_GROUP_ROWS,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        **_launch_options(chain),
     )
     if split > 1:
-        reduce_kernel[(rows, triton.cdiv(width, _REDUCE_WIDTH))](
-            partial,
-            bias,
-            out,
-            width,
-            partial.stride(1),
-            partial.stride(0),
-            out.stride(0),
-            BIAS=bias is not None,
-            SPLIT=split,
-            BLOCK_WIDTH=_REDUCE_WIDTH,
-        )
+        _launch_reduce(partial, bias, out)
+
+
+def _launch_reduce(partial: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    parts, rows, width = partial.shape
+    chain = chained(out.device)
+    reduce_kernel[(rows, triton.cdiv(width, _REDUCE_WIDTH))](
+        partial,
+        bias,
+        out,
+        parts,
+        width,
+        partial.stride(1),
+        partial.stride(0),
+        out.stride(0),
+        BIAS=bias is not None,
+        CHAINED=chain,
+        BLOCK_PARTS=_REDUCE_PARTS,
+        BLOCK_WIDTH=_REDUCE_WIDTH,
+        **_launch_options(chain),
+    )
 
 
 def _check(x: Tensor, weights: Weights) -> None:

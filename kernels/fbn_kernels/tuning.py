@@ -134,8 +134,9 @@ def token_bucket(tokens: int) -> int:
 
 
 def kept_bucket(kept: int) -> int:
-    """Return the smallest power of two not below `kept`."""
-    return 1 << max(kept - 1, 0).bit_length()
+    """Return the smallest power of two, or one and a half of one, not below `kept`."""
+    power = 1 << max(kept - 1, 0).bit_length()
+    return 3 * power // 4 if kept <= 3 * power // 4 else power
 
 
 def table_path(device: str) -> Path:

@@ -7,8 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from fbn_kernels import Kind
-from fbn_kernels.tuning import DownTile, HiddenTile, load_table
+from fbn_kernels.tuning import TABLES, DownTile, HiddenTile, load_table, read_table
 
 pytest.importorskip("triton")
 aot = pytest.importorskip("fbn_kernels.aot")
@@ -23,6 +22,12 @@ def tiles(device: str, part: str) -> list[tuple[HiddenTile | DownTile, tuple[tor
         given = () if entry.dtype is None else (getattr(torch, entry.dtype),)
         found[getattr(entry.tile, part), entry.dtype] = given or TWO_BYTES
     return [(tile, dtypes) for (tile, _), dtypes in found.items()]
+
+
+def tuned_tables() -> list[tuple[str, str]]:
+    """The tables of single devices, each with its architecture."""
+    tables = (read_table(path) for path in sorted(TABLES.glob("*.json")))
+    return [(one.device, one.measured["architecture"]) for one in tables if one.measured]
 
 
 def check(binary: aot.Binary, chip: aot.Chip, stages: int, rows: int) -> None:
@@ -49,24 +54,34 @@ def test_every_tile_fits_its_chip(device: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("device", "architecture"), tuned_tables())
+def test_every_tuned_tile_fits_its_chip(device: str, architecture: str) -> None:
+    chip = aot.CHIPS[architecture]
+    for tile, dtypes in tiles(device, "hidden"):
+        check(aot.compile_hidden(chip, tile, dtypes[0]), chip, tile.stages, tile.block_rows)
+    # The number of parts is an argument of the kernel; whether there are several decides its output.
+    for tile, dtypes in tiles(device, "down"):
+        binary = aot.compile_down(chip, tile, dtypes[0], split=tile.split or 4)
+        check(binary, chip, tile.stages, tile.block_rows)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("device", aot.CHIPS)
 def test_every_variant_of_every_tile_fits_its_chip(device: str) -> None:
     chip = aot.CHIPS[device]
     hidden_variants = [
-        {"kind": Kind.BLOCK64},
         {"gated": False, "activation": "relu"},
         {"gated": False, "activation": "gelu", "biased": True},
         {"activation": "gelu_tanh", "biased": True, "masked": True},
         {"routed": True},
-        {"one_row": True},
-        {"kind": Kind.BLOCK64, "routed": True, "biased": True, "even_width": False},
+        {"routed": True, "biased": True, "even_width": False},
     ]
     down_variants = [
-        {"kind": Kind.BLOCK64, "split": 4},
+        {"split": 4},
         {"biased": True},
-        {"one_row": True, "split": 8},
+        {"split": 8},
         {"routed": True, "split": 4},
-        {"kind": Kind.BLOCK64, "routed": True, "biased": True, "even_width": False},
+        {"routed": True, "biased": True, "even_width": False},
     ]
     for (tile, dtypes), variant in product(tiles(device, "hidden"), hidden_variants):
         binary = aot.compile_hidden(chip, tile, dtypes[-1], **variant)

@@ -83,8 +83,10 @@ def test_tokens_fall_into_buckets(tokens: int, bucket: int) -> None:
     assert token_bucket(tokens) == bucket
 
 
-@pytest.mark.parametrize(("kept", "bucket"), [(1, 1), (64, 64), (65, 128), (7168, 8192)])
-def test_kept_neurons_fall_into_powers_of_two(kept: int, bucket: int) -> None:
+@pytest.mark.parametrize(
+    ("kept", "bucket"), [(1, 1), (64, 64), (65, 96), (4301, 6144), (7168, 8192)]
+)
+def test_kept_neurons_fall_into_half_octaves(kept: int, bucket: int) -> None:
     assert kept_bucket(kept) == bucket
 
 
