@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from .activations import ACTIVATIONS
 from .cpu import compact_cache
+from .hidden import gathered_hidden
 from .mlp import gathered_mlp
 from .neuron_set import BLOCK, Kind, NeuronSet
 from .reference import reference_mlp
+from .resident import ResidentMlp
 from .routing import NeuronBatch, NeuronSets, Strategy
 
 __all__ = [
@@ -19,8 +21,10 @@ __all__ = [
     "NeuronBatch",
     "NeuronSet",
     "NeuronSets",
+    "ResidentMlp",
     "Strategy",
     "compact_cache",
+    "gathered_hidden",
     "gathered_mlp",
     "reference_mlp",
 ]

@@ -19,7 +19,8 @@ from .neuron_set import Kind
 from .tuning import INTERPRETED
 
 
-def _on_triton(x: Tensor) -> bool:
+def on_triton(x: Tensor) -> bool:
+    """Whether the kernels run on x: on a GPU, or anywhere under Triton's interpreter."""
     return x.is_cuda or INTERPRETED
 
 
@@ -46,7 +47,7 @@ def one_set(
     With `membership` uint8 [sets, padded] and `set_ids` int32 [rows], a row uses neuron j only
     where `membership[set_ids[row], j]` is 1.
     """
-    if _on_triton(x):
+    if on_triton(x):
         from .launch import Membership, Weights, launch_mlp
 
         masked = None
@@ -70,10 +71,9 @@ def one_set(
         up_bias,
         gate_bias,
         down_bias,
-        _mask(membership, set_ids, count, x.dtype),
+        mask_of(membership, set_ids, count, x.dtype),
         activation=activation,
         count=count,
-        in_runs=Kind(kind) is not Kind.ROWS,
         frozen=frozen,
     )
 
@@ -107,7 +107,7 @@ def many_sets(
     `order`, `tiles`, `largest` and `block_rows` are those of `NeuronSets` and `NeuronBatch`;
     `frozen` is as for `one_set`.
     """
-    if _on_triton(x):
+    if on_triton(x):
         from .launch import Route, Weights, launch_mlp
 
         return launch_mlp(
@@ -135,7 +135,6 @@ def many_sets(
                 None,
                 activation=activation,
                 count=kept,
-                in_runs=Kind(kind) is not Kind.ROWS,
                 frozen=frozen,
             )
     return out
@@ -151,9 +150,10 @@ def _(x: Tensor, up: Tensor, gate: Tensor | None, down_t: Tensor, *_: Any) -> Te
     return x.new_empty(x.shape[0], down_t.shape[1])
 
 
-def _mask(
+def mask_of(
     membership: Tensor | None, set_ids: Tensor | None, count: int, dtype: torch.dtype
 ) -> Tensor | None:
+    """Return each row's factor of the union's hidden vector, [rows, count], or None."""
     if membership is None or set_ids is None:
         return None
     return membership[:, :count].to(dtype).index_select(0, set_ids)
@@ -182,7 +182,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         opened = x @ kept_gate.t()
         if gate_bias is not None:
             opened = opened + gate_bias.index_select(0, rows)
-    mask = _mask(membership, set_ids, ctx.count, x.dtype)
+    mask = mask_of(membership, set_ids, ctx.count, x.dtype)
 
     grad_hidden = grad @ down_t.index_select(0, rows).t()
     if mask is not None:

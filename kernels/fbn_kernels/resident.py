@@ -1,0 +1,175 @@
+"""An MLP that stays in memory whole and runs through one set at a time, or through a set a row.
+
+What differs from calling `gathered_mlp` each time is who owns the copies of scattered rows on a CPU:
+here there is room for one set's, made once and written over at every switch, so that many sets cost
+no more than the largest of them. On a GPU nothing is ever copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .activations import canonical_activation
+from .cpu import LooseRows, Reading, down_in_place, hidden_in_place
+from .hidden import gathered_hidden
+from .mlp import gathered_mlp
+from .neuron_set import NeuronSet
+from .op import on_triton
+from .routing import NeuronBatch
+
+
+class ResidentMlp:
+    """Whole weights, and the set they are run through now: the first, until `switch`.
+
+    Not for training: weights get no gradient. With `may_copy` false no room is taken on a CPU: scattered
+    rows are gathered at every call, which for one token takes about twice as long as reading them.
+
+    Parameters
+    ----------
+    up, gate
+        [neurons, width]; without `gate` the MLP is a plain one.
+    down_t
+        [neurons, width out]: `down` transposed.
+    sets
+        The sets to choose from, on the weights' device.
+    activation, up_bias, gate_bias
+        As of `gathered_mlp`. A bias of `down` is the caller's to add.
+    """
+
+    def __init__(
+        self,
+        up: Tensor,
+        down_t: Tensor,
+        sets: Sequence[NeuronSet],
+        *,
+        gate: Tensor | None = None,
+        activation: str = "silu",
+        up_bias: Tensor | None = None,
+        gate_bias: Tensor | None = None,
+    ) -> None:
+        self.up, self.gate, self.down_t = up, gate, down_t
+        self.up_bias, self.gate_bias = up_bias, gate_bias
+        self.activation = canonical_activation(activation)
+        self.sets = tuple(sets)
+        self.copies = not on_triton(up)
+        self._threads = torch.get_num_threads()
+        row_bytes = up.shape[1] * up.element_size()
+        readings = (Reading.of(one.rows().cpu(), row_bytes) for one in self.sets)
+        self._readings = tuple(replace(one, position=None) for one in readings)
+        self.may_copy = True
+        self._room: LooseRows | None = None
+        self._filled: tuple[int, LooseRows] | None = None
+        self._current = 0
+        self._loose: LooseRows | None = None
+        self.switch(0)
+
+    @property
+    def room_bytes(self) -> int:
+        """Bytes that copies of the set with the most scattered rows take; 0 on a GPU."""
+        most = max(len(one.loose) for one in self._readings) if self.copies else 0
+        sources = (self.up, self.gate, self.up_bias, self.gate_bias)
+        return most * sum(one[0].nbytes for one in sources if one is not None)
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of the room for copied rows; none until a set needs it."""
+        return 0 if self._room is None else self._room.nbytes
+
+    @property
+    def list_bytes(self) -> int:
+        """Bytes of all index lists."""
+        held = [one.indices for one in self.sets] + [one.order for one in self._readings]
+        return sum(one.nbytes for one in held)
+
+    def order(self, number: int) -> Tensor:
+        """Neurons of a set in the order in which `hidden` returns them, int64 [kept] on the CPU."""
+        rows = self._readings[number].order if self.copies else self.sets[number].rows()
+        return rows.to("cpu", torch.int64)
+
+    def switch(self, number: int) -> None:
+        """Run through another of the sets from now on."""
+        self._current = number
+        self._loose = None
+        rows = self._readings[number].loose
+        if not (self.copies and self.may_copy and len(rows)):
+            return
+        if self._filled is None or self._filled[0] != number:
+            self._filled = (number, self._copy(rows))
+        self._loose = self._filled[1]
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """Return the activations of x [..., width], [..., kept] in the order of `order`."""
+        if not self.copies:
+            return gathered_hidden(x, self.up, self.sets[self._current], **self._inputs())
+        hidden = self._hidden_in_place(x.reshape(-1, x.shape[-1]))
+        return hidden.reshape(*x.shape[:-1], hidden.shape[-1])
+
+    def down(self, hidden: Tensor) -> Tensor:
+        """Return what the current set's rows of `down` make of `hidden`, [..., width out].
+
+        On a GPU this gathers the rows at every call; `__call__` does not.
+        """
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        if self.copies:
+            reading = self._readings[self._current]
+            out = down_in_place(flat, self.down_t, reading, self._threads)
+        else:
+            neurons = self.sets[self._current]
+            out = flat @ self.down_t.index_select(0, neurons.indices[: neurons.count])
+        return out.reshape(*hidden.shape[:-1], out.shape[-1])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Run x [..., width] through the current set; [..., width out]."""
+        if self.copies:
+            return self.down(self.hidden(x))
+        neurons = self.sets[self._current]
+        return gathered_mlp(x, self.up, self.down_t, neurons, **self._inputs())
+
+    def mixed(self, x: Tensor, batch: NeuronBatch) -> Tensor:
+        """Run each row of x through its own set."""
+        return gathered_mlp(x, self.up, self.down_t, batch, **self._inputs())
+
+    def mixed_hidden(self, x: Tensor, batch: NeuronBatch) -> Tensor:
+        """Return activations over the union of the batch's sets; see `gathered_hidden`."""
+        return gathered_hidden(x, self.up, batch, **self._inputs())
+
+    def _inputs(self) -> dict[str, Any]:
+        return {
+            "gate": self.gate,
+            "activation": self.activation,
+            "up_bias": self.up_bias,
+            "gate_bias": self.gate_bias,
+        }
+
+    def _hidden_in_place(self, x: Tensor) -> Tensor:
+        reading, loose = self._readings[self._current], self._loose
+        weights = (self.up, self.gate, self.up_bias, self.gate_bias)
+        if loose is None and len(reading.loose):
+            loose = LooseRows.gather(reading.loose, *weights)
+        return hidden_in_place(x, *weights, reading, loose, self.activation)
+
+    def _copy(self, rows: Tensor) -> LooseRows:
+        """Write the rows over those of the set before."""
+        sources = (self.up, self.gate, self.up_bias, self.gate_bias)
+        if self._room is None:
+            most = max(len(one.loose) for one in self._readings)
+            up, *others = (
+                None if one is None else one.new_empty(most, *one.shape[1:]) for one in sources
+            )
+            assert up is not None
+            self._room = LooseRows(up, *others)
+        room = self._room
+        targets = tuple(
+            None if one is None else one[: len(rows)]
+            for one in (room.up, room.gate, room.up_bias, room.gate_bias)
+        )
+        for source, target in zip(sources, targets, strict=True):
+            if source is not None:
+                torch.index_select(source, 0, rows, out=target)
+        assert targets[0] is not None
+        return LooseRows(targets[0], *targets[1:])
