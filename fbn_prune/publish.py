@@ -1,4 +1,4 @@
-"""Writing the pruned checkpoint with all that belongs to it: networks, recipe, record of the task, card, report."""
+"""Writing the pruned checkpoint with what belongs to it: networks, kept neurons, recipe, task record, card, report."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from fbn_prune.export.writer import (
     write_json,
 )
 from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.kept import KEPT_FILE, KeptNeurons
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.prepared import Prepared
 from fbn_prune.progress import StageClock
@@ -51,6 +52,8 @@ def publish(
         result.bytes_after = written.total_bytes
         if networks is not None:
             networks.save(folder / "networks.safetensors")
+        full = prepared.family.widths(prepared.checkpoint.config)
+        KeptNeurons(tuple(full), tuple(one.kept.cpu() for one in cut.cuts)).save(folder / KEPT_FILE)
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         if prepared.task is not None and result.task is not None:
             seen = record(

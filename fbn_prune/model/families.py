@@ -88,6 +88,9 @@ class Family:
     gguf : the form in GGUF files; None if none is written.
     stored_as : a part of module names and what checkpoints have in its place, where transformers
         renames on loading.
+    activation_keys : config keys of the activation function, the first present counts.
+    mlp_modules : paths, relative to the layer, of the modules that are the MLP when called in turn:
+        one, or several where the layer itself calls the projections.
     """
 
     name: str
@@ -100,6 +103,8 @@ class Family:
     bias_key: str | None = None
     gguf: Gguf | None = None
     stored_as: tuple[str, str] | None = None
+    activation_keys: tuple[str, ...] = ("hidden_act",)
+    mlp_modules: tuple[str, ...] = ("mlp",)
 
     @property
     def projections(self) -> tuple[Projection, ...]:
@@ -141,6 +146,12 @@ class Family:
         if isinstance(self.biased, bool):
             return self.biased
         return bool(getattr(as_config(config), self.biased))
+
+    def activation(self, config: Config) -> str:
+        """The MLP's activation function, as transformers names it."""
+        config = as_config(config)
+        names = (getattr(config, key, None) for key in self.activation_keys)
+        return str(next(name for name in names if name is not None))
 
     def accepts_bias(self, config: Config) -> bool:
         """Whether `output` has a bias, or a stock config can say that it has one."""
@@ -216,7 +227,11 @@ class Family:
 
 
 def _gated(
-    name: str, *model_types: str, bias_key: str | None = None, gguf: Gguf | None = None
+    name: str,
+    *model_types: str,
+    bias_key: str | None = None,
+    gguf: Gguf | None = None,
+    activation_keys: tuple[str, ...] = ("hidden_act",),
 ) -> Family:
     return Family(
         name,
@@ -227,6 +242,7 @@ def _gated(
         biased=bias_key or False,
         bias_key=bias_key,
         gguf=gguf,
+        activation_keys=activation_keys,
     )
 
 
@@ -238,7 +254,13 @@ FAMILIES: tuple[Family, ...] = (
     _gated("OLMo 2", "olmo2"),
     _gated("Qwen2", "qwen2", gguf=Gguf("qwen2")),
     _gated("Qwen3", "qwen3", gguf=Gguf("qwen3")),
-    _gated("Gemma", "gemma", "gemma2", "gemma3_text"),
+    _gated(
+        "Gemma",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        activation_keys=("hidden_activation", "hidden_act"),
+    ),
     _gated("Granite", "granite", bias_key="mlp_bias"),
     Family(
         "Phi-3",
@@ -255,6 +277,7 @@ FAMILIES: tuple[Family, ...] = (
         output=Projection("mlp.c_proj", 0),
         width_key="n_inner",
         biased=True,
+        activation_keys=("activation_function",),
     ),
     Family(
         "GPT-NeoX",
@@ -273,6 +296,8 @@ FAMILIES: tuple[Family, ...] = (
         output=Projection("fc2", 1),
         width_key="ffn_dim",
         biased="enable_bias",
+        activation_keys=("activation_function",),
+        mlp_modules=("fc1", "activation_fn", "fc2"),
     ),
     Family(
         "Falcon",
@@ -282,6 +307,7 @@ FAMILIES: tuple[Family, ...] = (
         output=Projection("mlp.dense_4h_to_h", 1),
         width_key="ffn_hidden_size",
         biased="bias",
+        activation_keys=("activation",),
     ),
 )
 

@@ -1,0 +1,122 @@
+"""Which neurons of a model a task keeps, as a file of kilobytes.
+
+A pruned checkpoint holds it beside its weights: with the whole model it says everything of the cut
+but the new output weights. The file is safetensors: for each layer a bit a neuron (packed eight in
+a byte, first neuron in the highest bit), and the layers' widths in the metadata.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fbn_prune.errors import InvalidInput
+from fbn_prune.model.shards import one_line
+
+KEPT_FILE = "kept_neurons.safetensors"
+
+_METADATA_KEY = "fbn_prune.kept_neurons"
+_FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class KeptNeurons:
+    """The neurons kept in each layer; checked when made.
+
+    Attributes
+    ----------
+    widths : neurons of each layer of the whole model.
+    kept : for each layer int64 [n > 0], ascending.
+
+    Raises
+    ------
+    InvalidInput
+        If they do not fit together.
+    """
+
+    widths: tuple[int, ...]
+    kept: tuple[Tensor, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.kept) != len(self.widths):
+            raise InvalidInput(f"{len(self.kept)} sets of neurons for {len(self.widths)} layers")
+        for layer, (kept, width) in enumerate(zip(self.kept, self.widths, strict=True)):
+            if kept.dtype != torch.int64 or kept.ndim != 1 or not len(kept):
+                raise InvalidInput(
+                    f"layer {layer}: kept neurons must be int64 [n > 0], "
+                    f"found {kept.dtype} {list(kept.shape)}"
+                )
+            if kept[0] < 0 or kept[-1] >= width or bool((kept[1:] <= kept[:-1]).any()):
+                raise InvalidInput(
+                    f"layer {layer}: kept neurons must be ascending, unique and below {width}"
+                )
+
+    @classmethod
+    def from_masks(cls, masks: Sequence[Tensor]) -> KeptNeurons:
+        """Of a bool mask [neurons] for each layer, true where a neuron stays."""
+        return cls(
+            tuple(len(mask) for mask in masks),
+            tuple(torch.nonzero(mask).flatten() for mask in masks),
+        )
+
+    @property
+    def count(self) -> int:
+        """Neurons kept in all layers together."""
+        return sum(len(kept) for kept in self.kept)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors in the file."""
+        return sum(-(-width // 8) for width in self.widths)
+
+    def save(self, path: Path) -> None:
+        """Write the file. Same content, same bytes."""
+        tensors = {}
+        for layer, (kept, width) in enumerate(zip(self.kept, self.widths, strict=True)):
+            mask = np.zeros(width, dtype=bool)
+            mask[kept.numpy()] = True
+            tensors[f"layers.{layer}.kept"] = torch.from_numpy(np.packbits(mask))
+        content = {"format": _FORMAT_VERSION, "widths": list(self.widths)}
+        save_file(tensors, path, metadata={_METADATA_KEY: json.dumps(content, sort_keys=True)})
+
+    @classmethod
+    def load(cls, path: Path) -> KeptNeurons:
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        InvalidInput
+            If the file is missing, damaged, of another kind or version, or does not fit together.
+        """
+        if not path.is_file():
+            raise InvalidInput(f"{path}: no such file; pruning again writes it beside the weights")
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata = (file.metadata() or {}).get(_METADATA_KEY, "null")
+                packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            content = json.loads(metadata)
+        except (SafetensorError, OSError, ValueError, RecursionError) as error:
+            raise InvalidInput(f"{path}: damaged ({one_line(error)})") from error
+        if not isinstance(content, dict) or content.get("format") != _FORMAT_VERSION:
+            raise InvalidInput(f"{path}: not a file of kept neurons that this fbn-prune reads")
+        widths = content.get("widths")
+        if not isinstance(widths, list) or any(type(one) is not int or one < 1 for one in widths):
+            raise InvalidInput(f"{path}: its header lacks the layers' widths")
+        masks = []
+        for layer, width in enumerate(widths):
+            bits = packed.get(f"layers.{layer}.kept")
+            if bits is None or bits.dtype != np.uint8 or bits.shape != (-(-width // 8),):
+                raise InvalidInput(f"{path}: layer {layer} is missing or not {width} bits")
+            masks.append(torch.from_numpy(np.unpackbits(bits, count=width).astype(bool)))
+        try:
+            return cls.from_masks(masks)
+        except InvalidInput as error:
+            raise InvalidInput(f"{path}: {error}") from error
