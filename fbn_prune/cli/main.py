@@ -12,6 +12,7 @@ import typer
 
 from fbn_prune.cli import (
     ablate,
+    bundle,
     compare,
     convert,
     discover,
@@ -62,6 +63,7 @@ def main_job(
 
 
 app.command("convert")(convert.command)
+app.command("bundle")(bundle.command)
 app.command("ablate")(ablate.command)
 app.command("compare")(compare.command)
 app.command("discover")(discover.command)

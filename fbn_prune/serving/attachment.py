@@ -1,0 +1,288 @@
+"""A live model that serves several tasks, each through its own neurons, its weights in memory once.
+
+`attach` takes the place of the model's MLPs without copying them; entering `networks` switches the
+task; a batch may carry a task for each row. Nothing waits for the device, so a forward pass can be
+compiled or captured in a CUDA graph. A served model runs one forward pass at a time.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fbn_kernels.activations import canonical_activation
+from fbn_prune.errors import InvalidInput
+from fbn_prune.model.families import Family, family_of
+from fbn_prune.model.kept import KeptNeurons
+from fbn_prune.serving.layer import Routing, ServedLayer, arrangement, lay_out
+from fbn_prune.serving.tasks import TaskSet
+
+COPIES_SHARE = 0.19
+"""Copies on a CPU take at most this share of the weights: many tasks then cost 1.2 times one."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a served model.
+
+    Attributes
+    ----------
+    weights : the whole model's parameters, which all tasks share.
+    lists : index lists of all tasks.
+    copies : room for rows that lie in no long run, on a CPU: of one task, whichever is current.
+    corrections : for each task, its own output weights.
+    """
+
+    weights: int
+    lists: int
+    copies: int
+    corrections: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.lists + self.copies + sum(self.corrections.values())
+
+
+class Served:
+    """A model with tasks attached; made by :func:`attach`. As a context manager it detaches at the end.
+
+    Attributes
+    ----------
+    model : the model itself; `model.networks` is :meth:`networks`.
+    names : the tasks, numbered in this order.
+    """
+
+    def __init__(self, model: PreTrainedModel, tasks: Mapping[str, TaskSet]) -> None:
+        family = _check(model, tasks)
+        self.model = model
+        self.names = tuple(tasks)
+        self._tasks = dict(tasks)
+        self._routing = Routing(task=len(tasks))
+        self._layers: list[ServedLayer] = []
+        with ExitStack() as undo:
+            for layer in range(len(family.layer_modules(model))):
+                self._attach_layer(family, layer, undo)
+            self._attach_model(undo)
+            self._share_room()
+            self._switch(len(tasks))
+            self._undo = undo.pop_all()
+
+    def _attach_layer(self, family: Family, layer: int, undo: ExitStack) -> None:
+        tasks = tuple(self._tasks.values())
+        order = arrangement(tasks, layer)
+        lay_out(self.model, family, layer, order, undo)
+        served = ServedLayer(self.model, family, layer, tasks, order, self._routing)
+        self._layers.append(served)
+        first, *others = (
+            family.layer_modules(self.model)[layer].get_submodule(path)
+            for path in family.mlp_modules
+        )
+        _override(first, "forward", _forward_of(served), undo)
+        for module in others:
+            _override(module, "forward", _pass_on, undo)
+
+    def _attach_model(self, undo: ExitStack) -> None:
+        routed = _routed_forward(self.model.forward, self)
+        _override(self.model, "forward", routed, undo)
+        _override(self.model, "networks", self.networks, undo)
+
+    def _share_room(self) -> None:
+        left = COPIES_SHARE * sum(one.nbytes for one in self.model.parameters())
+        for layer in self._layers:
+            if layer.room_bytes > left:
+                layer.forbid_copies()
+            else:
+                left -= layer.room_bytes
+
+    @contextmanager
+    def networks(self, names: str | Sequence[str]) -> Iterator[PreTrainedModel]:
+        """Run through a task's neurons inside the context, or each row of a batch through its own task's.
+
+        Outside the model is whole. Contexts nest, and end also when an exception leaves them.
+
+        Parameters
+        ----------
+        names
+            One task, or for each row of the batches to come one.
+        """
+        routing = self._routing
+        before = (routing.task, routing.rows)
+        if isinstance(names, str):
+            task, rows = self._number(names), None
+        else:
+            task, rows = routing.task, self.ids(names)
+        try:
+            self._switch(task)
+            routing.rows = rows
+            yield self.model
+        finally:
+            self._switch(before[0])
+            routing.rows = before[1]
+
+    def ids(self, names: Sequence[str]) -> Tensor:
+        """Numbers of tasks, int64 [len(names)] on the model's device: what `network_ids` takes."""
+        numbers = [self._number(name) for name in names]
+        return torch.tensor(numbers, dtype=torch.int64, device=self.model.device)
+
+    @property
+    def memory(self) -> Memory:
+        """What the model and each of its tasks cost."""
+        return Memory(
+            weights=sum(one.nbytes for one in self.model.parameters()),
+            lists=sum(layer.list_bytes for layer in self._layers),
+            copies=sum(layer.copied_bytes for layer in self._layers),
+            corrections={name: task.correction_bytes for name, task in self._tasks.items()},
+        )
+
+    def detach(self) -> None:
+        """Give the model back as it was, bit for bit. Again is no error."""
+        self._undo.close()
+
+    def __enter__(self) -> Served:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def _number(self, name: str) -> int:
+        if name not in self.names:
+            raise InvalidInput(f"no task {name!r}; there are {', '.join(self.names)}")
+        return self.names.index(name)
+
+    def _switch(self, task: int) -> None:
+        for layer in self._layers:
+            layer.switch(task)
+        self._routing.task = task
+
+    def _begin(self, network_ids: Tensor | None, tokens: Tensor) -> None:
+        """Prepare a forward pass over `tokens`, ids [batch, tokens] or embeddings [batch, tokens, hidden]."""
+        rows = self._routing.rows if network_ids is None else network_ids
+        if rows is None:
+            return
+        if rows.dim() != 1 or rows.shape[0] != tokens.shape[0]:
+            raise InvalidInput(
+                f"network_ids {list(rows.shape)} must name a task for each of {tokens.shape[0]} rows"
+            )
+        if rows.device.type == "cpu" and not torch.compiler.is_compiling():
+            wrong = rows[(rows < 0) | (rows >= len(self.names))]
+            if len(wrong):
+                raise InvalidInput(f"network_ids holds {int(wrong[0])}: {len(self.names)} tasks")
+        rows = rows.to(tokens.device, torch.int32)
+        self._routing.batch = self._layers[0].route(rows, tokens.shape[1])
+
+    def _end(self) -> None:
+        self._routing.batch = None
+
+
+def attach(
+    model: PreTrainedModel, tasks: Mapping[str, TaskSet | KeptNeurons | Sequence[Tensor]]
+) -> Served:
+    """Let a live model serve tasks, in place, its weights in memory once.
+
+    The neurons of each layer are permuted so that the tasks' lie in few runs; the model computes
+    the same function, and `detach` puts them back. Attach after the model is where it shall run, in
+    the dtype it shall have. Inside `model.networks("name")` every forward pass runs through the
+    task's neurons; `network_ids` [batch], given to the model or to `generate` (see
+    :meth:`Served.ids`), sends each row through its own task's.
+
+    Parameters
+    ----------
+    tasks
+        By name, those most used first: a task's set, its neurons alone, or for each layer the kept
+        neurons as ascending int64 or as a bool mask.
+
+    Raises
+    ------
+    InvalidInput
+        If the sets do not fit the model, it is of an unknown family, attached already or training.
+    """
+    return Served(model, {name: _as_task(model, task) for name, task in tasks.items()})
+
+
+def _as_task(model: PreTrainedModel, task: TaskSet | KeptNeurons | Sequence[Tensor]) -> TaskSet:
+    if isinstance(task, TaskSet):
+        return task
+    if isinstance(task, KeptNeurons):
+        return TaskSet.plain(task)
+    if all(one.dtype == torch.bool for one in task):
+        return TaskSet.plain(KeptNeurons.from_masks([one.cpu() for one in task]))
+    widths = family_of(model.config, ragged=True).widths(model.config)
+    kept = tuple(one.to("cpu", torch.int64) for one in task)
+    return TaskSet.plain(KeptNeurons(tuple(widths), kept))
+
+
+def _check(model: PreTrainedModel, tasks: Mapping[str, TaskSet]) -> Family:
+    family = family_of(model.config, ragged=True)
+    if not tasks:
+        raise InvalidInput("no tasks to attach")
+    if model.training:
+        raise InvalidInput("the model is in training mode: call eval() first")
+    if "networks" in vars(model):
+        raise InvalidInput("the model serves tasks already: detach it first")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise InvalidInput("some of the model's weights are not in memory (device meta)")
+    try:
+        canonical_activation(family.activation(model.config))
+    except ValueError as error:
+        raise InvalidInput(f"{family.name} with this config cannot be served: {error}") from error
+    layers = range(len(family.layer_modules(model)))
+    widths = tuple(family.down_weight(model, layer).shape[1] for layer in layers)
+    for name, task in tasks.items():
+        if task.neurons.widths != widths:
+            raise InvalidInput(
+                f"the task {name!r} is of layers of {list(task.neurons.widths)} neurons, "
+                f"the model has {list(widths)}"
+            )
+    return family
+
+
+def _override(module: nn.Module, name: str, value: object, undo: ExitStack) -> None:
+    """Set an attribute of this one object; an earlier one of its own comes back at the end."""
+    own = vars(module)
+    if name in own:
+        undo.callback(own.__setitem__, name, own[name])
+    else:
+        undo.callback(own.pop, name, None)
+    own[name] = value
+
+
+def _forward_of(layer: ServedLayer) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        return layer(x)
+
+    return forward
+
+
+def _pass_on(x: Tensor) -> Tensor:
+    return x
+
+
+def _routed_forward(forward: Callable[..., Any], served: Served) -> Callable[..., Any]:
+    """The model's forward with `network_ids` among its parameters, where `generate` looks for it."""
+
+    def routed(*args: Any, network_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        tokens = args[0] if args else kwargs.get("input_ids")
+        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+        if tokens is None:
+            raise InvalidInput("a served model needs input_ids or inputs_embeds")
+        served._begin(network_ids, tokens)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            served._end()
+
+    stock = inspect.signature(forward)
+    extra = inspect.Parameter("network_ids", inspect.Parameter.KEYWORD_ONLY, default=None)
+    parameters = list(stock.parameters.values())
+    rest = [one for one in parameters if one.kind is inspect.Parameter.VAR_KEYWORD]
+    named = [one for one in parameters if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    signature = stock.replace(parameters=[*named, extra, *rest])
+    routed.__signature__ = signature  # type: ignore[attr-defined]
+    return routed

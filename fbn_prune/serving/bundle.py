@@ -1,0 +1,267 @@
+"""One whole checkpoint and the tasks it serves, in a folder.
+
+config.json, model.safetensors, ...     the whole model, which every loader opens; absent if linked
+bundle.json                             where the model is, the tasks in order, what each costs
+tasks/NAME/kept_neurons.safetensors     the neurons, a bit each
+tasks/NAME/down.safetensors             the task's own output weights, if it has any
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fbn_prune.errors import InvalidInput
+from fbn_prune.export.directory import atomic_directory, disk_errors
+from fbn_prune.export.writer import copy_companions, write_json
+from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.kept import KEPT_FILE, KeptNeurons
+from fbn_prune.model.shards import INDEX_FILE, one_line, read_object
+from fbn_prune.networks.functional_networks import FunctionalNetworks
+from fbn_prune.serving.attachment import Served, attach
+from fbn_prune.serving.tasks import (
+    FullDown,
+    LowRankDown,
+    OwnDown,
+    Refit,
+    TaskSet,
+    task_of_pruned,
+)
+
+BUNDLE_FILE = "bundle.json"
+DOWN_FILE = "down.safetensors"
+
+_FORMAT_VERSION = 1
+_NAME = re.compile(r"\w[\w.-]*")
+
+
+@dataclass(frozen=True)
+class TaskSource:
+    """Where a task comes from.
+
+    Attributes
+    ----------
+    name : what it will be called.
+    path : a pruned checkpoint, a file of kept neurons, or one of functional networks.
+    networks : which networks' members are kept; empty for the other two.
+    """
+
+    name: str
+    path: Path
+    networks: tuple[int, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> TaskSource:
+        """Read `name=folder`, `name=kept_neurons.safetensors` or `name=networks.safetensors:2,5,21`.
+
+        Raises
+        ------
+        InvalidInput
+        """
+        name, equals, rest = text.partition("=")
+        if not equals or not rest or not _NAME.fullmatch(name):
+            raise InvalidInput(f"{text!r}: write NAME=PATH, the name of letters, digits, . _ and -")
+        listed = re.fullmatch(r"(.+\.safetensors):(\d+(?:,\d+)*)", rest)
+        if listed is None:
+            return cls(name, Path(rest).expanduser())
+        numbers = tuple(int(one) for one in listed[2].split(","))
+        return cls(name, Path(listed[1]).expanduser(), numbers)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk: the whole model, and the tasks by name, in order."""
+
+    base: Checkpoint
+    tasks: dict[str, TaskSet]
+
+    @classmethod
+    def open(cls, folder: Path) -> Bundle:
+        """Read a bundle's tasks and check its model, without loading the weights.
+
+        Raises
+        ------
+        InvalidInput
+            If a file is missing, damaged, or of another version.
+        """
+        if not (folder / BUNDLE_FILE).is_file():
+            raise InvalidInput(f"{folder} is no bundle: it has no {BUNDLE_FILE}")
+        content = read_object(folder / BUNDLE_FILE)
+        if content.get("format") != _FORMAT_VERSION:
+            raise InvalidInput(
+                f"{folder / BUNDLE_FILE}: format {content.get('format')!r}, this fbn-prune reads {_FORMAT_VERSION}"
+            )
+        names, base = content.get("tasks"), content.get("base")
+        if not isinstance(names, dict) or not names or not (base is None or isinstance(base, str)):
+            raise InvalidInput(f"{folder / BUNDLE_FILE}: lacks its tasks or its model")
+        for name in names:
+            if not _NAME.fullmatch(name):
+                raise InvalidInput(f"{folder / BUNDLE_FILE}: {name!r} is no name of a task")
+        checkpoint = Checkpoint.open(folder if base is None else base, ragged=True)
+        tasks = {name: _read_task(folder / "tasks" / name) for name in names}
+        return cls(checkpoint, tasks)
+
+    def serve(self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Served:
+        """Load the model and attach the tasks.
+
+        Parameters
+        ----------
+        dtype
+            None for the dtype in which the checkpoint is stored.
+        """
+        model = self.base.load_model(device, dtype or self.base.storage_dtype)
+        model.config.use_cache = True
+        return attach(model, self.tasks)
+
+
+def write_bundle(
+    base: Checkpoint,
+    sources: Sequence[TaskSource],
+    output: Path,
+    *,
+    refit: Refit = "full",
+    rank: int = 16,
+    link: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Write a bundle, whole or not at all.
+
+    Parameters
+    ----------
+    refit, rank
+        What is kept of a pruned checkpoint's output weights; see :func:`task_of_pruned`.
+    link
+        Name the model's place instead of copying it.
+    progress
+        Called with the number of bytes read since the last call.
+
+    Returns
+    -------
+    dict
+        What `bundle.json` says, with `output` and `base_bytes`.
+
+    Raises
+    ------
+    InvalidInput
+        If a task is named twice or does not belong to the model.
+    """
+    names = [source.name for source in sources]
+    if len(set(names)) < len(names):
+        raise InvalidInput(f"two tasks have one name: {', '.join(names)}")
+    tasks = {one.name: _task_of(base, one, refit, rank, progress) for one in sources}
+    linked = base.hub_id or str(base.path.resolve())
+    with atomic_directory(output, overwrite) as folder, disk_errors(output):
+        if not link:
+            _copy_checkpoint(base, folder)
+        for name, task in tasks.items():
+            _write_task(task, folder / "tasks" / name)
+        content = {
+            "base": linked if link else None,
+            "format": _FORMAT_VERSION,
+            "tasks": {name: _facts(task) for name, task in tasks.items()},
+        }
+        write_json(folder / BUNDLE_FILE, content)
+    return {**content, "output": str(output), "base_bytes": base.total_bytes}
+
+
+def _facts(task: TaskSet) -> dict[str, Any]:
+    return {
+        "neurons_kept": task.neurons.count,
+        "neurons_total": sum(task.neurons.widths),
+        "set_bytes": task.neurons.nbytes,
+        "correction_bytes": task.correction_bytes,
+    }
+
+
+def _task_of(
+    base: Checkpoint,
+    source: TaskSource,
+    refit: Refit,
+    rank: int,
+    progress: Callable[[int], None] | None,
+) -> TaskSet:
+    if source.networks:
+        networks = FunctionalNetworks.load(source.path)
+        task = TaskSet.from_networks(networks, source.networks)
+    elif source.path.is_file():
+        task = TaskSet.plain(KeptNeurons.load(source.path))
+    else:
+        pruned = Checkpoint.open(source.path, ragged=True)
+        return task_of_pruned(base, pruned, refit, rank, progress)
+    widths = base.family.widths(base.config)
+    if list(task.neurons.widths) != widths:
+        raise InvalidInput(
+            f"{source.path} is of layers of {list(task.neurons.widths)} neurons, "
+            f"{base.path} has {widths}"
+        )
+    return task
+
+
+def _copy_checkpoint(base: Checkpoint, folder: Path) -> None:
+    weights = {info.file for info in base.tensors.values()}
+    index = [INDEX_FILE] if (base.path / INDEX_FILE).is_file() else []
+    for file in sorted({"config.json", *weights, *index}):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(base.path / file, folder / file)
+    copy_companions(base, folder)
+
+
+def _write_task(task: TaskSet, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    task.neurons.save(folder / KEPT_FILE)
+    tensors: dict[str, Tensor] = {}
+    for layer, (down, bias) in enumerate(zip(task.own_down, task.own_bias, strict=True)):
+        if isinstance(down, FullDown):
+            tensors[f"layers.{layer}.down"] = down.weight.contiguous()
+        elif down is not None:
+            tensors[f"layers.{layer}.left"] = down.left.contiguous()
+            tensors[f"layers.{layer}.right"] = down.right.contiguous()
+        if bias is not None:
+            tensors[f"layers.{layer}.bias"] = bias.contiguous()
+    if tensors:
+        save_file(tensors, folder / DOWN_FILE)
+
+
+def _read_task(folder: Path) -> TaskSet:
+    neurons = KeptNeurons.load(folder / KEPT_FILE)
+    file = folder / DOWN_FILE
+    if not file.is_file():
+        return TaskSet.plain(neurons)
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise InvalidInput(f"{file}: damaged ({one_line(error)})") from error
+    layers = range(len(neurons.widths))
+    own_down = tuple(_read_down(file, tensors, layer, len(neurons.kept[layer])) for layer in layers)
+    own_bias = tuple(tensors.get(f"layers.{layer}.bias") for layer in layers)
+    return TaskSet(neurons, own_down, own_bias)
+
+
+def _read_down(file: Path, tensors: dict[str, Tensor], layer: int, kept: int) -> OwnDown | None:
+    full, left, right = (
+        tensors.get(f"layers.{layer}.{part}") for part in ("down", "left", "right")
+    )
+    for one in (full, right):
+        if one is not None and (one.ndim != 2 or one.shape[1] != kept):
+            raise InvalidInput(
+                f"{file}: layer {layer} has weights {list(one.shape)} for {kept} kept neurons"
+            )
+    if full is not None:
+        return FullDown(full)
+    if left is None or right is None:
+        return None
+    if left.ndim != 2 or left.shape[1] != right.shape[0]:
+        raise InvalidInput(
+            f"{file}: layer {layer}: {list(left.shape)} and {list(right.shape)} make no product"
+        )
+    return LowRankDown(left, right)

@@ -1,0 +1,250 @@
+"""One layer's MLP while it serves: its weights laid out for sets, and its output for the task at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fbn_kernels import NeuronBatch, NeuronSet, NeuronSets, ResidentMlp, Strategy
+from fbn_prune.model.families import Family
+from fbn_prune.serving.arrangement import inverse, together
+from fbn_prune.serving.tasks import FullDown, OwnDown, TaskSet
+
+
+@dataclass
+class Routing:
+    """Which task the model runs, shared by its layers.
+
+    Attributes
+    ----------
+    task : number of the task; as many as there are tasks stands for the whole model.
+    rows : int32 [batch], the task of each row instead, or None.
+    batch : what the running forward pass makes of `rows`; its sets are those of layer 0.
+    """
+
+    task: int
+    rows: Tensor | None = None
+    batch: NeuronBatch | None = None
+
+
+def lay_out(
+    model: PreTrainedModel, family: Family, layer: int, order: Tensor, undo: ExitStack
+) -> None:
+    """Permute a layer's neurons, and store every projection with a neuron's weights side by side.
+
+    The model computes the same function through the same parameters; `down` becomes a view of its
+    transposed. No more than one matrix is in memory twice at a time. `undo` puts each parameter back
+    as it was, bit for bit.
+    """
+    back = inverse(order)
+    for projection in family.projections:
+        module = family.projection_module(model, layer, projection)
+        parts: list[tuple[Tensor, int]] = [(module.weight, projection.neuron_axis)]
+        if module.bias is not None and projection is not family.output:
+            parts.append((module.bias, 0))
+        for parameter, axis in parts:
+            blocks = range(projection.stacked)
+            there, again = (
+                torch.cat([one + block * len(one) for block in blocks]).to(parameter.device)
+                for one in (order, back)
+            )
+            rows = parameter.data if axis == 0 else parameter.data.t()
+            stored = rows.index_select(0, there)
+            undo.callback(_restore, parameter, axis, again)
+            parameter.data = stored if axis == 0 else stored.t()
+
+
+def _restore(parameter: Tensor, axis: int, back: Tensor) -> None:
+    rows = parameter.data if axis == 0 else parameter.data.t()
+    stored = rows.index_select(0, back)
+    parameter.data = stored if axis == 0 else stored.t().contiguous()
+
+
+@dataclass(frozen=True, eq=False)
+class _Own:
+    """A task's own output weights, its columns in the order of the hidden vector."""
+
+    down: OwnDown
+    columns: Tensor
+    """int64 [kept]: where the task's neurons stand in the union of all tasks."""
+
+    def __call__(self, hidden: Tensor, shared: Tensor | None) -> Tensor:
+        if isinstance(self.down, FullDown):
+            return F.linear(hidden, self.down.weight)
+        assert shared is not None
+        return shared + F.linear(F.linear(hidden, self.down.right), self.down.left)
+
+
+class ServedLayer:
+    """The forward function of one MLP: the current task's neurons, or each row's own task's."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        family: Family,
+        layer: int,
+        tasks: Sequence[TaskSet],
+        order: Tensor,
+        routing: Routing,
+    ) -> None:
+        self._routing = routing
+        weights = family.input_weights(model, layer)
+        down_t = family.down_weight(model, layer).t()
+        device, width = down_t.device, len(down_t)
+        places = inverse(order)
+        kept = [places[task.neurons.kept[layer]].sort().values for task in tasks]
+        sets = [NeuronSet.from_indices(one, width).to(device) for one in kept]
+        self._sets = NeuronSets.from_sets(sets)
+        gate_bias, up_bias = _input_biases(model, family, layer)
+        self._mlp = ResidentMlp(
+            weights[-1],
+            down_t,
+            [*sets, NeuronSet.full(width, device)],
+            gate=weights[0] if len(weights) == 2 else None,
+            activation=family.activation(model.config),
+            up_bias=up_bias,
+            gate_bias=gate_bias,
+        )
+        self._own = tuple(
+            self._ordered(task, layer, number, places, down_t) for number, task in enumerate(tasks)
+        )
+        self._any_own = any(one is not None for one in self._own)
+        self._bias = _output_biases(tasks, layer, family.down_bias(model, layer), down_t)
+
+    @property
+    def room_bytes(self) -> int:
+        """Bytes that copies of rows would take (CPU only)."""
+        return self._mlp.room_bytes
+
+    def forbid_copies(self) -> None:
+        """Gather scattered rows at every call instead of copying them at a switch."""
+        self._mlp.may_copy = False
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of the room for copied rows (CPU only)."""
+        return self._mlp.copied_bytes
+
+    @property
+    def list_bytes(self) -> int:
+        """Bytes of index lists, for one task at a time and for batches over several."""
+        batches = (self._sets.indices, self._sets.table, self._sets.membership)
+        return self._mlp.list_bytes + sum(one.nbytes for one in batches)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the whole MLP's matrices."""
+        held = (self._mlp.up, self._mlp.gate, self._mlp.down_t)
+        return sum(one.nbytes for one in held if one is not None)
+
+    def switch(self, task: int) -> None:
+        """Make a task the current one."""
+        self._mlp.switch(task)
+
+    def route(self, rows: Tensor, tokens: int) -> NeuronBatch:
+        """Prepare a forward pass of a batch with a task a row; rows int32 [batch]."""
+        if self._mlp.copies or self._any_own:
+            # On a CPU, and where each task goes on with its own weights, the union is run once.
+            ids = rows.repeat_interleave(tokens)
+            nothing = ids[:0]
+            return _union_batch(self._sets, ids, nothing)
+        return self._sets.route(rows, tokens_per_row=tokens)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Run x [..., width]."""
+        batch = self._routing.batch
+        if batch is not None:
+            return self._mixed(x, replace(batch, sets=self._sets))
+        task = self._routing.task
+        own = self._own[task] if task < len(self._own) else None
+        if own is None:
+            out = self._mlp(x)
+        else:
+            hidden = self._mlp.hidden(x)
+            shared = None if isinstance(own.down, FullDown) else self._mlp.down(hidden)
+            out = own(hidden, shared)
+        return out if self._bias is None else out + self._bias[task]
+
+    def _mixed(self, x: Tensor, batch: NeuronBatch) -> Tensor:
+        out = self._mixed_own(x, batch) if self._any_own else self._mlp.mixed(x, batch)
+        if self._bias is None:
+            return out
+        bias = self._bias.index_select(0, batch.set_ids)
+        return out + bias.reshape(out.shape)
+
+    def _mixed_own(self, x: Tensor, batch: NeuronBatch) -> Tensor:
+        hidden = self._mlp.mixed_hidden(x, batch)
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        # The neurons of all tasks are a prefix of the arrangement.
+        out = shared = hidden @ self._mlp.down_t[: hidden.shape[1]]
+        for number, own in enumerate(self._own):
+            if own is not None:
+                found = own(hidden.index_select(1, own.columns), shared)
+                out = torch.where((batch.set_ids == number)[:, None], found, out)
+        return out.reshape(*x.shape[:-1], out.shape[-1])
+
+    def _ordered(
+        self, task: TaskSet, layer: int, number: int, places: Tensor, like: Tensor
+    ) -> _Own | None:
+        down = task.own_down[layer]
+        if down is None:
+            return None
+        order = self._mlp.order(number)
+        column_at = inverse_of(places[task.neurons.kept[layer]], len(places))
+        columns = column_at[order]
+        own: OwnDown
+        if isinstance(down, FullDown):
+            own = FullDown(down.weight[:, columns].to(like))
+        else:
+            own = replace(down, left=down.left.to(like), right=down.right[:, columns].to(like))
+        return _Own(own, order.to(like.device))
+
+
+def inverse_of(values: Tensor, size: int) -> Tensor:
+    """Return where each of 0 to size - 1 stands in `values`, int64 [size]; 0 where it does not."""
+    places = torch.zeros(size, dtype=torch.int64)
+    places[values] = torch.arange(len(values))
+    return places
+
+
+def arrangement(tasks: Sequence[TaskSet], layer: int) -> Tensor:
+    """The order of a layer's neurons that suits these tasks, int64 [neurons]."""
+    masks = []
+    for task in tasks:
+        mask = torch.zeros(task.neurons.widths[layer], dtype=torch.bool)
+        mask[task.neurons.kept[layer]] = True
+        masks.append(mask)
+    return together(masks)
+
+
+def _union_batch(sets: NeuronSets, ids: Tensor, nothing: Tensor) -> NeuronBatch:
+    return NeuronBatch(sets, ids, nothing, nothing, 1, Strategy.UNION)
+
+
+def _input_biases(
+    model: PreTrainedModel, family: Family, layer: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Biases of gate and up, [neurons] each."""
+    found: list[Tensor | None] = []
+    for projection in family.inputs:
+        bias = family.projection_module(model, layer, projection).bias
+        parts = [None] * projection.stacked
+        found += parts if bias is None else bias.detach().chunk(projection.stacked)
+    return (None, found[0]) if len(found) == 1 else (found[0], found[1])
+
+
+def _output_biases(
+    tasks: Sequence[TaskSet], layer: int, base: Tensor | None, like: Tensor
+) -> Tensor | None:
+    """The output bias of each task, then the whole model's, [tasks + 1, hidden]; None if all have none."""
+    own = [task.own_bias[layer] for task in tasks]
+    if base is None and all(one is None for one in own):
+        return None
+    base = like.new_zeros(like.shape[1]) if base is None else base
+    return torch.stack([base if one is None else one.to(like) for one in (*own, None)])
