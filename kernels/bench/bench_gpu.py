@@ -22,11 +22,10 @@ import torch
 import torch.nn.functional as F
 from gpu_common import (
     copy_bandwidth,
-    decode_microseconds,
+    replay_microseconds,
     environment,
     gate_of,
     matrix_peak,
-    prefill_microseconds,
     random_weights,
 )
 from sets import draw_set
@@ -40,7 +39,6 @@ logger = logging.getLogger("bench")
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 SHARES = (1.0, 0.7, 0.5, 0.3)
 SET_COUNTS = (1, 2, 4, 8)
-DECODE_TOKENS = 64
 TOLERANCE = 1e-2
 COMPACT = "compact, pre-gathered"
 COMPILED_TOKENS = (1, 64, 2048)
@@ -136,13 +134,6 @@ def gate_correct(found: Tensor, expected: Tensor, what: str) -> float:
     return error
 
 
-def time_call(call: Callable[[Copy], object], copies: list[Copy], tokens: int) -> float:
-    """Return microseconds: rotating graph replay for decode, single calls for prefill."""
-    if tokens <= DECODE_TOKENS:
-        return decode_microseconds(call, copies)
-    return prefill_microseconds(lambda: call(copies[0]))
-
-
 def bench_one_set(
     copies_of: list[Weights], tokens: tuple[int, ...], bandwidth: float, peak: float
 ) -> list[dict[str, object]]:
@@ -161,7 +152,7 @@ def bench_one_set(
                 through = expected_rows(name, neurons)
                 expected = reference(x, copies[0].whole, through)
                 error = gate_correct(method(x, copies[0]), expected, f"{name}, {count} tokens")
-                times[name] = time_call(lambda copy: method(x, copy), copies, count)  # noqa: B023
+                times[name] = replay_microseconds(lambda copy: method(x, copy), copies)  # noqa: B023
                 seconds = times[name] / 1e6
                 read = 3 * through.count * width * element
                 done = 6 * count * through.count * width
@@ -206,7 +197,7 @@ def bench_many_sets(copies: list[Weights], rows_a_set: tuple[int, ...]) -> list[
                 ]
             )
 
-        times["one by one"] = decode_microseconds(one_by_one, copies)
+        times["one by one"] = replay_microseconds(one_by_one, copies)
         for strategy in Strategy:
             batch = stack.route(ids, strategy=strategy)
 
@@ -214,7 +205,7 @@ def bench_many_sets(copies: list[Weights], rows_a_set: tuple[int, ...]) -> list[
                 return gathered_mlp(x, copy.up, copy.down_t, batch, gate=copy.gate)  # noqa: B023
 
             gate_correct(at_once(copies[0]), one_by_one(copies[0]).double(), strategy.value)
-            times[strategy.value] = decode_microseconds(at_once, copies)
+            times[strategy.value] = replay_microseconds(at_once, copies)
         chosen = stack.choose(number * rows).value
         results.append(
             {

@@ -1,7 +1,8 @@
 """What the GPU scripts share: weights, clocks, and timing that the cache cannot flatter.
 
-Decode is timed by replaying CUDA graphs over several copies of the weights, so that no copy is still
-in the cache when its turn comes; prefill by medians of single calls.
+Calls are timed by replaying CUDA graphs over several copies of the weights, so that no copy is still
+in the cache when its turn comes, and what Python takes to launch a call (longer than many calls run)
+stays out. Only the ceilings, copy and matrix product, are medians of single calls.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def gate_of(weights: Weights) -> Tensor:
     return weights.gate
 
 
-def decode_microseconds(
+def replay_microseconds(
     call: Callable[[Any], object], copies: list[Any], *, replays: int = REPLAYS
 ) -> float:
     """Return the median time of a call over rotating copies, replayed as one CUDA graph."""
@@ -77,7 +78,7 @@ def decode_microseconds(
     return statistics.median(times)
 
 
-def prefill_microseconds(call: Callable[[], object]) -> float:
+def call_microseconds(call: Callable[[], object]) -> float:
     """Return the median time of a call."""
     return float(triton.testing.do_bench(call, warmup=25, rep=100, return_mode="median")) * 1e3
 
@@ -86,7 +87,7 @@ def copy_bandwidth(device: torch.device) -> float:
     """Return the bytes a second (read and written) of a large copy."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    seconds = prefill_microseconds(lambda: target.copy_(source)) / 1e6
+    seconds = call_microseconds(lambda: target.copy_(source)) / 1e6
     return 2 * source.nbytes / seconds
 
 
@@ -94,7 +95,7 @@ def matrix_peak(dtype: torch.dtype, device: torch.device) -> float:
     """Return the operations a second of a large square product."""
     size = 8192
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    seconds = prefill_microseconds(lambda: left @ right) / 1e6
+    seconds = call_microseconds(lambda: left @ right) / 1e6
     return 2 * size**3 / seconds
 
 

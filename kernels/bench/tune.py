@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_common import architecture, decode_microseconds, environment, gate_of, random_weights
+from gpu_common import architecture, replay_microseconds, environment, gate_of, random_weights
 from sets import draw_set
 
 from fbn_kernels import Kind, NeuronSet, reference_mlp
@@ -159,7 +159,7 @@ class Tuner:
         """Return (microseconds, tile), fastest first."""
         found = [
             (
-                decode_microseconds(
+                replay_microseconds(
                     lambda copy: _launch(x, copy, neurons, tile),  # noqa: B023
                     self.weights,
                     replays=replays,
