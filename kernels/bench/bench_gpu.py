@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from gpu_common import (
     copy_bandwidth,
-    replay_microseconds,
     environment,
     gate_of,
     matrix_peak,
     random_weights,
+    replay_microseconds,
 )
 from sets import draw_set
 from torch import Tensor

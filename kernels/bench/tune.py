@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_common import architecture, replay_microseconds, environment, gate_of, random_weights
+from gpu_common import architecture, environment, gate_of, random_weights, replay_microseconds
 from sets import draw_set
 
 from fbn_kernels import Kind, NeuronSet, reference_mlp
