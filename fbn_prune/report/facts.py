@@ -108,6 +108,7 @@ class Ablation(BaseModel):
 
     model: str
     action: str
+    rank: str = ""
     dense: float
     tokens: dict[str, int] = {}
     networks: list[Ablated] = Field(min_length=1)

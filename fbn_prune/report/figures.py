@@ -155,6 +155,7 @@ def _quality(
             [share], [run.perplexity_after], "*", color=ALARM, markersize=11, label="this run"
         )
     _log_scale(axes, comparison.dense, highest)
+    _whole_numbers(axes)
     axes.set_xlabel("MLP neurons kept, %" if networks is None else "K, networks kept")
     axes.set_ylabel("perplexity")
     axes.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=3)
@@ -166,7 +167,8 @@ def knockout_figure(ablation: Ablation) -> str:
     values = [one.perplexity for one in ablation.strongest_first]
     places = np.arange(1, len(values) + 1)
     shown = [value if math.isfinite(value) else math.nan for value in values]
-    axes.vlines(places, ablation.dense, shown, color=KEPT, linewidth=max(1.0, 140 / len(values)))
+    wide = max(1.0, 140 / len(values))
+    axes.vlines(places, ablation.dense, shown, color=KEPT, linewidth=wide, label="networks")
     if ablation.components:
         others = sorted(
             (one.perplexity for one in ablation.components), reverse=ablation.action != "retain"
@@ -205,6 +207,7 @@ def growing_figure(name: str, steps: Sequence[GrowingStep], dense: float) -> str
     axes.axhline(dense, color=MUTED, linestyle="--", linewidth=1, label="unchanged")
     finite = [v for v in (*values, *mean) if math.isfinite(v)]
     _log_scale(axes, dense, max(finite, default=1.0))
+    _whole_numbers(axes)
     axes.set(xlabel="n, networks", ylabel="perplexity")
     axes.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=3)
     return _svg(figure, f"growing {name}")
@@ -265,7 +268,9 @@ def _log_scale(axes: Axes, low: float, high: float) -> None:
     axes.set_yscale("log")
     few = high > 100 * low
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if few else (1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 10 else f"{value:g}")
+    )
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 

@@ -202,6 +202,7 @@ def _ablation(ablation: Ablation) -> dict[str, Any]:
         "model": display_name(ablation.model),
         "action": {"mask": "silenced", "retain": "kept alone"}.get(ablation.action, "amplified"),
         "dense": f"{ablation.dense:,.3f}",
+        "rank": f" by {ablation.rank}" if ablation.rank else "",
         "texts": texts,
         "rows": [*rows, random],
         "left_out": len(ablation.networks) - len(few),
