@@ -11,6 +11,7 @@ import torch
 from tiny_models import FAMILY_CONFIGS, save_tiny
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from fbn_prune import builtin
 from fbn_prune.cli.main import _exit_code
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.networks.functional_networks import FunctionalNetworks
@@ -51,7 +52,7 @@ def run(
 
 
 def test_every_recipe_is_tested_here() -> None:
-    tested = {"general-30-percent", "quality-first", "fits-a-size", "paper-layerwise"}
+    tested = {"general-30-percent", "quality-first", "fits-a-size", "paper-layerwise", "one-task"}
     assert {path.stem for path in RECIPES.glob("*.yaml")} == tested
 
 
@@ -121,3 +122,39 @@ def test_the_paper_recipe_keeps_by_threshold_and_leaves_the_outer_layers_whole(
             name = f"model.layers.{layer}.mlp.{part}.weight"
             expected = before.tensor(name).index_select(axis, stays.nonzero()[:, 0])
             assert torch.equal(after.tensor(name), expected), name
+
+
+def test_the_task_recipe_takes_the_users_task_and_keeps_a_quarter(
+    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {"task": range(3), "test": range(3, 6)}
+    for name, numbers in files.items():
+        lines = [{"question": f"{i} + {i} is", "answer": f" {2 * i}"} for i in numbers]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    task = ["--task", str(tmp_path / "task.jsonl"), "--task-test", str(tmp_path / "test.jsonl")]
+    few = ["--networks", "6", "--keep-networks", "2", "--width-multiple", "1"]
+    result = run(capsys, "one-task", tiny, text, tmp_path / "out", *few, *task)
+    assert result["widths"] == [10] * 8
+    assert (result["task"]["examples"], result["task"]["test_questions"]) == (3, 3)
+
+
+@pytest.mark.slow
+def test_the_task_recipe_makes_a_calculator_that_errs_no_more_than_the_whole_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a quarter of the neurons; its questions are held out of training and calibration."""
+    pytest.importorskip("lm_eval")
+    output = tmp_path / "out"
+    command = ["run", str(RECIPES / "one-task.yaml"), "--model", "builtin", "--output", str(output)]
+    assert _exit_code([*command, "--tokens", "49152", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["neurons_kept"] <= 0.25 * result["neurons_total"]
+    questions = str(builtin.question_files()["arithmetic"])
+    evaluate = ["evaluate", "--model", str(output), "--compare", "builtin", "--tasks", questions]
+    assert _exit_code([*evaluate, "--batch-size", "100", "--json"]) == 0
+    evaluated = json.loads(capsys.readouterr().out)
+    cut, dense = (
+        one["tasks"]["arithmetic"]["exact_match"] for one in (evaluated, evaluated["compare"])
+    )
+    assert dense["value"] > 0.95
+    assert cut["value"] >= dense["value"] - max(cut["stderr"], dense["stderr"])
