@@ -4,7 +4,7 @@
 
 The harness gets each file as the task (YAML) that `fbn_eval.task_files` makes of it, and runs in a process of its own
 in which nothing of ours is loaded. Every metric and every standard error must be the same number; the script ends with
-code 1 where one is not.
+code 1 where one is not. A result file that is there is added to.
 """
 
 from __future__ import annotations
@@ -38,15 +38,17 @@ def ours(model: Path, task: Path, *options: str) -> dict[str, dict[str, Any]]:
     return metrics
 
 
-def plain(model: Path, task: Path, folder: Path, *options: str) -> dict[str, dict[str, Any]]:
-    """The same from the harness's own command."""
+def plain(
+    model: Path, task: Path, folder: Path, more: str, *options: str
+) -> dict[str, dict[str, Any]]:
+    """The same from the harness's own command; `more` is added to the model's arguments."""
     config = folder / f"{task.stem}.yaml"
     config.write_text(yaml.safe_dump(task_from_file(task)), encoding="utf-8")
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--tasks", str(config)]
-    arguments = ["--model_args", f"pretrained={model},dtype=float32", "--device", "cpu"]
+    arguments = ["--model_args", f"pretrained={model},dtype=float32{more}"]
     output = folder / task.stem
     subprocess.run(
-        [*command, *arguments, "--output_path", str(output), *options],
+        [*command, *arguments, "--device", "cpu", "--output_path", str(output), *options],
         check=True,
         stdout=subprocess.DEVNULL,
     )
@@ -67,22 +69,30 @@ def main(
     task: Annotated[list[Path], typer.Option(help="Question file; repeat for several.")],
     limit: Annotated[int | None, typer.Option(help="Questions of each; default all.")] = None,
     batch_size: Annotated[int, typer.Option()] = 8,
+    max_length: Annotated[
+        int | None, typer.Option(help="Longest prompt, where an answer exceeds the model's.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Also write JSON here.")] = None,
 ) -> None:
     few = [] if limit is None else ["--limit", str(limit)]
+    longest = [] if max_length is None else ["--max-length", str(max_length)]
+    more = "" if max_length is None else f",max_length={max_length}"
     table = Table("task", "questions", "metric", "fbn-prune evaluate", "lm_eval run", "same")
-    facts: dict[str, Any] = {"model": model.name, "batch_size": batch_size, "tasks": {}}
+    facts: dict[str, Any] = {"model": model.name, "tasks": {}}
+    if output is not None and output.is_file():
+        facts = json.loads(output.read_text(encoding="utf-8"))
     all_same = True
     for path in task:
         lines = sum(1 for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
         questions = lines if limit is None else min(limit, lines)
         started = time.perf_counter()
-        mine = ours(model, path, "--batch-size", str(batch_size), *few)
+        mine = ours(model, path, "--batch-size", str(batch_size), *longest, *few)
         between = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            theirs = plain(model, path, Path(folder), "--batch_size", str(batch_size), *few)
+            theirs = plain(model, path, Path(folder), more, "--batch_size", str(batch_size), *few)
         done = time.perf_counter()
-        entry: dict[str, Any] = {"questions": questions, "metrics": {}}
+        entry: dict[str, Any] = {"questions": questions, "batch_size": batch_size}
+        entry |= {"max_length": max_length, "metrics": {}}
         entry["seconds"] = {
             "ours": round(between - started, 1),
             "lm_eval": round(done - between, 1),

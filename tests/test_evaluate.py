@@ -183,6 +183,21 @@ def test_a_checkpoint_is_not_tested_on_its_own_examples(
     assert _exit_code([*command, str(files["last_words"])]) == 0
 
 
+def test_an_answer_that_no_context_holds_is_refused_in_one_line(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = tmp_path / "long.jsonl"
+    long.write_text(
+        json.dumps({"question": "Up?", "choices": ["x" * 80, "no"], "answer": 1}) + "\n"
+    )
+    command = ["evaluate", "--model", str(tiny), "--tasks", str(long)]
+    assert _exit_code(command) == 1
+    error = capsys.readouterr().err
+    assert "longer than the 64 tokens" in error
+    assert len(error.splitlines()) == 1
+    assert _exit_code([*command, "--max-length", "128"]) == 0
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
