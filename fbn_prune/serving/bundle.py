@@ -100,11 +100,11 @@ class Bundle:
             raise InvalidInput(
                 f"{folder / BUNDLE_FILE}: format {content.get('format')!r}, this fbn-prune reads {_FORMAT_VERSION}"
             )
-        names, base = content.get("tasks"), content.get("base")
-        if not isinstance(names, dict) or not names or not (base is None or isinstance(base, str)):
+        names, base = content.get("order"), content.get("base")
+        if not isinstance(names, list) or not names or not (base is None or isinstance(base, str)):
             raise InvalidInput(f"{folder / BUNDLE_FILE}: lacks its tasks or its model")
         for name in names:
-            if not _NAME.fullmatch(name):
+            if not isinstance(name, str) or not _NAME.fullmatch(name):
                 raise InvalidInput(f"{folder / BUNDLE_FILE}: {name!r} is no name of a task")
         checkpoint = Checkpoint.open(folder if base is None else base, ragged=True)
         tasks = {name: _read_task(folder / "tasks" / name) for name in names}
@@ -168,6 +168,7 @@ def write_bundle(
         content = {
             "base": linked if link else None,
             "format": _FORMAT_VERSION,
+            "order": list(tasks),
             "tasks": {name: _facts(task) for name, task in tasks.items()},
         }
         write_json(folder / BUNDLE_FILE, content)
