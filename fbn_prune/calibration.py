@@ -19,8 +19,12 @@ import torch
 from torch import Tensor
 
 from fbn_prune.errors import InvalidInput
+from fbn_prune.texts import is_text
 
 MIN_BLOCK_TOKENS = 4
+LONGEST_LINE = 64 * 2**20
+"""Characters of a line of JSON: a file without line ends is not read into memory whole."""
+
 CHARACTERS_READ_PER_TOKEN = 16
 """How much text is read for each token of the budget: about four times what the tokens need, so that blocks are a
 sample of the text and not its beginning, and no more, so that a huge file costs no more than a small one."""
@@ -208,7 +212,11 @@ def _read_text(path: Path, characters: int) -> str:
 def _json_lines(path: Path, field: str) -> Iterator[str]:
     try:
         with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), ""), 1):
+                if len(line) == LONGEST_LINE:
+                    raise InvalidInput(
+                        f"{path}, line {number}: longer than {LONGEST_LINE:,} characters"
+                    )
                 if not line.strip():
                     continue
                 try:
@@ -220,6 +228,10 @@ def _json_lines(path: Path, field: str) -> Iterator[str]:
                     raise InvalidInput(
                         f"{path}, line {number}: no text field {field!r} (found: {have}); "
                         f"name it as {path}:FIELD"
+                    )
+                if not is_text(record[field]):
+                    raise InvalidInput(
+                        f"{path}, line {number}: a NUL, or half a character (a lone surrogate), in {field!r}"
                     )
                 yield record[field]
     except UnicodeDecodeError as error:

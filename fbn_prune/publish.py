@@ -18,6 +18,7 @@ from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.prepared import Prepared
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.pipeline import CutModel
+from fbn_prune.recipe import parse_size
 from fbn_prune.report.facts import RESULT_NAME, read_facts
 from fbn_prune.report.page import REPORT_NAME, write_report
 from fbn_prune.result import PruneResult, tool_version
@@ -43,7 +44,7 @@ def publish(
             prepared.family,
             cut.cuts,
             folder,
-            max_shard_size=recipe.max_shard_size,
+            max_shard_size=parse_size(recipe.max_shard_size, "max_shard_size"),
             progress=advance,
         )
         verify_export(folder)

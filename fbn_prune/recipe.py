@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -11,6 +12,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from fbn_prune.errors import InvalidInput
+from fbn_prune.texts import is_text, read_text
+
+MOST_BYTES = 2**20
+"""A recipe larger than that is none."""
 
 CriterionName = Literal[
     "networks", "second-order", "flap", "wanda", "membership", "magnitude", "random"
@@ -31,7 +36,7 @@ CRITERION_NAMES: tuple[str, ...] = get_args(CriterionName)
 class Recipe(BaseModel):
     """Everything that decides the result of a run. Each field is a recipe key and, with dashes, a flag."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     model: str = Field("builtin", description="Checkpoint folder, hub id, or `builtin`.")
     output: Path | None = Field(None, description="Folder to write; it must not exist.")
@@ -40,15 +45,19 @@ class Recipe(BaseModel):
         description="Text: FILE.txt, FILE.jsonl[:field], a folder, "
         "hf:dataset[:config[:split[:field]]] or `builtin`. Repeat for several.",
     )
-    tokens: int = Field(131072, ge=1, description="Calibration tokens, shared evenly by sources.")
+    tokens: int = Field(
+        131072, ge=1, le=10**12, description="Calibration tokens, shared evenly by sources."
+    )
     context: int | None = Field(
         None, ge=8, description="Tokens of a block. Default: the model's, at most 2048."
     )
     held_out: float = Field(
         0.1, gt=0, lt=1, description="Share of text kept from calibration for before/after figures."
     )
-    networks: int = Field(64, ge=1, description="Functional networks to discover.")
-    network_tokens: int = Field(8192, ge=2, description="Tokens that the networks are found on.")
+    networks: int = Field(64, ge=1, le=10**6, description="Functional networks to discover.")
+    network_tokens: int = Field(
+        8192, ge=2, le=10**9, description="Tokens that the networks are found on."
+    )
     scope: Scope = Field("global", description="One ICA over all layers, or one for each layer.")
     networks_from: Path | None = Field(
         None, description="A networks.safetensors to use instead of discovering anew."
@@ -113,7 +122,7 @@ class Recipe(BaseModel):
         1e-3, gt=0, description="The same share while refitting; more where tokens are few."
     )
     max_shard_size: str = Field("5GB", description="Largest safetensors shard to write.")
-    seed: int = Field(0, ge=0, description="Seed of every random choice.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of every random choice.")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     dtype: DtypeName = Field("auto", description="Compute type. The checkpoint keeps its own.")
     memory_budget: str | None = Field(
@@ -129,6 +138,15 @@ class Recipe(BaseModel):
     @property
     def kept_networks_or_default(self) -> int:
         return 10 if self.keep_networks is None else self.keep_networks
+
+    @field_validator("model", "output", "calibration", "task", "task_test", "networks_from")
+    @classmethod
+    def _names_of_files(cls, value: Any) -> Any:
+        """No file has such a name, and asking for it is no clean error everywhere."""
+        for name in value if isinstance(value, tuple) else (value,):
+            if name is not None and not is_text(str(name)):
+                raise ValueError("a name cannot hold a NUL or half a character")
+        return value
 
     @field_validator("target_params", "target_size", "keep_layers", mode="before")
     @classmethod
@@ -190,7 +208,8 @@ def build_recipe(values: dict[str, Any], *, where: str = "command line") -> Reci
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        raise InvalidInput(f"{where}: {name} = {first['input']!r}: {first['msg']}") from None
+        value = reprlib.repr(first["input"])
+        raise InvalidInput(f"{where}: {name} = {value}: {first['msg']}") from None
     _check(recipe, where)
     return recipe
 
@@ -215,6 +234,7 @@ def _check(recipe: Recipe, where: str) -> None:
         raise InvalidInput(
             f"{where}: sparsity = {recipe.sparsity}: the share of neurons to remove lies between 0 and 1"
         )
+    parse_size(recipe.max_shard_size, f"{where}: max_shard_size")
     _check_budget(recipe, where)
     _check_layout(recipe, where)
     if recipe.rank == "task" and recipe.task is None:
@@ -284,7 +304,7 @@ def parse_size(text: str, name: str) -> int:
 
 
 def _parse(text: str, units: dict[str, int], name: str, examples: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([A-Z]*)", text.strip().upper())
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d*)?)\s*([A-Z]*)", text.strip().upper(), re.ASCII)
     if match is None or match[2] not in units or float(match[1]) <= 0:
         raise InvalidInput(f"{name} = {text!r}: write it as {examples}")
     return int(float(match[1]) * units[match[2]])
@@ -311,11 +331,10 @@ def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
     InvalidInput
         The file is missing, is not YAML, is not a mapping, or holds an unknown key or a bad value.
     """
+    text = read_text(path, f"recipe {path}", most_bytes=MOST_BYTES)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"cannot read recipe {path}: {error}") from None
-    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise InvalidInput(f"recipe {path} refers back to its own parts (*): write them out")
         values = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         line = " ".join(str(error).split())

@@ -19,6 +19,10 @@ from typing import Any
 
 from fbn_prune.calibration import MIN_BLOCK_TOKENS, TokenBlocks, Tokenizer, tokenize_document
 from fbn_prune.errors import InvalidInput
+from fbn_prune.texts import is_text, read_text
+
+MOST_BYTES = 64 * 2**20
+"""A few examples are no more than that."""
 
 RECORD_NAME = "task.json"
 """File of a pruned checkpoint that says which examples were seen."""
@@ -58,12 +62,7 @@ def read_examples(path: Path) -> list[Example]:
     InvalidInput
         The file is missing, empty, no UTF-8, or a line of it is no example.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise InvalidInput(f"task file {path} is not UTF-8 text: {error.reason}") from None
-    except OSError as error:
-        raise InvalidInput(f"cannot read task file {path}: {error.strerror}") from None
+    lines = read_text(path, f"task file {path}", most_bytes=MOST_BYTES).split("\n")
     examples = [
         _example(line, f"{path}, line {number}")
         for number, line in enumerate(lines, 1)
@@ -81,6 +80,9 @@ def _example(line: str, where: str) -> Example:
         raise InvalidInput(f"{where}: not JSON") from None
     fields = record if isinstance(record, dict) else {}
     question, answer, text = (fields.get(key) for key in ("question", "answer", "text"))
+    for value in (question, answer, text):
+        if isinstance(value, str) and not is_text(value):
+            raise InvalidInput(f"{where}: a NUL, or half a character (a lone surrogate)")
     if isinstance(question, str) and isinstance(answer, str) and question.strip():
         return Example(f"{question}{answer}\n", question)
     if isinstance(text, str) and text.strip():
@@ -197,8 +199,9 @@ def recorded_fingerprints(checkpoint: Path) -> set[str]:
     if not path.is_file():
         return set()
     try:
-        return set(json.loads(path.read_text(encoding="utf-8"))["questions_sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
+        found = json.loads(read_text(path, str(path), most_bytes=MOST_BYTES))["questions_sha256"]
+        return {str(one) for one in found}
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise InvalidInput(f"{path} is damaged: it should say which examples were seen") from None
 
 

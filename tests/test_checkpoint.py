@@ -334,7 +334,7 @@ def test_a_missing_mlp_tensor(folder: Path) -> None:
 
 
 def test_fewer_layers_than_the_config_means(folder: Path) -> None:
-    edit_json(folder / "config.json", lambda config: config.update(num_hidden_layers=10**9))
+    edit_json(folder / "config.json", lambda config: config.update(num_hidden_layers=9_000))
     assert "no tensor model.layers.3.mlp.gate_proj.weight" in refusal(folder)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     Config = PretrainedConfig | Mapping[str, Any]
 
 Part = Literal["weight", "bias"]
+
+MOST_LAYERS = 10_000
+_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_labels")
+"""Numbers of which config classes make lists and tables as long."""
 
 
 @dataclass(frozen=True)
@@ -378,12 +383,16 @@ def as_config(config: Config) -> PretrainedConfig:
     if not isinstance(config, Mapping):
         return config
     # Slow to import, and the command line's help needs none of it.
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
 
+    for key in _COUNTS:
+        if isinstance(count := config.get(key), int) and count > MOST_LAYERS:
+            raise InvalidInput(
+                f"the config says {key} = {reprlib.repr(count)}: no model has so many"
+            )
     model_type = str(config.get("model_type"))
     try:
         return CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(config)))
-    except (KeyError, TypeError, ValueError, AttributeError, StrictDataclassError) as error:
+    except Exception as error:  # what a stranger's JSON can do to a config class has no end
         reason = " ".join(str(error).split())
         raise InvalidInput(f"the config is not a valid {model_type!r} config: {reason}") from error

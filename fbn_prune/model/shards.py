@@ -16,6 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fbn_prune.errors import InvalidInput
+from fbn_prune.texts import read_text
+
+MOST_JSON_BYTES = 100 * 2**20
+"""What safetensors allows a header; the index of a checkpoint of a million tensors is as large."""
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -139,8 +143,8 @@ def shard_name(name: object) -> str:
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = json.loads(read_text(path, "it", most_bytes=MOST_JSON_BYTES))
+    except (InvalidInput, ValueError, RecursionError) as error:
         raise InvalidInput(f"{path} is not readable JSON: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise InvalidInput(f"{path} must hold a JSON object, found {type(content).__name__}")

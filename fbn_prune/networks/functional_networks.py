@@ -197,7 +197,7 @@ def _described(metadata: str) -> dict[str, Any]:
     """Widths and header from the JSON text of the file."""
     try:
         content = json.loads(metadata)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidInput(f"its header is not JSON ({error})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT_VERSION:
         version = content.get("format") if isinstance(content, dict) else None
