@@ -129,6 +129,6 @@ def _launch(
     tile = launch.table_for(x.device).find(rows, count, width, x.dtype, kind)
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         hidden = launch._launch_hidden(
-            x, held, indices, activation, count, kind, membership, None, tile.hidden
+            x, held, indices, activation, count, membership, None, tile.hidden
         )
     return hidden[:, :count].contiguous()
