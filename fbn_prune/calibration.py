@@ -116,15 +116,15 @@ class TokenBlocks:
         while taken < len(self.blocks) and count < tokens:
             count += len(self.blocks[taken])
             taken += 1
-        return self._chosen(range(taken))
+        return self.chosen(range(taken))
 
     def split(self, every: int) -> tuple[TokenBlocks, TokenBlocks]:
         """All blocks but each `every`-th one, and those: a share to try on what the others have shaped."""
         apart = [index for index in range(len(self.blocks)) if index % every == 0]
         rest = [index for index in range(len(self.blocks)) if index % every]
-        return self._chosen(rest), self._chosen(apart)
+        return self.chosen(rest), self.chosen(apart)
 
-    def _chosen(self, indices: Sequence[int]) -> TokenBlocks:
+    def chosen(self, indices: Sequence[int]) -> TokenBlocks:
         """Some of the blocks, with their weights."""
         blocks = tuple(self.blocks[index] for index in indices)
         weights = self.weights

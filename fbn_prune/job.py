@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from fbn_prune.pruning.pipeline import CutOptions, cut_layers
 from fbn_prune.pruning.prediction import check_rise, predicted_rise
 from fbn_prune.publish import publish
 from fbn_prune.recipe import Recipe
+from fbn_prune.recovery.gain import Recovery
 from fbn_prune.result import PruneResult, peak_memory_bytes
 from fbn_prune.stages import (
     find_networks,
@@ -37,6 +39,7 @@ from fbn_prune.stages import (
     loss_roots_of,
     match_to_task,
     rank_networks,
+    recover_model,
 )
 
 
@@ -133,6 +136,12 @@ def run_prune(recipe: Recipe, clock: StageClock) -> PruneResult:
     warning = check_rise(before, after, predicted, family.vocab_size(prepared.checkpoint.config))
     if warning is not None:
         clock.note(f"warning: {warning}")
+    recovery = None
+    if recipe.recover:
+        cut = replace(cut, trained=recover_model(prepared, model, blocks, clock))
+        healed = _pruned_perplexity(model, held_out, clock)
+        recovery = Recovery.measured(before, after, healed, recipe.recover_passes, blocks.tokens)
+        after = healed
     result = PruneResult(
         model=recipe.model,
         output=None if recipe.output is None else str(recipe.output),
@@ -158,6 +167,7 @@ def run_prune(recipe: Recipe, clock: StageClock) -> PruneResult:
         task=None if task is None or matched is None else _task_facts(task, matched),
         forward_seconds=cut.forward_seconds,
         peak_memory_bytes=0,
+        recovery=recovery,
     )
     if result.task is not None and on_task is not None:
         result.task |= {

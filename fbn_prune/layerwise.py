@@ -124,6 +124,13 @@ class LayerwiseForward:
         self.forward_seconds += self._now() - start - watched
         return output[0] if isinstance(output, tuple) else output
 
+    def run_with_gradients(self, index: int) -> Tensor:
+        """As :meth:`run`, in the graph of those of the layer's weights that require gradients."""
+        call = self._calls[self._shapes[index]][self.next_layer]
+        hidden = self.hidden[index].clone()  # what inference mode made cannot be in a graph
+        output = self._layers[self.next_layer](hidden, *call.args, **call.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [blocks, length, vocabulary] of what the last layer put out, [blocks, length, d]."""

@@ -26,6 +26,10 @@ PROCESS_BYTES = 480 * 10**6
 
 LEAST_BLOCKS = 32
 
+RECOVERY_TOKENS = 2048
+"""Tokens of a training step of the recovery, and below the largest logits that it makes at once."""
+LOGIT_BYTES = 2**28
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -90,8 +94,8 @@ def plan_memory(
             return plan
     stage = max(least.stages, key=least.stages.__getitem__)
     why = ""
-    if recipe.needs_gradients:
-        why = ", as loss gradients need the whole model in memory"
+    if recipe.needs_whole_model:
+        why = ", as gradients need the whole model in memory"
     raise InvalidInput(
         f"memory_budget = {recipe.memory_budget}: the least that this run takes is "
         f"{least.peak_bytes / 1e9:.2f}GB (stage {stage}{why})"
@@ -115,7 +119,7 @@ def possible_plans(
 
     yield planned(False, usual, True, True)
     yield planned(False, usual, False, True)
-    if recipe.needs_gradients:
+    if recipe.needs_whole_model:
         return
     yield planned(True, usual, True, True)
     yield planned(True, usual, False, True)
@@ -190,6 +194,13 @@ class _Sizes:
             graph = few * layers * (16 * hidden + 8 * width) * size
             stages["gradients"] = base + graph + layers * 8 * hidden**2 + 3 * 4 * few * vocabulary
             stages["prune"] += layers * 8 * hidden**2
+        if recipe.recover:
+            few = min(tokens, RECOVERY_TOKENS)
+            graph = few * layers * (16 * hidden + 8 * width) * size
+            both = base + self.checkpoint.total_parameters * size
+            trained = max(16 * layer, 16 * layers * 2 * recipe.recover_rank * (4 * hidden + width))
+            logits = 4 * 4 * min(few * vocabulary, LOGIT_BYTES // 4)
+            stages["recovery"] = both + max(2 * self._hidden(tokens), graph + logits) + trained
         return stages
 
     def _hidden(self, tokens: int) -> int:

@@ -120,6 +120,8 @@ def _operations(prepared: Prepared) -> float:
         sample = min(recipe.network_tokens, tokens)
         work += sample * forward + sample * sample * width * layers
         work += 2.0 * sample * sample * 2000 + 400 * 4.0 * width * layers * recipe.networks**2
+    if recipe.recover:  # forward and backward in each step, beside the dense model
+        work += 8 * forward * tokens * recipe.recover_passes
     if recipe.needs_gradients:
         work += 3 * forward * min(tokens, GRADIENT_TOKENS)
     if recipe.layout != "uniform" and recipe.widths in ("loss", "auto"):

@@ -44,6 +44,7 @@ def publish(
             prepared.family,
             cut.cuts,
             folder,
+            trained=cut.trained,
             max_shard_size=parse_size(recipe.max_shard_size, "max_shard_size"),
             progress=advance,
         )
@@ -114,6 +115,7 @@ def _card(
         total_networks=None if networks is None else len(networks.maps),
         perplexity_before=result.perplexity_before,
         perplexity_after=result.perplexity_after,
+        perplexity_cut=None if result.recovery is None else result.recovery.perplexity_cut,
         warning=result.warning,
         license=source_license(prepared.checkpoint.path / "README.md"),
     )

@@ -117,6 +117,15 @@ class Recipe(BaseModel):
     sequential: bool = Field(
         False, description="Fit each layer on the output of the layers already pruned."
     )
+    recover: bool = Field(
+        False,
+        description="Train the cut model towards the dense one on the calibration text: its layers' outputs, then its "
+        "predictions (low-rank adapters, merged).",
+    )
+    recover_passes: int = Field(
+        2, ge=1, description="Passes over the calibration text in each of the two steps."
+    )
+    recover_rank: int = Field(32, ge=1, description="Rank of the adapters.")
     damping: float = Field(1e-2, gt=0, description="Share of mean diag(H) added while choosing.")
     refit_damping: float = Field(
         1e-3, gt=0, description="The same share while refitting; more where tokens are few."
@@ -179,6 +188,11 @@ class Recipe(BaseModel):
         """Whether a backward pass is needed."""
         by_loss = self.layout != "uniform" and self.widths in ("loss", "auto")
         return self.loss_aware or by_loss
+
+    @property
+    def needs_whole_model(self) -> bool:
+        """Whether the model cannot be read a layer at a time: gradients flow through all of it."""
+        return self.needs_gradients or self.recover
 
     def to_yaml(self) -> str:
         """The resolved recipe, every key spelled out."""

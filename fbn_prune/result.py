@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from fbn_prune.recovery.gain import Recovery
+
 
 @dataclass
 class PruneResult:
@@ -41,6 +43,8 @@ class PruneResult:
     task: dict[str, Any] | None
     forward_seconds: float
     peak_memory_bytes: int
+    recovery: Recovery | None = None
+    """What `recover` brought; `perplexity_after` has it in."""
     stages: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:

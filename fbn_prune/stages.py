@@ -151,6 +151,20 @@ def rank_networks(
     return strongest_first(rank_scores(prepared, model, networks, data, matched, clock))
 
 
+def recover_model(
+    prepared: Prepared, model: PreTrainedModel, blocks: TokenBlocks, clock: StageClock
+) -> dict[str, Tensor]:
+    """Train the cut model in place towards the dense one; its new weights by their names in the checkpoint."""
+    from fbn_prune.recovery.healing import RecoveryOptions, heal, healed_tensors  # peft is slow
+
+    recipe, family = prepared.recipe, prepared.family
+    with clock.stage("load"):
+        dense = prepared.load_model()
+    options = RecoveryOptions(recipe.recover_passes, recipe.recover_rank, recipe.seed)
+    heal(model, dense, family, blocks, options, clock)
+    return healed_tensors(model, family, prepared.checkpoint)
+
+
 def loss_roots_of(
     prepared: Prepared, model: PreTrainedModel, blocks: TokenBlocks, clock: StageClock
 ) -> list[Tensor] | None:

@@ -9,6 +9,7 @@ from rich.table import Table
 from fbn_prune.cli import console
 from fbn_prune.errors import InvalidInput
 from fbn_prune.recipe import Recipe, build_recipe
+from fbn_prune.recovery.gain import Recovery
 
 
 def command(flags: dict[str, Any], *, json: bool, dry_run: bool) -> None:
@@ -53,12 +54,22 @@ def execute(recipe: Recipe, *, json: bool, dry_run: bool) -> None:
     more = "" if len(result.kept_networks) <= 10 else f" and {len(result.kept_networks) - 10} more"
     if kept:
         console.print_line(f"networks kept: {kept}{more}")
+    if result.recovery is not None:
+        console.print_line(_recovered(result.recovery))
     console.print_line(_widths(result.widths, result.width_rule))
     seconds = ", ".join(f"{name} {took:.1f} s" for name, took in result.stages.items())
     console.print_line(
         f"{seconds}; peak memory {console.size(result.peak_memory_bytes)}; "
         f"bare forward passes {result.forward_seconds:.1f} s"
     )
+
+
+def _recovered(recovery: Recovery) -> str:
+    closed = (
+        "" if recovery.gap_closed is None else f", {recovery.gap_closed:.0%} of the gap to dense"
+    )
+    cut, recovered = recovery.perplexity_cut, recovery.perplexity_recovered
+    return f"recovery took the perplexity from {cut:.3f} to {recovered:.3f}{closed}"
 
 
 def _widths(widths: list[int], rule: str) -> str:

@@ -27,6 +27,7 @@ class CardFacts:
     kept_networks, total_networks : functional networks kept and found; None if they set no budget.
     calibration, held_out : the texts, in words.
     perplexity_before, perplexity_after : on the held-out share; None if not measured.
+    perplexity_cut : the same before the weights were trained; None if they were not.
     warning : what a check of the result found amiss; None if nothing.
     command : the command line that makes the model again.
     """
@@ -48,6 +49,7 @@ class CardFacts:
     total_networks: int | None = None
     perplexity_before: float | None = None
     perplexity_after: float | None = None
+    perplexity_cut: float | None = None
     warning: str | None = None
     license: dict[str, str] = field(default_factory=dict)
 
@@ -145,8 +147,18 @@ def _what_was_cut(facts: CardFacts) -> str:
         )
     return (
         f"Made from `{_base(facts)}` by removing {total - kept:,} of its {total:,} MLP neurons: each of the "
-        f"{len(facts.widths)} layers keeps {width} of {facts.neurons_before}. Attention, norms and embeddings are "
-        f"unchanged.{networks} Neurons were chosen by {facts.criterion}, on {facts.calibration}."
+        f"{len(facts.widths)} layers keeps {width} of {facts.neurons_before}.{networks} "
+        f"Neurons were chosen by {facts.criterion}, on {facts.calibration}. {_the_rest(facts)}"
+    )
+
+
+def _the_rest(facts: CardFacts) -> str:
+    if facts.perplexity_cut is None:
+        return "Attention, norms and embeddings are unchanged."
+    return (
+        "Then the linear maps of the layers were trained towards the source model's outputs on that text, "
+        f"which took the perplexity from {facts.perplexity_cut:.2f} to {facts.perplexity_after:.2f}; "
+        "norms and embeddings are unchanged."
     )
 
 

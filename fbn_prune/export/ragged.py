@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from fbn_prune.export.directory import disk_errors
@@ -28,6 +29,7 @@ def write_ragged_checkpoint(
     cuts: Sequence[MlpCut],
     directory: Path,
     *,
+    trained: Mapping[str, Tensor] | None = None,
     max_shard_size: int | str = "5GB",
     progress: Callable[[int], None] | None = None,
 ) -> None:
@@ -39,7 +41,13 @@ def write_ragged_checkpoint(
     config = ragged_config(source.config, family, [cut.width for cut in cuts], needs_bias)
     with disk_errors(directory):
         write_tensors(
-            source, family, cuts, directory, max_shard_size=max_shard_size, progress=progress
+            source,
+            family,
+            cuts,
+            directory,
+            trained=trained,
+            max_shard_size=max_shard_size,
+            progress=progress,
         )
         write_json(directory / "config.json", config)
         copy_companions(source, directory)

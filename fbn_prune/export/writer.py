@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ def write_checkpoint(
     cuts: Sequence[MlpCut],
     directory: Path,
     *,
+    trained: Mapping[str, Tensor] | None = None,
     max_shard_size: int | str = "5GB",
     progress: Callable[[int], None] | None = None,
 ) -> None:
@@ -52,6 +53,7 @@ def write_checkpoint(
     Parameters
     ----------
     cuts : one a layer, all of one width.
+    trained : tensors that take the place of what the source and the cuts give, by name.
     directory : an existing folder, normally from `atomic_directory`.
     max_shard_size : largest shard, in bytes or as "2GB"; a larger single tensor gets its own.
     progress : called with the number of bytes written since the last call.
@@ -73,7 +75,13 @@ def write_checkpoint(
     config = pruned_config(source.config, family, widths[0], needs_bias)
     with disk_errors(directory):
         write_tensors(
-            source, family, cuts, directory, max_shard_size=max_shard_size, progress=progress
+            source,
+            family,
+            cuts,
+            directory,
+            trained=trained,
+            max_shard_size=max_shard_size,
+            progress=progress,
         )
         write_json(directory / "config.json", config)
         copy_companions(source, directory)
@@ -85,6 +93,7 @@ def write_tensors(
     cuts: Sequence[MlpCut],
     directory: Path,
     *,
+    trained: Mapping[str, Tensor] | None = None,
     max_shard_size: int | str = "5GB",
     progress: Callable[[int], None] | None = None,
 ) -> None:
@@ -105,6 +114,8 @@ def write_tensors(
         raise InvalidInput(f"max_shard_size {max_shard_size!r} is not a size: {error}") from error
 
     def produce(name: str) -> Tensor:
+        if trained is not None and name in trained:
+            return trained[name].to("cpu", plan[name].dtype)
         if name not in source.tensors:
             return _new_bias(family, cuts, name, plan[name])
         location = _cut_location(family, cuts, name)

@@ -7,7 +7,7 @@ the mean of the dense output and the output it would itself give there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +51,8 @@ class CutModel:
     cuts: Sequence[MlpCut]
     forward_seconds: float
     relative_errors: tuple[float, ...]
+    trained: Mapping[str, Tensor] | None = None
+    """What a recovery changed, by the names that the checkpoint gives it; None without one."""
 
 
 def cut_layers(

@@ -1,0 +1,140 @@
+"""Healing a cut model on its calibration text: first layer by layer, then as a whole, against the dense model.
+
+Both steps train linear maps of the decoder layers alone, so the result is the stock architecture with other weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fbn_prune.calibration import Batch, TokenBlocks
+from fbn_prune.errors import FbnPruneError
+from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.families import Family
+from fbn_prune.progress import StageClock
+from fbn_prune.recovery.distillation import DistillationOptions, distil
+from fbn_prune.recovery.matching import match_layers
+from fbn_prune.recovery.state import load_tensors, save_tensors
+
+BATCH_TOKENS = 2048
+"""Tokens of one training step."""
+
+
+@dataclass(frozen=True)
+class RecoveryOptions:
+    """`passes` over the blocks in each of the two steps, the `rank` of the adapters, and the seed of the order."""
+
+    passes: int
+    rank: int
+    seed: int
+
+
+def heal(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    family: Family,
+    blocks: TokenBlocks,
+    options: RecoveryOptions,
+    clock: StageClock,
+    *,
+    state: Path | None = None,
+    key: str = "",
+) -> None:
+    """Train `model` in place towards `dense`, on `blocks` alone.
+
+    Parameters
+    ----------
+    model, dense
+        The cut model and the one it was cut from, on one device.
+    state
+        Folder that finished parts of the training are kept in, and taken from if they are of the same training.
+    key
+        Names all that the training depends on besides the arguments: how the model was cut.
+    """
+    training = json.dumps([key, blocks.fingerprint, options.passes, options.rank, options.seed])
+    matched = None if state is None else state / "matched.safetensors"
+    found = None if matched is None else load_tensors(matched, training)
+    neurons = _mlp_parameters(model, family)
+    if found is None:
+        batches: Sequence[Batch] = blocks.batches(BATCH_TOKENS)
+        match_layers(
+            model, dense, family, batches, passes=options.passes, seed=options.seed, clock=clock
+        )
+        if matched is not None:
+            save_tensors(matched, training, neurons)
+    else:
+        with torch.no_grad():
+            for name, parameter in neurons.items():
+                parameter.copy_(found[name])
+    distil(
+        model,
+        dense,
+        list(linear_maps(model, family)),
+        blocks,
+        replace(
+            DistillationOptions.for_width(family.hidden_size(model.config)),
+            rank=options.rank,
+            passes=options.passes,
+            step_tokens=BATCH_TOKENS,
+            seed=options.seed,
+        ),
+        clock,
+        state=None if state is None else state / "adapters.safetensors",
+        key=training,
+    )
+
+
+def linear_maps(model: PreTrainedModel, family: Family) -> dict[str, nn.Module]:
+    """Every linear map of the decoder layers, by its name in the live model: what healing may change."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name.startswith(f"{family.layers}.") and isinstance(module, nn.Linear | Conv1D)
+    }
+
+
+def healed_tensors(
+    model: PreTrainedModel, family: Family, checkpoint: Checkpoint
+) -> dict[str, Tensor]:
+    """The live parameters of all linear maps by the names that the checkpoint gives them.
+
+    They take the values that they have in the checkpoint's dtypes, so that what is measured is what is written.
+
+    Raises
+    ------
+    FbnPruneError
+        A value is not finite in its dtype.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, module in linear_maps(model, family).items():
+        weight = f"{name}.weight"
+        if weight not in checkpoint.tensors:  # saved from the base model
+            weight = weight.partition(".")[2]
+        for part, parameter in module.named_parameters(recurse=False):
+            rounded = parameter.detach().to(checkpoint.dtype(weight))
+            if not bool(rounded.isfinite().all()):
+                raise FbnPruneError(
+                    f"{name}.{part} is not finite in {rounded.dtype} after recovery: leave out --recover, "
+                    "or compute in --dtype float32"
+                )
+            with torch.no_grad():
+                parameter.copy_(rounded)
+            tensors[weight.removesuffix("weight") + part] = parameter.detach()
+    return tensors
+
+
+def _mlp_parameters(model: PreTrainedModel, family: Family) -> dict[str, Tensor]:
+    return {
+        f"{layer} {projection.path} {part}": parameter
+        for layer in range(family.num_layers(model.config))
+        for projection in family.projections
+        for part, parameter in family.projection_module(model, layer, projection).named_parameters()
+    }

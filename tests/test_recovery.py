@@ -1,0 +1,223 @@
+"""Claims about healing a cut model: it comes closer to the dense one, stays stock, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import FAMILY_CONFIGS, LAYERS, make_model, save_tiny
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from fbn_prune.calibration import TokenBlocks
+from fbn_prune.cli.main import _exit_code
+from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.families import family_of
+from fbn_prune.model.surgery import MlpCut, apply_cut
+from fbn_prune.progress import StageClock
+from fbn_prune.recovery import healing
+from fbn_prune.recovery.distillation import DistillationOptions, distil
+from fbn_prune.recovery.gain import Recovery
+from fbn_prune.recovery.healing import RecoveryOptions, heal, linear_maps
+from fbn_prune.recovery.matching import match_layers
+
+torch.set_num_threads(1)
+
+OPTIONS = RecoveryOptions(passes=3, rank=4, seed=0)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(
+        "".join(f"{i} apples cost {i * 3} pence, and {i % 7} pears. " for i in range(400))
+    )
+    return path
+
+
+def sample(weights: tuple[float, ...] | None = None) -> TokenBlocks:
+    generator = torch.Generator().manual_seed(0)
+    blocks = tuple(torch.randint(3, 250, (24 + i,), generator=generator) for i in range(8))
+    return TokenBlocks(blocks, 40, ("random",), weights)
+
+
+def pair(name: str = "llama") -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A model and itself without two thirds of its neurons."""
+    dense = make_model(name)
+    family = family_of(dense.config)
+    cut = copy.deepcopy(dense)
+    for layer in range(LAYERS):
+        kept = torch.arange(0, 24, 3)
+        weight = family.down_weight(dense, layer)[:, kept].detach().clone()
+        apply_cut(cut, family, layer, MlpCut(kept, weight, None))
+    return dense, cut
+
+
+def hidden_error(dense: PreTrainedModel, cut: PreTrainedModel) -> float:
+    ids = sample().blocks[0][None]
+    with torch.no_grad():
+        wanted, found = (m(ids, output_hidden_states=True).hidden_states for m in (dense, cut))
+        return sum(float((a - b).square().mean()) for a, b in zip(wanted, found, strict=True))
+
+
+def divergence(dense: PreTrainedModel, cut: PreTrainedModel) -> float:
+    ids = sample().blocks[0][None]
+    with torch.no_grad():
+        wanted, found = (m(ids).logits.log_softmax(-1) for m in (dense, cut))
+        return float((wanted.exp() * (wanted - found)).sum(-1).mean())
+
+
+def parameters(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", FAMILY_CONFIGS)
+def test_matching_brings_the_layers_closer_and_changes_mlps_alone(name: str) -> None:
+    dense, cut = pair(name)
+    family = family_of(dense.config)
+    before, error = parameters(cut), hidden_error(dense, cut)
+    match_layers(cut, dense, family, sample().batches(64), passes=8, seed=0, clock=StageClock())
+    assert hidden_error(dense, cut) < error
+    mlp = [f".{projection.path}." for projection in family.projections]
+    for key, value in parameters(cut).items():
+        if not any(path in key for path in mlp):
+            assert torch.equal(value, before[key]), key
+    assert all(p.requires_grad for p in cut.parameters())
+
+
+@pytest.mark.parametrize("name", FAMILY_CONFIGS)
+def test_distillation_brings_predictions_closer_and_leaves_no_adapter(name: str) -> None:
+    dense, cut = pair(name)
+    family = family_of(dense.config)
+    names, before = list(parameters(cut)), divergence(dense, cut)
+    maps = list(linear_maps(cut, family))
+    options = DistillationOptions(rank=4, passes=8, step_tokens=64, learning_rate=5e-3)
+    distil(cut, dense, maps, sample(), options, StageClock())
+    assert divergence(dense, cut) < before
+    assert list(parameters(cut)) == names
+    assert all(p.requires_grad for p in cut.parameters())
+
+
+def test_nothing_but_the_linear_maps_of_the_layers_is_trained() -> None:
+    dense, cut = pair()
+    family = family_of(dense.config)
+    trained = {f"{name}.weight" for name in linear_maps(cut, family)}
+    before = parameters(cut)
+    heal(cut, dense, family, sample(), OPTIONS, StageClock())
+    changed = {key for key, value in parameters(cut).items() if not torch.equal(value, before[key])}
+    assert changed == trained
+    assert not any("embed" in name or "norm" in name or "lm_head" in name for name in trained)
+
+
+def test_blocks_that_count_for_nothing_teach_nothing() -> None:
+    found = []
+    for spoiled in (sample().blocks[7], torch.full((31,), 9)):
+        dense, cut = pair()
+        blocks = sample((1.0,) * 7 + (0.0,))
+        blocks = TokenBlocks((*blocks.blocks[:7], spoiled), 40, ("random",), blocks.weights)
+        heal(cut, dense, family_of(dense.config), blocks, OPTIONS, StageClock())
+        found.append(parameters(cut))
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=1e-3, atol=1e-5)
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("steps", [3, 9])
+def test_healing_that_was_cut_off_ends_in_the_same_weights(
+    steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, cut = pair()
+    family = family_of(dense.config)
+    monkeypatch.setattr(healing, "BATCH_TOKENS", 64)
+    whole, broken = copy.deepcopy(cut), copy.deepcopy(cut)
+    heal(whole, dense, family, sample(), OPTIONS, StageClock())
+
+    from fbn_prune.recovery.distillation import _Training
+
+    step, count = _Training.step, 0
+
+    def interrupted(self: Any, blocks: TokenBlocks) -> None:
+        nonlocal count
+        count += 1
+        if count == steps:
+            raise Interrupted
+        step(self, blocks)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_Training, "step", interrupted)
+        with pytest.raises(Interrupted):
+            heal(broken, dense, family, sample(), OPTIONS, StageClock(), state=tmp_path)
+
+    def refused(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("layers were matched again")
+
+    monkeypatch.setattr(healing, "match_layers", refused)
+    heal(cut, dense, family, sample(), OPTIONS, StageClock(), state=tmp_path)
+    for name, value in parameters(cut).items():
+        assert torch.equal(value, parameters(whole)[name]), name
+
+
+def test_what_is_kept_of_another_training_is_not_taken(tmp_path: Path) -> None:
+    dense, cut = pair()
+    family = family_of(dense.config)
+    alone, after_another = copy.deepcopy(cut), copy.deepcopy(cut)
+    heal(alone, dense, family, sample(), OPTIONS, StageClock(), key="b")
+    heal(cut, dense, family, sample(), OPTIONS, StageClock(), state=tmp_path, key="a")
+    heal(after_another, dense, family, sample(), OPTIONS, StageClock(), state=tmp_path, key="b")
+    for name, value in parameters(alone).items():
+        assert torch.equal(value, parameters(after_another)[name]), name
+
+
+def test_the_gap_closed_is_the_share_that_came_back() -> None:
+    assert Recovery.measured(10.0, 20.0, 14.0, 2, 100).gap_closed == pytest.approx(0.6)
+    assert Recovery.measured(10.0, 10.0, 9.0, 2, 100).gap_closed is None
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        ("llama", []),
+        ("gpt2", []),
+        ("phi3", ["--layout", "ragged", "--widths", "members"]),
+        ("llama-mlp-bias", ["--criterion", "flap"]),
+        ("qwen2", ["--criterion", "flap"]),
+    ],
+)
+def test_what_is_written_is_what_was_healed_and_measured(
+    name: str,
+    extra: list[str],
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = save_tiny(tmp_path / "model", name)
+    out = tmp_path / "out"
+    small = "--tokens 1000 --network-tokens 600 --networks 6 --context 48 --width-multiple 1"
+    given = ["--model", str(model), "--calibration", str(text), "--output", str(out)]
+    args = [*given, *small.split(), "--sparsity", "0.55", *extra, "--recover", "--json"]
+    capsys.readouterr()
+    assert _exit_code(args) == 0, capsys.readouterr().err
+    result = json.loads(capsys.readouterr().out)
+    recovery = result["recovery"]
+    assert recovery["perplexity_recovered"] == result["perplexity_after"]
+    assert recovery["perplexity_cut"] != result["perplexity_after"]
+    assert {"layer matching", "distillation"} <= set(result["stages"])
+    assert "were trained towards" in (out / "README.md").read_text()
+    ragged = bool((out / "modeling_ragged.py").exists())
+    loaded = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=ragged)
+    before, after = Checkpoint.open(model), Checkpoint.open(out, ragged=True)
+    attention = [n for n in before.names if "attn" in n and n.endswith("weight") and ".0." in n]
+    linear = [n for n in attention if len(before.shape(n)) == 2]
+    assert linear
+    assert all(not torch.equal(before.tensor(n), after.tensor(n)) for n in linear)
+    again = tmp_path / "again"
+    assert _exit_code(["run", str(out / "recipe.yaml"), "--output", str(again)]) == 0
+    assert (out / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+    assert sum(p.numel() for p in loaded.parameters()) == result["parameters_after"]
