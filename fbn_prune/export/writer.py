@@ -97,9 +97,10 @@ def write_tensors(
     max_shard_size: int | str = "5GB",
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Write the safetensors alone, and the index if there is more than one shard.
+    """Write the safetensors alone, and their index.
 
-    The layers may have different widths. Names and dtypes are the source's; nothing is added but
+    The index is there for a single file too: without one, vLLM reads every safetensors file of a folder as weights, and
+    `networks.safetensors` is to lie beside these. The layers may have different widths. Names and dtypes are the source's; nothing is added but
     the biases that the cuts bring.
     """
     plan = _plan(source, family, cuts)
@@ -127,16 +128,18 @@ def write_tensors(
     for file, names in split.filename_to_tensors.items():
         shard = {name: plan[name] for name in names}
         _write_shard(directory / file, shard, produce, progress or (lambda done: None))
-    if split.is_sharded:
-        parameters = sum(info.parameters for info in plan.values())
-        size = sum(info.nbytes for info in plan.values())
-        write_json(
-            directory / INDEX_FILE,
-            {
-                "metadata": {"total_parameters": parameters, "total_size": size},
-                "weight_map": dict(sorted(split.tensor_to_filename.items())),
+    write_json(
+        directory / INDEX_FILE,
+        {
+            "metadata": {
+                "total_parameters": sum(info.parameters for info in plan.values()),
+                "total_size": sum(info.nbytes for info in plan.values()),
             },
-        )
+            "weight_map": {
+                name: file for file, names in split.filename_to_tensors.items() for name in names
+            },
+        },
+    )
 
 
 def copy_companions(source: Checkpoint, directory: Path) -> None:
