@@ -1,0 +1,86 @@
+"""Exports of every family and both layouts are the cut model where this package is not installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import FAMILY_CONFIGS, HIDDEN, LAYERS, save_tiny
+
+from fbn_prune.export.ragged import write_ragged_checkpoint
+from fbn_prune.export.writer import write_checkpoint
+from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.surgery import MlpCut, apply_cut
+
+pytestmark = pytest.mark.slow
+
+TOKENS = torch.arange(3, 40).view(1, -1)
+WIDTHS = {"uniform": [8] * LAYERS, "ragged": [4, 9, 7]}
+NAMES = [name for name in FAMILY_CONFIGS if name != "llama-tied"]
+
+
+def export(name: str, layout: str, tied: bool, root: Path) -> None:
+    """A cut checkpoint and, beside it, the logits of the cut live model."""
+    config = FAMILY_CONFIGS[name]()
+    config.tie_word_embeddings = tied
+    folder = root / f"{name} {layout} {'tied' if tied else 'untied'}"
+    source = Checkpoint.open(save_tiny(root / "sources" / folder.name, config=config))
+    generator = torch.Generator().manual_seed(0)
+    cuts = [
+        MlpCut(torch.arange(width), 0.3 * torch.randn(HIDDEN, width, generator=generator))
+        for width in WIDTHS[layout]
+    ]
+    folder.mkdir()
+    write = write_checkpoint if layout == "uniform" else write_ragged_checkpoint
+    write(source, source.family, cuts, folder)
+    expected = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = source.load_model("cpu", dtype)
+        for layer, cut in enumerate(cuts):
+            apply_cut(model, source.family, layer, cut, round_to=source.storage_dtype)
+        with torch.no_grad():
+            logits = model(TOKENS, use_cache=False).logits.float()
+        expected[str(dtype).removeprefix("torch.")] = logits
+    torch.save(expected, folder / "expected.pt")
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What one process without this package saw of all of them."""
+    root = tmp_path_factory.mktemp("exports")
+    (root / "sources").mkdir()
+    for name in NAMES:
+        for layout in WIDTHS:
+            for tied in (True, False):
+                export(name, layout, tied, root)
+    script = Path(__file__).with_name("reload_elsewhere.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(root)],
+        env={**os.environ, "HF_MODULES_CACHE": str(root / "modules"), "PYTHONPATH": ""},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("layout", WIDTHS)
+@pytest.mark.parametrize("name", NAMES)
+def test_it_reloads_generates_and_saves_again_tied_and_untied(
+    name: str, layout: str, seen: dict[str, dict[str, Any]]
+) -> None:
+    for embeddings in ("tied", "untied"):
+        facts = dict(seen[f"{name} {layout} {embeddings}"])
+        assert facts.pop("tied") == (embeddings == "tied")
+        assert facts.pop("generated") == 5
+        assert facts.keys() == {"loaded", "saved again", "device_map auto", "bfloat16"}
+        assert max(facts.values()) <= 1e-5, facts
