@@ -1,15 +1,17 @@
-"""Check a converted model in llama.cpp itself: the same tokens of a text, the same logits, the same greedy answer.
+"""Check converted models in llama.cpp itself: the same tokens of a text, the same logits, the same greedy answer.
 
     pip install gguf llama-cpp-python      # the latter builds llama.cpp: minutes
-    fbn-prune convert --to gguf --gguf-type f32 --model DIR --output model.gguf
-    python eval/gguf_vs_transformers.py --model DIR --gguf model.gguf
+    python eval/gguf_vs_transformers.py --model DIR --model DIR ... [--results FILE.json]
 
-Prints what was found, and leaves with 1 where greedy tokens differ or a logit is off by more than `--tolerance`.
+Each checkpoint, of one width or of many, is converted with float32 matrices; llama.cpp keeps its keys and values in
+float32 too, so that only the order of additions differs. Prints what was found, and leaves with 1 where greedy tokens
+or the tokens of a text differ, or a logit is off by more than `--tolerance` of their standard deviation.
 """
 
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,9 +19,17 @@ import numpy as np
 import torch
 import typer
 
+from fbn_prune import builtin
+from fbn_prune.export.gguf import write_gguf
 from fbn_prune.model.checkpoint import Checkpoint
 
-TEXT = "Once upon a time, there was a little girl named Lily. She loved to play outside"
+TEXTS = (
+    "Once upon a time, there was a little girl named Lily. She loved to play outside",
+    "In this first year , he was praised by the Senate for",
+    "import os\n\n\ndef read(path):\n    with open(path) as file:\n",
+    "Q: 7 + 11 = ? A: 18\nQ: 46 - 21 = ? A:",
+)
+GGML_TYPE_F32 = 0
 
 
 def greedy(model: Any, ids: list[int], count: int) -> list[int]:
@@ -41,37 +51,79 @@ def greedy_llama_cpp(llama: Any, ids: list[int], count: int) -> list[int]:
     return answer
 
 
-@torch.inference_mode()
-def main(
-    model: Annotated[Path, typer.Option(help="The checkpoint that was converted.")],
-    gguf: Annotated[Path, typer.Option(help="The file it was converted to.")],
-    text: Annotated[str, typer.Option(help="What both read.")] = TEXT,
-    tokens: Annotated[int, typer.Option(help="Tokens that both write.")] = 100,
-    tolerance: Annotated[float, typer.Option(help="Largest difference of a logit.")] = 0.05,
-) -> None:
+def equal_tokens(ours: list[int], theirs: list[int]) -> int:
+    """How many tokens agree before the first that does not."""
+    pairs = enumerate(zip(ours, theirs, strict=True))
+    return next((index for index, (one, other) in pairs if one != other), len(ours))
+
+
+def compare(checkpoint: Checkpoint, gguf: Path, tokens: int) -> dict[str, Any]:
     from llama_cpp import Llama
 
-    checkpoint = Checkpoint.open(model, ragged=True)
     reference = checkpoint.load_model("cpu", torch.float32)
-    ids = checkpoint.load_tokenizer()(text)["input_ids"]
-    context = len(ids) + tokens + 1
-    llama = Llama(str(gguf), n_ctx=context, logits_all=True, verbose=False, n_threads=1)
-    theirs = llama.tokenize(text.encode(), add_bos=True, special=False)
-    llama.eval(ids)
-    expected = reference(torch.tensor([ids]), use_cache=False).logits[0].numpy()
-    found = np.array(llama.scores[: len(ids)])[:, : expected.shape[1]]
-    worst = float(np.abs(found - expected).max())
-    ours, answer = greedy(reference, ids, tokens), greedy_llama_cpp(llama, ids, tokens)
-    same = next((i for i, (a, b) in enumerate(zip(ours, answer, strict=True)) if a != b), tokens)
-    facts = {
-        "same_token_ids_of_the_text": theirs == ids,
-        "largest_logit_difference": worst,
-        "logit_standard_deviation": float(expected.std()),
-        "greedy_tokens_equal": same,
-        "of": tokens,
+    tokenizer = checkpoint.load_tokenizer()
+    texts = {text: tokenizer(text)["input_ids"] for text in TEXTS}
+    llama = Llama(
+        str(gguf),
+        n_ctx=max(len(ids) for ids in texts.values()) + tokens + 1,
+        logits_all=True,
+        verbose=False,
+        n_threads=1,
+        type_k=GGML_TYPE_F32,
+        type_v=GGML_TYPE_F32,
+    )
+    found = []
+    for text, ids in texts.items():
+        expected = reference(torch.tensor([ids]), use_cache=False).logits[0].numpy()
+        llama.reset()
+        llama.eval(ids)
+        logits = np.array(llama.scores[: len(ids)])[:, : expected.shape[1]]
+        ours, theirs = greedy(reference, ids, tokens), greedy_llama_cpp(llama, ids, tokens)
+        found.append(
+            {
+                "text": text,
+                "same_token_ids": llama.tokenize(text.encode(), special=False) == ids,
+                "largest_logit_difference": float(np.abs(logits - expected).max()),
+                "logit_standard_deviation": float(expected.std()),
+                "greedy_tokens_equal": equal_tokens(ours, theirs),
+            }
+        )
+    return {
+        "architecture": llama.metadata["general.architecture"],
+        "widths": checkpoint.family.widths(checkpoint.config),
+        "greedy_tokens": tokens,
+        "texts": found,
     }
-    print(json.dumps(facts, indent=1))
-    if same < tokens or worst > tolerance or theirs != ids:
+
+
+@torch.inference_mode()
+def main(
+    model: Annotated[
+        list[Path], typer.Option(help="A checkpoint or `builtin`; repeat for several.")
+    ],
+    tokens: Annotated[int, typer.Option(help="Tokens that both write.")] = 100,
+    tolerance: Annotated[float, typer.Option(help="Largest difference of a logit.")] = 1e-3,
+    results: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    table: dict[str, Any] = {}
+    good = True
+    for folder in model:
+        source = builtin.model_path() if str(folder) == "builtin" else folder
+        checkpoint = Checkpoint.open(str(source), ragged=True)
+        with tempfile.TemporaryDirectory() as temporary:
+            gguf = Path(temporary, "model.gguf")
+            write_gguf(checkpoint, gguf, matrices="f32")
+            table[folder.name] = facts = compare(checkpoint, gguf, tokens)
+        good &= all(
+            one["same_token_ids"]
+            and one["greedy_tokens_equal"] == tokens
+            and one["largest_logit_difference"] <= tolerance * one["logit_standard_deviation"]
+            for one in facts["texts"]
+        )
+        print(json.dumps({folder.name: facts}, indent=1))
+    if results is not None:
+        results.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    if not good:
         raise typer.Exit(1)
 
 

@@ -1,4 +1,6 @@
-"""Opens checkpoints as a stranger to this package would, and prints what it saw as JSON. Run by test_reload_elsewhere.py."""
+"""Opens checkpoints as a stranger to this package would, and prints what it saw as JSON.
+
+Run by test_reload_elsewhere.py."""
 
 from __future__ import annotations
 
@@ -6,11 +8,10 @@ import json
 import sys
 from pathlib import Path
 
-sys.modules["fbn_prune"] = None  # type: ignore[assignment]  # whoever imports it fails
-
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+sys.modules["fbn_prune"] = None  # type: ignore[assignment]  # whoever imports it fails
 torch.set_num_threads(1)
 TOKENS = torch.arange(3, 40).view(1, -1)
 

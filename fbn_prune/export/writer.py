@@ -99,9 +99,10 @@ def write_tensors(
 ) -> None:
     """Write the safetensors alone, and their index.
 
-    The index is there for a single file too: without one, vLLM reads every safetensors file of a folder as weights, and
-    `networks.safetensors` is to lie beside these. The layers may have different widths. Names and dtypes are the source's; nothing is added but
-    the biases that the cuts bring.
+    The index is there for a single file too: without one, vLLM reads every safetensors file of a
+    folder as weights, and `networks.safetensors` is to lie beside these. The layers may have
+    different widths. Names and dtypes are the source's; nothing is added but the biases that the
+    cuts bring.
     """
     plan = _plan(source, family, cuts)
     try:
