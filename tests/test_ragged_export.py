@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -241,23 +238,3 @@ def test_the_config_states_the_widths_in_the_standard_form(tmp_path: Path) -> No
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["model_type"] == "llama"
     assert (out / "modeling_ragged.py").stat().st_size < 5000
-
-
-def test_it_loads_where_this_package_is_not_installed(tmp_path: Path) -> None:
-    source = Checkpoint.open(save_tiny(tmp_path / "in"))
-    cuts = random_cuts(source, some_widths(source))
-    out = export(source, cuts, tmp_path / "out")
-    script = f"""
-import sys
-sys.modules["fbn_prune"] = None
-import torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True).eval()
-torch.save(model(torch.arange(3, 40)[None], use_cache=False).logits.detach(), {str(tmp_path / "logits.pt")!r})
-"""
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    subprocess.run(
-        [sys.executable, "-c", script], check=True, env=environment, cwd=tmp_path, timeout=300
-    )
-    found = torch.load(tmp_path / "logits.pt", weights_only=True)
-    torch.testing.assert_close(found, logits(cut_live(source, cuts)), rtol=0, atol=1e-5)
