@@ -41,7 +41,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         ({"sparsity": 0.0}, "between 0 and 1"),
         ({"sparsity": 1.0}, "between 0 and 1"),
         ({"sparsity": -0.5}, "between 0 and 1"),
-        ({"sparsity": float("nan")}, "between 0 and 1"),
+        ({"sparsity": float("nan")}, "should be a finite number"),
         ({"networks": 100, "network_tokens": 100}, "allow fewer"),
         ({"criterion": "luck"}, "criterion = 'luck'"),
         ({"tokens": "many"}, "tokens = 'many'"),
