@@ -1,0 +1,158 @@
+"""What vLLM is told of ragged checkpoints, and that its Llama then has the widths; vLLM itself is stood in for.
+
+A real vLLM is compared with transformers by `eval/vllm_vs_transformers.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import HIDDEN, LAYERS, save_tiny
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from fbn_prune import vllm_plugin
+from fbn_prune.export.ragged import write_ragged_checkpoint
+from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.surgery import MlpCut, apply_cut
+
+WIDTHS = [4, 24, 7]
+
+
+class Registry:
+    """As `vllm.ModelRegistry`: architectures by name."""
+
+    def __init__(self) -> None:
+        self.models: dict[str, str] = {"LlamaForCausalLM": "built in"}
+
+    def get_supported_archs(self) -> set[str]:
+        return set(self.models)
+
+    def register_model(self, name: str, place: str) -> None:
+        assert name not in self.models, "registered twice"
+        self.models[name] = place
+
+
+class Mlp(nn.Module):
+    """As vLLM's LlamaMLP: gate and up in one matrix."""
+
+    def __init__(self, hidden: int, width: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(hidden, 2 * width, bias=False)
+        self.down_proj = nn.Linear(width, hidden, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(hidden).chunk(2, dim=-1)
+        return self.down_proj(nn.functional.silu(gate) * up)
+
+
+class LlamaDecoderLayer(nn.Module):
+    """As vLLM's, in what it takes and in the config keys that the MLP is built from."""
+
+    def __init__(self, vllm_config: Any, prefix: str = "", config: Any = None) -> None:
+        super().__init__()
+        config = config or vllm_config.model_config.hf_config
+        self.mlp = Mlp(config.hidden_size, config.intermediate_size)
+
+
+class LlamaForCausalLM(nn.Module):
+    """As vLLM's: layers are made by `layer_type`, each told its name."""
+
+    def __init__(
+        self,
+        *,
+        vllm_config: Any,
+        prefix: str = "",
+        layer_type: type[nn.Module] = LlamaDecoderLayer,
+    ) -> None:
+        super().__init__()
+        count = vllm_config.model_config.hf_config.num_hidden_layers
+        start = f"{prefix}." if prefix else ""
+        self.layers = nn.ModuleList(
+            layer_type(vllm_config=vllm_config, prefix=f"{start}model.layers.{layer}")
+            for layer in range(count)
+        )
+
+    def load_weights(self, source: Checkpoint) -> None:
+        for index, layer in enumerate(self.layers):
+            stem = f"model.layers.{index}.mlp."
+            gate, up, down = (
+                source.tensor(f"{stem}{name}_proj.weight") for name in ("gate", "up", "down")
+            )
+            state = {
+                "gate_up_proj.weight": torch.cat([gate, up]),
+                "down_proj.weight": down,
+            }
+            layer.mlp.load_state_dict(state)
+
+
+def extract_layer_index(prefix: str) -> int:
+    return int(prefix.rpartition(".")[2])
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
+    """A stand-in for vLLM where imports find it."""
+    registry = Registry()
+    contents: dict[str, dict[str, Any]] = {
+        "vllm": {"ModelRegistry": registry},
+        "vllm.model_executor": {},
+        "vllm.model_executor.models": {},
+        "vllm.model_executor.models.llama": {
+            "LlamaDecoderLayer": LlamaDecoderLayer,
+            "LlamaForCausalLM": LlamaForCausalLM,
+        },
+        "vllm.model_executor.models.utils": {"extract_layer_index": extract_layer_index},
+    }
+    for name, attributes in contents.items():
+        module = ModuleType(name)
+        module.__dict__.update(attributes)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "fbn_prune.vllm_plugin.llama", raising=False)
+    return registry
+
+
+def test_the_package_announces_the_plugin_to_vllm() -> None:
+    found = [point for point in entry_points(group="vllm.general_plugins") if "fbn" in point.name]
+    assert [point.load() for point in found] == [vllm_plugin.register]
+
+
+def test_registering_twice_is_registering_once(registry: Registry) -> None:
+    vllm_plugin.register()
+    vllm_plugin.register()
+    assert registry.models["LlamaForCausalLM"] == "built in"
+    assert registry.models.keys() - {"LlamaForCausalLM"} == vllm_plugin.ARCHITECTURES.keys()
+
+
+@pytest.mark.parametrize("prefix", ["", "draft"])
+def test_its_llama_takes_a_ragged_checkpoints_weights_and_computes_its_mlps(
+    prefix: str, registry: Registry, tmp_path: Path
+) -> None:
+    source = Checkpoint.open(save_tiny(tmp_path / "in"))
+    generator = torch.Generator().manual_seed(0)
+    cuts = [
+        MlpCut(torch.arange(width), torch.randn(HIDDEN, width, generator=generator))
+        for width in WIDTHS
+    ]
+    out = tmp_path / "out"
+    out.mkdir()
+    write_ragged_checkpoint(source, source.family, cuts, out)
+    vllm_plugin.register()
+    module, _, name = registry.models["RaggedLlamaForCausalLM"].partition(":")
+    hf_config = AutoConfig.from_pretrained(out)
+    vllm_config = SimpleNamespace(model_config=SimpleNamespace(hf_config=hf_config))
+    ragged = getattr(importlib.import_module(module), name)(vllm_config=vllm_config, prefix=prefix)
+    ragged.load_weights(Checkpoint.open(out, ragged=True))
+    live = source.load_model("cpu", torch.float32)
+    hidden = torch.randn(5, HIDDEN, generator=generator)
+    for layer in range(LAYERS):
+        apply_cut(live, source.family, layer, cuts[layer])
+        expected = live.model.layers[layer].mlp(hidden)
+        torch.testing.assert_close(ragged.layers[layer].mlp(hidden), expected)
