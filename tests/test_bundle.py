@@ -211,7 +211,7 @@ def test_a_prune_records_its_neurons(tmp_path: Path) -> None:
     neurons = KeptNeurons.load(tmp_path / "out" / KEPT_FILE)
     assert [len(kept) for kept in neurons.kept] == result.widths
     task = task_of_pruned(Checkpoint.open(model), Checkpoint.open(tmp_path / "out"), "full", 1)
-    assert task.correction_bytes == 0  # magnitude refits nothing
+    assert task.correction_parameters == 0  # magnitude refits nothing
 
 
 def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:

@@ -138,7 +138,10 @@ class Served:
             weights=sum(one.nbytes for one in self.model.parameters()),
             lists=sum(layer.list_bytes for layer in self._layers),
             copies=sum(layer.copied_bytes for layer in self._layers),
-            corrections={name: task.correction_bytes for name, task in self._tasks.items()},
+            corrections={
+                name: task.correction_parameters * self.model.dtype.itemsize
+                for name, task in self._tasks.items()
+            },
         )
 
     def detach(self) -> None:

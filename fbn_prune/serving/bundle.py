@@ -169,18 +169,18 @@ def write_bundle(
             "base": linked if link else None,
             "format": _FORMAT_VERSION,
             "order": list(tasks),
-            "tasks": {name: _facts(task) for name, task in tasks.items()},
+            "tasks": {name: _facts(base, task) for name, task in tasks.items()},
         }
         write_json(folder / BUNDLE_FILE, content)
     return {**content, "output": str(output), "base_bytes": base.total_bytes}
 
 
-def _facts(task: TaskSet) -> dict[str, Any]:
+def _facts(base: Checkpoint, task: TaskSet) -> dict[str, Any]:
     return {
         "neurons_kept": task.neurons.count,
         "neurons_total": sum(task.neurons.widths),
         "set_bytes": task.neurons.nbytes,
-        "correction_bytes": task.correction_bytes,
+        "correction_bytes": task.correction_parameters * base.storage_dtype.itemsize,
     }
 
 

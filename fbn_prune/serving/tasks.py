@@ -30,8 +30,8 @@ class FullDown:
     weight: Tensor
 
     @property
-    def nbytes(self) -> int:
-        return self.weight.nbytes
+    def parameters(self) -> int:
+        return self.weight.numel()
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +42,8 @@ class LowRankDown:
     right: Tensor
 
     @property
-    def nbytes(self) -> int:
-        return self.left.nbytes + self.right.nbytes
+    def parameters(self) -> int:
+        return self.left.numel() + self.right.numel()
 
 
 OwnDown = FullDown | LowRankDown
@@ -85,10 +85,10 @@ class TaskSet:
         return cls.plain(KeptNeurons.from_masks(masks))
 
     @property
-    def correction_bytes(self) -> int:
-        """Bytes of the corrections in memory and on disk."""
-        held = (*self.own_down, *self.own_bias)
-        return sum(one.nbytes for one in held if one is not None)
+    def correction_parameters(self) -> int:
+        """Weights of its own: each is as wide as the model's dtype, on disk as stored, in memory as loaded."""
+        down = sum(one.parameters for one in self.own_down if one is not None)
+        return down + sum(one.numel() for one in self.own_bias if one is not None)
 
 
 def task_of_pruned(

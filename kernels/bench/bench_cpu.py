@@ -50,14 +50,32 @@ class Models:
         return {"dense": self.dense, "cut": self.cut, "gathered": self.served.model}
 
 
+def fill(model: LlamaForCausalLM) -> None:
+    """Give a model random weights: pieces of one random vector, drawing a billion takes minutes."""
+    generator = torch.Generator().manual_seed(0)
+    pool = torch.randn(2**22 + 1, generator=generator)
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.data.fill_(1)
+            continue
+        start = int(torch.randint(len(pool), (), generator=generator))
+        piece = (0.02 * pool.roll(start)).to(parameter.dtype)
+        flat = parameter.data.view(-1)
+        for first in range(0, len(flat), len(piece)):
+            part = flat[first : first + len(piece)]
+            part.copy_(piece[: len(part)])
+
+
 def build(config: LlamaConfig, dtype: torch.dtype, share: float, kind: Kind) -> Models:
     """Draw a dense model; cut it; attach tasks to a copy that has its own MLPs."""
-    torch.manual_seed(0)
     torch.set_default_dtype(dtype)
-    dense = LlamaForCausalLM(config).eval()
     with torch.device("meta"):
-        cut, whole = (LlamaForCausalLM(config).eval() for _ in range(2))
+        dense, cut, whole = (LlamaForCausalLM(config).eval() for _ in range(3))
     torch.set_default_dtype(torch.float32)
+    dense.to_empty(device="cpu")
+    dense.model.rotary_emb = type(dense.model.rotary_emb)(config)
+    dense.tie_weights()
+    fill(dense)
     for other in (cut, whole):
         other.model.rotary_emb = dense.model.rotary_emb
         other.load_state_dict(dense.state_dict(), assign=True)

@@ -27,6 +27,7 @@ from fbn_kernels import (
     ACTIVATIONS,
     NeuronSet,
     NeuronSets,
+    ResidentMlp,
     Strategy,
     compact_cache,
     cpu,
@@ -257,6 +258,23 @@ def test_copies_of_freed_weights_go() -> None:
     for seed in range(4):
         scattered(x, mlp_seed=seed)
     assert len(compact_cache) == 1
+
+
+def test_a_resident_mlp_has_room_for_one_set_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "LONG_RUN_BYTES", 30 * WIDTH * 4)
+    mlp, x = random_mlp(biased=True), random_tokens(3, WIDTH)
+    inputs = {name: value for name, value in mlp.options().items() if name != "down_bias"}
+    sets = [neuron_set("a prefix"), neuron_set("scattered rows"), neuron_set("one neuron")]
+    sets.append(NeuronSet.from_indices([1, *range(40, 80), 90], NEURONS))
+    resident = ResidentMlp(mlp.up, mlp.down_t, sets, **inputs)
+    assert resident.copied_bytes == 0
+    for number in (0, 1, 3, 2, 1):
+        resident.switch(number)
+        expected = gathered_mlp(x, mlp.up, mlp.down_t, sets[number], **inputs)
+        torch.testing.assert_close(resident(x), expected)
+        own = mlp.down_t[resident.order(number)]
+        torch.testing.assert_close(resident.hidden(x) @ own, expected)
+    assert resident.copied_bytes == resident.room_bytes == len(sets[1]) * 2 * (WIDTH + 1) * 4
 
 
 def test_down_may_be_a_view_of_an_ordinary_weight() -> None:

@@ -18,7 +18,16 @@ from kernel_cases import (
 )
 from torch import Tensor
 
-from fbn_kernels import ACTIVATIONS, NeuronSet, NeuronSets, Strategy, gathered_mlp, reference_mlp
+from fbn_kernels import (
+    ACTIVATIONS,
+    NeuronBatch,
+    NeuronSet,
+    NeuronSets,
+    ResidentMlp,
+    Strategy,
+    gathered_mlp,
+    reference_mlp,
+)
 from fbn_kernels.launch import Weights, launch_mlp
 from fbn_kernels.op import one_set
 from fbn_kernels.tuning import INTERPRETED, DownTile, HiddenTile, Tile, load_table
@@ -30,7 +39,11 @@ WIDE = HiddenTile(16, 128, 64, warps=4, stages=2)
 
 
 def error(
-    found: Tensor, x: Tensor, mlp: Mlp, neurons: NeuronSet, activation: str = "silu"
+    found: Tensor,
+    x: Tensor,
+    mlp: Mlp,
+    neurons: NeuronSet | NeuronBatch,
+    activation: str = "silu",
 ) -> float:
     wide = mlp.double()
     expected = reference_mlp(
@@ -66,6 +79,24 @@ def test_every_activation_equals_the_reference(
     x, neurons = random_tokens(3, WIDTH, dtype=dtype), neuron_set("scattered rows")
     found = gathered_mlp(x, mlp.up, mlp.down_t, neurons, activation=activation, **mlp.options())
     assert error(found, x, mlp, neurons, activation) < TOLERANCE[dtype]
+
+
+@dtypes
+@pytest.mark.parametrize("name", ["one neuron", "aligned blocks", "scattered rows"])
+def test_a_callers_own_down_takes_the_hidden_vector(name: str, dtype: torch.dtype) -> None:
+    mlp, x = random_mlp(dtype=dtype, biased=True), random_tokens(5, WIDTH, dtype=dtype)
+    inputs = {key: value for key, value in mlp.options().items() if key != "down_bias"}
+    alone = neuron_set(name)
+    resident = ResidentMlp(mlp.up, mlp.down_t, [NeuronSet.full(NEURONS), alone], **inputs)
+    resident.switch(1)
+    assert resident.copied_bytes == 0
+    own = mlp.down_t[resident.order(1)]
+    found = resident.hidden(x) @ own + mlp.down_bias
+    assert error(found, x, mlp, alone) < TOLERANCE[dtype]
+    sets = NeuronSets.from_sets([alone, neuron_set("a prefix")])
+    batch = sets.route([1, 0, 1, 1, 0], strategy=Strategy.UNION)
+    found = resident.mixed_hidden(x, batch) @ mlp.down_t[sets.union.rows()] + mlp.down_bias
+    assert error(found, x, mlp, batch) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("biased", [True, False])
