@@ -42,7 +42,7 @@ class GramStatistics:
     @property
     def gram(self) -> Tensor:
         """H = xᵀx / tokens, float64 [neurons, neurons]."""
-        return mirror_upper(self._upper).double() / (self.count or 1)
+        return mirror_upper(self._upper).double().div_(self.count or 1)
 
     @property
     def mean(self) -> Tensor:
@@ -82,7 +82,7 @@ class CrossStatistics:
     @property
     def cross(self) -> Tensor:
         """C = tᵀx / tokens, float64 [neurons, neurons]."""
-        return self._cross.double() / (self.count or 1)
+        return self._cross.double().div_(self.count or 1)
 
     @property
     def target_mean(self) -> Tensor:

@@ -132,7 +132,7 @@ class _Surgeon:
         left = _Step(
             kept[stay],
             weight[:, stay] - weight[:, gone] @ solved,
-            inverse[stay][:, stay] - between.T @ solved,
+            inverse[stay[:, None], stay].addmm_(between.T, solved, alpha=-1),
         )
         self.step = left if self._sound(left) else self._afresh(left.kept)
         return kept[gone], cost[gone]
@@ -144,7 +144,7 @@ class _Surgeon:
 
     def _afresh(self, kept: Tensor) -> _Step:
         """What the block formula would have come to without rounding."""
-        inner = self._gram[kept][:, kept]
+        inner = self._gram[kept[:, None], kept]
         factor = factored(inner, self._ridge)
         target = self._weight @ self._gram[:, kept]
         target += self._ridge * self._weight[:, kept]
@@ -177,7 +177,7 @@ def refit(
     float64 [d, n].
     """
     target = weight @ (gram if cross is None else cross)[:, kept]
-    inner = gram[kept][:, kept]
+    inner = gram[kept[:, None], kept]
     residual = target - weight[:, kept] @ inner
     factor = factored(inner, ridge(inner, damping))
     return weight[:, kept] + torch.cholesky_solve(residual.T, factor).T

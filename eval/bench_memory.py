@@ -1,0 +1,294 @@
+"""Prune checkpoints larger than the memory allowed, and compare a streamed run with one in memory.
+
+    python eval/bench_memory.py cap --shape 7gb --cap 4GB --budget 3GB
+    python eval/bench_memory.py compare --shape 1b
+
+The checkpoints are Llama-shaped, random, in float16, with the tokenizer and the text of the built-in model; they are
+made once in --folder. `cap` runs the dry run, then the main job in a child process whose address space is limited
+(RLIMIT_AS, what `ulimit -v` sets), and prints predicted and measured peak of resident memory and the longest silence
+between two lines of progress. `compare` runs the job twice, whole and streamed, and compares weights, neurons and time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from fbn_prune import builtin
+from fbn_prune.recipe import parse_size
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama's sizes."""
+
+    hidden: int
+    width: int
+    layers: int
+    heads: int
+    key_heads: int
+    vocabulary: int = 32000
+
+
+SHAPES = {
+    "7gb": Shape(4096, 3584, 30, 32, 32),  # narrow MLPs: the second order takes their third power
+    "1b": Shape(2048, 5632, 22, 32, 4),  # TinyLlama's
+    "wide": Shape(4096, 3584, 3, 32, 32),
+    "small": Shape(1024, 2816, 12, 16, 4),
+    "tiny": Shape(128, 384, 4, 4, 2),
+}
+
+app = typer.Typer(add_completion=False, help=__doc__)
+Folder = Annotated[Path, typer.Option(help="Where checkpoints and outputs go.")]
+Tokens = Annotated[int, typer.Option(help="Calibration tokens.")]
+
+
+@app.command()
+def cap(
+    folder: Folder,
+    shape: str = "7gb",
+    limit: Annotated[str, typer.Option("--cap", help="Address space of the child.")] = "4GB",
+    budget: str = "3GB",
+    tokens: Tokens = 2048,
+    out: Path | None = None,
+) -> None:
+    """Prune within a hard limit and compare the peak with the prediction."""
+    model = make_checkpoint(folder / shape, SHAPES[shape])
+    flags = [*_flags(model, tokens), "--memory-budget", budget]
+    predicted = json.loads(_run([*flags, "--dry-run"], None)[0])
+    ran = measured_run([*flags, "--output", str(folder / "pruned")], parse_size(limit, "--cap"))
+    stored = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    report = {
+        "shape": vars(SHAPES[shape]),
+        "checkpoint_bytes": stored,
+        "cap_bytes": parse_size(limit, "--cap"),
+        "budget_bytes": parse_size(budget, "--budget"),
+        "tokens": tokens,
+        "predicted_peak_bytes": predicted["peak_memory_bytes"],
+        "plan": predicted["memory"],
+        **ran,
+        "measured_over_predicted": ran["peak_bytes"] / predicted["peak_memory_bytes"],
+    }
+    _finish(report, out or RESULTS / f"memory_cap_{shape}.json")
+    shutil.rmtree(folder / "pruned")
+
+
+@app.command()
+def compare(
+    folder: Folder,
+    shape: str = "1b",
+    budget: Annotated[str, typer.Option(help="Too little for the model in memory.")] = "3GB",
+    tokens: Tokens = 2048,
+    out: Path | None = None,
+) -> None:
+    """Prune in memory and streamed; compare what is written, and time."""
+    model = make_checkpoint(folder / shape, SHAPES[shape])
+    flags = _flags(model, tokens)
+    runs: dict[str, Any] = {}
+    for name, more in (("whole", ["1000GB"]), ("streamed", [budget])):
+        output = ["--memory-budget", *more, "--output", str(folder / name)]
+        predicted = json.loads(_run([*flags, *output[:2], "--dry-run"], None)[0])
+        runs[name] = {
+            "plan": predicted["memory"],
+            "predicted_peak_bytes": predicted["peak_memory_bytes"],
+            **measured_run([*flags, *output], None),
+        }
+    difference, neurons = _differences(folder / "whole", folder / "streamed")
+    report = {
+        "shape": vars(SHAPES[shape]),
+        "tokens": tokens,
+        "runs": runs,
+        "largest_weight_difference": difference,
+        "input_weights_equal": neurons,
+        "time_ratio": runs["streamed"]["seconds"] / runs["whole"]["seconds"],
+        "cpu_time_ratio": runs["streamed"]["cpu_seconds"] / runs["whole"]["cpu_seconds"],
+    }
+    _finish(report, out or RESULTS / f"memory_compare_{shape}.json")
+    for name in runs:
+        shutil.rmtree(folder / name)
+
+
+def make_checkpoint(path: Path, shape: Shape) -> Path:
+    """Write a random checkpoint, a layer a shard, unless it is there already."""
+    if (path / "config.json").is_file():
+        return path
+    path.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    keys = shape.hidden // shape.heads * shape.key_heads
+    embedding = (shape.vocabulary, shape.hidden)
+    parts: list[dict[str, tuple[int, ...]]] = [
+        {
+            "model.embed_tokens.weight": embedding,
+            "lm_head.weight": embedding,
+            "model.norm.weight": (shape.hidden,),
+        }
+    ]
+    for layer in range(shape.layers):
+        sizes = {
+            "self_attn.q_proj": (shape.hidden, shape.hidden),
+            "self_attn.k_proj": (keys, shape.hidden),
+            "self_attn.v_proj": (keys, shape.hidden),
+            "self_attn.o_proj": (shape.hidden, shape.hidden),
+            "mlp.gate_proj": (shape.width, shape.hidden),
+            "mlp.up_proj": (shape.width, shape.hidden),
+            "mlp.down_proj": (shape.hidden, shape.width),
+            "input_layernorm": (shape.hidden,),
+            "post_attention_layernorm": (shape.hidden,),
+        }
+        parts.append({f"model.layers.{layer}.{k}.weight": size for k, size in sizes.items()})
+    weight_map: dict[str, str] = {}
+    for index, part in enumerate(parts):
+        file = f"model-{index:05d}.safetensors"
+        tensors = {
+            name: (
+                torch.ones(size)
+                if len(size) == 1
+                else torch.randn(size, generator=generator) * 0.7 / size[1] ** 0.5
+            ).half()
+            for name, size in part.items()
+        }
+        save_file(tensors, path / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index_file = {"metadata": {}, "weight_map": weight_map}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index_file))
+    for file in builtin.model_path().glob("*token*"):
+        shutil.copyfile(file, path / file.name)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "float16",
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.width,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.key_heads,
+        "vocab_size": shape.vocabulary,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def measured_run(flags: list[str], limit: int | None) -> dict[str, Any]:
+    """Run the main job in a child; its peak memory, time, and how it spoke of its progress."""
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    printed, said, peak = _run(flags, limit)
+    after, seconds = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - start
+    result = json.loads(printed)
+    times = [0.0, *(moment for moment, _ in said), seconds]
+    return {
+        "peak_bytes": peak,
+        "seconds": seconds,
+        "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        "stages": result["stages"],
+        "forward_seconds": result["forward_seconds"],
+        "perplexity_before": result["perplexity_before"],
+        "perplexity_after": result["perplexity_after"],
+        "neurons_kept": result["neurons_kept"],
+        "neurons_total": result["neurons_total"],
+        "progress_lines": sum("s left" in line for _, line in said),
+        "longest_silence_seconds": max(b - a for a, b in pairwise(times)),
+    }
+
+
+def _run(flags: list[str], limit: int | None) -> tuple[str, list[tuple[float, str]], int]:
+    """stdout, the lines of stderr with their seconds, and the highest resident memory in bytes."""
+
+    def restrict() -> None:
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+    child = subprocess.Popen(
+        [sys.executable, "-m", "fbn_prune", *flags, "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=restrict,
+    )
+    assert child.stdout is not None
+    assert child.stderr is not None
+    start, said, peak = time.perf_counter(), [], [0]
+
+    def watch() -> None:
+        status = Path(f"/proc/{child.pid}/status")
+        while child.poll() is None:
+            try:
+                fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+            except (OSError, ValueError):
+                break
+            if "VmHWM" in fields:
+                peak[0] = max(peak[0], int(fields["VmHWM"].split()[0]) * 1024)
+            time.sleep(0.1)
+
+    def listen() -> None:
+        assert child.stderr is not None
+        for line in child.stderr:
+            said.append((time.perf_counter() - start, line.rstrip()))
+            print(line, end="", file=sys.stderr, flush=True)
+
+    threads = [threading.Thread(target=work) for work in (watch, listen)]
+    for thread in threads:
+        thread.start()
+    printed = child.stdout.read()
+    status = child.wait()
+    for thread in threads:
+        thread.join()
+    if status != 0:
+        raise SystemExit(f"fbn-prune {' '.join(flags)} ended with {status}")
+    return printed, said, peak[0]
+
+
+def _flags(model: Path, tokens: int) -> list[str]:
+    return [
+        *("--model", str(model), "--keep-networks", "10", "--networks", "16", "--context", "256"),
+        *("--tokens", str(tokens), "--network-tokens", str(min(tokens // 2, 1024))),
+        *("--device", "cpu", "--max-shard-size", "500MB"),
+    ]
+
+
+def _differences(first: Path, second: Path) -> tuple[float, bool]:
+    """The largest difference of any weight, and whether all but the refitted weights are equal to the bit."""
+    index = json.loads((first / "model.safetensors.index.json").read_text())["weight_map"]
+    largest, equal = 0.0, True
+    for name, file in index.items():
+        with (
+            safe_open(first / file, framework="pt") as a,
+            safe_open(second / file, framework="pt") as b,
+        ):
+            one, other = a.get_tensor(name), b.get_tensor(name)
+            if one.shape != other.shape:
+                raise SystemExit(f"{name}: {one.shape} and {other.shape}")
+            largest = max(largest, float((one.float() - other.float()).abs().max()))
+            if "down_proj" not in name:
+                equal = equal and torch.equal(one, other)
+    return largest, equal
+
+
+def _finish(report: dict[str, Any], out: Path) -> None:
+    report["machine"] = {"cpus": os.cpu_count(), "threads": torch.get_num_threads()}
+    report["torch"] = torch.__version__
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    app()
