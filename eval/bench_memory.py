@@ -258,7 +258,7 @@ def _run(flags: list[str], limit: int | None) -> tuple[str, list[tuple[float, st
 
 def _flags(model: Path, tokens: int) -> list[str]:
     return [
-        *("--model", str(model), "--keep-networks", "10", "--networks", "16", "--context", "256"),
+        *("--model", str(model), "--keep-networks", "10", "--networks", "16", "--context", "128"),
         *("--tokens", str(tokens), "--network-tokens", str(min(tokens // 2, 1024))),
         *("--device", "cpu", "--max-shard-size", "500MB"),
     ]
