@@ -18,7 +18,7 @@ import psutil
 import torch
 
 from fbn_prune.errors import InvalidInput
-from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.checkpoint import SLICE_BYTES, Checkpoint
 from fbn_prune.recipe import Recipe, parse_size
 
 PROCESS_BYTES = 480 * 10**6
@@ -162,8 +162,8 @@ class _Sizes:
         tokens, size = recipe.tokens, self.dtype.itemsize
         layer, largest, rest = self._weights()
         base = PROCESS_BYTES + (rest if self.streamed else self.checkpoint.total_parameters) * size
-        part = layer * size if self.streamed else 0
-        head = vocabulary * hidden * size if self.streamed else 0
+        part = layer * size + SLICE_BYTES if self.streamed else 0
+        head = vocabulary * hidden * size + SLICE_BYTES if self.streamed else 0
         batch = min(self.batch, tokens)
         forward = part + batch * (10 * hidden + 6 * width + self.context) * size
         held_out = int(tokens * recipe.held_out)
@@ -179,16 +179,22 @@ class _Sizes:
         if recipe.needs_networks:
             maps = 4 * networks * neurons
             stages["networks"] = base + max(
-                self._discovery(width, layers, forward), 7 * maps + recipe.network_tokens
+                self._discovery(width, layers, max(head, forward)), 7 * maps + recipe.network_tokens
             )
         square = 8 * width * width
-        second_order = (7 if recipe.sequential else 3.2) * square + 4 * 8 * hidden * width
+        columns = 8 * hidden * width
+        choosing = (7 if recipe.sequential else 3.2) * square + 3.5 * columns
+        checking = (2.1 if recipe.sequential else 1.1) * square + 5 * columns
+        second_order = max(choosing, checking, part + columns + 1.6 * square)
         statistics = (1 if recipe.sequential else 0.5) * square
         streams = 2 if recipe.sequential else 1
         stages["prune"] = int(
-            base + maps + streams * self._hidden(tokens) + max(forward + statistics, second_order)
+            base
+            + maps
+            + streams * self._hidden(tokens)
+            + max(head, forward + statistics, second_order)
         )
-        stages["export"] = base + 3 * largest + maps
+        stages["export"] = int(base + 1.3 * largest + maps)
         if recipe.needs_gradients:
             few = min(tokens, self.batch // 4)
             graph = few * layers * (16 * hidden + 8 * width) * size

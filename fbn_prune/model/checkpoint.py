@@ -71,6 +71,9 @@ _PACKED = re.compile(
 )
 """Ends of the names of tensors that GPTQ, AWQ, bitsandbytes, compressed-tensors and fp8 checkpoints bring along."""
 
+SLICE_BYTES = 32 * 2**20
+"""Of a tensor that is converted on reading, so much is in memory twice."""
+
 _PROBE = "The quick brown fox jumps over 13 lazy dogs.\n"
 
 
@@ -158,6 +161,18 @@ class Checkpoint:
         with safe_open(self.path / self.tensors[name].file, framework="pt") as shard:
             tensor: Tensor = shard.get_tensor(name)
             return tensor
+
+    def read(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """One tensor in another place or type, converted by slices of rows: it is not held twice."""
+        info = self.tensors[name]
+        result = torch.empty(info.shape, dtype=dtype, device=device)
+        if not info.shape:
+            return result.copy_(self.tensor(name))
+        rows = max(1, SLICE_BYTES * info.shape[0] // max(info.nbytes, 1))
+        for start in range(0, info.shape[0], rows):
+            with safe_open(self.path / info.file, framework="pt") as shard:
+                result[start : start + rows] = shard.get_slice(name)[start : start + rows]
+        return result
 
     def load_model(self, device: str | torch.device, dtype: torch.dtype) -> PreTrainedModel:
         """The model on `device` in `dtype`: eval mode, no key-value cache, no code from the folder.

@@ -123,8 +123,7 @@ class WeightStream:
         self._here = part
         prefix = self._prefixes[part]
         for name in [name for name, _ in self._modules[part].named_parameters()]:
-            value = self._value(prefix + name)
-            _set(self._modules[part], name, value.to(self.device, self.dtype))
+            _set(self._modules[part], name, self._value(prefix + name))
         if isinstance(part, int):
             for projection in self.family.projections:
                 set_features(self.family.projection_module(self._model, part, projection))
@@ -178,8 +177,7 @@ class WeightStream:
     def _load_the_rest(self, model: PreTrainedModel) -> None:
         for name in [name for name, _ in model.named_parameters()]:
             if not name.startswith(tuple(self._prefixes.values())):
-                value = self._checkpoint.tensor(self._stored_name(name))
-                _set(model, name, value.to(self.device, self.dtype))
+                _set(model, name, self._value(name))
         for module in model.modules():
             for name, buffer in list(module.named_buffers(recurse=False)):
                 setattr(module, name, buffer.to(self.device))
@@ -212,17 +210,20 @@ class WeightStream:
         """A parameter as stored, or as the cut of its layer makes it."""
         family, location = self.family, self.family.locate(name)
         stored = self._stored_name(name)
+        cuts = self.cuts if self._trial is None else self._trial
+        is_cut = location is not None and location.layer < len(cuts)
         if stored in self._checkpoint.tensors:
+            if not is_cut:
+                return self._checkpoint.read(stored, self.device, self.dtype)
             tensor = self._checkpoint.tensor(stored)
         else:  # a bias that the cuts bring
             assert location is not None
             config = self._checkpoint.config
             shape = family.tensor_shape(location, family.hidden_size(config), family.width(config))
             tensor = torch.zeros(shape, dtype=self._checkpoint.storage_dtype)
-        cuts = self.cuts if self._trial is None else self._trial
-        if location is None or location.layer >= len(cuts):
-            return tensor
-        return cut_tensor(family, location, tensor, cuts[location.layer])
+        if is_cut and location is not None:
+            tensor = cut_tensor(family, location, tensor, cuts[location.layer])
+        return tensor.to(self.device, self.dtype)
 
 
 def stream_model(

@@ -200,7 +200,10 @@ class EvidencePass:
         if self._loss_roots is not None:
             loss_root = self._loss_roots[layer].to(weight.device)
         input_norms = sum(
-            (rows.double().square().sum(1) for rows in family.input_weights(model, layer)),
+            (
+                torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
+                for rows in family.input_weights(model, layer)
+            ),
             start=weight.new_zeros(weight.shape[1]),
         )
         let_go(model)  # what the cut needs of the layer is in the evidence

@@ -131,7 +131,7 @@ class _Surgeon:
         solved = torch.linalg.solve(inverse[gone][:, gone], between)
         left = _Step(
             kept[stay],
-            weight[:, stay] - weight[:, gone] @ solved,
+            weight[:, stay].addmm_(weight[:, gone], solved, alpha=-1),
             inverse[stay[:, None], stay].addmm_(between.T, solved, alpha=-1),
         )
         self.step = left if self._sound(left) else self._afresh(left.kept)
