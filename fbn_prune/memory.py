@@ -19,12 +19,14 @@ import torch
 
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.checkpoint import SLICE_BYTES, Checkpoint
+from fbn_prune.networks.sampling import LEAST_BLOCKS
 from fbn_prune.recipe import Recipe, parse_size
 
 PROCESS_BYTES = 480 * 10**6
 """Python, torch and transformers, before any model."""
 
-LEAST_BLOCKS = 32
+RECOVERY_TOKENS = 2048
+"""Tokens of a training step (`recovery/healing.py`, which is slow to import)."""
 
 RECOVERY_TOKENS = 2048
 """Tokens of a training step of the recovery, and below the largest logits that it makes at once."""
@@ -162,8 +164,9 @@ class _Sizes:
         tokens, size = recipe.tokens, self.dtype.itemsize
         layer, largest, rest = self._weights()
         base = PROCESS_BYTES + (rest if self.streamed else self.checkpoint.total_parameters) * size
-        part = layer * size + SLICE_BYTES if self.streamed else 0
-        head = vocabulary * hidden * size + SLICE_BYTES if self.streamed else 0
+        piece = min(SLICE_BYTES, largest)
+        part = layer * size + piece if self.streamed else 0
+        head = vocabulary * hidden * size + piece if self.streamed else 0
         batch = min(self.batch, tokens)
         forward = part + batch * (10 * hidden + 6 * width + self.context) * size
         held_out = int(tokens * recipe.held_out)
@@ -207,6 +210,11 @@ class _Sizes:
             trained = max(16 * layer, 16 * layers * 2 * recipe.recover_rank * (4 * hidden + width))
             logits = 4 * 4 * min(few * vocabulary, LOGIT_BYTES // 4)
             stages["recovery"] = both + max(2 * self._hidden(tokens), graph + logits) + trained
+        if (
+            recipe.recover
+        ):  # beside the dense model; the graph of one step, which recomputes nothing
+            graph = min(tokens, RECOVERY_TOKENS) * layers * (16 * hidden + 8 * width) * size
+            stages["recovery"] = base + self.checkpoint.total_parameters * size + graph
         return stages
 
     def _hidden(self, tokens: int) -> int:
