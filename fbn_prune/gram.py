@@ -47,10 +47,5 @@ def add_gram(gram: Tensor, x: Tensor, block: int = GRAM_BLOCK) -> None:
 
 def mirror_upper(gram: Tensor) -> Tensor:
     """The full symmetric matrix of which `gram` [n, n] holds the upper triangle."""
-    full = torch.triu(gram)
-    for start in range(0, len(full), GRAM_BLOCK):  # block by block: no second matrix of this size
-        stop = min(start + GRAM_BLOCK, len(full))
-        full[stop:, start:stop] = full[start:stop, stop:].T
-        block = full[start:stop, start:stop]
-        block.copy_(block + block.triu(1).T)
-    return full
+    upper = torch.triu(gram)
+    return upper + torch.triu(gram, diagonal=1).T
