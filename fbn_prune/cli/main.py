@@ -23,7 +23,7 @@ from fbn_prune.cli import (
     report,
     run,
 )
-from fbn_prune.cli.options import ALL_FLAGS, DryRun, Json, recipe_flags
+from fbn_prune.cli.options import ALL_FLAGS, DryRun, Json, Private, PushToHub, recipe_flags
 from fbn_prune.errors import FbnPruneError
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")]
@@ -47,6 +47,8 @@ def main_job(
     *,
     json: Json = False,
     dry_run: DryRun = False,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
     debug: Debug = False,
     version: Version = False,
     flags: dict[str, Any],
@@ -54,9 +56,11 @@ def main_job(
     if version:
         prune.print_version()
     elif typer_context.invoked_subcommand is None:
-        prune.command(flags, json=json, dry_run=dry_run)
-    elif flags or json or dry_run:
-        given = ", ".join(f"--{name.replace('_', '-')}" for name in flags) or "--json or --dry-run"
+        to = prune.Destination(push_to_hub, private)
+        prune.command(flags, json=json, dry_run=dry_run, to=to)
+    elif flags or json or dry_run or push_to_hub or private:
+        own = "--json, --dry-run, --push-to-hub or --private"
+        given = ", ".join(f"--{name.replace('_', '-')}" for name in flags) or own
         raise typer.BadParameter(
             f"{given} stands before '{typer_context.invoked_subcommand}': put flags behind the command"
         )

@@ -43,6 +43,18 @@ def task_names(tasks: list[str] | None) -> list[str]:
     return [name for entry in tasks or [] for name in entry.split(",") if name]
 
 
+PushToHub = Annotated[
+    str | None,
+    typer.Option(
+        "--push-to-hub",
+        metavar="USER/NAME",
+        help="Upload the finished output to this repository of the Hugging Face Hub.",
+    ),
+]
+Private = Annotated[
+    bool, typer.Option("--private", help="Make the Hub repository, if it is new, private.")
+]
+
 MODEL_FLAGS = ("model", "device", "dtype", "seed")
 CALIBRATION_FLAGS = ("calibration", "tokens", "context", "held_out")
 DISCOVERY_FLAGS = ("networks", "network_tokens", "scope")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -11,14 +12,29 @@ from fbn_prune.errors import InvalidInput
 from fbn_prune.recipe import Recipe, build_recipe
 from fbn_prune.recovery.gain import Recovery
 
+if TYPE_CHECKING:
+    from fbn_prune.result import PruneResult
 
-def command(flags: dict[str, Any], *, json: bool, dry_run: bool) -> None:
+
+@dataclass(frozen=True)
+class Destination:
+    """Where on the Hub the finished output goes; no part of a recipe, so that repeating a run pushes nothing."""
+
+    repo: str | None
+    private: bool
+
+    def __post_init__(self) -> None:
+        if self.private and self.repo is None:
+            raise InvalidInput("--private: there is no --push-to-hub that it could apply to")
+
+
+def command(flags: dict[str, Any], *, json: bool, dry_run: bool, to: Destination) -> None:
     """Run the job that the flags describe."""
-    execute(build_recipe(flags), json=json, dry_run=dry_run)
+    execute(build_recipe(flags), json=json, dry_run=dry_run, to=to)
 
 
-def execute(recipe: Recipe, *, json: bool, dry_run: bool) -> None:
-    """Run or predict a recipe and print what came of it."""
+def execute(recipe: Recipe, *, json: bool, dry_run: bool, to: Destination) -> None:
+    """Run or predict a recipe, print what came of it, and push it where that was asked for."""
     if dry_run:
         _predict(recipe, json=json)
         return
@@ -29,10 +45,31 @@ def execute(recipe: Recipe, *, json: bool, dry_run: bool) -> None:
     )
     from fbn_prune.progress import StageClock
 
-    result = run_prune(recipe, StageClock(console.display()))
+    if to.repo is not None:
+        from fbn_prune.export.hub import check_push
+
+        check_push(to.repo, overwrite=recipe.overwrite)
+    display = console.display()
+    result = run_prune(recipe, StageClock(display))
     if json:
         console.print_json(result.to_json())
-        return
+    else:
+        _print_result(recipe, result)
+    if to.repo is not None:
+        from fbn_prune.export.hub import push
+        from fbn_prune.result import tool_version
+
+        address = push(
+            recipe.output,
+            to.repo,
+            private=to.private,
+            overwrite=recipe.overwrite,
+            message=f"Pruned with fbn-prune {tool_version()}",
+        )
+        display.note(f"pushed to {address}")
+
+
+def _print_result(recipe: Recipe, result: PruneResult) -> None:
     table = Table(title=f"{recipe.model} -> {recipe.output}", title_justify="left")
     for heading in ("", "before", "after", "change"):
         table.add_column(heading, justify="left" if not heading else "right")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from fbn_prune.cli import prune
-from fbn_prune.cli.options import ALL_FLAGS, DryRun, Json, recipe_flags
+from fbn_prune.cli.options import ALL_FLAGS, DryRun, Json, Private, PushToHub, recipe_flags
 from fbn_prune.recipe import load_recipe
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe to run.")]
@@ -16,7 +16,14 @@ RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The rec
 
 @recipe_flags(*ALL_FLAGS)
 def command(
-    recipe: RecipePath, *, json: Json = False, dry_run: DryRun = False, flags: dict[str, Any]
+    recipe: RecipePath,
+    *,
+    json: Json = False,
+    dry_run: DryRun = False,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
+    flags: dict[str, Any],
 ) -> None:
     """Run the main job as a recipe describes it; flags given beside it win."""
-    prune.execute(load_recipe(recipe, flags), json=json, dry_run=dry_run)
+    to = prune.Destination(push_to_hub, private)
+    prune.execute(load_recipe(recipe, flags), json=json, dry_run=dry_run, to=to)

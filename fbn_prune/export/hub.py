@@ -1,0 +1,103 @@
+"""A finished output folder on the Hugging Face Hub: refused before any work where it could not go there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,  # of the library that the Hub's client speaks through
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+from fbn_prune.errors import FbnPruneError, InvalidInput
+
+_UNREACHABLE = (HfHubHTTPError, HTTPError, OfflineModeIsEnabled, OSError)
+
+
+def check_push(repo: str, *, overwrite: bool) -> None:
+    """Refuse, before any work, a repository that could not be pushed to at the end.
+
+    Parameters
+    ----------
+    repo : "user/name" or "organisation/name".
+    overwrite : allow a repository that already holds files.
+
+    Raises
+    ------
+    InvalidInput
+        The name is none, nobody is logged in, the namespace is someone else's, the repository holds files, or the
+        Hub does not answer.
+    """
+    namespace, _, name = repo.partition("/")
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise InvalidInput(f"--push-to-hub {repo}: {error}") from None
+    if not namespace or not name:
+        raise InvalidInput(f"--push-to-hub {repo}: write USER/NAME or ORGANISATION/NAME")
+    api = HfApi()
+    try:
+        person = api.whoami()
+        own = {person["name"], *(group["name"] for group in person.get("orgs", []))}
+        if namespace not in own:
+            raise InvalidInput(
+                f"--push-to-hub {repo}: {person['name']} may push to {', '.join(sorted(own))}"
+            )
+        there = _files(api, repo)
+    except LocalTokenNotFoundError:
+        raise InvalidInput(
+            f"--push-to-hub {repo}: not logged in: run `hf auth login` or set HF_TOKEN"
+        ) from None
+    except _UNREACHABLE as error:
+        raise InvalidInput(
+            f"--push-to-hub {repo}: the Hub does not accept it: {_line(error)}"
+        ) from None
+    if there and not overwrite:
+        raise InvalidInput(
+            f"--push-to-hub {repo}: the repository holds {there[0]}; name another, or --overwrite"
+        )
+
+
+def push(folder: Path, repo: str, *, private: bool, overwrite: bool, message: str) -> str:
+    """Upload `folder` as one commit; returns the repository's address.
+
+    With `overwrite` files that the folder does not have are removed from the repository in the same commit.
+
+    Raises
+    ------
+    FbnPruneError
+        The upload failed; the folder stays as it is.
+    """
+    api = HfApi()
+    try:
+        address = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            commit_message=message,
+            delete_patterns="*" if overwrite else None,
+        )
+    except _UNREACHABLE as error:
+        raise FbnPruneError(
+            f"{folder} is written but was not pushed to {repo}: {_line(error)}; "
+            f"push it with: hf upload {repo} {folder}"
+        ) from error
+    return str(address)
+
+
+def _files(api: HfApi, repo: str) -> list[str]:
+    """What a repository holds beside what the Hub itself puts there; nothing where there is none."""
+    try:
+        return [name for name in api.list_repo_files(repo) if name != ".gitattributes"]
+    except RepositoryNotFoundError:
+        return []
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
