@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from fbn_prune.errors import InvalidInput
+from fbn_prune.gram import quick_products
 from fbn_prune.networks.eigen import IcaConvergenceWarning
 
-_ROWS_PER_CHUNK = 8192
+_ROWS_PER_CHUNK = 4096
 _PATIENCE = 20
 
 
@@ -33,6 +34,7 @@ class Unmixing:
     damped_from: int | None
 
 
+@quick_products()
 def fastica(
     x_white: Tensor,
     *,

@@ -23,6 +23,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from fbn_prune.errors import InvalidInput
+from fbn_prune.gram import quick_products
 from fbn_prune.networks.eigen import IcaConvergenceWarning, TokenGram, top_eigenvectors
 from fbn_prune.networks.fastica import Unmixing, fastica, seeded_start
 
@@ -96,6 +97,7 @@ def standardise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (x - mean).mul_(scale), mean, std
 
 
+@quick_products()
 def spatial_ica(
     layers: Layers,
     k: int,
