@@ -9,6 +9,7 @@ Needs growing sets and components in the result. The same result gives the same 
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,7 +71,7 @@ def draw_growing(axes: Axes, facts: dict[str, Any], name: str) -> None:
 
 def draw_texts(axes: Axes, facts: dict[str, Any]) -> None:
     """How far the loss of every text rises with each of the strongest networks masked."""
-    strongest = sorted(facts["networks"], key=lambda entry: -entry["rise"])[:SHOWN]
+    strongest = _strongest(facts["networks"])
     texts = list(facts["tokens"])
     rises = [[entry["rise_by_text"][text] for text in texts] for entry in strongest]
     top = max(max(row) for row in rises)
@@ -84,7 +85,21 @@ def draw_texts(axes: Axes, facts: dict[str, Any]) -> None:
             )  # fmt: skip
     axes.set_xticks(range(len(texts)), texts)
     axes.set_yticks(range(len(strongest)), [str(entry["id"]) for entry in strongest])
-    axes.set(ylabel="network masked", title="loss rise by text, nats")
+    shares = [f"{on_one_text(facts[of]):.0%}" for of in ("networks", "components")]
+    title = f"loss rise by text, nats: {shares[0]} on one text (components {shares[1]})"
+    axes.set(ylabel="network masked", title=title)
+
+
+def on_one_text(entries: list[dict[str, Any]]) -> float:
+    """How much of the rise falls on the text that suffers most: the mean over the strongest entries."""
+    rises = [
+        [max(0.0, rise) for rise in one["rise_by_text"].values()] for one in _strongest(entries)
+    ]
+    return statistics.fmean(max(rise) / sum(rise) for rise in rises if sum(rise) > 0)
+
+
+def _strongest(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(entries, key=lambda entry: -entry["rise"])[:SHOWN]
 
 
 def main(

@@ -13,7 +13,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,18 +84,11 @@ def main(
     for path in task:
         lines = sum(1 for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
         questions = lines if limit is None else min(limit, lines)
-        started = time.perf_counter()
         mine = ours(model, path, "--batch-size", str(batch_size), *longest, *few)
-        between = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             theirs = plain(model, path, Path(folder), more, "--batch_size", str(batch_size), *few)
-        done = time.perf_counter()
         entry: dict[str, Any] = {"questions": questions, "batch_size": batch_size}
         entry |= {"max_length": max_length, "metrics": {}}
-        entry["seconds"] = {
-            "ours": round(between - started, 1),
-            "lm_eval": round(done - between, 1),
-        }
         for metric in sorted(mine.keys() | theirs.keys()):
             pair = [
                 {key: found[metric][key] for key in ("value", "stderr")}

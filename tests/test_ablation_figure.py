@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from ablation_figure import main
+from ablation_figure import main, on_one_text
 
 
 def entry(neurons: int, perplexity: float, **more: Any) -> dict[str, Any]:
@@ -65,3 +65,10 @@ def test_the_figure_shows_networks_texts_and_sizes_and_repeats_itself(
     assert {"(90)", "(180)", "(360)"} <= words
     assert any("a-model" in line and "2,100 tokens" in line for line in words)
     assert any("20 random sets" in line for line in words)
+
+
+def test_a_network_that_hurts_one_text_alone_is_wholly_on_it() -> None:
+    selective = entry(9, 10.0) | {"rise_by_text": {"prose": -0.2, "code": 0.5}}
+    even = entry(9, 10.0) | {"rise_by_text": {"prose": 0.5, "code": 0.5}}
+    assert on_one_text([selective]) == 1
+    assert on_one_text([selective, even]) == pytest.approx(0.75)
