@@ -51,6 +51,7 @@ SHAPES = {
     "7gb": Shape(4096, 2048, 36, 32, 32),  # narrow MLPs: the second order takes their third power
     "1b": Shape(2048, 5632, 22, 32, 4),  # TinyLlama's
     "wide": Shape(4096, 3584, 3, 32, 32),
+    "slim": Shape(1024, 1024, 24, 16, 4),
     "small": Shape(1024, 2816, 12, 16, 4),
     "tiny": Shape(128, 384, 4, 4, 2),
 }

@@ -184,6 +184,17 @@ def test_a_missing_or_misshapen_tensor_is_named_before_anything_runs(tmp_path: P
         stream_model(replace(checkpoint, tensors=tensors), CPU, torch.float32, scratch=tmp_path)
 
 
+def test_a_tensor_read_by_slices_is_the_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Checkpoint.open(save_tiny(tmp_path / "model", dtype=torch.float16))
+    monkeypatch.setattr("fbn_prune.model.checkpoint.SLICE_BYTES", 1000)
+    for name in opened.names:
+        read = opened.read(name, CPU, torch.float32)
+        assert read.dtype == torch.float32
+        assert torch.equal(read, opened.tensor(name).float())
+
+
 def test_spilled_tensors_come_back_as_they_were_and_leave_no_file(tmp_path: Path) -> None:
     spilled = Spilled(tmp_path)
     tensors = [

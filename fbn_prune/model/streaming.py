@@ -66,6 +66,7 @@ class SpilledCuts(Sequence[MlpCut]):
     def __getitem__(self, index: int | slice) -> MlpCut | Sequence[MlpCut]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
         if self._last is None or self._last[0] != index:
             place, has_bias = self._places[index]
             bias = self._tensors[place + 2] if has_bias else None
