@@ -1,0 +1,65 @@
+"""Fills pages of the site from what they describe: flags, recipes, and documents that lie elsewhere in the repository.
+
+A page holds `<!-- cli -->`, `<!-- recipes -->` or `<!-- file: PATH -->` where the text goes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from fbn_prune.cli.main import app
+
+ROOT = Path(__file__).parents[2]
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Called by mkdocs for every page."""
+    markdown = markdown.replace("<!-- cli -->", "\n".join(_commands()))
+    markdown = markdown.replace("<!-- recipes -->", "\n".join(_recipes()))
+    return re.sub(r"<!-- file: (\S+) -->", lambda match: _document(match[1]), markdown)
+
+
+def _commands() -> Iterator[str]:
+    group = typer.main.get_command(app)
+    yield from _command("fbn-prune", group)
+    for name in sorted(group.commands):  # type: ignore[attr-defined]
+        yield from _command(f"fbn-prune {name}", group.commands[name])  # type: ignore[attr-defined]
+
+
+def _command(name: str, command: Any) -> Iterator[str]:
+    arguments = [p for p in command.params if p.param_type_name == "argument"]
+    usage = " ".join([name, *(p.metavar or p.name.upper() for p in arguments)])
+    yield from (
+        f"## {name}",
+        "",
+        " ".join((command.help or "").split()),
+        "",
+        f"```\n{usage} [FLAGS]\n```",
+        "",
+    )
+    yield from ("| flag | what it is | default |", "|---|---|---|")
+    for option in command.params:
+        if option.param_type_name != "option" or "--help" in option.opts:
+            continue
+        shown = getattr(option, "show_default", None)
+        default = shown if isinstance(shown, str) else option.default
+        default = "" if default in (None, False, (), []) or callable(default) else f"`{default}`"
+        text = " ".join((option.help or "").split()).replace("|", "\\|")
+        yield f"| `{'`, `'.join(option.opts)}` | {text} | {default} |"
+    yield ""
+
+
+def _recipes() -> Iterator[str]:
+    for path in sorted((ROOT / "recipes").glob("*.yaml")):
+        yield from (f"## {path.stem}", "", "```yaml", path.read_text("utf-8").rstrip(), "```", "")
+
+
+def _document(name: str) -> str:
+    """A Markdown file, its links to other files left as text: the site holds only its own pages."""
+    text = (ROOT / name).read_text("utf-8")
+    return re.sub(r"\[([^\]]+)\]\((?!https?://|#)[^)]+\)", r"\1", text)

@@ -1,0 +1,80 @@
+"""The documentation site builds without a warning, its examples run, and it names every flag and recipe."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fbn_prune.recipe import Recipe
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    pytest.importorskip("material")
+    folder = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+    return folder
+
+
+def test_every_page_is_built_and_reachable(site: Path) -> None:
+    front = (site / "index.html").read_text("utf-8")
+    for page in PAGES:
+        if page.stem != "index":
+            assert (site / page.stem / "index.html").is_file()
+            assert f'href="{page.stem}/"' in front
+
+
+def test_the_command_line_page_has_every_flag_and_command(site: Path) -> None:
+    page = (site / "cli" / "index.html").read_text("utf-8")
+    for key in Recipe.model_fields:
+        assert f"<code>--{key.replace('_', '-')}</code>" in page
+    for command in ("run", "convert", "evaluate", "compare", "--push-to-hub"):
+        assert command in page
+
+
+def test_the_recipes_page_has_every_recipe(site: Path) -> None:
+    page = (site / "recipes" / "index.html").read_text("utf-8")
+    for recipe in (ROOT / "recipes").glob("*.yaml"):
+        assert f'id="{recipe.stem}"' in page
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if "```python" in page.read_text("utf-8")], ids=lambda p: p.stem
+)
+def test_the_python_examples_of_a_page_run_one_after_another(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gguf")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for example in PYTHON.findall(page.read_text("utf-8")):
+        exec(compile(example, str(page), "exec"), names)
+    assert (tmp_path / "small" / "config.json").is_file()
+
+
+def test_every_result_file_and_script_that_a_page_names_is_there() -> None:
+    for page in PAGES:
+        for name in re.findall(r"`((?:eval|tests|recipes)/[\w/.*-]+)`", page.read_text("utf-8")):
+            assert any(ROOT.glob(name)), f"{page.name}: {name}"
