@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from fbn_prune.budget import Budget
-from fbn_prune.calibration import Batch
+from fbn_prune.calibration import Batch, CalibrationData, TokenBlocks
 from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.export.directory import atomic_directory
 from fbn_prune.finite import damage
 from fbn_prune.matching import MatchedCalibration, TaskCalibration
+from fbn_prune.model.families import Family
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.perplexity import NonFiniteLogits, perplexity
 from fbn_prune.prepared import Prepared, prepare
@@ -32,6 +34,7 @@ from fbn_prune.publish import publish
 from fbn_prune.recipe import Recipe
 from fbn_prune.recovery.gain import Recovery
 from fbn_prune.result import PruneResult, peak_memory_bytes
+from fbn_prune.resume import work_of
 from fbn_prune.stages import (
     find_networks,
     load_calibration,
@@ -41,6 +44,7 @@ from fbn_prune.stages import (
     rank_networks,
     recover_model,
 )
+from fbn_prune.work import Work
 
 
 def run_discovery(recipe: Recipe, clock: StageClock) -> tuple[FunctionalNetworks, Path]:
@@ -75,27 +79,38 @@ def run_prune(recipe: Recipe, clock: StageClock) -> PruneResult:
         The pruned model does not work, or its checkpoint does not fit its config.
     """
     prepared = prepare(recipe)
-    family = prepared.family
+    with work_of(prepared) as work:
+        return _pruned(prepared, work, clock)
+
+
+def _pruned(prepared: Prepared, work: Work, clock: StageClock) -> PruneResult:
+    """The stages of the main job; those finished before are not done again."""
+    recipe, family = prepared.recipe, prepared.family
     tokenizer = prepared.checkpoint.load_tokenizer()
     with clock.stage("calibration"):
         data = load_calibration(prepared, tokenizer)
         task = load_task(prepared, tokenizer, data)
         data = data if task is None else task.data
         held_out = data.held_out.batches(prepared.batch_tokens)
+    if work.bind(_fingerprint(data, task)):
+        clock.note("the calibration text has changed: all stages are done anew")
+    if work.started:
+        clock.note(f"going on from {work.words}")
     with clock.stage("load"):
         model = prepared.load_model()
-    try:
-        before = _perplexity(model, held_out, clock, "dense perplexity")
-    except NonFiniteLogits:
-        raise damage(model, family, held_out) from None
-    on_task = _test_perplexity(prepared, model, task, clock)
+    before = work.numbers("dense", lambda: _dense_perplexity(model, family, held_out, clock))
+    on_task = work.numbers("dense-task", lambda: _test_perplexity(prepared, model, task, clock))
     networks = prepared.networks
     if networks is None and recipe.needs_networks:
-        networks = find_networks(prepared, model, tokenizer, data, clock)
-    matched = None if task is None else match_to_task(prepared, model, networks, task, clock)
+        networks = work.networks(lambda: find_networks(prepared, model, tokenizer, data, clock))
+    matched = None
+    if task is not None:
+        matched = match_to_task(prepared, model, networks, task, clock, work)
     blocks = data.calibrating if matched is None else matched.blocks
     calibrating = blocks.batches(prepared.batch_tokens)
-    order = rank_networks(prepared, model, networks, data, matched, clock)
+    order = work.numbers(
+        "ranking", lambda: rank_networks(prepared, model, networks, data, matched, clock)
+    )
     kept = _kept_networks(recipe, order)
     options = CutOptions(
         criterion=recipe.criterion,
@@ -106,7 +121,7 @@ def run_prune(recipe: Recipe, clock: StageClock) -> PruneResult:
         round_to=prepared.checkpoint.storage_dtype,
         loss_aware=recipe.loss_aware,
     )
-    loss_roots = loss_roots_of(prepared, model, blocks, clock)
+    loss_roots = _kept_loss_roots(prepared, model, blocks, work, clock)
     subject = Subject(
         model,
         family,
@@ -117,7 +132,10 @@ def run_prune(recipe: Recipe, clock: StageClock) -> PruneResult:
         kept,
         loss_roots,
     )
-    layout = choose_layout(subject, _layout_request(prepared, networks, kept), clock)
+    request = _layout_request(prepared, networks, kept)
+    layout = Layout(
+        **work.numbers("layout", lambda: asdict(choose_layout(subject, request, clock)))
+    )
     if recipe.layout == "auto":
         clock.note(_verdict(layout))
     widths = layout.widths
@@ -130,8 +148,9 @@ def run_prune(recipe: Recipe, clock: StageClock) -> PruneResult:
         membership=None if networks is None else member_scores(networks, kept),
         loss_roots=loss_roots if recipe.loss_aware else None,
         clock=clock,
+        store=work,
     )
-    after = _pruned_perplexity(model, held_out, clock)
+    after = work.numbers("pruned", lambda: _pruned_perplexity(model, held_out, clock))
     predicted = predicted_rise(cut.relative_errors)
     warning = check_rise(before, after, predicted, family.vocab_size(prepared.checkpoint.config))
     if warning is not None:
@@ -172,7 +191,9 @@ def run_prune(recipe: Recipe, clock: StageClock) -> PruneResult:
     if result.task is not None and on_task is not None:
         result.task |= {
             "test_perplexity_before": on_task,
-            "test_perplexity_after": _test_perplexity(prepared, model, task, clock),
+            "test_perplexity_after": work.numbers(
+                "pruned-task", lambda: _test_perplexity(prepared, model, task, clock)
+            ),
         }
     if recipe.output is not None:
         publish(prepared, cut, networks, result, clock)
@@ -186,6 +207,15 @@ def _perplexity(
 ) -> float:
     with clock.stage(stage, sum(batch.tokens for batch in batches), "tokens") as advance:
         return perplexity(model, batches, advance)
+
+
+def _dense_perplexity(
+    model: PreTrainedModel, family: Family, batches: Sequence[Batch], clock: StageClock
+) -> float:
+    try:
+        return _perplexity(model, batches, clock, "dense perplexity")
+    except NonFiniteLogits:
+        raise damage(model, family, batches) from None
 
 
 def _pruned_perplexity(
@@ -207,6 +237,29 @@ def _test_perplexity(
     if task is None or task.test is None:
         return None
     return _perplexity(model, task.test.batches(prepared.batch_tokens), clock, "task perplexity")
+
+
+def _fingerprint(data: CalibrationData, task: TaskCalibration | None) -> str:
+    """Of all text that a run reads: what calibrates, what is held out, the task's examples and its test."""
+    blocks = [data.calibrating, data.held_out]
+    if task is not None:
+        blocks += [task.examples] if task.test is None else [task.examples, task.test]
+    return " ".join(each.fingerprint for each in blocks)
+
+
+def _kept_loss_roots(
+    prepared: Prepared, model: PreTrainedModel, blocks: TokenBlocks, work: Work, clock: StageClock
+) -> list[Tensor] | None:
+    if not prepared.recipe.needs_gradients:
+        return None
+
+    def compute() -> dict[str, Tensor]:
+        roots = loss_roots_of(prepared, model, blocks, clock)
+        assert roots is not None
+        return {f"{layer:05d}": root for layer, root in enumerate(roots)}
+
+    kept = work.tensors("loss-roots", compute)
+    return [kept[name].to(prepared.device) for name in sorted(kept)]
 
 
 def _task_facts(task: TaskCalibration, matched: MatchedCalibration) -> dict[str, Any]:

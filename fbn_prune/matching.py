@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from fbn_prune.calibration import CalibrationData, TokenBlocks
@@ -85,11 +87,17 @@ def match_calibration(
     matched_on: int,
     batch_tokens: int,
     clock: StageClock,
+    keep: Callable[[Callable[[], Tensor]], Tensor] = lambda compute: compute(),
 ) -> MatchedCalibration:
-    """Weigh `generic` for the task of `examples` by the `matched_on` networks on which the task stands out most."""
+    """Weigh `generic` for the task of `examples` by the `matched_on` networks on which the task stands out most.
+
+    `keep` gives the documents' activity, by computing it or, where that was done before, by reading it.
+    """
     together = TokenBlocks(generic.blocks + examples.blocks, generic.context, generic.sources)
-    activity = block_activity(
-        model, family, networks, together, batch_tokens=batch_tokens, clock=clock
+    activity = keep(
+        lambda: block_activity(
+            model, family, networks, together, batch_tokens=batch_tokens, clock=clock
+        )
     )
     count = len(generic.blocks)
     match = match_documents(activity[:count], activity[count:], matched_on)

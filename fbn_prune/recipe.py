@@ -143,12 +143,19 @@ class Recipe(BaseModel):
         False, description="Let the tokenizer be code from the checkpoint; the model never is."
     )
     overwrite: bool = Field(False, description="Replace an existing output folder.")
+    work_dir: Path | None = Field(
+        None,
+        description="Where finished stages lie until the output stands: a run that died goes on from there. "
+        "Default: .NAME.work beside the output.",
+    )
 
     @property
     def kept_networks_or_default(self) -> int:
         return 10 if self.keep_networks is None else self.keep_networks
 
-    @field_validator("model", "output", "calibration", "task", "task_test", "networks_from")
+    @field_validator(
+        "model", "output", "calibration", "task", "task_test", "networks_from", "work_dir"
+    )
     @classmethod
     def _names_of_files(cls, value: Any) -> Any:
         """No file has such a name, and asking for it is no clean error everywhere."""
@@ -195,8 +202,8 @@ class Recipe(BaseModel):
         return self.needs_gradients or self.recover
 
     def to_yaml(self) -> str:
-        """The resolved recipe, every key spelled out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        """The resolved recipe, every key spelled out that has a part in the result."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude={"work_dir"}), sort_keys=False)
 
 
 def build_recipe(values: dict[str, Any], *, where: str = "command line") -> Recipe:

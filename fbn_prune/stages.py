@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from fbn_prune.progress import StageClock
 from fbn_prune.pruning.second_order import loss_root
 from fbn_prune.result import tool_version
 from fbn_prune.sensitivity import GRADIENT_TOKENS, output_sensitivity
+from fbn_prune.work import Work
 
 KNOCKOUT_TOKENS = 8192
 """Calibration tokens on which knock-outs are measured: one pass a network must stay cheap."""
@@ -100,9 +102,15 @@ def match_to_task(
     networks: FunctionalNetworks | None,
     task: TaskCalibration,
     clock: StageClock,
+    work: Work | None = None,
 ) -> MatchedCalibration:
     """Weigh the generic data by the networks that the recipe keeps."""
     assert networks is not None
+    kept = work or Work(None)
+
+    def keep(compute: Callable[[], Tensor]) -> Tensor:
+        return kept.tensors("activity", lambda: {"activity": compute().cpu()})["activity"]
+
     return match_calibration(
         model,
         prepared.family,
@@ -112,6 +120,7 @@ def match_to_task(
         matched_on=prepared.recipe.kept_networks_or_default,
         batch_tokens=prepared.batch_tokens,
         clock=clock,
+        keep=keep,
     )
 
 

@@ -116,6 +116,17 @@ def test_a_config_of_endless_layers_is_refused_before_lists_are_made(key: str) -
         family_of(config).width(config)
 
 
+@pytest.mark.parametrize(
+    "own", [[1], {"x": {}}, {"0": 4}, {"0": {"intermediate_size": [4]}}, {"1e3": {}}]
+)
+def test_widths_of_layers_that_are_none_are_refused(own: object) -> None:
+    config = {"model_type": "llama", "num_hidden_layers": 2, "per_layer_config": own}
+    with pytest.raises(
+        InvalidInput, match=r"per_layer_config is no object|gives a layer|is not a valid"
+    ):
+        family_of(config, ragged=True).widths(config)
+
+
 def test_a_config_that_breaks_its_own_class_is_refused(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())

@@ -393,12 +393,23 @@ def test_a_linked_output_is_replaced_where_the_link_leads(tmp_path: Path) -> Non
     assert tree(tmp_path / "disk") == {"new": b"2"}
 
 
-def test_what_a_killed_run_left_is_reported(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / ".out.0123abcd.partial").mkdir()
-    run(tmp_path / "out")
-    assert ".out.0123abcd.partial was left by a run that was killed" in caplog.text
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_a_killed_run_left_is_removed(overwrite: bool, tmp_path: Path) -> None:
+    for left in (".out.0123abcd.partial", ".out.0123abcd.old"):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "model.safetensors").write_text("half")
+    run(tmp_path / "out", overwrite=overwrite)
+    assert tree(tmp_path) == {"out": None, "out/new": b"2"}
+
+
+def test_what_another_run_is_writing_is_left_alone(tmp_path: Path) -> None:
+    with atomic_directory(tmp_path / "out", overwrite=True) as other:
+        (other / "its").write_text("1")
+        (tmp_path / ".out.0123abcd.old").mkdir()
+        run(tmp_path / "out", overwrite=True)
+        assert (other / "its").exists()
+        assert (tmp_path / ".out.0123abcd.old").exists()
+    assert tree(tmp_path) == {"out": None, "out/its": b"1"}
 
 
 def test_a_full_disk_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from fbn_prune.cli import (
     rank,
     report,
     run,
+    work,
 )
 from fbn_prune.cli.options import ALL_FLAGS, DryRun, Json, Private, PushToHub, recipe_flags
 from fbn_prune.errors import FbnPruneError
@@ -76,6 +77,7 @@ app.command("inspect")(inspect.command)
 app.command("rank")(rank.command)
 app.command("report")(report.command)
 app.command("run")(run.command)
+app.add_typer(work.app, name="work")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -96,10 +98,12 @@ def _exit_code(arguments: list[str]) -> int:
         return code if isinstance(code, int) else 0
     except FbnPruneError as error:
         return _fail(error, error.exit_code, debug)
-    except KeyboardInterrupt:
-        return _fail("interrupted; nothing was written", 130, debug)
-    except MemoryError:
-        return _fail("out of memory: lower --tokens or --context", 1, debug)
+    except KeyboardInterrupt as error:
+        return _fail(f"interrupted; {_left(error)}", 130, debug)
+    except Terminated as error:
+        return _fail(f"terminated; {_left(error)}", 143, debug)
+    except MemoryError as error:
+        return _fail(f"out of memory: lower --tokens or --context; {_left(error)}", 1, debug)
     except OSError as error:
         place = f": {error.filename}" if error.filename else ""
         return _fail(f"{error.strerror or error}{place}", 1, debug)
@@ -107,7 +111,7 @@ def _exit_code(arguments: list[str]) -> int:
         if hasattr(error, "format_message"):  # a usage error of the command line's library
             return _fail(error.format_message(), 2, debug)
         if type(error).__name__ == "Abort":
-            return _fail("interrupted; nothing was written", 130, debug)
+            return _fail(f"interrupted; {_left(error.__cause__)}", 130, debug)
         hint = "" if debug else " (--debug shows where)"
         return _fail(f"{type(error).__name__}: {error}{hint}", 1, debug)
 
@@ -120,6 +124,16 @@ def _fail(message: object, code: int, debug: bool) -> int:
     return code
 
 
+class Terminated(BaseException):
+    """The process was asked to end: an exception, so that temporary folders are removed on the way out."""
+
+
 def _terminated(number: int, frame: object) -> None:
-    # As an exception, so that temporary folders are removed on the way out.
-    raise SystemExit(128 + number)
+    raise Terminated
+
+
+def _left(error: BaseException | None) -> str:
+    """What a run that was broken off has left."""
+    if getattr(error, "resumes", False):
+        return "no output was written; the same command goes on from the last finished stage"
+    return "nothing was written"

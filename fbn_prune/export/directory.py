@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import secrets
@@ -12,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fbn_prune.errors import FbnPruneError, InvalidInput
+from fbn_prune.locks import owned, try_lock
 
 logger = logging.getLogger(__name__)
 
@@ -77,21 +79,50 @@ def atomic_directory(output: Path, overwrite: bool) -> Iterator[Path]:
     target = output.expanduser().resolve()
     made = [parent for parent in target.parents if not parent.exists()]
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    handle: int | None = None
     try:
         with disk_errors(output):
-            for leftover in sorted(target.parent.glob(f".{target.name}.*.partial")):
-                logger.warning("%s was left by a run that was killed; it can be deleted", leftover)
-            partial.mkdir(parents=True)
+            _clear(target, "partial")
+            handle = _own(partial)
         yield partial
         with disk_errors(output):
             _flush(partial)
             _put_in_place(partial, target, overwrite)
+            _clear(target, "old")
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         for parent in made:
             with suppress(OSError):
                 parent.rmdir()
         raise
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _own(partial: Path) -> int:
+    """Make the folder and hold its lock, by which other runs tell it from what a killed run has left."""
+    while True:
+        partial.mkdir(parents=True)
+        try:
+            handle = os.open(partial, os.O_RDONLY)
+        except FileNotFoundError:  # another run took it for left, before it was locked
+            continue
+        if try_lock(handle) and partial.exists():
+            return handle
+        os.close(handle)
+
+
+def _clear(target: Path, kind: str) -> None:
+    """Delete what killed runs have left beside an output: folders that were to become it ("partial"), or that it was
+    before ("old", when the new one stands). What a process still holds is its own."""
+    beside = f".{glob.escape(target.name)}.*."
+    if kind == "old" and any(owned(other) for other in target.parent.glob(f"{beside}partial")):
+        return  # that run may be about to put one back
+    for leftover in sorted(target.parent.glob(f"{beside}{kind}")):
+        if not owned(leftover):
+            logger.info("removing %s, left by a run that was killed", leftover)
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _put_in_place(partial: Path, target: Path, overwrite: bool) -> None:

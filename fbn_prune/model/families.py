@@ -131,7 +131,13 @@ class Family:
         if not own:
             return [self.width(config)] * self.num_layers(config)
         common = fields.get(self.width_key) or 4 * self.hidden_size(config)
-        return [int(own.get(i) or common) for i in range(self.num_layers(config))]
+        widths = [own.get(i) or common for i in range(self.num_layers(config))]
+        for width in widths:
+            if not isinstance(width, int):
+                raise InvalidInput(
+                    f"the config gives a layer {self.width_key} = {reprlib.repr(width)}"
+                )
+        return widths
 
     def num_layers(self, config: Config) -> int:
         return int(as_config(config).num_hidden_layers)
@@ -371,7 +377,16 @@ def _raggedness(fields: Mapping[str, Any]) -> str | None:
 
 
 def _per_layer(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    return fields.get("per_layer_config") or {}
+    own = fields.get("per_layer_config") or {}
+    sound = isinstance(own, Mapping) and all(
+        re.fullmatch(r"[0-9]{1,9}", str(layer)) and isinstance(values, Mapping)
+        for layer, values in own.items()
+    )
+    if not sound:
+        raise InvalidInput(
+            f"the config's per_layer_config is no object of layers: {reprlib.repr(own)}"
+        )
+    return own
 
 
 def as_config(config: Config) -> PretrainedConfig:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from fbn_prune.errors import InvalidInput
@@ -140,7 +140,24 @@ class FunctionalNetworks:
         InvalidInput
             If the header is not plain JSON (strings, finite numbers, lists, dicts by string).
         """
+        data = self.to_bytes()
         path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_bytes(data)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def to_bytes(self) -> bytes:
+        """What :meth:`save` writes.
+
+        Raises
+        ------
+        InvalidInput
+            As there.
+        """
         tensors = {
             name: tensor.detach().cpu().contiguous()
             for name in ("maps", *_ON_NEURONS, *_ON_NETWORKS, "connectivity")
@@ -151,13 +168,7 @@ class FunctionalNetworks:
             metadata = {METADATA_KEY: json.dumps(content, sort_keys=True, allow_nan=False)}
         except (TypeError, ValueError) as error:
             raise InvalidInput(f"header is not plain JSON: {error}") from error
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            save_file(tensors, temporary, metadata=metadata)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        return save(tensors, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> FunctionalNetworks:

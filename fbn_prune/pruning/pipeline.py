@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from fbn_prune.errors import InvalidInput
 from fbn_prune.layerwise import LayerwiseForward
 from fbn_prune.model.families import Family
 from fbn_prune.model.streaming import have_layer, let_go, stream_of
-from fbn_prune.model.surgery import MlpCut, apply_cut
+from fbn_prune.model.surgery import MlpCut, apply_cut, rounded_cut
 from fbn_prune.progress import Advance, StageClock
 from fbn_prune.pruning.criteria import LayerEvidence
 from fbn_prune.pruning.fitting import DampingNotes, fitting_cut
@@ -65,6 +66,7 @@ def cut_layers(
     membership: Sequence[Tensor] | None,
     loss_roots: Sequence[Tensor] | None = None,
     clock: StageClock,
+    store: CutStore | None = None,
 ) -> CutModel:
     """Cut the layers of `model` in place to `widths` and return the cuts.
 
@@ -74,12 +76,31 @@ def cut_layers(
         For each layer the largest abs z of its neurons over the kept networks, or None without networks.
     loss_roots
         For each layer R (see :func:`fbn_prune.pruning.second_order.loss_root`), or None to count errors alike.
+    store
+        Where layers finished by an earlier run come from, and finished layers go.
 
     Raises
     ------
     InvalidInput
         A layer's activations are NaN or Inf; the layer is named.
     """
+    cuts: list[MlpCut] = []
+    errors: list[float] = []
+    notes = DampingNotes()
+    stream = stream_of(model)
+
+    def apply(layer: int, finished: FinishedLayer) -> None:
+        errors.append(finished.relative_error)
+        if stream is None:
+            apply_cut(model, family, layer, finished.cut, round_to=options.round_to)
+            cuts.append(finished.cut)
+        else:
+            stream.cut(finished.cut)
+
+    def again(layer: int) -> None:
+        assert store is not None
+        apply(layer, store.layer(layer))
+
     evidence = EvidencePass(
         model,
         family,
@@ -88,25 +109,42 @@ def cut_layers(
         membership=membership,
         loss_roots=loss_roots,
         clock=clock,
+        done=0 if store is None else store.layers(),
+        again=again,
     )
-    cuts: list[MlpCut] = []
-    errors: list[float] = []
-    notes = DampingNotes()
-    stream = stream_of(model)
-    for layer, width in zip(evidence, widths, strict=True):
+    for layer in evidence:
         with notes.heard(layer.layer):
+            width = widths[layer.layer]
             cut = fitting_cut(layer, width, criterion=options.criterion, stored=options.round_to)
-        errors.append(relative_error(layer, cut))
-        if stream is None:
-            apply_cut(model, family, layer.layer, cut, round_to=options.round_to)
-            cuts.append(cut)
-        else:
-            stream.cut(cut)
-        del layer, cut
+        error = relative_error(layer, cut)
+        finished = FinishedLayer(rounded_cut(cut, options.round_to), error)
+        if store is not None:
+            store.keep(layer.layer, finished)
+        apply(layer.layer, finished)
+        del layer, cut, finished
     for line in notes.lines():
         clock.note(line)
     made = cuts if stream is None else stream.cuts
     return CutModel(made, evidence.forward_seconds, tuple(errors))
+
+
+@dataclass(frozen=True)
+class FinishedLayer:
+    """A layer's cut, rounded as it will be stored, and its relative error."""
+
+    cut: MlpCut
+    relative_error: float
+
+
+class CutStore(Protocol):
+    """Keeps finished layers for a run that has to start again."""
+
+    def layers(self) -> int:
+        """How many layers, from the first on, are finished."""
+
+    def layer(self, layer: int) -> FinishedLayer: ...
+
+    def keep(self, layer: int, finished: FinishedLayer) -> None: ...
 
 
 class EvidencePass:
@@ -114,6 +152,9 @@ class EvidencePass:
 
     In sequential mode the layer must have been cut before the next evidence is asked for. In one-shot mode it does
     not matter, so one pass can serve any number of criteria and widths.
+
+    Of the first `done` layers there is no evidence: `again` is called with each when the dense model is past it, and
+    cuts it as it was cut before.
 
     Attributes
     ----------
@@ -132,14 +173,21 @@ class EvidencePass:
         loss_roots: Sequence[Tensor] | None = None,
         clock: StageClock,
         stage: str = "prune",
+        done: int = 0,
+        again: Callable[[int], None] = lambda layer: None,
     ) -> None:
         self._model, self._family, self._batches = model, family, batches
         self._options, self._membership, self._clock = options, membership, clock
         self._loss_roots, self._stage = loss_roots, stage
+        self._done, self._again = done, again
         self.forward_seconds = 0.0
 
     def __iter__(self) -> Iterator[LayerEvidence]:
         model, family = self._model, self._family
+        if self._done == family.num_layers(model.config):
+            for layer in range(self._done):
+                self._again(layer)
+            return
         dense = LayerwiseForward(model, family, self._batches)
         pruned = None
         if self._options.sequential:
@@ -149,7 +197,11 @@ class EvidencePass:
         total = sum(batch.tokens for batch in self._batches) * layers * passes
         with self._clock.stage(self._stage, total, "tokens x layers") as advance:
             for layer in range(layers):
-                yield self._evidence(layer, *self._statistics(dense, pruned, layer, advance))
+                if layer < self._done:
+                    dense.advance(on_batch=advance)
+                    self._again(layer)
+                else:
+                    yield self._evidence(layer, *self._statistics(dense, pruned, layer, advance))
                 if pruned is not None:
                     pruned.advance(on_batch=advance)
 

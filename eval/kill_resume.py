@@ -1,0 +1,194 @@
+"""Kill a run at random moments with SIGKILL, start it again each time, and compare what it ends in with an
+undisturbed run.
+
+    python eval/kill_resume.py --kills 20
+    python eval/kill_resume.py --disk            # as root: a small tmpfs is filled while the run is at work
+
+Both use the embedded model on few tokens unless told otherwise (flags behind -- go to fbn-prune), check after every
+kill that no folder in sight loads as a model, and at the end that nothing but the output is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+SMALL = (
+    "--tokens",
+    "8192",
+    "--network-tokens",
+    "2048",
+    "--context",
+    "128",
+    "--keep-networks",
+    "10",
+)
+OUTPUT = "out"
+
+
+def command(flags: Sequence[str]) -> list[str]:
+    """Run in its own folder with an output of the same name everywhere: recipe.yaml holds the name."""
+    return [sys.executable, "-m", "fbn_prune", *flags, "--output", OUTPUT]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """Names of files that are not the same in both folders."""
+    a, b = contents(one), contents(other)
+    return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+
+
+def loadable_halves(folder: Path) -> list[str]:
+    """Visible folders with a config and weights, which a loader would take for a model."""
+    found = [
+        path.parent
+        for path in folder.rglob("config.json")
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    return [str(path) for path in found if list(path.glob("*.safetensors"))]
+
+
+def undisturbed(folder: Path, flags: Sequence[str]) -> float:
+    """An undisturbed run in `folder`; its seconds."""
+    folder.mkdir()
+    start = time.perf_counter()
+    subprocess.run(command(flags), cwd=folder, check=True, capture_output=True)
+    return time.perf_counter() - start
+
+
+def kill_and_resume(base: Path, flags: Sequence[str], kills: int, seed: int) -> list[str]:
+    """What went wrong; nothing if all is as it should be."""
+    seconds = undisturbed(base / "undisturbed", flags)
+    print(f"undisturbed: {seconds:.1f} s", flush=True)
+    place = base / "killed"
+    place.mkdir()
+    moments = random.Random(seed)
+    wrong: list[str] = []
+    done = finished = 0
+    while done < kills:
+        process = subprocess.Popen(
+            command(flags), cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        wait = moments.uniform(0.0, 1.1 * seconds)
+        try:
+            _, errors = process.communicate(timeout=wait)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            _, errors = process.communicate()
+            done += 1
+            halves = [
+                half
+                for half in loadable_halves(place)
+                if differences(Path(half), base / "undisturbed" / OUTPUT)
+            ]
+            wrong += [f"kill {done} left {half}" for half in halves]
+            layers = len(list(place.glob(f".{OUTPUT}.work/*/layer-*.safetensors")))
+            print(f"kill {done:2d} after {wait:5.1f} s; {layers} layers finished", flush=True)
+            if (place / OUTPUT).exists():
+                shutil.rmtree(place / OUTPUT)  # killed on its way out, the output whole
+            continue
+        if process.returncode != 0:
+            return [*wrong, f"a resumed run failed: {errors}"]
+        wrong += [
+            f"{name} differs" for name in differences(place / OUTPUT, base / "undisturbed" / OUTPUT)
+        ]
+        finished += 1
+        shutil.rmtree(place / OUTPUT)
+    subprocess.run(command(flags), cwd=place, check=True, capture_output=True)
+    wrong += [
+        f"{name} differs" for name in differences(place / OUTPUT, base / "undisturbed" / OUTPUT)
+    ]
+    wrong += [f"left behind: {path.name}" for path in place.iterdir() if path.name != OUTPUT]
+    print(f"{done} kills, {finished + 1} runs that ended", flush=True)
+    return wrong
+
+
+def fill_and_resume(base: Path, flags: Sequence[str], megabytes: int) -> list[str]:
+    """The same with a disk that fills up when the first layer is finished, and gets room again."""
+    undisturbed(base / "undisturbed", flags)
+    place = base / "small"
+    place.mkdir()
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(place)], check=True
+    )
+    wrong: list[str] = []
+    try:
+        process = subprocess.Popen(
+            command(flags), cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        while process.poll() is None and not list(
+            place.glob(f".{OUTPUT}.work/*/layer-*.safetensors")
+        ):
+            time.sleep(0.02)
+        filler = place / "filler"
+        with filler.open("wb") as file:
+            try:
+                while True:
+                    file.write(bytes(4096))
+                    file.flush()
+            except OSError:
+                pass
+        _, errors = process.communicate()
+        last = errors.strip().splitlines()[-1]
+        print(f"exit {process.returncode}: {last}", flush=True)
+        if process.returncode != 1 or "No space left on device" not in last:
+            wrong.append("a full disk was not told")
+        wrong += [f"a half: {half}" for half in loadable_halves(place)]
+        wrong += [f"left: {path}" for path in place.rglob("*.partial")]
+        filler.unlink()
+        subprocess.run(command(flags), cwd=place, check=True, capture_output=True)
+        wrong += [
+            f"{name} differs" for name in differences(place / OUTPUT, base / "undisturbed" / OUTPUT)
+        ]
+        wrong += [f"left behind: {path.name}" for path in place.iterdir() if path.name != OUTPUT]
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+    return wrong
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--disk", action="store_true", help="fill a small disk instead")
+    parser.add_argument("--megabytes", type=int, default=24, help="size of the small disk")
+    parser.add_argument("--json", type=Path, help="write the outcome here")
+    parser.add_argument("flags", nargs="*", default=SMALL, help="flags of fbn-prune, behind --")
+    arguments = parser.parse_args()
+    if arguments.disk and os.geteuid() != 0:
+        print("skipped: mounting a small disk takes root")
+        return
+    with tempfile.TemporaryDirectory(prefix="kill-resume-") as folder:
+        base = Path(folder)
+        if arguments.disk:
+            wrong = fill_and_resume(base, arguments.flags, arguments.megabytes)
+        else:
+            wrong = kill_and_resume(base, arguments.flags, arguments.kills, arguments.seed)
+    outcome = {
+        "disk": arguments.disk,
+        "kills": arguments.kills,
+        "seed": arguments.seed,
+        "wrong": wrong,
+    }
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(outcome, indent=1) + "\n", encoding="utf-8")
+    print("nothing wrong" if not wrong else "\n".join(wrong))
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

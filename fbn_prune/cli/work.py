@@ -1,0 +1,55 @@
+"""`fbn-prune work list|clean DIR`: what unfinished runs have left to go on from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from fbn_prune.cli import console
+from fbn_prune.cli.options import Json
+
+Folder = Annotated[
+    Path,
+    typer.Argument(metavar="DIR", help="A work directory, or the folder that outputs are in."),
+]
+
+app = typer.Typer(help="List or remove what unfinished runs have left to go on from.")
+
+
+@app.command("list")
+def list_runs(folder: Folder = Path("."), *, json: Json = False) -> None:
+    """List the unfinished runs in a work directory, or beside the outputs in a folder."""
+    from fbn_prune.work import unfinished
+
+    runs = unfinished(folder)
+    if json:
+        rows = [asdict(run) | {"folder": str(run.folder)} for run in runs]
+        console.print_json({"runs": rows})
+        return
+    if not runs:
+        console.print_line(f"no unfinished runs in {folder}")
+        return
+    table = Table(title=f"unfinished runs in {folder}", title_justify="left")
+    for heading in ("folder", "model", "output", "stages", "layers", "size", "idle", ""):
+        table.add_column(heading)
+    for run in runs:
+        idle = f"{run.idle_seconds / 3600:.1f} h"
+        cells = (run.model, run.output, str(run.stages), str(run.layers), console.size(run.bytes))
+        table.add_row(str(run.folder), *cells, idle, "in use" if run.in_use else "")
+    console.print_table(table)
+
+
+@app.command("clean")
+def clean_runs(folder: Folder = Path(".")) -> None:
+    """Remove the unfinished runs that no process is at work on."""
+    from fbn_prune.work import clean
+
+    removed, left = clean(folder)
+    size = console.size(sum(run.bytes for run in removed))
+    console.print_line(f"removed {len(removed)} unfinished runs, {size}")
+    for run in left:
+        console.print_line(f"in use, left: {run.folder}")

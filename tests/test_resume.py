@@ -1,0 +1,279 @@
+"""A run that died goes on from its last finished stage, and ends in the bytes of an undisturbed one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import save_tiny
+
+from fbn_prune import job, work
+from fbn_prune.cli.main import _exit_code
+from fbn_prune.errors import FbnPruneError, InvalidInput
+from fbn_prune.job import run_prune
+from fbn_prune.locks import locked, owned
+from fbn_prune.memory import MemoryPlan, plan_memory
+from fbn_prune.progress import StageClock
+from fbn_prune.recipe import Recipe, build_recipe
+from fbn_prune.work import Work, clean, unfinished, work_in
+
+torch.set_num_threads(1)
+
+MODES: dict[str, dict[str, Any]] = {
+    "one-shot": {},
+    "sequential": {"sequential": True},
+    "loss-aware ragged": {"layout": "ragged", "widths": "loss", "loss_aware": True},
+    "task": {"task": "task.jsonl", "rank": "task"},
+    "streamed": {},
+}
+
+
+class Killed(BaseException):
+    """As a signal would, it ends the run between two instructions."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    text = "".join(f"{i} apples, {i * 3} pence, {i % 7} pears. " for i in range(200))
+    (folder / "text.txt").write_text(text)
+    (folder / "task.jsonl").write_text(
+        "".join(json.dumps({"text": f"{i} pears, {i} apples. " * 3}) + "\n" for i in range(4))
+    )
+    save_tiny(folder / "model")
+    return folder
+
+
+def recipe(place: Path, output: Path, **changes: Any) -> Recipe:
+    small: dict[str, Any] = {"tokens": 500, "network_tokens": 300, "networks": 5}
+    small |= {"keep_networks": 3, "width_multiple": 4, "context": 48, "sparsity": 0.4}
+    if "task" in changes:
+        changes["task"] = str(place / changes["task"])
+    base = {"model": str(place / "model"), "calibration": [str(place / "text.txt")]}
+    return build_recipe({**base, **small, "output": output, **changes})
+
+
+def run(place: Path, output: Path, **changes: Any) -> None:
+    run_prune(recipe(place, output, **changes), StageClock())
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    files = {path.name: path.read_bytes() for path in output.iterdir()}
+    del files["recipe.yaml"]  # it names the output
+    return files
+
+
+@contextmanager
+def killed_after(writes: int) -> Iterator[list[str]]:
+    """The run is killed when it has kept so many stages."""
+    kept: list[str] = []
+    save = Work._save
+
+    def count(self: Work, name: str, pack: Callable[[], bytes]) -> None:
+        save(self, name, pack)
+        kept.append(name)
+        if len(kept) == writes:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Work, "_save", count)
+        yield kept
+
+
+def _streamed(recipe: Recipe, *others: Any) -> MemoryPlan:
+    return replace(plan_memory(recipe, *others), streamed=True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_killed_again_and_again_it_ends_in_the_same_bytes(
+    mode: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = MODES[mode]
+    if mode == "streamed":
+        monkeypatch.setattr("fbn_prune.prepared.plan_memory", _streamed)
+    run(place, tmp_path / "undisturbed", **changes)
+    kills = 0
+    for step in (3, 3, 2):
+        with suppress(Killed), killed_after(step):
+            run(place, tmp_path / "out", **changes)
+        if (tmp_path / "out").exists():
+            break
+        kills += 1
+    if not (tmp_path / "out").exists():
+        run(place, tmp_path / "out", **changes)
+    assert kills == 3
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "undisturbed"]
+
+
+def test_what_is_finished_is_not_done_again(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Killed), killed_after(7) as kept:
+        run(place, tmp_path / "out")
+    assert kept[-1] == "layer-00001.safetensors"
+    for stage in ("find_networks", "rank_networks", "choose_layout", "_dense_perplexity"):
+        monkeypatch.setattr(job, stage, lambda *_, **__: pytest.fail("done again"))
+    with killed_after(99) as kept:
+        run(place, tmp_path / "out")
+    assert kept == ["layer-00002.safetensors", "pruned.json"]
+
+
+def test_a_finished_run_leaves_no_work_and_a_named_directory_stays(
+    place: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "work").mkdir()
+    run(place, tmp_path / "out", work_dir=tmp_path / "work")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "work"]
+    assert not list((tmp_path / "work").iterdir())
+    assert "work_dir" not in (tmp_path / "out" / "recipe.yaml").read_text()
+
+
+def test_a_refused_input_leaves_nothing(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("short")
+    with pytest.raises(InvalidInput, match=r"too short|no document"):
+        run(place, tmp_path / "deep" / "out", calibration=[str(tmp_path / "short.txt")])
+    assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
+
+
+def test_other_settings_and_other_text_do_not_go_on_from_it(place: Path, tmp_path: Path) -> None:
+    source = tmp_path / "text.txt"
+    source.write_text((place / "text.txt").read_text())
+    changes = {"calibration": [str(source)]}
+    with pytest.raises(Killed), killed_after(6):
+        run(place, tmp_path / "out", **changes)
+    with pytest.raises(Killed), killed_after(1) as kept:
+        run(place, tmp_path / "out", **changes, seed=1)
+    assert kept == ["dense.json"]
+    source.write_text("Another text. " + source.read_text())
+    with pytest.raises(Killed), killed_after(1) as kept:
+        run(place, tmp_path / "out", **changes)
+    assert kept == ["dense.json"]
+
+
+def test_a_stage_whose_file_is_damaged_is_done_again(place: Path, tmp_path: Path) -> None:
+    run(place, tmp_path / "undisturbed")
+    with pytest.raises(Killed), killed_after(7):
+        run(place, tmp_path / "out")
+    (damaged,) = tmp_path.glob(".out.work/*/layer-00000.safetensors")
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    with killed_after(99) as kept:
+        run(place, tmp_path / "out")
+    assert kept[0] == "layer-00000.safetensors"
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("calls", [1, 6])
+def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(
+    calls: int, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = calls
+    put = work.os.replace
+
+    def full(*names: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(28, "No space left on device")
+        put(*names)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(work.os, "replace", full)
+        with pytest.raises(
+            FbnPruneError, match="No space left on device; what is finished is kept"
+        ):
+            run(place, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.rglob("*.tmp"))
+    run(place, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# Two runs
+
+
+def test_the_same_run_is_refused_while_one_is_at_work(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(Killed), killed_after(1):
+        run(place, tmp_path / "out")
+    (folder,) = (tmp_path / ".out.work").iterdir()
+    with (
+        locked(folder, work.LOCK, "x"),
+        pytest.raises(InvalidInput, match=r"is in use by process \d+: the same run is at work"),
+    ):
+        run(place, tmp_path / "out")
+    assert not owned(folder / work.LOCK)
+
+
+def test_a_lock_ends_with_its_block_and_its_folder_may_be_removed_meanwhile(tmp_path: Path) -> None:
+    with work_in(tmp_path / "w", "key", {}) as first:
+        assert not first.started
+    assert not (tmp_path / "w").exists()
+    with work_in(tmp_path / "w", "key", {}):
+        assert owned(tmp_path / "w" / "key" / work.LOCK)
+
+
+# The command
+
+
+def test_unfinished_runs_are_listed_and_cleaned(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(Killed), killed_after(6):
+        run(place, tmp_path / "out")
+    assert _exit_code(["work", "list", str(tmp_path), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["runs"]
+    assert (row["model"], row["output"]) == (str(place / "model"), str(tmp_path / "out"))
+    assert (row["stages"], row["layers"], row["in_use"]) == (5, 1, False)
+    assert _exit_code(["work", "list", str(tmp_path)]) == 0
+    assert "unfinished runs" in capsys.readouterr().out
+    assert _exit_code(["work", "clean", str(tmp_path)]) == 0
+    assert "removed 1 unfinished runs" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_at_work_is_not_cleaned_away(tmp_path: Path) -> None:
+    with work_in(tmp_path / "w", "key", {"model": "m", "output": "o"}) as mine:
+        mine.bind("text")
+        mine.numbers("dense", lambda: 1.5)
+        removed, left = clean(tmp_path / "w")
+        assert (removed, [run.in_use for run in left]) == ([], [True])
+        assert mine.numbers("dense", lambda: pytest.fail("done again")) == 1.5
+    assert unfinished(tmp_path) == []
+
+
+def test_where_there_is_no_folder_nothing_is_listed(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="there is no folder"):
+        unfinished(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("value", [0.1, 1e-300, float("inf"), [1, 2], {"a": 1 / 3}, None])
+def test_numbers_come_back_as_they_were(value: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "key"
+    folder.mkdir()
+    Work(folder).numbers("x", lambda: value)
+    assert Work(folder).numbers("x", lambda: pytest.fail("done again")) == value
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64])
+def test_tensors_come_back_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = tmp_path / "key"
+    folder.mkdir()
+    tensor = (torch.randn(5, 3, dtype=torch.float64) * 100).to(dtype).T
+    Work(folder).tensors("x", lambda: {"x": tensor})
+    again = Work(folder).tensors("x", lambda: pytest.fail("done again"))["x"]
+    assert again.dtype == dtype
+    assert again.equal(tensor)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 99}', '{"format": 1}', "\xff"])
+def test_a_damaged_record_is_no_work(text: str, tmp_path: Path) -> None:
+    (tmp_path / "key").mkdir()
+    (tmp_path / "key" / work.RECORD).write_text(text, encoding="latin-1")
+    assert not Work(tmp_path / "key").started
+    assert unfinished(tmp_path) == []
