@@ -43,7 +43,7 @@ def test_every_page_is_built_and_reachable(site: Path) -> None:
     for page in PAGES:
         if page.stem != "index":
             assert (site / page.stem / "index.html").is_file()
-            assert f'href="{page.stem}/"' in front
+            assert f'href="{page.stem}/"' in front, f"name {page.name} in the nav of mkdocs.yml"
 
 
 def test_the_command_line_page_has_every_flag_and_command(site: Path) -> None:
