@@ -92,6 +92,14 @@ def output_folder(folder: Path, *, contexts: tuple[str, ...] = HOSTILE) -> Path:
         "held_out_tokens": 14000,
         "calibration_fingerprint": "f00d",
         "task": None,
+        "warning": HOSTILE[0],
+        "recovery": {
+            "perplexity_cut": 21.5,
+            "perplexity_recovered": 18.82,
+            "gap_closed": 0.549,
+            "passes": 1,
+            "tokens": 4096,
+        },
     }
     (folder / "result.json").write_text(json.dumps(result))
     (folder / "recipe.yaml").write_text(
@@ -126,12 +134,15 @@ def ablation() -> dict[str, Any]:
             "perplexity": 16.62 + rise,
             "rise": rise / 16.62,
             "rise_by_text": {name: scale * rise for name, scale in texts.items()},
+            "tasks": {"sciq_val": {"acc": 0.25}},
             **more,
         }
 
     def band(mean: float) -> dict[str, Any]:
         rises = dict.fromkeys(texts, 0.001)
-        return {"neurons": 90, "mean": mean, "std": 0.05, "n": 20, "rise_by_text": rises}
+        tasks = {"sciq_val": {"acc": {"mean": 0.31, "std": 0.01}}}
+        sizes = {"neurons": 90, "n": 20}
+        return {**sizes, "mean": mean, "std": 0.05, "rise_by_text": rises, "tasks": tasks}
 
     return {
         "model": "made-up",
@@ -142,6 +153,7 @@ def ablation() -> dict[str, Any]:
         "tokens": dict.fromkeys(texts, 4096),
         "dense": 16.62,
         "dense_loss_by_text": dict.fromkeys(texts, 2.0),
+        "dense_tasks": {"sciq_val": {"acc": 0.32}},
         "networks": [entry(90, 6 / (1 + n), id=n) for n in range(NETWORKS)],
         "strongest": 0,
         "ratio_to_random": 51.3,
@@ -149,7 +161,13 @@ def ablation() -> dict[str, Any]:
         "components": [entry(90, 2 / (1 + n)) for n in range(NETWORKS)],
         "growing": {
             name: [
-                entry(90 * n, rise * n, n=n, random=band(16.62 + 0.2 * rise * n))
+                entry(
+                    90 * n,
+                    rise * n,
+                    n=n,
+                    random=band(16.62 + 0.2 * rise * n),
+                    components=entry(90 * n, 1.2 * rise * n),
+                )
                 for n in (1, 2, 4, 8)
             ]
             for name, rise in (("mask", 3.0), ("retain", 400.0))

@@ -94,7 +94,16 @@ def test_the_page_shows_all_that_is_known(full: str) -> None:
     page = Page(full)
     assert page.headings == list(HEADINGS.values())
     assert sum(tag == "svg" for tag, _ in page.elements) == 8
-    for words in ("18.820", "16.620", "51.3 times", "0.6100 ± 0.0200", "-0.0200", "networks: 20"):
+    for words in (
+        "18.820",
+        "16.620",
+        "51.3 times",
+        "0.6100 ± 0.0200",
+        "-0.0200",
+        "networks: 20",
+        "0.310 ± 0.010",
+        "55 %",
+    ):
         assert words in page.text, words
     cards = [a["id"] for tag, a in page.elements if tag == "article"]
     assert cards == [f"network-{n}" for n in range(19, -1, -1)]

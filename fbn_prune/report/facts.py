@@ -24,6 +24,13 @@ PLACES = ("output", "overwrite", "work_dir")
 """Recipe keys that say where a result is put and not what it is."""
 
 
+class Recovered(BaseModel):
+    """See :class:`fbn_prune.recovery.gain.Recovery`."""
+
+    perplexity_cut: float
+    gap_closed: float | None
+
+
 class RunResult(BaseModel):
     """`result.json`: see :class:`fbn_prune.result.PruneResult`."""
 
@@ -45,6 +52,8 @@ class RunResult(BaseModel):
     held_out_tokens: int
     calibration_fingerprint: str
     task: dict[str, Any] | None = None
+    warning: str | None = None
+    recovery: Recovered | None = None
 
     @property
     def width_before(self) -> int:
@@ -84,6 +93,14 @@ class Ablated(BaseModel):
     neurons: int
     perplexity: float
     rise_by_text: dict[str, float] = {}
+    tasks: dict[str, dict[str, float]] = {}
+
+
+class Spread(BaseModel):
+    """A figure over random draws."""
+
+    mean: float
+    std: float
 
 
 class RandomBand(BaseModel):
@@ -94,13 +111,15 @@ class RandomBand(BaseModel):
     std: float
     n: int
     rise_by_text: dict[str, float] = {}
+    tasks: dict[str, dict[str, Spread]] = {}
 
 
 class GrowingStep(Ablated):
-    """The first `n` networks, and random sets as large as they are."""
+    """The first `n` networks, and random sets and principal components' neurons as many as they are."""
 
     n: int
     random: RandomBand
+    components: Ablated | None = None
 
 
 class Ablation(BaseModel):
@@ -111,6 +130,7 @@ class Ablation(BaseModel):
     rank: str = ""
     dense: float
     tokens: dict[str, int] = {}
+    dense_tasks: dict[str, dict[str, float]] = {}
     networks: list[Ablated] = Field(min_length=1)
     ratio_to_random: float | None = None
     random: RandomBand

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 WIDTH = 4.6
 """Inches: at 96 pixels an inch a little more than a phone is wide."""
 INK, MUTED, PALE, KEPT, ALARM = "#22303c", "#6b7a88", "#d4dbe2", "#0b6e8e", "#c2412d"
+OTHER = "#e08e0b"
+"""Of the control that is not chance: principal components."""
 _LINES = ("#0b6e8e", "#c2412d", "#7a5195", "#e08e0b", "#3c8d5a", "#8a6a4f", "#6b7a88")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
@@ -177,7 +179,7 @@ def knockout_figure(ablation: Ablation) -> str:
             np.arange(1, len(others) + 1),
             others,
             ".",
-            color="#e08e0b",
+            color=OTHER,
             label="principal components",
         )
     mean, std = ablation.random.mean, ablation.random.std
@@ -204,12 +206,15 @@ def growing_figure(name: str, steps: Sequence[GrowingStep], dense: float) -> str
     )
     axes.plot(numbers, mean, "s-", color=ALARM, label="random, ± 1 s.d.")
     axes.plot(numbers, values, "o-", color=KEPT, label=f"{name} the top n")
+    others = [(step.n, step.components.perplexity) for step in steps if step.components is not None]
+    if others:
+        axes.plot(*zip(*others, strict=True), ".:", color=OTHER, label="principal components")
     axes.axhline(dense, color=MUTED, linestyle="--", linewidth=1, label="unchanged")
-    finite = [v for v in (*values, *mean) if math.isfinite(v)]
+    finite = [v for v in (*values, *mean, *(y for _, y in others)) if math.isfinite(v)]
     _log_scale(axes, dense, max(finite, default=1.0))
     _whole_numbers(axes)
     axes.set(xlabel="n, networks", ylabel="perplexity")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=3)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=2)
     return _svg(figure, f"growing {name}")
 
 

@@ -140,6 +140,13 @@ def _headline(result: RunResult) -> list[dict[str, str]]:
         row("weights, MB", result.bytes_before / 1e6, result.bytes_after / 1e6, "{:,.1f}"),
         row("perplexity", result.perplexity_before, result.perplexity_after, "{:,.3f}"),
     ]
+    if result.recovery is not None:
+        healed, closed = result.recovery, result.recovery.gap_closed
+        gap = "" if closed is None else f"{100 * closed:.0f} % of the loss healed"
+        cut = {"before": f"{healed.perplexity_cut:,.3f} when cut"}
+        rows.append(
+            {"name": "perplexity, healed", "after": rows[-1]["after"], **cut, "change": gap}
+        )
     task = result.task or {}
     if task.get("test_perplexity_before") is not None:
         before, after = task["test_perplexity_before"], task["test_perplexity_after"]
@@ -170,6 +177,7 @@ def _comparison(facts: ReportFacts) -> dict[str, Any]:
 
 def _ablation(ablation: Ablation) -> dict[str, Any]:
     texts = list(ablation.tokens)
+    tasks = [(task, metric) for task, metrics in ablation.dense_tasks.items() for metric in metrics]
     few = ablation.strongest_first[:SELECTIVE_SHOWN]
     most = max((abs(v) for one in few for v in one.rise_by_text.values()), default=0.0)
 
@@ -187,6 +195,7 @@ def _ablation(ablation: Ablation) -> dict[str, Any]:
             "neurons": one.neurons,
             "perplexity": f"{one.perplexity:,.3f}",
             "cells": cells(one.rise_by_text),
+            "tasks": [f"{one.tasks[task][metric]:.3f}" for task, metric in tasks],
         }
         for one in few
     ]
@@ -196,6 +205,17 @@ def _ablation(ablation: Ablation) -> dict[str, Any]:
         "neurons": band.neurons,
         "perplexity": f"{band.mean:,.3f} ± {band.std:.3f}",
         "cells": cells(band.rise_by_text),
+        "tasks": [
+            f"{band.tasks[task][metric].mean:.3f} ± {band.tasks[task][metric].std:.3f}"
+            for task, metric in tasks
+        ],
+    }
+    unchanged = {
+        "name": "unchanged",
+        "neurons": 0,
+        "perplexity": f"{ablation.dense:,.3f}",
+        "cells": cells({}),
+        "tasks": [f"{ablation.dense_tasks[task][metric]:.3f}" for task, metric in tasks],
     }
     ratio = ablation.ratio_to_random
     return {
@@ -204,7 +224,8 @@ def _ablation(ablation: Ablation) -> dict[str, Any]:
         "dense": f"{ablation.dense:,.3f}",
         "rank": f" by {ablation.rank}" if ablation.rank else "",
         "texts": texts,
-        "rows": [*rows, random],
+        "tasks": [f"{task}, {metric}" for task, metric in tasks],
+        "rows": [*rows, random, unchanged],
         "left_out": len(ablation.networks) - len(few),
         "ratio": None if ratio is None else f"{ratio:,.1f}",
         "components": bool(ablation.components),
