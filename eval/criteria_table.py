@@ -88,11 +88,13 @@ class Comparison:
         draw = random.Random(seed)
         sample: list[torch.Tensor] = []
         for file in calibrate:
-            found = _blocks(file, tokenizer, context, first)
+            found = first_blocks(file, tokenizer, context, first)
             sample += draw.sample(found, min(blocks, len(found)))
         draw.shuffle(sample)
         held = [
-            b for file in evaluate for b in _blocks(file, tokenizer, context, evaluation_blocks)
+            b
+            for file in evaluate
+            for b in first_blocks(file, tokenizer, context, evaluation_blocks)
         ]
         self.calibration = TokenBlocks(tuple(sample), context, tuple(map(str, calibrate)))
         self.held_out = TokenBlocks(tuple(held), context, tuple(map(str, evaluate)))
@@ -225,7 +227,7 @@ class Comparison:
             return perplexity(self.model, self.held_out_batches)
 
 
-def _blocks(file: Path, tokenizer: Any, context: int, count: int) -> list[torch.Tensor]:
+def first_blocks(file: Path, tokenizer: Any, context: int, count: int) -> list[torch.Tensor]:
     """The first `count` whole blocks of a text."""
     blocks: list[torch.Tensor] = []
     for document in read_documents(str(file), characters=count * context * 12):

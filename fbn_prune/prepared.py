@@ -15,6 +15,7 @@ from fbn_prune.memory import MemoryPlan, plan_memory
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.families import Family
 from fbn_prune.model.streaming import stream_model
+from fbn_prune.model.surgery import require_bias
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.pruning.allocation import default_multiple
 from fbn_prune.recipe import Recipe
@@ -111,6 +112,8 @@ def prepare(recipe: Recipe) -> Prepared:
                 f"keep_networks = {recipe.kept_networks_or_default}: {recipe.networks_from} holds "
                 f"{len(networks.maps)} networks"
             )
+    if recipe.criterion == "membership-bias":
+        require_bias(family, checkpoint.config)
     device = _device(recipe.device)
     dtype = _dtype(recipe.dtype, device, checkpoint)
     context = recipe.context or min(longest, MAX_CONTEXT)

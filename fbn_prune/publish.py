@@ -78,6 +78,7 @@ _CRITERION_WORDS = {
     "flap": "FLAP (output variance, mean moved into a bias)",
     "wanda": "Wanda (weight times activation norm)",
     "membership": "membership in the kept networks, without a refit",
+    "membership-bias": "membership in the kept networks, the removed ones' mean output moved into a bias",
     "magnitude": "weight norm",
     "random": "chance",
 }

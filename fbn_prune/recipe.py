@@ -18,7 +18,14 @@ MOST_BYTES = 2**20
 """A recipe larger than that is none."""
 
 CriterionName = Literal[
-    "networks", "second-order", "flap", "wanda", "membership", "magnitude", "random"
+    "networks",
+    "second-order",
+    "flap",
+    "wanda",
+    "membership",
+    "membership-bias",
+    "magnitude",
+    "random",
 ]
 RankName = Literal["energy", "knockout", "task"]
 Scope = Literal["global", "layer"]
@@ -186,7 +193,7 @@ class Recipe(BaseModel):
         return (
             self.task is not None
             or self.stated_budget is None
-            or self.criterion in ("networks", "membership")
+            or self.criterion in ("networks", "membership", "membership-bias")
             or (self.layout != "uniform" and self.widths != "loss")
         )
 

@@ -2,7 +2,8 @@
 
 A criterion is one function from a layer's evidence and a width to a cut, registered by name. Sources:
 Wanda (arXiv 2306.11695) summed over a neuron's column, FLAP (arXiv 2312.11983) with its bias compensation,
-membership: the union of thresholded network maps without a refit, as in arXiv 2508.05239.
+membership: the union of thresholded network maps without a refit, as in arXiv 2508.05239, which also moves the removed
+neurons' mean output into a bias (membership-bias).
 """
 
 from __future__ import annotations
@@ -111,9 +112,14 @@ def flap(evidence: LayerEvidence, width: int) -> MlpCut:
     """Variance of x_j times ||W_j||², the removed neurons' mean output moved into a bias where one can be stored."""
     variance = centred(evidence.gram, evidence.mean).diagonal()
     cut = _without_refit(evidence, variance * evidence.weight.square().sum(0), width)
+    return _mean_into_bias(evidence, cut)
+
+
+def _mean_into_bias(evidence: LayerEvidence, cut: MlpCut) -> MlpCut:
+    """The cut with what the removed neurons put out on average in its bias, where one can be stored."""
     if not evidence.can_have_bias:
         return cut
-    removed = torch.ones(len(variance), dtype=torch.bool)
+    removed = torch.ones(evidence.weight.shape[1], dtype=torch.bool)
     removed[cut.kept] = False
     shift = evidence.weight.cpu()[:, removed] @ evidence.mean.cpu()[removed]
     bias = shift if evidence.bias is None else evidence.bias.cpu() + shift
@@ -125,6 +131,12 @@ def membership(evidence: LayerEvidence, width: int) -> MlpCut:
     """Largest abs z over the kept networks."""
     assert evidence.membership is not None
     return _without_refit(evidence, evidence.membership, width)
+
+
+@criterion("membership-bias")
+def membership_with_bias(evidence: LayerEvidence, width: int) -> MlpCut:
+    """The same, with the bias compensation that the second paper has as an option."""
+    return _mean_into_bias(evidence, membership(evidence, width))
 
 
 @criterion("second-order")
