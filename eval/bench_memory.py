@@ -26,10 +26,10 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fbn_prune import builtin
+from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.recipe import parse_size
 
 RESULTS = Path(__file__).parent / "results"
@@ -266,19 +266,15 @@ def _flags(model: Path, tokens: int) -> list[str]:
 
 def _differences(first: Path, second: Path) -> tuple[float, bool]:
     """The largest difference of any weight, and whether all but the refitted weights are equal to the bit."""
-    index = json.loads((first / "model.safetensors.index.json").read_text())["weight_map"]
+    a, b = Checkpoint.open(first), Checkpoint.open(second)
     largest, equal = 0.0, True
-    for name, file in index.items():
-        with (
-            safe_open(first / file, framework="pt") as a,
-            safe_open(second / file, framework="pt") as b,
-        ):
-            one, other = a.get_tensor(name), b.get_tensor(name)
-            if one.shape != other.shape:
-                raise SystemExit(f"{name}: {one.shape} and {other.shape}")
-            largest = max(largest, float((one.float() - other.float()).abs().max()))
-            if "down_proj" not in name:
-                equal = equal and torch.equal(one, other)
+    for name in a.names:
+        one, other = a.tensor(name), b.tensor(name)
+        if one.shape != other.shape:
+            raise SystemExit(f"{name}: {one.shape} and {other.shape}")
+        largest = max(largest, float((one.float() - other.float()).abs().max()))
+        if "down_proj" not in name:
+            equal = equal and torch.equal(one, other)
     return largest, equal
 
 
