@@ -39,8 +39,9 @@ from fbn_prune.progress import StageClock
 
 BATCH_TOKENS = 4096
 TRAINING_BLOCKS = 8
-LEARNING_RATE = 3e-4
-HELD_BLOCKS = 16
+TRAINING_POOL = 256
+"""Blocks to train on, behind those that networks are found on."""
+LEARNING_RATE = 5e-5
 
 
 class Subject:
@@ -54,8 +55,8 @@ class Subject:
         self.tokenizer = self.checkpoint.load_tokenizer()
         self.context = min(context, self.family.context_length(self.checkpoint.config))
         self.tokens, self.networks = tokens, networks
-        each = 2 * -(-tokens // self.context)
-        self.blocks = {name: self._blocks(path, each) for name, path in texts.items()}
+        self.texts, self.each = texts, 2 * -(-tokens // self.context)
+        self.blocks = {name: self._blocks(path, self.each) for name, path in texts.items()}
 
     def sample(self, names: Sequence[str], half: int) -> TokenBlocks:
         """Blocks of some texts evenly, from the even or the odd blocks of each."""
@@ -78,14 +79,14 @@ class Subject:
         )
 
     def finetuned(self, model: PreTrainedModel, name: str, steps: int) -> PreTrainedModel:
-        """A copy trained on the blocks of one text that no line is measured on; AdamW, linear decay."""
+        """A copy trained on blocks of one text that nothing is measured on; AdamW, linear decay."""
         tuned = copy.deepcopy(model).train()
-        blocks = self.blocks[name][1::2]
+        blocks = self._blocks(self.texts[name], self.each + TRAINING_POOL)[self.each :]
         optimizer = torch.optim.AdamW(tuned.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
         draw = random.Random(0)
         for _ in range(steps):
-            batch = torch.stack(draw.sample(blocks, min(TRAINING_BLOCKS, len(blocks))))
+            batch = torch.stack(draw.sample(blocks, TRAINING_BLOCKS))
             tuned(input_ids=batch, labels=batch).loss.backward()
             torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
             optimizer.step()
@@ -94,9 +95,9 @@ class Subject:
         return tuned.eval()
 
     def perplexity(self, model: PreTrainedModel, name: str) -> float:
-        """On blocks that nothing was trained on."""
-        held = tuple(self.blocks[name][0::2][:HELD_BLOCKS])
-        return perplexity(model, TokenBlocks(held, self.context, (name,)).batches(BATCH_TOKENS))
+        """On the blocks that networks are found on, which nothing was trained on here."""
+        held = TokenBlocks(tuple(self.blocks[name]), self.context, (name,))
+        return perplexity(model, held.batches(BATCH_TOKENS))
 
     def _blocks(self, path: Path, count: int) -> list[torch.Tensor]:
         blocks: list[torch.Tensor] = []
@@ -122,7 +123,7 @@ def main(
     model: Annotated[Path, typer.Option(help="Checkpoint folder.")],
     text: Annotated[list[str], typer.Option(help="NAME=FILE; repeat for several.")],
     finetune_on: Annotated[str, typer.Option(help="Name of the text to train on.")],
-    steps: Annotated[int, typer.Option()] = 200,
+    steps: Annotated[int, typer.Option()] = 48,
     context: Annotated[int, typer.Option()] = 256,
     tokens: Annotated[int, typer.Option(help="Tokens that networks are found on.")] = 8192,
     networks: Annotated[int, typer.Option()] = 64,
