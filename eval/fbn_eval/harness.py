@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 BOOTSTRAPS = 100_000
 """Resamples behind the standard errors that have no closed form: the harness's own default, so that its figures come
 out the same."""
+
+FEWSHOT_SEED = 1234
+"""The harness's own default, so that it shows the same examples."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def evaluate(model: str, tasks: Sequence[str | TaskConfig], options: HarnessOpti
     loaded = load_tasks(tasks)
     require_unseen_documents(checkpoint.path, seen, loaded["tasks"])
     bench = checkpoint.load_model(torch.device(options.device), options.dtype)
-    raw = _run(bench, checkpoint.load_tokenizer(), _top_level(loaded), options, BOOTSTRAPS)
+    raw = _run(bench, checkpoint.load_tokenizer(), _top_level(loaded), options)
     return Evaluation(model, _figures(raw), raw)
 
 
@@ -148,13 +151,13 @@ def measure_on_tasks(
     InvalidInput, FbnPruneError
         As :func:`resolve_tasks` and :func:`evaluate`.
     """
-    tasks = list(load_tasks(resolve_tasks(names))["tasks"].values())
+    loaded = load_tasks(resolve_tasks(names))["tasks"]
 
     def with_tokenizer(tokenizer: Any) -> Callable[[PreTrainedModel], TaskFigures]:
         def measure(model: PreTrainedModel) -> TaskFigures:
             # It draws bars and prints wherever it runs.
             with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
-                raw = _run(model, tokenizer, tasks, options, bootstraps=0)
+                raw = _measure(model, tokenizer, loaded, options)
             figures: TaskFigures = {}
             for one in _figures(raw):
                 figures.setdefault(one.task, {})[one.metric] = one.value
@@ -166,45 +169,77 @@ def measure_on_tasks(
 
 
 def _run(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    tasks: Sequence[Any],
-    options: HarnessOptions,
-    bootstraps: int,
+    model: PreTrainedModel, tokenizer: Any, tasks: Sequence[Any], options: HarnessOptions
 ) -> dict[str, Any]:
-    """One run of the harness on a loaded model."""
+    """One whole run of the harness on a loaded model."""
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
 
-    batch_size = options.batch_size
-    wrapped = HFLM(
-        pretrained=model,
-        tokenizer=tokenizer,
-        batch_size=int(batch_size) if batch_size.isdigit() else batch_size,
-        device=options.device,
-        max_length=options.max_length,
-    )
-    try:
+    wrapped = _wrapped(model, tokenizer, options)
+    with _said_in_a_line(wrapped.max_length):
         raw = simple_evaluate(
             model=wrapped,
             tasks=list(tasks),
             num_fewshot=options.fewshot,
             limit=options.limit,
             log_samples=options.log_samples,
-            bootstrap_iters=bootstraps,
+            bootstrap_iters=BOOTSTRAPS,
             task_manager=task_manager(defaults=False),
         )
+    assert raw is not None
+    return dict(raw)
+
+
+def _measure(
+    model: PreTrainedModel, tokenizer: Any, tasks: dict[str, Task], options: HarnessOptions
+) -> dict[str, Any]:
+    """The figures alone. A whole run describes the machine as well, which takes seconds each time."""
+    from lm_eval.evaluator import evaluate as evaluate_tasks
+
+    for task in tasks.values():
+        of_task = task.get_config("num_fewshot")
+        shots = of_task if options.fewshot is None or of_task == 0 else options.fewshot
+        task.set_config(key="num_fewshot", value=shots or 0)
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    wrapped = _wrapped(model, tokenizer, options)
+    with _said_in_a_line(wrapped.max_length):
+        raw = evaluate_tasks(
+            lm=wrapped,
+            task_dict={"tasks": tasks},
+            limit=options.limit,
+            bootstrap_iters=0,
+            log_samples=False,
+        )
+    assert raw is not None
+    return dict(raw)
+
+
+def _wrapped(model: PreTrainedModel, tokenizer: Any, options: HarnessOptions) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    batch_size = options.batch_size
+    return HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=int(batch_size) if batch_size.isdigit() else batch_size,
+        device=options.device,
+        max_length=options.max_length,
+    )
+
+
+@contextmanager
+def _said_in_a_line(max_length: int) -> Iterator[None]:
+    """Turn what the harness raises into one line."""
+    try:
+        yield
     except (OSError, ConnectionError, ValueError, KeyError) as error:
         line = " ".join(str(error).split())
         raise FbnPruneError(f"the harness failed: {line[:300]}") from error
     except AssertionError as error:
         # It asserts, without a word, that no answer is longer than the model's context.
         raise FbnPruneError(
-            f"the harness refuses a question: is an answer longer than the {wrapped.max_length} tokens that the "
+            f"the harness refuses a question: is an answer longer than the {max_length} tokens that the "
             "model takes? --max-length raises that where the model allows it"
         ) from error
-    assert raw is not None
-    return dict(raw)
 
 
 def _top_level(loaded: dict[str, Any]) -> list[Any]:
