@@ -157,7 +157,7 @@ def _pruned(prepared: Prepared, work: Work, clock: StageClock) -> PruneResult:
         clock.note(f"warning: {warning}")
     recovery = None
     if recipe.recover:
-        cut = replace(cut, trained=recover_model(prepared, model, blocks, clock))
+        cut = replace(cut, trained=recover_model(prepared, model, blocks, work, clock))
         healed = _pruned_perplexity(model, held_out, clock)
         recovery = Recovery.measured(before, after, healed, recipe.recover_passes, blocks.tokens)
         after = healed

@@ -161,7 +161,7 @@ def rank_networks(
 
 
 def recover_model(
-    prepared: Prepared, model: PreTrainedModel, blocks: TokenBlocks, clock: StageClock
+    prepared: Prepared, model: PreTrainedModel, blocks: TokenBlocks, work: Work, clock: StageClock
 ) -> dict[str, Tensor]:
     """Train the cut model in place towards the dense one; its new weights by their names in the checkpoint."""
     from fbn_prune.recovery.healing import RecoveryOptions, heal, healed_tensors  # peft is slow
@@ -170,7 +170,7 @@ def recover_model(
     with clock.stage("load"):
         dense = prepared.load_model()
     options = RecoveryOptions(recipe.recover_passes, recipe.recover_rank, recipe.seed)
-    heal(model, dense, family, blocks, options, clock)
+    heal(model, dense, family, blocks, options, clock, keep=work.tensors)
     return healed_tensors(model, family, prepared.checkpoint)
 
 

@@ -24,6 +24,7 @@ from fbn_prune.recovery.distillation import DistillationOptions, distil
 from fbn_prune.recovery.gain import Recovery
 from fbn_prune.recovery.healing import RecoveryOptions, heal, linear_maps
 from fbn_prune.recovery.matching import match_layers
+from fbn_prune.work import Work
 
 torch.set_num_threads(1)
 
@@ -96,7 +97,7 @@ def test_distillation_brings_predictions_closer_and_leaves_no_adapter(name: str)
     names, before = list(parameters(cut)), divergence(dense, cut)
     maps = list(linear_maps(cut, family))
     options = DistillationOptions(rank=4, passes=8, step_tokens=64, learning_rate=5e-3)
-    distil(cut, dense, maps, sample(), options, StageClock())
+    distil(cut, dense, maps, sample(), options, StageClock(), keep=lambda _, compute: compute())
     assert divergence(dense, cut) < before
     assert list(parameters(cut)) == names
     assert all(p.requires_grad for p in cut.parameters())
@@ -152,27 +153,17 @@ def test_healing_that_was_cut_off_ends_in_the_same_weights(
 
     with monkeypatch.context() as patched:
         patched.setattr(_Training, "step", interrupted)
+        keep = Work(tmp_path).tensors
         with pytest.raises(Interrupted):
-            heal(broken, dense, family, sample(), OPTIONS, StageClock(), state=tmp_path)
+            heal(broken, dense, family, sample(), OPTIONS, StageClock(), keep=keep)
 
     def refused(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("layers were matched again")
 
     monkeypatch.setattr(healing, "match_layers", refused)
-    heal(cut, dense, family, sample(), OPTIONS, StageClock(), state=tmp_path)
+    heal(cut, dense, family, sample(), OPTIONS, StageClock(), keep=Work(tmp_path).tensors)
     for name, value in parameters(cut).items():
         assert torch.equal(value, parameters(whole)[name]), name
-
-
-def test_what_is_kept_of_another_training_is_not_taken(tmp_path: Path) -> None:
-    dense, cut = pair()
-    family = family_of(dense.config)
-    alone, after_another = copy.deepcopy(cut), copy.deepcopy(cut)
-    heal(alone, dense, family, sample(), OPTIONS, StageClock(), key="b")
-    heal(cut, dense, family, sample(), OPTIONS, StageClock(), state=tmp_path, key="a")
-    heal(after_another, dense, family, sample(), OPTIONS, StageClock(), state=tmp_path, key="b")
-    for name, value in parameters(alone).items():
-        assert torch.equal(value, parameters(after_another)[name]), name
 
 
 def test_the_gap_closed_is_the_share_that_came_back() -> None:

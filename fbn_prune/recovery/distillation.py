@@ -2,18 +2,16 @@
 
 LoRA (arXiv 2106.09685) on every linear map of the decoder layers, through peft and accelerate; the loss is the
 Kullback-Leibler divergence of the cut model's next-token distribution from the dense model's (arXiv 1503.02531), so no
-labels are needed. What a pass ends with is kept in a safetensors file, from which the same training goes on.
+labels are needed. What a pass ends with can be kept, and training goes on from it to the same weights.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -23,8 +21,10 @@ from torch.nn.functional import kl_div, log_softmax
 from transformers import PreTrainedModel
 
 from fbn_prune.calibration import Batch, TokenBlocks
-from fbn_prune.progress import StageClock
-from fbn_prune.recovery.state import load_tensors, save_tensors
+from fbn_prune.progress import Advance, StageClock
+
+Keep = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
+"""Given a name and how to compute tensors, the tensors: computed, or as they were kept under that name."""
 
 LOGIT_BYTES = 2**28
 """Largest float32 logits of a forward pass; a step of more tokens adds up the gradients of several."""
@@ -74,8 +74,7 @@ def distil(
     options: DistillationOptions,
     clock: StageClock,
     *,
-    state: Path | None = None,
-    key: str = "",
+    keep: Keep,
 ) -> None:
     """Train adapters on `model` and merge them into it, in place.
 
@@ -85,23 +84,14 @@ def distil(
         The cut model and the one it was cut from, on one device.
     maps
         Names of the linear maps to adapt.
-    state
-        File that each pass ends with; training goes on from it if it is there and of the same training. None to keep
-        nothing.
-    key
-        Names all that the training depends on besides blocks and options.
+    keep
+        Called once for each pass; training goes on from what it returns.
     """
-    key = json.dumps({"key": key, "blocks": blocks.fingerprint, **asdict(options)})
     training = _Training(model, dense, maps, blocks, options)
     with clock.stage("distillation", blocks.tokens * options.passes, "tokens") as advance:
-        done = 0 if state is None else training.load(state, key)
-        advance(done * blocks.tokens)
-        for index in range(done, options.passes):
-            for step in training.steps_of(index):
-                training.step(step)
-                advance(step.tokens)
-            if state is not None:
-                training.save(state, key, index + 1)
+        for index in range(options.passes):
+            state = keep(f"recovery-pass-{index}", lambda index=index: training.run(index, advance))  # type: ignore[misc]
+            training.go_on_from(state, index + 1)
     training.merge()
 
 
@@ -164,32 +154,31 @@ class _Training:
         for parameter, required in self._trained:
             parameter.requires_grad_(required)
 
-    def save(self, path: Path, key: str, passes: int) -> None:
-        tensors = {"passes": torch.tensor(passes)}
+    def run(self, index: int, advance: Advance) -> dict[str, Tensor]:
+        """Train for one pass; the adapters and their moments after it."""
+        for step in self.steps_of(index):
+            self.step(step)
+            advance(step.tokens)
+        state: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
             moments = self._optimizer.state[parameter]
-            tensors |= {
-                name: parameter,
+            state |= {
+                name: parameter.detach(),
                 f"{name} first": moments["exp_avg"],
                 f"{name} second": moments["exp_avg_sq"],
             }
-        save_tensors(path, key, tensors)
+        return state
 
-    def load(self, path: Path, key: str) -> int:
-        """Passes that the file ends; none, and nothing loaded, if it is not there or of another training."""
-        tensors = load_tensors(path, key)
-        if tensors is None:
-            return 0
-        passes = int(tensors["passes"])
+    def go_on_from(self, state: dict[str, Tensor], passes: int) -> None:
+        """Be where so many passes ended in this state."""
         self._done = passes * len(self.steps_of(0))
         for name, parameter in self._parameters.items():
-            parameter.data.copy_(tensors[name])
+            parameter.data.copy_(state[name])
             self._optimizer.state[parameter] = {
                 "step": torch.tensor(float(self._done)),
-                "exp_avg": tensors[f"{name} first"].to(parameter.device),
-                "exp_avg_sq": tensors[f"{name} second"].to(parameter.device),
+                "exp_avg": state[f"{name} first"].to(parameter.device),
+                "exp_avg_sq": state[f"{name} second"].to(parameter.device),
             }
-        return passes
 
 
 def _adapted(

@@ -5,24 +5,20 @@ Both steps train linear maps of the decoder layers alone, so the result is the s
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fbn_prune.calibration import Batch, TokenBlocks
+from fbn_prune.calibration import TokenBlocks
 from fbn_prune.errors import FbnPruneError
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.families import Family
 from fbn_prune.progress import StageClock
-from fbn_prune.recovery.distillation import DistillationOptions, distil
+from fbn_prune.recovery.distillation import DistillationOptions, Keep, distil
 from fbn_prune.recovery.matching import match_layers
-from fbn_prune.recovery.state import load_tensors, save_tensors
 
 BATCH_TOKENS = 2048
 """Tokens of one training step."""
@@ -45,8 +41,7 @@ def heal(
     options: RecoveryOptions,
     clock: StageClock,
     *,
-    state: Path | None = None,
-    key: str = "",
+    keep: Keep = lambda name, compute: compute(),
 ) -> None:
     """Train `model` in place towards `dense`, on `blocks` alone.
 
@@ -54,26 +49,22 @@ def heal(
     ----------
     model, dense
         The cut model and the one it was cut from, on one device.
-    state
-        Folder that finished parts of the training are kept in, and taken from if they are of the same training.
-    key
-        Names all that the training depends on besides the arguments: how the model was cut.
+    keep
+        Computes a finished part of the training, or returns it as it was kept from the same training.
     """
-    training = json.dumps([key, blocks.fingerprint, options.passes, options.rank, options.seed])
-    matched = None if state is None else state / "matched.safetensors"
-    found = None if matched is None else load_tensors(matched, training)
     neurons = _mlp_parameters(model, family)
-    if found is None:
-        batches: Sequence[Batch] = blocks.batches(BATCH_TOKENS)
+
+    def match() -> dict[str, Tensor]:
+        batches = blocks.batches(BATCH_TOKENS)
         match_layers(
             model, dense, family, batches, passes=options.passes, seed=options.seed, clock=clock
         )
-        if matched is not None:
-            save_tensors(matched, training, neurons)
-    else:
-        with torch.no_grad():
-            for name, parameter in neurons.items():
-                parameter.copy_(found[name])
+        return {name: parameter.detach() for name, parameter in neurons.items()}
+
+    matched = keep("recovery-matched", match)
+    with torch.no_grad():
+        for name, parameter in neurons.items():
+            parameter.copy_(matched[name])
     distil(
         model,
         dense,
@@ -87,8 +78,7 @@ def heal(
             seed=options.seed,
         ),
         clock,
-        state=None if state is None else state / "adapters.safetensors",
-        key=training,
+        keep=keep,
     )
 
 
