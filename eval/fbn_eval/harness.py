@@ -151,7 +151,8 @@ def measure_on_tasks(
     InvalidInput, FbnPruneError
         As :func:`resolve_tasks` and :func:`evaluate`.
     """
-    loaded = load_tasks(resolve_tasks(names))["tasks"]
+    with redirect_stderr(io.StringIO()):  # what reads data sets draws bars wherever it runs
+        loaded = load_tasks(resolve_tasks(names))["tasks"]
 
     def with_tokenizer(tokenizer: Any) -> Callable[[PreTrainedModel], TaskFigures]:
         def measure(model: PreTrainedModel) -> TaskFigures:
