@@ -99,6 +99,7 @@ class Served:
             if layer.room_bytes > left:
                 layer.forbid_copies()
             else:
+                layer.take_room()
                 left -= layer.room_bytes
 
     @contextmanager

@@ -122,6 +122,10 @@ class ServedLayer:
         """Bytes that copies of rows would take (CPU only)."""
         return self._mlp.room_bytes
 
+    def take_room(self) -> None:
+        """Take that memory."""
+        self._mlp.take_room()
+
     def forbid_copies(self) -> None:
         """Gather scattered rows at every call instead of copying them at a switch."""
         self._mlp.may_copy = False

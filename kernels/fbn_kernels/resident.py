@@ -77,7 +77,7 @@ class ResidentMlp:
 
     @property
     def copied_bytes(self) -> int:
-        """Bytes of the room for copied rows; none until a set needs it."""
+        """Bytes of the room for copied rows; none until it is taken, or a set needs it."""
         return 0 if self._room is None else self._room.nbytes
 
     @property
@@ -153,16 +153,23 @@ class ResidentMlp:
             loose = LooseRows.gather(reading.loose, *weights)
         return hidden_in_place(x, *weights, reading, loose, self.activation)
 
+    def take_room(self) -> None:
+        """Take the memory for copied rows now, lest the first switch wait for the system to give it."""
+        if self._room is not None or not self.room_bytes:
+            return
+        most = max(len(one.loose) for one in self._readings)
+        sources = (self.up, self.gate, self.up_bias, self.gate_bias)
+        up, *others = (
+            None if one is None else one.new_empty(most, *one.shape[1:]).fill_(0) for one in sources
+        )
+        assert up is not None
+        self._room = LooseRows(up, *others)
+
     def _copy(self, rows: Tensor) -> LooseRows:
         """Write the rows over those of the set before."""
+        self.take_room()
         sources = (self.up, self.gate, self.up_bias, self.gate_bias)
-        if self._room is None:
-            most = max(len(one.loose) for one in self._readings)
-            up, *others = (
-                None if one is None else one.new_empty(most, *one.shape[1:]) for one in sources
-            )
-            assert up is not None
-            self._room = LooseRows(up, *others)
+        assert self._room is not None
         room = self._room
         targets = tuple(
             None if one is None else one[: len(rows)]
