@@ -23,6 +23,9 @@ DEFAULT_LIMIT_BYTES = 2 * 2**30
 LONG_RUN_BYTES = 2 * 2**20
 """A run of one matrix from which reading it in place beats copying it together with others."""
 
+_GATHER_BYTES = 4 * 2**20
+"""Rows gathered for one call are gathered in pieces of this size, which stay in the cache."""
+
 _FEW_TOKENS = 8
 """Up to so many tokens a weighted sum of rows where they lie beats gathering them for a product."""
 
@@ -198,7 +201,10 @@ def hidden_in_place(
     loose: LooseRows | None,
     activation: str,
 ) -> Tensor:
-    """Return the hidden vector of x [rows, width], [rows, count] in the order of the reading."""
+    """Return the hidden vector of x [rows, width], [rows, count] in the order of the reading.
+
+    Without `loose` those rows are gathered.
+    """
 
     def through(
         weight: Tensor, bias: Tensor | None, copied: Tensor | None, copied_bias: Tensor | None
@@ -209,6 +215,10 @@ def hidden_in_place(
         ]
         if copied is not None:
             parts.append(F.linear(x, copied, copied_bias))
+        elif len(reading.loose):
+            for rows in _pieces(reading.loose, weight):
+                some = None if bias is None else bias.index_select(0, rows)
+                parts.append(F.linear(x, weight.index_select(0, rows), some))
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     more_up = (None, None) if loose is None else (loose.up, loose.up_bias)
@@ -232,10 +242,16 @@ def down_in_place(hidden: Tensor, down_t: Tensor, reading: Reading, threads: int
         out = part @ rows if out is None else torch.addmm(out, part, rows)
         start += stop - first
     if len(reading.loose):
-        part, rows = hidden[:, start:], down_t.index_select(0, reading.loose)
-        out = part @ rows if out is None else torch.addmm(out, part, rows)
+        for piece in _pieces(reading.loose, down_t):
+            part, rows = hidden[:, start : start + len(piece)], down_t.index_select(0, piece)
+            out = part @ rows if out is None else torch.addmm(out, part, rows)
+            start += len(piece)
     assert out is not None
     return out
+
+
+def _pieces(rows: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    return rows.split(max(64, _GATHER_BYTES // (weight.shape[1] * weight.element_size())))
 
 
 def _sum_rows(hidden: Tensor, down_t: Tensor, order: Tensor, threads: int) -> Tensor:

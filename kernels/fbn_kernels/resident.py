@@ -27,7 +27,7 @@ class ResidentMlp:
     """Whole weights, and the set they are run through now: the first, until `switch`.
 
     Not for training: weights get no gradient. With `may_copy` false no room is taken on a CPU: scattered
-    rows are gathered at every call, which for one token takes about twice as long as reading them.
+    rows are gathered at every call.
 
     Parameters
     ----------
@@ -147,11 +147,16 @@ class ResidentMlp:
         }
 
     def _hidden_in_place(self, x: Tensor) -> Tensor:
-        reading, loose = self._readings[self._current], self._loose
-        weights = (self.up, self.gate, self.up_bias, self.gate_bias)
-        if loose is None and len(reading.loose):
-            loose = LooseRows.gather(reading.loose, *weights)
-        return hidden_in_place(x, *weights, reading, loose, self.activation)
+        return hidden_in_place(
+            x,
+            self.up,
+            self.gate,
+            self.up_bias,
+            self.gate_bias,
+            self._readings[self._current],
+            self._loose,
+            self.activation,
+        )
 
     def take_room(self) -> None:
         """Take the memory for copied rows now, lest the first switch wait for the system to give it."""
