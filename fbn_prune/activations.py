@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fbn_prune import ranks
 from fbn_prune.gram import add_gram, mirror_upper
 
 
@@ -33,6 +34,11 @@ class GramStatistics:
             self._sum += weights.double() @ x.double()
             x = x * weights.float().sqrt()[:, None]
         add_gram(self._upper, x)
+
+    def add_up(self) -> None:
+        """Join what all processes of the job have seen."""
+        (self.count,) = ranks.total(self.count)
+        ranks.add_up(self._sum, self._upper)
 
     @property
     def finite(self) -> bool:
@@ -78,6 +84,11 @@ class CrossStatistics:
             self._target_sum += weights.double() @ target.double()
             target = target * weights.float()[:, None]
         self._cross.addmm_(target.T, x)
+
+    def add_up(self) -> None:
+        """Join what all processes of the job have seen."""
+        (self.count,) = ranks.total(self.count)
+        ranks.add_up(self._target_sum, self._cross)
 
     @property
     def cross(self) -> Tensor:

@@ -15,11 +15,13 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fbn_prune import ranks
 from fbn_prune.budget import Budget
 from fbn_prune.calibration import Batch, CalibrationData, TokenBlocks
 from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.export.directory import atomic_directory
 from fbn_prune.finite import damage
+from fbn_prune.launcher import is_first
 from fbn_prune.matching import MatchedCalibration, TaskCalibration
 from fbn_prune.model.families import Family
 from fbn_prune.networks.functional_networks import FunctionalNetworks
@@ -79,7 +81,7 @@ def run_prune(recipe: Recipe, clock: StageClock) -> PruneResult:
         The pruned model does not work, or its checkpoint does not fit its config.
     """
     prepared = prepare(recipe)
-    with work_of(prepared) as work:
+    with ranks.joined(prepared.device), work_of(prepared) as work:
         return _pruned(prepared, work, clock)
 
 
@@ -195,7 +197,7 @@ def _pruned(prepared: Prepared, work: Work, clock: StageClock) -> PruneResult:
                 "pruned-task", lambda: _test_perplexity(prepared, model, task, clock)
             ),
         }
-    if recipe.output is not None:
+    if recipe.output is not None and is_first():
         publish(prepared, cut, networks, result, clock)
     result.stages = dict(clock.seconds)
     result.peak_memory_bytes = peak_memory_bytes()

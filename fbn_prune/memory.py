@@ -26,11 +26,10 @@ PROCESS_BYTES = 480 * 10**6
 """Python, torch and transformers, before any model."""
 
 RECOVERY_TOKENS = 2048
-"""Tokens of a training step (`recovery/healing.py`, which is slow to import)."""
+"""Tokens of a training step of the recovery (`recovery/healing.py`, which is slow to import)."""
 
-RECOVERY_TOKENS = 2048
-"""Tokens of a training step of the recovery, and below the largest logits that it makes at once."""
 LOGIT_BYTES = 2**28
+"""The largest logits that the recovery makes at once."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from fbn_prune import ranks
 from fbn_prune.calibration import Batch
 from fbn_prune.errors import FbnPruneError
 from fbn_prune.layerwise import LayerwiseForward
@@ -55,7 +56,9 @@ def summed_loss(
         A logit is NaN or Inf.
     """
     total, count = 0.0, 0
-    for logits, targets in _predictions(model, batches, on_batch or (lambda tokens: None)):
+    for logits, targets in _predictions(
+        model, ranks.share(batches), on_batch or (lambda tokens: None)
+    ):
         finite = torch.isfinite(logits).all(dim=-1)
         if not bool((finite | (targets == -100)).all()):
             raise NonFiniteLogits("the model gives NaN or Inf as logits")
@@ -64,7 +67,8 @@ def summed_loss(
         )
         total += float(loss)
         count += int((targets != -100).sum())
-    return total, count
+    total, tokens = ranks.total(total, count)
+    return total, int(tokens)
 
 
 def _predictions(

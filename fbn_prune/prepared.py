@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from fbn_prune import builtin
+from fbn_prune import builtin, ranks
 from fbn_prune.budget import Budget, stated_budget, whole_layers
 from fbn_prune.errors import InvalidInput
 from fbn_prune.export.directory import check_output
@@ -133,7 +133,7 @@ def prepare(recipe: Recipe) -> Prepared:
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return ranks.local_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -142,7 +142,7 @@ def _device(name: str) -> torch.device:
         raise InvalidInput(f"device = {name!r}: write auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InvalidInput(f"device = {name!r}: {torch.cuda.device_count()} CUDA devices are here")
-    return device
+    return ranks.local_device(device)
 
 
 def _dtype(name: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 
+from fbn_prune.launcher import is_first
 from fbn_prune.prepared import Prepared
 from fbn_prune.result import tool_version
 from fbn_prune.work import Work, default_place, fingerprint, work_in
@@ -24,6 +25,8 @@ PLACES = frozenset({"output", "overwrite", "work_dir", "max_shard_size", "memory
 def work_of(prepared: Prepared) -> Iterator[Work]:
     """The work of a prepared run in its work directory; a run without an output keeps nothing.
 
+    Of several processes on one job the first keeps it, and tells the others.
+
     Raises
     ------
     InvalidInput
@@ -32,7 +35,7 @@ def work_of(prepared: Prepared) -> Iterator[Work]:
         The work directory cannot be written to.
     """
     recipe = prepared.recipe
-    if recipe.output is None:
+    if recipe.output is None or not is_first():
         yield Work(None)
         return
     place = default_place(recipe.output) if recipe.work_dir is None else recipe.work_dir

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,12 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from torch import Tensor
 
+from fbn_prune import ranks
 from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.locks import locked, owned
-from fbn_prune.model.surgery import MlpCut
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.pruning.pipeline import FinishedLayer
 
@@ -101,9 +101,12 @@ class Work:
     def networks(self, compute: Callable[[], FunctionalNetworks]) -> FunctionalNetworks:
         """The networks, as their artifact."""
         name = "networks.safetensors"
-        if self._load(name) is not None:
-            assert self._folder is not None
-            return FunctionalNetworks.load(self._folder / name)
+        data = self._load(name)
+        if data is not None:
+            with tempfile.NamedTemporaryFile(suffix=f"-{name}") as file:
+                file.write(data)
+                file.flush()
+                return FunctionalNetworks.load(file.name)
         value = compute()
         self._save(name, value.to_bytes)
         return value
@@ -126,20 +129,17 @@ class Work:
         data = self._load(_layer_file(layer))
         if data is None:
             raise FbnPruneError(f"{self._folder} changed during the run: start it again")
-        parts = safetensors.torch.load(data)
-        cut = MlpCut(parts["kept"], parts["down_weight"], parts.get("down_bias"))
-        return FinishedLayer(cut, float(parts["relative_error"]))
+        return FinishedLayer.from_bytes(data)
 
     def keep(self, layer: int, finished: FinishedLayer) -> None:
         """Keep a layer that is finished."""
-        cut = finished.cut
-        parts = {"kept": cut.kept, "down_weight": cut.down_weight}
-        parts["relative_error"] = torch.tensor(finished.relative_error, dtype=torch.float64)
-        if cut.down_bias is not None:
-            parts["down_bias"] = cut.down_bias
-        self._save(_layer_file(layer), lambda: _packed(parts))
+        self._save(_layer_file(layer), finished.to_bytes)
 
     def _load(self, name: str) -> bytes | None:
+        # Of several processes the first reads and the others are told, or they would not do the same stages.
+        return ranks.told(self._read(name))
+
+    def _read(self, name: str) -> bytes | None:
         expected = self._record["stages"].get(name)
         if self._folder is None or expected is None:
             return None

@@ -25,7 +25,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from fbn_prune.progress import Advance
+from fbn_prune.launcher import is_first
+from fbn_prune.progress import Advance, Display, SilentDisplay
 
 LINE_SECONDS = 10.0
 """Without a terminal, a running stage says how far it is this often."""
@@ -102,8 +103,10 @@ class LineDisplay:
         print(line, file=sys.stderr, flush=True)
 
 
-def display() -> TerminalDisplay | LineDisplay:
-    """What suits this process's stderr."""
+def display() -> Display:
+    """What suits this process's stderr; of several processes on one job only the first speaks."""
+    if not is_first():
+        return SilentDisplay()
     return TerminalDisplay() if sys.stderr.isatty() else LineDisplay()
 
 

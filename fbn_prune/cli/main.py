@@ -26,6 +26,7 @@ from fbn_prune.cli import (
 )
 from fbn_prune.cli.options import ALL_FLAGS, DryRun, Json, Private, PushToHub, recipe_flags
 from fbn_prune.errors import FbnPruneError
+from fbn_prune.launcher import is_first
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")]
 Version = Annotated[bool, typer.Option("--version", help="Print the version and leave.")]
@@ -119,6 +120,9 @@ def _exit_code(arguments: list[str]) -> int:
 def _fail(message: object, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
+    # All processes of a job come to the same refusal.
+    if code == 2 and not is_first():
+        return code
     line = " ".join(str(message).split())
     print(f"fbn-prune: error: {line}", file=sys.stderr)
     return code

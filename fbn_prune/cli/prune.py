@@ -9,6 +9,7 @@ from rich.table import Table
 
 from fbn_prune.cli import console
 from fbn_prune.errors import InvalidInput
+from fbn_prune.launcher import is_first
 from fbn_prune.recipe import Recipe, build_recipe
 from fbn_prune.recovery.gain import Recovery
 
@@ -45,12 +46,14 @@ def execute(recipe: Recipe, *, json: bool, dry_run: bool, to: Destination) -> No
     )
     from fbn_prune.progress import StageClock
 
-    if to.repo is not None:
+    if to.repo is not None and is_first():
         from fbn_prune.export.hub import check_push
 
         check_push(to.repo, overwrite=recipe.overwrite)
     display = console.display()
     result = run_prune(recipe, StageClock(display))
+    if not is_first():
+        return
     if json:
         console.print_json(result.to_json())
     else:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fbn_prune import ranks
 from fbn_prune.calibration import Batch, TokenBlocks
 from fbn_prune.errors import InvalidInput
 from fbn_prune.layerwise import LayerwiseForward
 from fbn_prune.model.families import Family
-from fbn_prune.model.streaming import let_go, stream_of
+from fbn_prune.model.streaming import compute_device, let_go, stream_of
 from fbn_prune.networks import ica
 from fbn_prune.progress import Advance, StageClock
 from fbn_prune.spill import Spilled
@@ -50,7 +51,9 @@ class SampledActivations:
         clock: StageClock,
     ) -> None:
         self._model, self._family, self._clock = model, family, clock
-        self._batches: list[Batch] = _sampled_blocks(blocks, tokens).batches(batch_tokens)
+        self._batches: list[Batch] = _sampled_blocks(blocks, tokens).batches(
+            max(1, batch_tokens // ranks.world())
+        )
         available = sum(batch.tokens for batch in self._batches)
         self.tokens = min(tokens, available)
         self._positions = _positions(self._batches, self.tokens)
@@ -69,8 +72,9 @@ class SampledActivations:
             yield from self._kept
             return
         first = not self.mean
-        stream = LayerwiseForward(self._model, self._family, self._batches)
-        total = sum(batch.tokens for batch in self._batches)
+        mine = ranks.share(self._batches)
+        stream = LayerwiseForward(self._model, self._family, mine)
+        total = sum(batch.tokens for batch in mine)
         with self._clock.stage("activations", total * self.layers, "tokens x layers") as advance:
             for layer in range(self.layers):
                 z, mean, std = self._layer(stream, layer, advance)
@@ -86,11 +90,13 @@ class SampledActivations:
         self, stream: LayerwiseForward, layer: int, advance: Advance
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows: list[Tensor] = []
+        positions = ranks.share(self._positions)
         stream.advance(
-            lambda index, x: rows.append(x[self._positions[index].to(x.device)].float()),
+            lambda index, x: rows.append(x[positions[index].to(x.device)].float()),
             on_batch=advance,
         )
-        x = torch.cat(rows)
+        none = torch.empty(0, self.width, device=compute_device(self._model))
+        x = ranks.joined_rows(torch.cat([none, *rows]))
         if not bool(torch.isfinite(x.sum())):
             raise InvalidInput(
                 f"NaN or Inf among the MLP activations of layer {layer}: the checkpoint is "

@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import safetensors.torch
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fbn_prune import ranks
 from fbn_prune.activations import CrossStatistics, GramStatistics
 from fbn_prune.calibration import Batch
 from fbn_prune.errors import InvalidInput
@@ -112,16 +114,33 @@ def cut_layers(
         done=0 if store is None else store.layers(),
         again=again,
     )
+    group: list[int] = []
+    own: LayerEvidence | None = None
     for layer in evidence:
-        with notes.heard(layer.layer):
-            width = widths[layer.layer]
-            cut = fitting_cut(layer, width, criterion=options.criterion, stored=options.round_to)
-        error = relative_error(layer, cut)
-        finished = FinishedLayer(rounded_cut(cut, options.round_to), error)
-        if store is not None:
-            store.keep(layer.layer, finished)
-        apply(layer.layer, finished)
-        del layer, cut, finished
+        group.append(layer.layer)
+        if ranks.owner(layer.layer) == ranks.rank():
+            own = layer
+        del layer
+        # One-shot, no layer waits for another: each process fits one of a group.
+        whole = 1 if options.sequential else ranks.world()
+        if len(group) < whole and group[-1] + 1 < len(widths):
+            continue
+        finished = None
+        if own is not None:
+            with notes.heard(own.layer):
+                cut = fitting_cut(
+                    own, widths[own.layer], criterion=options.criterion, stored=options.round_to
+                )
+            finished = FinishedLayer(rounded_cut(cut, options.round_to), relative_error(own, cut))
+            del cut
+        own = None
+        for number in group:
+            known = finished if ranks.owner(number) == ranks.rank() else None
+            one = FinishedLayer.shared(known, ranks.owner(number))
+            if store is not None:
+                store.keep(number, one)
+            apply(number, one)
+        group.clear()
     for line in notes.lines():
         clock.note(line)
     made = cuts if stream is None else stream.cuts
@@ -134,6 +153,32 @@ class FinishedLayer:
 
     cut: MlpCut
     relative_error: float
+
+    def to_bytes(self) -> bytes:
+        """As a safetensors file holds it."""
+        parts = {"kept": self.cut.kept, "down_weight": self.cut.down_weight}
+        parts["relative_error"] = torch.tensor(self.relative_error, dtype=torch.float64)
+        if self.cut.down_bias is not None:
+            parts["down_bias"] = self.cut.down_bias
+        return safetensors.torch.save(
+            {name: part.detach().cpu().contiguous() for name, part in parts.items()}
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> FinishedLayer:
+        """What :meth:`to_bytes` wrote, on the CPU."""
+        parts = safetensors.torch.load(data)
+        cut = MlpCut(parts["kept"], parts["down_weight"], parts.get("down_bias"))
+        return cls(cut, float(parts["relative_error"]))
+
+    @classmethod
+    def shared(cls, finished: FinishedLayer | None, source: int) -> FinishedLayer:
+        """The layer that the process `source` finished, on all processes of the job."""
+        if finished is not None and ranks.world() == 1:
+            return finished
+        data = ranks.told(None if finished is None else finished.to_bytes(), source)
+        assert data is not None
+        return finished or cls.from_bytes(data)
 
 
 class CutStore(Protocol):
@@ -176,7 +221,9 @@ class EvidencePass:
         done: int = 0,
         again: Callable[[int], None] = lambda layer: None,
     ) -> None:
-        self._model, self._family, self._batches = model, family, batches
+        self._model, self._family = model, family
+        self._batches: Sequence[Batch] = batches
+        self._mine: Sequence[Batch] = batches
         self._options, self._membership, self._clock = options, membership, clock
         self._loss_roots, self._stage = loss_roots, stage
         self._done, self._again = done, again
@@ -188,13 +235,14 @@ class EvidencePass:
             for layer in range(self._done):
                 self._again(layer)
             return
-        dense = LayerwiseForward(model, family, self._batches)
+        self._mine = ranks.share(self._batches)
+        dense = LayerwiseForward(model, family, self._mine)
         pruned = None
         if self._options.sequential:
-            pruned = LayerwiseForward(model, family, self._batches)
+            pruned = LayerwiseForward(model, family, self._mine)
         layers = family.num_layers(model.config)
         passes = 1 if pruned is None else 3
-        total = sum(batch.tokens for batch in self._batches) * layers * passes
+        total = sum(batch.tokens for batch in self._mine) * layers * passes
         with self._clock.stage(self._stage, total, "tokens x layers") as advance:
             for layer in range(layers):
                 if layer < self._done:
@@ -226,6 +274,9 @@ class EvidencePass:
         else:
             cross = CrossStatistics(width, device)
             _watch_both(dense, pruned, statistics, cross, self._weights, advance)
+        statistics.add_up()
+        if cross is not None:
+            cross.add_up()
         if not statistics.finite:
             raise InvalidInput(
                 f"NaN or Inf among the MLP activations of layer {layer}: the checkpoint is damaged, "
@@ -235,7 +286,7 @@ class EvidencePass:
         return statistics, cross
 
     def _weights(self, index: int, x: Tensor) -> Tensor | None:
-        weights = self._batches[index].token_weights
+        weights = self._mine[index].token_weights
         return None if weights is None else weights.to(x.device)
 
     def _evidence(
