@@ -1,5 +1,5 @@
 """Fuzzers of everything that reads files which others may have made: weights, index, config, recipe, calibration text,
-task files, networks.
+task files, networks, records of unfinished work.
 
 A reader may return a value or raise InvalidInput, nothing else; it may not take memory that the input's size does not
 justify, and a shard may not be sought outside the checkpoint's folder. Inputs are valid files with random edits, at the
@@ -39,6 +39,7 @@ from fbn_prune.model.shards import INDEX_FILE, SINGLE_FILE, read_headers, read_i
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.recipe import Recipe, load_recipe
 from fbn_prune.task_data import read_examples, recorded_fingerprints
+from fbn_prune.work import RECORD, Work, unfinished
 
 MEMORY_LIMIT = 3 * 2**30
 """Bytes that a fuzzing process may take beyond what it holds at the start."""
@@ -245,6 +246,26 @@ def _write_and(name: str, read: Callable[[Path], object]) -> Callable[[bytes, Pa
     return read_file
 
 
+def _read_work(data: bytes, folder: Path) -> object:
+    run = folder / "run"
+    run.mkdir()
+    (run / RECORD).write_bytes(data)
+    (run / "dense.json").write_text("1.5")
+    work = Work(run)
+    work.bind("text")
+    return unfinished(folder), work.words, work.numbers("dense", lambda: 2.5), work.layers()
+
+
+_WORK = {
+    "format": 1,
+    "model": "m",
+    "output": "o",
+    "calibration": "text",
+    "stages": {
+        "dense.json": "9f29a130438b81170b92a42650f9a94291ecad60bd47af2a3886e75f7f728725",
+        "layer-00000.safetensors": "0",
+    },
+}
 _RECIPES = st.dictionaries(st.sampled_from(list(Recipe.model_fields)) | _TEXT, _VALUES, max_size=4)
 _YAML = [
     Recipe().to_yaml().encode(),
@@ -293,6 +314,7 @@ READERS: dict[str, Reader] = {
         _edited_json([{"file": "a", "questions_sha256": ["0" * 64]}]),
         _write_and("task.json", lambda path: recorded_fingerprints(path.parent)),
     ),
+    "work": Reader(_edited_json([_WORK]) | _edited_bytes([_as_json(_WORK)]), _read_work),
     "networks": Reader(
         _edited_bytes([_small_networks()]) | _edited_safetensors(*_split(_small_networks())),
         _write_and("networks.safetensors", FunctionalNetworks.load),

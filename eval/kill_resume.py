@@ -23,6 +23,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+import fbn_prune.job  # noqa: F401 - so that a run need not
+from fbn_prune.cli.main import main as main_of_tool
+
 SMALL = (
     "--tokens",
     "8192",
@@ -36,9 +41,58 @@ SMALL = (
 OUTPUT = "out"
 
 
-def command(flags: Sequence[str]) -> list[str]:
-    """Run in its own folder with an output of the same name everywhere: recipe.yaml holds the name."""
-    return [sys.executable, "-m", "fbn_prune", *flags, "--output", OUTPUT]
+class Run:
+    """A run in a process of its own, forked from this one, which has already imported what takes seconds to import.
+
+    It has its own working folder and an output of the same name everywhere: recipe.yaml holds the name.
+    """
+
+    def __init__(self, folder: Path, flags: Sequence[str]) -> None:
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the run
+        self._code: int | None = None
+        sys.stdout.flush()
+        self._process = os.fork()
+        if self._process == 0:
+            os.chdir(folder)
+            os.dup2(self._errors.fileno(), 2)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            try:
+                main_of_tool([*flags, "--output", OUTPUT])
+            except SystemExit as end:
+                os._exit(int(end.code or 0))
+            os._exit(0)
+
+    def ended(self) -> bool:
+        if self._code is None:
+            process, status = os.waitpid(self._process, os.WNOHANG)
+            if process:
+                self._code = os.waitstatus_to_exitcode(status)
+        return self._code is not None
+
+    def wait(self, seconds: float = float("inf")) -> bool:
+        """Whether it ended within so many seconds."""
+        end = time.perf_counter() + seconds
+        while not self.ended() and time.perf_counter() < end:
+            time.sleep(0.005)
+        return self.ended()
+
+    def kill(self) -> None:
+        os.kill(self._process, signal.SIGKILL)
+        self.wait()
+
+    def finish(self) -> tuple[int, str]:
+        """Exit code, and what it said last."""
+        self.wait()
+        assert self._code is not None
+        self._errors.seek(0)
+        return self._code, (self._errors.read().strip().splitlines() or [""])[-1]
+
+
+def completed(folder: Path, flags: Sequence[str]) -> None:
+    """A run that has to end well."""
+    code, last = Run(folder, flags).finish()
+    if code != 0:
+        raise SystemExit(f"a run ended with {code}: {last}")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -66,7 +120,7 @@ def undisturbed(folder: Path, flags: Sequence[str]) -> float:
     """An undisturbed run in `folder`; its seconds."""
     folder.mkdir()
     start = time.perf_counter()
-    subprocess.run(command(flags), cwd=folder, check=True, capture_output=True)
+    completed(folder, flags)
     return time.perf_counter() - start
 
 
@@ -80,15 +134,10 @@ def kill_and_resume(base: Path, flags: Sequence[str], kills: int, seed: int) -> 
     wrong: list[str] = []
     done = finished = 0
     while done < kills:
-        process = subprocess.Popen(
-            command(flags), cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
+        run = Run(place, flags)
         wait = moments.uniform(0.0, 1.1 * seconds)
-        try:
-            _, errors = process.communicate(timeout=wait)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            _, errors = process.communicate()
+        if not run.wait(wait):
+            run.kill()
             done += 1
             halves = [
                 half
@@ -101,14 +150,15 @@ def kill_and_resume(base: Path, flags: Sequence[str], kills: int, seed: int) -> 
             if (place / OUTPUT).exists():
                 shutil.rmtree(place / OUTPUT)  # killed on its way out, the output whole
             continue
-        if process.returncode != 0:
-            return [*wrong, f"a resumed run failed: {errors}"]
+        code, last = run.finish()
+        if code != 0:
+            return [*wrong, f"a resumed run failed: {last}"]
         wrong += [
             f"{name} differs" for name in differences(place / OUTPUT, base / "undisturbed" / OUTPUT)
         ]
         finished += 1
         shutil.rmtree(place / OUTPUT)
-    subprocess.run(command(flags), cwd=place, check=True, capture_output=True)
+    completed(place, flags)
     wrong += [
         f"{name} differs" for name in differences(place / OUTPUT, base / "undisturbed" / OUTPUT)
     ]
@@ -127,13 +177,9 @@ def fill_and_resume(base: Path, flags: Sequence[str], megabytes: int) -> list[st
     )
     wrong: list[str] = []
     try:
-        process = subprocess.Popen(
-            command(flags), cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-        while process.poll() is None and not list(
-            place.glob(f".{OUTPUT}.work/*/layer-*.safetensors")
-        ):
-            time.sleep(0.02)
+        run = Run(place, flags)
+        while not run.ended() and not list(place.glob(f".{OUTPUT}.work/*/layer-*.safetensors")):
+            time.sleep(0.005)
         filler = place / "filler"
         with filler.open("wb") as file:
             try:
@@ -142,15 +188,14 @@ def fill_and_resume(base: Path, flags: Sequence[str], megabytes: int) -> list[st
                     file.flush()
             except OSError:
                 pass
-        _, errors = process.communicate()
-        last = errors.strip().splitlines()[-1]
-        print(f"exit {process.returncode}: {last}", flush=True)
-        if process.returncode != 1 or "No space left on device" not in last:
+        code, last = run.finish()
+        print(f"exit {code}: {last}", flush=True)
+        if code != 1 or "No space left on device" not in last:
             wrong.append("a full disk was not told")
         wrong += [f"a half: {half}" for half in loadable_halves(place)]
         wrong += [f"left: {path}" for path in place.rglob("*.partial")]
         filler.unlink()
-        subprocess.run(command(flags), cwd=place, check=True, capture_output=True)
+        completed(place, flags)
         wrong += [
             f"{name} differs" for name in differences(place / OUTPUT, base / "undisturbed" / OUTPUT)
         ]
@@ -169,6 +214,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the outcome here")
     parser.add_argument("flags", nargs="*", default=SMALL, help="flags of fbn-prune, behind --")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)  # a forked process has none of its parent's threads
     if arguments.disk and os.geteuid() != 0:
         print("skipped: mounting a small disk takes root")
         return

@@ -27,8 +27,10 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 def _commands() -> Iterator[str]:
     group = typer.main.get_command(app)
     yield from _command("fbn-prune", group)
-    for name in sorted(group.commands):  # type: ignore[attr-defined]
-        yield from _command(f"fbn-prune {name}", group.commands[name])  # type: ignore[attr-defined]
+    for name, command in sorted(group.commands.items()):  # type: ignore[attr-defined]
+        parts = getattr(command, "commands", None) or {"": command}
+        for part, inner in sorted(parts.items()):
+            yield from _command(f"fbn-prune {name} {part}".rstrip(), inner)
 
 
 def _command(name: str, command: Any) -> Iterator[str]:
