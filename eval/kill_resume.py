@@ -180,12 +180,13 @@ def fill_and_resume(base: Path, flags: Sequence[str], megabytes: int) -> list[st
         run = Run(place, flags)
         while not run.ended() and not list(place.glob(f".{OUTPUT}.work/*/layer-*.safetensors")):
             time.sleep(0.005)
+        held = shutil.disk_usage(place)
+        print(f"{held.used / 1e6:.1f} of {held.total / 1e6:.1f} MB in use", flush=True)
         filler = place / "filler"
-        with filler.open("wb") as file:
+        with filler.open("wb", buffering=0) as file:
             try:
                 while True:
                     file.write(bytes(4096))
-                    file.flush()
             except OSError:
                 pass
         code, last = run.finish()
@@ -201,7 +202,7 @@ def fill_and_resume(base: Path, flags: Sequence[str], megabytes: int) -> list[st
         ]
         wrong += [f"left behind: {path.name}" for path in place.iterdir() if path.name != OUTPUT]
     finally:
-        subprocess.run(["umount", str(place)], check=True)
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
     return wrong
 
 
