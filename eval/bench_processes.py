@@ -4,8 +4,8 @@
 
 Every process computes with one thread, so that two of them on two cores have twice one's means. The calibration stage
 is what runs tokens through the model for the cut (`prune`), its second order included, and for the networks
-(`activations`). Weights are compared as stored: a checkpoint of float16 can differ by one last place where one of float32
-differs by 1e-7.
+(`activations`). Weights are compared as stored: a checkpoint of float16 can differ by one last place where one of
+float32 differs by 1e-7.
 """
 
 from __future__ import annotations
