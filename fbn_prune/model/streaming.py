@@ -20,11 +20,12 @@ from typing import Any, overload
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.families import Family, as_config
+from fbn_prune.model.modeling_ragged import ragged_class
 from fbn_prune.model.surgery import (
     MlpCut,
     cut_tensor,
@@ -109,7 +110,7 @@ class WeightStream:
         self._input = self._add(model, model.get_input_embeddings())
         self._output = self._add(model, model.get_output_embeddings())
         self._tied = bool(model.config.tie_word_embeddings)
-        self._check(model)
+        check_tensors(checkpoint)
         for part, module in self._modules.items():
             for inner in module.modules():
                 if list(inner.parameters(recurse=False)):
@@ -183,19 +184,6 @@ class WeightStream:
             for name, buffer in list(module.named_buffers(recurse=False)):
                 setattr(module, name, buffer.to(self.device))
 
-    def _check(self, model: PreTrainedModel) -> None:
-        """Refuse a checkpoint that lacks a tensor, or has one of another shape, before any of it is read."""
-        path = self._checkpoint.path
-        for name, parameter in model.named_parameters():
-            stored = self._stored_name(name)
-            if stored not in self._checkpoint.tensors:
-                raise InvalidInput(f"{path}: {name} of the model is not in the checkpoint")
-            shape = self._checkpoint.shape(stored)
-            if shape != tuple(parameter.shape):
-                raise InvalidInput(
-                    f"{path}: {name} has shape {list(shape)}, the model needs {list(parameter.shape)}"
-                )
-
     def _stored_name(self, name: str) -> str:
         """What the checkpoint calls a parameter: base models leave a component out, tied embeddings are stored once."""
         tensors, root = self._checkpoint.tensors, self.family.layers.partition(".")[0]
@@ -247,16 +235,57 @@ def stream_model(
     InvalidInput
         A tensor that the model needs is not in the checkpoint, or has another shape.
     """
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            as_config(checkpoint.config), dtype=dtype, trust_remote_code=False
-        )
+    model = skeleton(checkpoint, dtype)
     model.config.use_cache = False
     model.eval()
     setattr(
         model, _ATTRIBUTE, WeightStream(model, checkpoint, device, dtype, scratch, spill_hidden)
     )
     return model
+
+
+def skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a checkpoint without its weights, which are not touched."""
+    model: PreTrainedModel
+    with init_empty_weights(include_buffers=False):
+        if checkpoint.config.get("per_layer_config"):
+            facts = {"ragged_mlp": checkpoint.family.mlp_facts()}
+            config = as_config(checkpoint.config | facts)
+            stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            model = ragged_class(stock)(config)
+        else:
+            model = AutoModelForCausalLM.from_config(
+                as_config(checkpoint.config), dtype=dtype, trust_remote_code=False
+            )
+    return model
+
+
+def check_tensors(checkpoint: Checkpoint) -> None:
+    """Hold a checkpoint's headers against the parameters of the architecture; maps no file as a whole.
+
+    Raises
+    ------
+    InvalidInput
+        A parameter is not in the checkpoint, or has another shape there.
+    """
+    model = skeleton(checkpoint, checkpoint.storage_dtype)
+    root = checkpoint.family.layers.partition(".")[0]
+    head = model.get_output_embeddings()
+    outputs = [f"{name}.weight" for name, module in model.named_modules() if module is head]
+    for name, parameter in model.named_parameters():
+        candidates = [name, name.removeprefix(f"{root}.")]
+        if (other := checkpoint.family.stored_as) is not None:
+            candidates.append(name.replace(*other))
+        if model.config.tie_word_embeddings and name in outputs:
+            continue  # what it is tied to has been seen
+        stored = next((known for known in candidates if known in checkpoint.tensors), None)
+        if stored is None:
+            raise InvalidInput(f"{checkpoint.path}: {name} of the model is not in the checkpoint")
+        if checkpoint.shape(stored) != tuple(parameter.shape):
+            raise InvalidInput(
+                f"{checkpoint.path}: {name} has shape {list(checkpoint.shape(stored))}, "
+                f"the model needs {list(parameter.shape)}"
+            )
 
 
 def stream_of(model: PreTrainedModel) -> WeightStream | None:
