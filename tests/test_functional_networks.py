@@ -136,11 +136,12 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     path = tmp_path / "networks.safetensors"
     networks().save(path)
 
-    def full(_: Any, file: Path, **__: Any) -> None:
-        Path(file).write_bytes(b"half")
+    def full(file: Path, data: bytes) -> int:
+        with file.open("wb") as half:
+            half.write(data[: len(data) // 2])
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("fbn_prune.networks.functional_networks.save_file", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="no space"):
         networks(widths=[2, 3]).save(path)
     assert FunctionalNetworks.load(path).widths == [3, 2]
