@@ -128,7 +128,7 @@ def _launch(
     membership = None if masked is None else launch.Membership(*masked)
     tile = launch.table_for(x.device).find(rows, count, width, x.dtype, kind)
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        hidden = launch._launch_hidden(
+        hidden = launch.launch_hidden(
             x, held, indices, activation, count, membership, None, tile.hidden
         )
     return hidden[:, :count].contiguous()

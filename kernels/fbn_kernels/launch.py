@@ -100,7 +100,7 @@ def launch_mlp(
         tile = table_for(x.device).find(tokens, count, width, x.dtype, kind)
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        hidden = _launch_hidden(
+        hidden = launch_hidden(
             x, weights, indices, activation, count, membership, route, tile.hidden
         )
         _launch_down(hidden, weights, indices, out, route, tile.down)
@@ -132,7 +132,7 @@ def _launch_options(chain: bool) -> dict[str, bool]:
     return {"launch_pdl": True} if chain else {}
 
 
-def _launch_hidden(
+def launch_hidden(
     x: Tensor,
     weights: Weights,
     indices: Tensor,
@@ -142,6 +142,7 @@ def _launch_hidden(
     route: Route | None,
     tile: HiddenTile,
 ) -> Tensor:
+    """Run the first kernel alone: hidden [rows, `count` rounded up to 64], zeros where nothing is kept."""
     rows, width = x.shape
     kept_padded = -(-count // BLOCK) * BLOCK
     hidden = torch.empty(rows, kept_padded, dtype=x.dtype, device=x.device)
