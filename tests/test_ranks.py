@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tiny_models import save_tiny
 
 from fbn_prune import ranks
+from fbn_prune.cli.main import _exit_code
 
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
@@ -61,6 +62,18 @@ def test_a_process_alone_keeps_what_it_has() -> None:
     assert ranks.told(b"data") == b"data"
     assert ranks.total(2.5, 1) == [2.5, 1.0]
     assert ranks.owner(5) == ranks.rank() == 0
+
+
+def test_commands_that_processes_cannot_share_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert _exit_code(["discover", "--output", str(tmp_path / "found")]) == 2
+    assert "start `discover` without a launcher" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    assert _exit_code(["discover", "--output", str(tmp_path / "found")]) == 2
+    assert capsys.readouterr().err == ""
+    assert not (tmp_path / "found").exists()
 
 
 @pytest.mark.slow

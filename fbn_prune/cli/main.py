@@ -25,8 +25,8 @@ from fbn_prune.cli import (
     work,
 )
 from fbn_prune.cli.options import ALL_FLAGS, DryRun, Json, Private, PushToHub, recipe_flags
-from fbn_prune.errors import FbnPruneError
-from fbn_prune.launcher import is_first
+from fbn_prune.errors import FbnPruneError, InvalidInput
+from fbn_prune.launcher import is_first, processes
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")]
 Version = Annotated[bool, typer.Option("--version", help="Print the version and leave.")]
@@ -55,6 +55,11 @@ def main_job(
     version: Version = False,
     flags: dict[str, Any],
 ) -> None:
+    if processes() > 1 and typer_context.invoked_subcommand not in (None, "run"):
+        raise InvalidInput(
+            f"{processes()} processes were started, which work together on the main job and `run` alone: "
+            f"start `{typer_context.invoked_subcommand}` without a launcher"
+        )
     if version:
         prune.print_version()
     elif typer_context.invoked_subcommand is None:

@@ -37,7 +37,8 @@ def command(flags: dict[str, Any], *, json: bool, dry_run: bool, to: Destination
 def execute(recipe: Recipe, *, json: bool, dry_run: bool, to: Destination) -> None:
     """Run or predict a recipe, print what came of it, and push it where that was asked for."""
     if dry_run:
-        _predict(recipe, json=json)
+        if is_first():
+            _predict(recipe, json=json)
         return
     if recipe.output is None:
         raise InvalidInput("--output is missing: name the folder to write, or add --dry-run")
