@@ -79,39 +79,52 @@ class LayerwiseForward:
             self.forward_seconds += self._now() - start
 
     def advance(
-        self, observe: Observe | None = None, *, on_batch: Callable[[int], None] | None = None
+        self,
+        observe: Observe | None = None,
+        observe_heads: Observe | None = None,
+        *,
+        on_batch: Callable[[int], None] | None = None,
     ) -> None:
         """Run the next layer on every batch and replace `hidden` by its outputs.
 
         Parameters
         ----------
         observe
-            Sees the input of the layer's output projection, valid tokens only.
+            Sees the input of the MLP's output projection, valid tokens only.
+        observe_heads
+            Sees the input of the attention's, what the heads put out: [valid tokens, heads * size].
         on_batch
             Called with the number of valid tokens after each batch.
         """
         for index in range(len(self.hidden)):
-            self.hidden[index] = self.run(index, observe)
+            self.hidden[index] = self.run(index, observe, observe_heads)
             if on_batch is not None:
                 on_batch(int(self._valid[index].sum()))
         self.next_layer += 1
 
-    def run(self, index: int, observe: Observe | None = None) -> Tensor:
+    def run(
+        self, index: int, observe: Observe | None = None, observe_heads: Observe | None = None
+    ) -> Tensor:
         """Output of the next layer on batch `index`, [blocks, length, d]; `hidden` stays as it is."""
         call = self._calls[self._shapes[index]][self.next_layer]
         watched = 0.0
 
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            nonlocal watched
-            assert observe is not None
-            start = self._now()
-            observe(index, args[0].flatten(0, -2)[self._valid[index].flatten()])
-            watched += self._now() - start
+        def hook(seen: Observe) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            def watch(module: nn.Module, args: tuple[Any, ...]) -> None:
+                nonlocal watched
+                start = self._now()
+                seen(index, args[0].flatten(0, -2)[self._valid[index].flatten()])
+                watched += self._now() - start
 
-        handle = None
+            return watch
+
+        handles = []
         if observe is not None:
             down = self._family.output_module(self._model, self.next_layer)
-            handle = down.register_forward_pre_hook(hook)
+            handles.append(down.register_forward_pre_hook(hook(observe)))
+        if observe_heads is not None:
+            out = self._family.attention_output(self._model, self.next_layer)
+            handles.append(out.register_forward_pre_hook(hook(observe_heads)))
         start = self._now()
         try:
             with torch.inference_mode():
@@ -119,7 +132,7 @@ class LayerwiseForward:
                     self.hidden[index], *call.args, **call.kwargs
                 )
         finally:
-            if handle is not None:
+            for handle in handles:
                 handle.remove()
         self.forward_seconds += self._now() - start - watched
         return output[0] if isinstance(output, tuple) else output

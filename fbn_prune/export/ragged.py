@@ -20,7 +20,7 @@ from fbn_prune.export.writer import copy_companions, write_json, write_tensors
 from fbn_prune.model import modeling_ragged
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.families import Family, as_config
-from fbn_prune.model.surgery import MlpCut, pruned_config
+from fbn_prune.model.surgery import MlpCut, kept_head_groups, pruned_config
 
 
 def write_ragged_checkpoint(
@@ -38,7 +38,9 @@ def write_ragged_checkpoint(
     Parameters and errors as in :func:`fbn_prune.export.writer.write_checkpoint`; the cuts need not be of one width.
     """
     needs_bias = any(cut.down_bias is not None for cut in cuts)
-    config = ragged_config(source.config, family, [cut.width for cut in cuts], needs_bias)
+    config = ragged_config(
+        source.config, family, [cut.width for cut in cuts], needs_bias, kept_head_groups(cuts)
+    )
     with disk_errors(directory):
         write_tensors(
             source,
@@ -56,14 +58,18 @@ def write_ragged_checkpoint(
 
 
 def ragged_config(
-    config: Mapping[str, Any], family: Family, widths: Sequence[int], needs_bias: bool
+    config: Mapping[str, Any],
+    family: Family,
+    widths: Sequence[int],
+    needs_bias: bool,
+    head_groups: int | None = None,
 ) -> dict[str, Any]:
-    """The `config.json` object of a model with one width a layer.
+    """The `config.json` object of a model with one width a layer; the rest as in :func:`pruned_config`.
 
     The common width stays the source's, which every layer's own one overrides where it differs.
     """
     common = family.width(config)
-    ragged = pruned_config(config, family, common, needs_bias)
+    ragged = pruned_config(config, family, common, needs_bias, head_groups)
     typed = type(as_config(config))
     stock: dict[str, Any] = {
         "AutoModel": MODEL_MAPPING[typed],

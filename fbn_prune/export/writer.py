@@ -20,10 +20,19 @@ from torch import Tensor
 from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.export.directory import atomic_directory, check_output, disk_errors
 from fbn_prune.model.checkpoint import COMPANION_FILES, TOKENIZER_FILES, Checkpoint
-from fbn_prune.model.families import Family, Location
+from fbn_prune.model.families import Family, HeadLocation, Location
 from fbn_prune.model.shards import DTYPES, INDEX_FILE, TensorInfo
 from fbn_prune.model.streaming import check_tensors
-from fbn_prune.model.surgery import MlpCut, cut_tensor, pruned_config, require_bias
+from fbn_prune.model.surgery import (
+    HeadCut,
+    MlpCut,
+    cut_heads,
+    cut_tensor,
+    head_tensor_shape,
+    kept_head_groups,
+    pruned_config,
+    require_bias,
+)
 
 __all__ = [
     "atomic_directory",
@@ -73,7 +82,7 @@ def write_checkpoint(
             "use uniform widths, or write_ragged_checkpoint"
         )
     needs_bias = any(cut.down_bias is not None for cut in cuts)
-    config = pruned_config(source.config, family, widths[0], needs_bias)
+    config = pruned_config(source.config, family, widths[0], needs_bias, kept_head_groups(cuts))
     with disk_errors(directory):
         write_tensors(
             source,
@@ -121,8 +130,10 @@ def write_tensors(
             return trained[name].to("cpu", plan[name].dtype)
         if name not in source.tensors:
             return _new_bias(family, cuts, name, plan[name])
-        location = _cut_location(family, cuts, name)
         tensor = source.tensor(name)
+        if (found := _head_cut(family, cuts, name)) is not None:
+            return cut_heads(found[0], tensor, found[1], family.head_shape(source.config))
+        location = _cut_location(family, cuts, name)
         if location is None:
             return tensor
         return cut_tensor(family, location, tensor, cuts[location.layer])
@@ -190,6 +201,17 @@ def _cut_location(family: Family, cuts: Sequence[MlpCut], name: str) -> Location
     return location if location is not None and location.layer < len(cuts) else None
 
 
+def _head_cut(
+    family: Family, cuts: Sequence[MlpCut], name: str
+) -> tuple[HeadLocation, HeadCut] | None:
+    """Where a tensor sits in an attention that is cut, and the cut."""
+    location = family.locate_heads(name)
+    if location is None or location.layer >= len(cuts):
+        return None
+    cut = cuts[location.layer].heads
+    return None if cut is None else (location, cut)
+
+
 def _plan(source: Checkpoint, family: Family, cuts: Sequence[MlpCut]) -> dict[str, TensorInfo]:
     """Every tensor of the output, in the source's order, with its shape after the cut."""
     if len(cuts) != family.num_layers(source.config):
@@ -201,6 +223,11 @@ def _plan(source: Checkpoint, family: Family, cuts: Sequence[MlpCut]) -> dict[st
         require_bias(family, source.config)
     plan: dict[str, TensorInfo] = {}
     for name, info in source.tensors.items():
+        if (found := _head_cut(family, cuts, name)) is not None:
+            heads = family.head_shape(source.config)
+            shape = head_tensor_shape(found[0], info.shape, found[1], heads)
+            plan[name] = TensorInfo("", shape, info.dtype)
+            continue
         location = _cut_location(family, cuts, name)
         if location is None:
             plan[name] = info

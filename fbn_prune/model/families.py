@@ -1,5 +1,5 @@
-"""Where each architecture keeps its MLPs: one declarative entry a family, and nothing about it
-anywhere else.
+"""Where each architecture keeps its MLPs and attention heads: one declarative entry a family, and
+nothing about it anywhere else.
 
 The same entry serves a live model and the tensor names of a checkpoint. The idea of a narrow
 adapter is SliceGPT's (`model_adapter.py`); the facts are read from the modeling files of
@@ -62,11 +62,13 @@ class Gguf:
     ragged_arch : the one that reads a width for each layer; None if none has this arithmetic.
     paired_rope : rotary embedding turns neighbouring channels there, where transformers turns the
         halves of a head: query and key rows are to be reordered.
+    own_head_size : heads together may be narrower or wider than the hidden states.
     """
 
     arch: str
     ragged_arch: str | None = None
     paired_rope: bool = False
+    own_head_size: bool = True
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,94 @@ class Location:
     layer: int
     projection: Projection
     part: Part
+
+
+@dataclass(frozen=True)
+class HeadProjection:
+    """One linear map (stored [out, in]) into or out of a layer's attention heads.
+
+    Attributes
+    ----------
+    path : where it is, relative to the layer ("self_attn.q_proj").
+    blocks : what follows one another on the axis of the heads: "query" (all query heads) or "key"
+        (all key or all value heads).
+    reads : whether it reads what the heads put out, which then lie on its second axis.
+    """
+
+    path: str
+    blocks: tuple[Literal["query", "key"], ...]
+    reads: bool = False
+
+
+@dataclass(frozen=True)
+class HeadLocation:
+    """What a checkpoint's tensor is: a part of one attention projection of one layer."""
+
+    layer: int
+    projection: HeadProjection
+    part: Part
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """A layer's attention heads. A *group* is a key-value head with the query heads that read it.
+
+    Attributes
+    ----------
+    groups : key-value heads.
+    queries : query heads of each.
+    size : channels of a head.
+    """
+
+    groups: int
+    queries: int
+    size: int
+
+    @property
+    def heads(self) -> int:
+        return self.groups * self.queries
+
+    @property
+    def width(self) -> int:
+        """Channels that the output projection reads of one group."""
+        return self.queries * self.size
+
+    def rows(self, block: Literal["query", "key"]) -> int:
+        """Rows of one group in such a block."""
+        return self.size * (self.queries if block == "query" else 1)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Where a layer keeps its attention heads, in an architecture whose config gives them a size of their own.
+
+    Only such a config can say that there are fewer of them. A norm over all heads at once would not
+    be the same over those that stay, so architectures with one have no entry either.
+    """
+
+    module: str
+    inputs: tuple[HeadProjection, ...]
+    output: HeadProjection
+
+    @property
+    def projections(self) -> tuple[HeadProjection, ...]:
+        return (*self.inputs, self.output)
+
+
+_APART = Attention(
+    "self_attn",
+    inputs=(
+        HeadProjection("self_attn.q_proj", ("query",)),
+        HeadProjection("self_attn.k_proj", ("key",)),
+        HeadProjection("self_attn.v_proj", ("key",)),
+    ),
+    output=HeadProjection("self_attn.o_proj", ("query",), reads=True),
+)
+_FUSED = Attention(
+    "self_attn",
+    inputs=(HeadProjection("self_attn.qkv_proj", ("query", "key", "key")),),
+    output=_APART.output,
+)
 
 
 @dataclass(frozen=True)
@@ -96,6 +186,7 @@ class Family:
     activation_keys : config keys of the activation function, the first present counts.
     mlp_modules : paths, relative to the layer, of the modules that are the MLP when called in turn:
         one, or several where the layer itself calls the projections.
+    attention : where the attention heads are; None if they cannot be cut.
     """
 
     name: str
@@ -110,6 +201,7 @@ class Family:
     stored_as: tuple[str, str] | None = None
     activation_keys: tuple[str, ...] = ("hidden_act",)
     mlp_modules: tuple[str, ...] = ("mlp",)
+    attention: Attention | None = None
 
     @property
     def projections(self) -> tuple[Projection, ...]:
@@ -168,6 +260,37 @@ class Family:
         """Whether `output` has a bias, or a stock config can say that it has one."""
         return self.bias_key is not None or self.has_bias(config)
 
+    def head_shape(self, config: Config) -> HeadShape:
+        """The attention heads of every layer."""
+        config = as_config(config)
+        heads = int(config.num_attention_heads)
+        groups = int(getattr(config, "num_key_value_heads", None) or heads)
+        size = getattr(config, "head_dim", None) or self.hidden_size(config) // heads
+        return HeadShape(groups, heads // groups, int(size))
+
+    def with_head_groups(self, config: Mapping[str, Any], groups: int) -> dict[str, Any]:
+        """The object in `config.json` of a model with so many groups of heads in every layer.
+
+        Raises
+        ------
+        InvalidInput
+            The architecture's heads cannot be cut, or its config does not accept that number.
+        """
+        if self.attention is None:
+            raise InvalidInput(
+                f"attention heads of {self.name} cannot be cut: its config has no head size of their own, "
+                "or a norm spans all heads"
+            )
+        shape = self.head_shape(config)
+        fewer = {
+            **config,
+            "num_attention_heads": groups * shape.queries,
+            "num_key_value_heads": groups,
+            "head_dim": shape.size,
+        }
+        as_config(fewer)
+        return fewer
+
     def mlp_facts(self) -> dict[str, Any]:
         """Where the MLPs are, as the JSON object `ragged_mlp` that `modeling_ragged.py` reads."""
         return {
@@ -213,21 +336,58 @@ class Family:
             views.extend(weight.chunk(projection.stacked, dim=0))
         return tuple(views)
 
+    def attention_output(self, model: PreTrainedModel, layer: int) -> nn.Linear:
+        """The module that reads what the heads put out, [..., heads * size]."""
+        assert self.attention is not None
+        module: Any = self.layer_modules(model)[layer].get_submodule(self.attention.output.path)
+        return module
+
+    def set_head_groups(self, model: PreTrainedModel, layer: int, groups: int) -> None:
+        """Tell one live attention module how many groups of heads its weights have."""
+        assert self.attention is not None
+        module: Any = self.layer_modules(model)[layer].get_submodule(self.attention.module)
+        # A config of its own: the model's speaks for all layers, and those not cut yet still run.
+        module.config = copy.copy(module.config)
+        self.set_config_head_groups(module.config, groups)
+        if hasattr(module, "num_key_value_heads"):
+            module.num_key_value_heads = groups
+
+    def set_config_head_groups(self, config: PretrainedConfig, groups: int) -> None:
+        """Have a loaded config say that every layer has so many groups of heads."""
+        shape = self.head_shape(config)
+        config.head_dim = shape.size
+        config.num_key_value_heads = groups
+        config.num_attention_heads = groups * shape.queries
+
     # A checkpoint's tensors
 
     def locate(self, name: str) -> Location | None:
         """What the tensor of this name is, or None if it is no part of an MLP."""
+        layer, path, part = self._place(name)
+        for projection in self.projections:
+            if projection.path == path:
+                return Location(layer, projection, part)
+        return None
+
+    def locate_heads(self, name: str) -> HeadLocation | None:
+        """What the tensor of this name is, or None if it is no part of the attention, or heads cannot be cut."""
+        if self.attention is None:
+            return None
+        layer, path, part = self._place(name)
+        for projection in self.attention.projections:
+            if projection.path == path:
+                return HeadLocation(layer, projection, part)
+        return None
+
+    def _place(self, name: str) -> tuple[int, str, Part]:
+        """Layer, module and part of a tensor; the module is empty for what is in no layer."""
         root, _, stem = self.layers.partition(".")
         match = re.fullmatch(
             rf"(?:{re.escape(root)}\.)?{re.escape(stem)}\.(\d+)\.(.+)\.(weight|bias)", name
         )
         if match is None:
-            return None
-        layer, path, part = match.groups()
-        for projection in self.projections:
-            if projection.path == path:
-                return Location(int(layer), projection, "weight" if part == "weight" else "bias")
-        return None
+            return 0, "", "weight"
+        return int(match[1]), match[2], "weight" if match[3] == "weight" else "bias"
 
     def tensor_shape(self, location: Location, hidden: int, width: int) -> tuple[int, ...]:
         """Shape a checkpoint's MLP tensor has at this hidden size and width."""
@@ -243,6 +403,7 @@ def _gated(
     bias_key: str | None = None,
     gguf: Gguf | None = None,
     activation_keys: tuple[str, ...] = ("hidden_act",),
+    attention: Attention | None = _APART,
 ) -> Family:
     return Family(
         name,
@@ -254,6 +415,7 @@ def _gated(
         bias_key=bias_key,
         gguf=gguf,
         activation_keys=activation_keys,
+        attention=attention,
     )
 
 
@@ -262,8 +424,8 @@ FAMILIES: tuple[Family, ...] = (
         "Llama", "llama", bias_key="mlp_bias", gguf=Gguf("llama", "deci", paired_rope=True)
     ),
     _gated("Mistral", "mistral"),
-    _gated("OLMo 2", "olmo2"),
-    _gated("Qwen2", "qwen2", gguf=Gguf("qwen2")),
+    _gated("OLMo 2", "olmo2", attention=None),
+    _gated("Qwen2", "qwen2", gguf=Gguf("qwen2", own_head_size=False)),
     _gated("Qwen3", "qwen3", gguf=Gguf("qwen3")),
     _gated(
         "Gemma",
@@ -279,6 +441,7 @@ FAMILIES: tuple[Family, ...] = (
         layers="model.layers",
         inputs=(Projection("mlp.gate_up_proj", 0, stacked=2),),
         output=Projection("mlp.down_proj", 1),
+        attention=_FUSED,
     ),
     Family(
         "GPT-2",

@@ -28,6 +28,9 @@ from fbn_prune.model.families import Family, as_config
 from fbn_prune.model.modeling_ragged import ragged_class
 from fbn_prune.model.surgery import (
     MlpCut,
+    cut_heads,
+    cut_of_parts,
+    cut_parts,
     cut_tensor,
     require_place_for_bias,
     rounded_cut,
@@ -47,15 +50,15 @@ class SpilledCuts(Sequence[MlpCut]):
 
     def __init__(self, folder: Path) -> None:
         self._tensors = Spilled(folder)
-        self._places: list[tuple[int, bool]] = []
+        self._places: list[dict[str, int]] = []
         self._last: tuple[int, MlpCut] | None = None
 
     def append(self, cut: MlpCut) -> None:
-        self._places.append((len(self._tensors), cut.down_bias is not None))
-        self._tensors.append(cut.kept)
-        self._tensors.append(cut.down_weight)
-        if cut.down_bias is not None:
-            self._tensors.append(cut.down_bias)
+        places = {}
+        for name, part in cut_parts(cut).items():
+            places[name] = len(self._tensors)
+            self._tensors.append(part)
+        self._places.append(places)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -69,10 +72,8 @@ class SpilledCuts(Sequence[MlpCut]):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
         if self._last is None or self._last[0] != index:
-            place, has_bias = self._places[index]
-            bias = self._tensors[place + 2] if has_bias else None
-            cut = MlpCut(self._tensors[place], self._tensors[place + 1], bias)
-            self._last = index, cut
+            parts = {name: self._tensors[place] for name, place in self._places[index].items()}
+            self._last = index, cut_of_parts(parts)
         return self._last[1]
 
 
@@ -102,6 +103,7 @@ class WeightStream:
         self.device, self.dtype = device, dtype
         self.scratch, self.spill_hidden = scratch, spill_hidden
         self.cuts = SpilledCuts(scratch)
+        self._cuts_heads = False
         self._trial: Sequence[MlpCut] | None = None
         self._here: Part | None = None
         self._model, self._checkpoint = model, checkpoint
@@ -127,8 +129,7 @@ class WeightStream:
         for name in [name for name, _ in self._modules[part].named_parameters()]:
             _set(self._modules[part], name, self._value(prefix + name))
         if isinstance(part, int):
-            for projection in self.family.projections:
-                set_features(self.family.projection_module(self._model, part, projection))
+            self._set_sizes(part)
 
     def release(self) -> None:
         """Let go of the part in memory, if there is one."""
@@ -151,6 +152,7 @@ class WeightStream:
         """
         self.release()
         require_place_for_bias(self._model, self.family, [cut])
+        self._cuts_heads = self._cuts_heads or cut.heads is not None
         self.cuts.append(rounded_cut(cut, self._checkpoint.storage_dtype))
 
     @contextmanager
@@ -164,6 +166,19 @@ class WeightStream:
         finally:
             self._trial = None
             self.release()
+
+    def _set_sizes(self, layer: int) -> None:
+        """Bring what a layer's modules say of their sizes in line with the weights that are there now."""
+        for projection in self.family.projections:
+            set_features(self.family.projection_module(self._model, layer, projection))
+        attention = self.family.attention
+        if attention is None or not self._cuts_heads:
+            return
+        for head_projection in attention.projections:
+            module: Any = self._modules[layer].get_submodule(head_projection.path)
+            set_features(module)
+        groups = module.weight.shape[1] // self.family.head_shape(self._checkpoint.config).width
+        self.family.set_head_groups(self._model, layer, groups)
 
     def _add(self, model: PreTrainedModel, module: nn.Module) -> str:
         name = next(name for name, other in model.named_modules() if other is module)
@@ -200,6 +215,13 @@ class WeightStream:
         family, location = self.family, self.family.locate(name)
         stored = self._stored_name(name)
         cuts = self.cuts if self._trial is None else self._trial
+        at_heads = family.locate_heads(name)
+        if at_heads is not None and at_heads.layer < len(cuts):
+            heads = cuts[at_heads.layer].heads
+            if heads is not None:
+                shape = family.head_shape(self._checkpoint.config)
+                tensor = cut_heads(at_heads, self._checkpoint.tensor(stored), heads, shape)
+                return tensor.to(self.device, self.dtype)
         is_cut = location is not None and location.layer < len(cuts)
         if stored in self._checkpoint.tensors:
             if not is_cut:

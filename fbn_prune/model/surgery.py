@@ -1,4 +1,4 @@
-"""Cutting neurons out of an MLP, in a live model and in a checkpoint's tensors alike.
+"""Cutting neurons out of an MLP and heads out of an attention, in a live model and in a checkpoint's tensors alike.
 
 Both ways take the same `MlpCut` and end in the same numbers: the output weights are rounded once,
 to the dtype in which they are stored, so what is evaluated in memory is what the exported
@@ -19,24 +19,42 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fbn_prune.errors import FbnPruneError, InvalidInput
-from fbn_prune.model.families import Family, Location, Projection
+from fbn_prune.model.families import Family, HeadLocation, HeadShape, Location, Projection
+
+
+@dataclass(frozen=True)
+class HeadCut:
+    """What the attention of one layer becomes.
+
+    Attributes
+    ----------
+    kept : int64 [n], the groups that stay (see :class:`fbn_prune.model.families.HeadShape`), ascending.
+    out_weight : float32 or float64 [hidden, n * width of a group], their new output weights.
+    out_bias : [hidden], the new output bias in place of the old one; None where there is none.
+    """
+
+    kept: Tensor
+    out_weight: Tensor
+    out_bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class MlpCut:
-    """What one MLP becomes.
+    """What one layer becomes.
 
     Attributes
     ----------
-    kept : int64 [n], the neurons that stay, ascending.
+    kept : int64 [n], the neurons of its MLP that stay, ascending.
     down_weight : float32 or float64 [hidden, n], their new output weights.
     down_bias : [hidden], the new output bias (in place of the old one, not added to it); None
         leaves the bias alone.
+    heads : the cut of its attention; None leaves that whole.
     """
 
     kept: Tensor
     down_weight: Tensor
     down_bias: Tensor | None = None
+    heads: HeadCut | None = None
 
     def __post_init__(self) -> None:
         if self.kept.dtype != torch.int64 or self.kept.ndim != 1 or len(self.kept) == 0:
@@ -61,6 +79,23 @@ class MlpCut:
         return len(self.kept)
 
 
+def cut_parts(cut: MlpCut) -> dict[str, Tensor]:
+    """The tensors that a cut is made of, by name."""
+    parts = {"kept": cut.kept, "down_weight": cut.down_weight, "down_bias": cut.down_bias}
+    if cut.heads is not None:
+        parts |= {"kept_heads": cut.heads.kept, "out_weight": cut.heads.out_weight}
+        parts["out_bias"] = cut.heads.out_bias
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def cut_of_parts(parts: Mapping[str, Tensor]) -> MlpCut:
+    """The cut whose :func:`cut_parts` these are."""
+    heads = None
+    if "kept_heads" in parts:
+        heads = HeadCut(parts["kept_heads"], parts["out_weight"], parts.get("out_bias"))
+    return MlpCut(parts["kept"], parts["down_weight"], parts.get("down_bias"), heads)
+
+
 def cut_tensor(family: Family, location: Location, tensor: Tensor, cut: MlpCut) -> Tensor:
     """A checkpoint's MLP tensor after the cut, contiguous, in the dtype it had.
 
@@ -76,6 +111,36 @@ def cut_tensor(family: Family, location: Location, tensor: Tensor, cut: MlpCut) 
     return tensor if cut.down_bias is None else _rounded(cut.down_bias, tensor.dtype)
 
 
+def cut_heads(location: HeadLocation, tensor: Tensor, cut: HeadCut, shape: HeadShape) -> Tensor:
+    """A checkpoint's attention tensor after the cut, contiguous, in the dtype it had.
+
+    Parameters
+    ----------
+    shape : the heads before the cut.
+
+    Raises
+    ------
+    FbnPruneError
+        If a new output weight does not fit the dtype.
+    """
+    if not location.projection.reads:
+        rows = _head_rows(location, shape, cut.kept.to(tensor.device))
+        return tensor.index_select(0, rows)
+    if location.part == "weight":
+        return _rounded(cut.out_weight, tensor.dtype).contiguous()
+    return tensor if cut.out_bias is None else _rounded(cut.out_bias, tensor.dtype)
+
+
+def head_tensor_shape(
+    location: HeadLocation, old: tuple[int, ...], cut: HeadCut, shape: HeadShape
+) -> tuple[int, ...]:
+    """Shape that :func:`cut_heads` gives a tensor of shape `old`."""
+    if not location.projection.reads:
+        rows = sum(shape.rows(block) for block in location.projection.blocks)
+        return (rows * len(cut.kept), *old[1:])
+    return old if location.part == "bias" else (old[0], shape.width * len(cut.kept))
+
+
 def apply_cut(
     model: PreTrainedModel,
     family: Family,
@@ -84,10 +149,10 @@ def apply_cut(
     *,
     round_to: torch.dtype | None = None,
 ) -> None:
-    """Shrink one MLP of a live model in place; its modules, and the hooks on them, stay.
+    """Shrink one layer of a live model in place; its modules, and the hooks on them, stay.
 
-    The config follows as soon as all layers are equally wide, so that `save_pretrained` writes a
-    loadable model.
+    The config follows as soon as all layers are equally wide and have as many heads, so that
+    `save_pretrained` writes a loadable model.
 
     Parameters
     ----------
@@ -113,12 +178,14 @@ def apply_cut(
     if cut.down_bias is not None:
         _replace(down, "bias", _rounded(cut.down_bias, round_to or down.bias.dtype))
     set_features(down)
+    if cut.heads is not None:
+        _apply_head_cut(model, family, layer, cut.heads, round_to)
     _sync_width(model, family)
 
 
 @contextmanager
 def as_if_cut(model: PreTrainedModel, family: Family, cuts: Sequence[MlpCut]) -> Iterator[None]:
-    """The live model computes what the cut one would, inside the context; then it is as it was.
+    """The live model computes with the MLPs that the cut one would have, inside the context; then it is as it was.
 
     A neuron whose output weights are zero does what a removed one does, so only these are exchanged.
 
@@ -145,26 +212,47 @@ def as_if_cut(model: PreTrainedModel, family: Family, cuts: Sequence[MlpCut]) ->
 
 
 def pruned_config(
-    config: Mapping[str, Any], family: Family, width: int, needs_bias: bool
+    config: Mapping[str, Any],
+    family: Family,
+    width: int,
+    needs_bias: bool,
+    head_groups: int | None = None,
 ) -> dict[str, Any]:
-    """The `config.json` object of a model pruned to one width in every layer.
+    """The `config.json` object of a model pruned to one width, and one number of heads, in every layer.
 
     `auto_map` goes: it names code files that an export does not hold, and the stock classes compute
-    the same.
+    the same. `head_groups` are those that stay in every layer, None where no heads were cut.
 
     Raises
     ------
     InvalidInput
-        If a bias is needed and the architecture has no place for one.
+        If a bias is needed and the architecture has no place for one, or it does not accept that
+        number of heads.
     """
     pruned = copy.deepcopy(dict(config))
     pruned.pop("auto_map", None)
     pruned[family.width_key] = width
+    if head_groups is not None:
+        pruned = family.with_head_groups(pruned, head_groups)
     if needs_bias and not family.has_bias(config):
         require_bias(family, config)
         assert family.bias_key is not None
         pruned[family.bias_key] = True
     return pruned
+
+
+def kept_head_groups(cuts: Sequence[MlpCut]) -> int | None:
+    """How many groups of attention heads the cuts leave in every layer; None where they cut none.
+
+    Raises
+    ------
+    InvalidInput
+        Not as many in each.
+    """
+    groups = {None if cut.heads is None else len(cut.heads.kept) for cut in cuts}
+    if len(groups) > 1:
+        raise InvalidInput("a config has one number of attention heads for all layers")
+    return groups.pop()
 
 
 def require_bias(family: Family, config: Any) -> None:
@@ -193,7 +281,39 @@ def rounded_cut(cut: MlpCut, dtype: torch.dtype) -> MlpCut:
     FbnPruneError
         If a new output weight does not fit the dtype.
     """
-    return MlpCut(cut.kept, _rounded(cut.down_weight, dtype), cut.down_bias)
+    heads = cut.heads
+    if heads is not None:
+        heads = HeadCut(heads.kept, _rounded(heads.out_weight, dtype), heads.out_bias)
+    return MlpCut(cut.kept, _rounded(cut.down_weight, dtype), cut.down_bias, heads)
+
+
+def _head_rows(location: HeadLocation, shape: HeadShape, kept: Tensor) -> Tensor:
+    """Rows of the kept groups in a projection into the heads, block after block."""
+    rows, start = [], 0
+    for block in location.projection.blocks:
+        size = shape.rows(block)
+        inner = torch.arange(size, device=kept.device)
+        rows.append((start + kept[:, None] * size + inner).flatten())
+        start += shape.groups * size
+    return torch.cat(rows)
+
+
+def _apply_head_cut(
+    model: PreTrainedModel, family: Family, layer: int, cut: HeadCut, round_to: torch.dtype | None
+) -> None:
+    assert family.attention is not None
+    shape = family.head_shape(model.config)
+    inside = family.layer_modules(model)[layer]
+    for projection in family.attention.projections:
+        module: Any = inside.get_submodule(projection.path)
+        for part, parameter in list(module.named_parameters(recurse=False)):
+            location = HeadLocation(layer, projection, "weight" if part == "weight" else "bias")
+            old = parameter.detach()
+            if projection.reads and round_to is not None:
+                old = old.to(round_to)
+            _replace(module, part, cut_heads(location, old, cut, shape))
+        set_features(module)
+    family.set_head_groups(model, layer, len(cut.kept))
 
 
 def _cut_input(projection: Projection, part: str, tensor: Tensor, kept: Tensor) -> Tensor:
@@ -249,3 +369,9 @@ def _sync_width(model: PreTrainedModel, family: Family) -> None:
     widths = {family.down_weight(model, layer).shape[1] for layer in layers}
     if len(widths) == 1:
         setattr(model.config, family.width_key, widths.pop())
+    if family.attention is None:
+        return
+    shape = family.head_shape(model.config)
+    channels = {family.attention_output(model, layer).weight.shape[1] for layer in layers}
+    if len(channels) == 1 and (groups := channels.pop() // shape.width) != shape.groups:
+        family.set_config_head_groups(model.config, groups)

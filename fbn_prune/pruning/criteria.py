@@ -14,51 +14,73 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fbn_prune.model.surgery import MlpCut
+from fbn_prune.model.surgery import HeadCut, MlpCut
 from fbn_prune.pruning import second_order
 from fbn_prune.pruning.damping import centred, constant_neurons, refit_share, warn_of_outliers
 
 
-@dataclass(frozen=True)
-class LayerEvidence:
-    """What is known of one layer when it is cut. All float64, N neurons, d outputs.
+@dataclass(frozen=True, kw_only=True)
+class OutputEvidence:
+    """What is known of one output projection and its input x. All float64, N inputs, d outputs.
 
     Attributes
     ----------
     weight, bias
-        Output projection [d, N] and its bias [d], or None where it has none.
-    input_norms
-        Squared norm of each neuron's weights into it, [N].
+        The projection [d, N] and its bias [d], or None where it has none.
     gram, mean
         H = E[xᵀx] [N, N] and E[x] [N].
     tokens
         Tokens (or their weights) that these are means over.
     cross, target_mean
         E[tᵀx] and E[t] of the signal to reproduce, where that is not x itself (sequential mode).
-    membership
-        Largest abs z of each neuron over the kept networks, [N]; None where no networks were found.
     loss_root
         R [d, d] with RᵀR = E[g gᵀ] of the loss gradient g at this output, to score errors as the loss feels
         them; None to score them all alike.
-    can_have_bias
-        Whether the architecture can store a bias of the output projection.
+    damping, refit_damping
+        Shares of mean diag(H) added while choosing and while refitting.
     """
 
-    layer: int
     weight: Tensor
     bias: Tensor | None
-    input_norms: Tensor
     gram: Tensor
     mean: Tensor
     tokens: float
     cross: Tensor | None
     target_mean: Tensor | None
-    membership: Tensor | None
     loss_root: Tensor | None
-    can_have_bias: bool
     damping: float
     refit_damping: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadEvidence(OutputEvidence):
+    """What is known of one layer's attention: its inputs are the heads' channels, `group` of them a group of heads."""
+
+    group: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerEvidence(OutputEvidence):
+    """What is known of one layer when it is cut: its inputs are the MLP's neurons.
+
+    Attributes
+    ----------
+    input_norms
+        Squared norm of each neuron's weights into it, [N].
+    membership
+        Largest abs z of each neuron over the kept networks, [N]; None where no networks were found.
+    can_have_bias
+        Whether the architecture can store a bias of the output projection.
+    heads
+        What is known of the layer's attention, where its heads are cut too.
+    """
+
+    layer: int
+    input_norms: Tensor
+    membership: Tensor | None
+    can_have_bias: bool
     seed: int
+    heads: HeadEvidence | None = None
 
 
 Cut = Callable[[LayerEvidence, int], MlpCut]
@@ -145,10 +167,25 @@ def second_order_cut(evidence: LayerEvidence, width: int) -> MlpCut:
     gram, cross = _signal(evidence)
     scored = _scored(evidence, gram, cross)
     kept = second_order.choose_neurons(scored, gram, width, damping=evidence.damping)
-    return _refitted(evidence, gram, cross, kept)
+    return MlpCut(kept.cpu(), *_refitted(evidence, gram, cross, kept))
 
 
-def _signal(evidence: LayerEvidence) -> tuple[Tensor, Tensor | None]:
+def head_cut(evidence: HeadEvidence, groups: int) -> HeadCut:
+    """The groups of attention heads that the layer can spare least, the output weights refitted to them.
+
+    The same second-order step as for neurons, whole groups at a time; where the output has a bias, that takes the mean.
+    """
+    gram, cross = _signal(evidence)
+    scored = _scored(evidence, gram, cross)
+    kept = second_order.choose_groups(
+        scored, gram, evidence.group, groups, damping=evidence.damping
+    )
+    inner = torch.arange(evidence.group, device=kept.device)
+    channels = (kept[:, None] * evidence.group + inner).flatten()
+    return HeadCut(kept.cpu(), *_refitted(evidence, gram, cross, channels))
+
+
+def _signal(evidence: OutputEvidence) -> tuple[Tensor, Tensor | None]:
     """H, or the covariance where a bias takes the mean, and the cross product that goes with it."""
     gram, cross = evidence.gram, evidence.cross
     if evidence.bias is not None:
@@ -160,7 +197,7 @@ def _signal(evidence: LayerEvidence) -> tuple[Tensor, Tensor | None]:
     return gram, cross
 
 
-def _scored(evidence: LayerEvidence, gram: Tensor, cross: Tensor | None) -> Tensor:
+def _scored(evidence: OutputEvidence, gram: Tensor, cross: Tensor | None) -> Tensor:
     """The output weights as errors score them."""
     weight = evidence.weight
     if cross is not None:
@@ -171,11 +208,14 @@ def _scored(evidence: LayerEvidence, gram: Tensor, cross: Tensor | None) -> Tens
     return weight if evidence.loss_root is None else evidence.loss_root @ weight
 
 
-def _refit_damping(evidence: LayerEvidence) -> float:
+def _refit_damping(evidence: OutputEvidence) -> float:
     return refit_share(evidence.refit_damping, evidence.tokens, evidence.weight.shape[1])
 
 
-def _refitted(evidence: LayerEvidence, gram: Tensor, cross: Tensor | None, kept: Tensor) -> MlpCut:
+def _refitted(
+    evidence: OutputEvidence, gram: Tensor, cross: Tensor | None, kept: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """New output weights on the kept inputs, and the new bias where there is one; on the CPU."""
     damping = _refit_damping(evidence)
     weight = second_order.refit(evidence.weight, gram, kept, damping=damping, cross=cross)
     bias = None
@@ -183,7 +223,7 @@ def _refitted(evidence: LayerEvidence, gram: Tensor, cross: Tensor | None, kept:
         target_mean = evidence.mean if evidence.target_mean is None else evidence.target_mean
         bias = evidence.bias + evidence.weight @ target_mean - weight @ evidence.mean[kept]
         bias = bias.cpu()
-    return MlpCut(kept.cpu(), weight.cpu(), bias)
+    return weight.cpu(), bias
 
 
 def cuts_to_widths(
@@ -196,7 +236,10 @@ def cuts_to_widths(
     scored = _scored(evidence, gram, cross)
     order = second_order.removal_order(scored, gram, damping=evidence.damping)
     kept = {width: order[len(order) - width :].sort().values for width in widths}
-    return {width: _refitted(evidence, gram, cross, stays) for width, stays in kept.items()}
+    return {
+        width: MlpCut(stays.cpu(), *_refitted(evidence, gram, cross, stays))
+        for width, stays in kept.items()
+    }
 
 
 def neuron_costs(evidence: LayerEvidence) -> Tensor:

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 
-from fbn_prune.model.surgery import MlpCut
-from fbn_prune.pruning.criteria import CRITERIA, LayerEvidence
+from fbn_prune.model.surgery import HeadCut, MlpCut
+from fbn_prune.pruning.criteria import (
+    CRITERIA,
+    HeadEvidence,
+    LayerEvidence,
+    OutputEvidence,
+    head_cut,
+)
 from fbn_prune.pruning.damping import DampingWarning
+
+Evidence = TypeVar("Evidence", bound=OutputEvidence)
+Cut = TypeVar("Cut", MlpCut, HeadCut)
 
 STRONGEST_REFIT_DAMPING = 1e3
 """So damped a refit changes next to nothing: the last try where refitted weights do not fit the stored type."""
@@ -21,17 +32,38 @@ def fitting_cut(
     evidence: LayerEvidence, width: int, *, criterion: str, stored: torch.dtype
 ) -> MlpCut:
     """The cut by a criterion, refitted more cautiously where new weights overflow the type they are stored in."""
+
+    def make(damped: LayerEvidence) -> tuple[MlpCut, Tensor]:
+        cut = CRITERIA[criterion](damped, width)
+        return cut, cut.down_weight
+
+    return _fitting(evidence, stored, make)
+
+
+def fitting_head_cut(evidence: HeadEvidence, groups: int, *, stored: torch.dtype) -> HeadCut:
+    """The same for the attention heads, which the second order chooses whatever the criterion."""
+
+    def make(damped: HeadEvidence) -> tuple[HeadCut, Tensor]:
+        cut = head_cut(damped, groups)
+        return cut, cut.out_weight
+
+    return _fitting(evidence, stored, make)
+
+
+def _fitting(
+    evidence: Evidence, stored: torch.dtype, make: Callable[[Evidence], tuple[Cut, Tensor]]
+) -> Cut:
     asked = evidence.refit_damping
     while True:
-        cut = CRITERIA[criterion](evidence, width)
+        cut, weight = make(evidence)
         damping = evidence.refit_damping * 10
-        fits = float(cut.down_weight.abs().max()) <= torch.finfo(stored).max
+        fits = float(weight.abs().max()) <= torch.finfo(stored).max
         if fits or damping > STRONGEST_REFIT_DAMPING:
             return cut
         warnings.warn(
             f"refitted weights overflow {stored}: the refit's damping is {damping:g} instead of {asked:g}",
             DampingWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
         evidence = replace(evidence, refit_damping=damping)
 
@@ -42,9 +74,19 @@ class DampingNotes:
     def __init__(self) -> None:
         self._layers: dict[str, list[int]] = {}
 
+    def add(self, layer: int, messages: Iterable[str]) -> None:
+        """Take down what was heard of a layer elsewhere: in another process, or in an earlier run."""
+        for message in messages:
+            if layer not in (layers := self._layers.setdefault(message, [])):
+                layers.append(layer)
+
+    def of(self, layer: int) -> tuple[str, ...]:
+        """What was heard of one layer."""
+        return tuple(message for message, layers in self._layers.items() if layer in layers)
+
     @contextmanager
-    def heard(self, layer: int) -> Iterator[None]:
-        """Collect the :class:`DampingWarning` of the block; other warnings pass."""
+    def heard(self, layer: int, part: str = "") -> Iterator[None]:
+        """Collect the :class:`DampingWarning` of the block, which is about a `part` of it; other warnings pass."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", DampingWarning)
             yield
@@ -53,8 +95,8 @@ class DampingNotes:
                 warnings.warn_explicit(
                     warning.message, warning.category, warning.filename, warning.lineno
                 )
-            elif layer not in (layers := self._layers.setdefault(str(warning.message), [])):
-                layers.append(layer)
+            else:
+                self.add(layer, [f"{part}{warning.message}"])
 
     def lines(self) -> list[str]:
         return [

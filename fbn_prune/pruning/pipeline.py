@@ -7,9 +7,10 @@ the mean of the dense output and the output it would itself give there.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import safetensors.torch
 import torch
@@ -20,14 +21,14 @@ from fbn_prune import ranks
 from fbn_prune.activations import CrossStatistics, GramStatistics
 from fbn_prune.calibration import Batch
 from fbn_prune.errors import InvalidInput
-from fbn_prune.layerwise import LayerwiseForward
+from fbn_prune.layerwise import LayerwiseForward, Observe
 from fbn_prune.model.families import Family
 from fbn_prune.model.streaming import have_layer, let_go, stream_of
-from fbn_prune.model.surgery import MlpCut, apply_cut, rounded_cut
+from fbn_prune.model.surgery import MlpCut, apply_cut, cut_of_parts, cut_parts, rounded_cut
 from fbn_prune.progress import Advance, StageClock
-from fbn_prune.pruning.criteria import LayerEvidence
-from fbn_prune.pruning.fitting import DampingNotes, fitting_cut
-from fbn_prune.pruning.prediction import relative_error
+from fbn_prune.pruning.criteria import HeadEvidence, LayerEvidence
+from fbn_prune.pruning.fitting import DampingNotes, fitting_cut, fitting_head_cut
+from fbn_prune.pruning.prediction import relative_error, relative_head_error
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,9 @@ class CutOptions:
     figures are those of the written one."""
 
     loss_aware: bool = False
+
+    head_groups: int | None = None
+    """Groups of attention heads that stay in every layer; None leaves the attention whole."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ def cut_layers(
 
     def apply(layer: int, finished: FinishedLayer) -> None:
         errors.append(finished.relative_error)
+        notes.add(layer, finished.notes)
         if stream is None:
             apply_cut(model, family, layer, finished.cut, round_to=options.round_to)
             cuts.append(finished.cut)
@@ -127,12 +132,7 @@ def cut_layers(
             continue
         finished = None
         if own is not None:
-            with notes.heard(own.layer):
-                cut = fitting_cut(
-                    own, widths[own.layer], criterion=options.criterion, stored=options.round_to
-                )
-            finished = FinishedLayer(rounded_cut(cut, options.round_to), relative_error(own, cut))
-            del cut
+            finished = _fitted(own, widths[own.layer], options)
         own = None
         for number in group:
             known = finished if ranks.owner(number) == ranks.rank() else None
@@ -147,29 +147,44 @@ def cut_layers(
     return CutModel(made, evidence.forward_seconds, tuple(errors))
 
 
+def _fitted(evidence: LayerEvidence, width: int, options: CutOptions) -> FinishedLayer:
+    """The cut of one layer, and what was noticed on the way."""
+    notes = DampingNotes()
+    with notes.heard(evidence.layer):
+        cut = fitting_cut(evidence, width, criterion=options.criterion, stored=options.round_to)
+    error = relative_error(evidence, cut)
+    if evidence.heads is not None and options.head_groups is not None:
+        with notes.heard(evidence.layer, "attention: "):
+            heads = fitting_head_cut(evidence.heads, options.head_groups, stored=options.round_to)
+        error += relative_head_error(evidence.heads, heads)
+        cut = replace(cut, heads=heads)
+    return FinishedLayer(rounded_cut(cut, options.round_to), error, notes.of(evidence.layer))
+
+
 @dataclass(frozen=True)
 class FinishedLayer:
-    """A layer's cut, rounded as it will be stored, and its relative error."""
+    """A layer's cut, rounded as it will be stored, the relative errors of its MLP and attention together, and what of
+    its damping is to be said."""
 
     cut: MlpCut
     relative_error: float
+    notes: tuple[str, ...] = ()
 
     def to_bytes(self) -> bytes:
         """As a safetensors file holds it."""
-        parts = {"kept": self.cut.kept, "down_weight": self.cut.down_weight}
+        parts = cut_parts(self.cut)
         parts["relative_error"] = torch.tensor(self.relative_error, dtype=torch.float64)
-        if self.cut.down_bias is not None:
-            parts["down_bias"] = self.cut.down_bias
         return safetensors.torch.save(
             {name: part.detach().cpu().contiguous() for name, part in parts.items()}
+            | {"notes": torch.tensor(list(json.dumps(self.notes).encode()), dtype=torch.uint8)}
         )
 
     @classmethod
     def from_bytes(cls, data: bytes) -> FinishedLayer:
         """What :meth:`to_bytes` wrote, on the CPU."""
         parts = safetensors.torch.load(data)
-        cut = MlpCut(parts["kept"], parts["down_weight"], parts.get("down_bias"))
-        return cls(cut, float(parts["relative_error"]))
+        notes = json.loads(bytes(parts["notes"].tolist()))
+        return cls(cut_of_parts(parts), float(parts["relative_error"]), tuple(notes))
 
     @classmethod
     def shared(cls, finished: FinishedLayer | None, source: int) -> FinishedLayer:
@@ -249,48 +264,68 @@ class EvidencePass:
                     dense.advance(on_batch=advance)
                     self._again(layer)
                 else:
-                    yield self._evidence(layer, *self._statistics(dense, pruned, layer, advance))
+                    yield self._evidence(layer, *self._watched(dense, pruned, layer, advance))
                 if pruned is not None:
                     pruned.advance(on_batch=advance)
 
-    def _statistics(
+    def _watched(
         self,
         dense: LayerwiseForward,
         pruned: LayerwiseForward | None,
         layer: int,
         advance: Advance,
-    ) -> tuple[GramStatistics, CrossStatistics | None]:
-        """Statistics of one layer; the dense stream moves on past it, the pruned one stays."""
+    ) -> tuple[_Statistics, _Statistics | None]:
+        """Statistics of one layer's MLP, and of its attention where heads are cut; the dense stream moves on past it,
+        the pruned one stays."""
         have_layer(self._model, layer)
-        weight = self._family.down_weight(self._model, layer)
-        width, device = weight.shape[1], weight.device
-        del weight
-        statistics = GramStatistics(width, device)
-        cross = None
+        weights = [self._family.down_weight(self._model, layer)]
+        if self._options.head_groups is not None:
+            weights.append(self._family.attention_output(self._model, layer).weight)
+        sites = [_Statistics(w.shape[1], w.device, both=pruned is not None) for w in weights]
+        del weights
         if pruned is None:
-            dense.advance(
-                lambda index, x: statistics.update(x, self._weights(index, x)), on_batch=advance
-            )
+            dense.advance(*map(self._observer, sites), on_batch=advance)
         else:
-            cross = CrossStatistics(width, device)
-            _watch_both(dense, pruned, statistics, cross, self._weights, advance)
-        statistics.add_up()
-        if cross is not None:
-            cross.add_up()
-        if not statistics.finite:
-            raise InvalidInput(
-                f"NaN or Inf among the MLP activations of layer {layer}: the checkpoint is damaged, "
-                "or the compute type overflows (try --dtype float32)"
-            )
+            self._watch_both(dense, pruned, sites, advance)
+        for site, name in zip(sites, ("MLP", "attention"), strict=False):
+            site.add_up()
+            if not site.own.finite:
+                raise InvalidInput(
+                    f"NaN or Inf among the {name} activations of layer {layer}: the checkpoint is damaged, "
+                    "or the compute type overflows (try --dtype float32)"
+                )
         self.forward_seconds = dense.forward_seconds
-        return statistics, cross
+        return sites[0], sites[1] if len(sites) > 1 else None
 
     def _weights(self, index: int, x: Tensor) -> Tensor | None:
         weights = self._mine[index].token_weights
         return None if weights is None else weights.to(x.device)
 
+    def _observer(self, site: _Statistics) -> Observe:
+        return lambda index, x: site.update(x, self._weights(index, x))
+
+    def _watch_both(
+        self,
+        dense: LayerwiseForward,
+        pruned: LayerwiseForward,
+        sites: Sequence[_Statistics],
+        advance: Advance,
+    ) -> None:
+        """Statistics of the pruned stream's activations, with the mean of both streams' as the target."""
+        for index in range(len(dense.hidden)):
+            seen: list[list[Tensor]] = [[] for _ in sites]
+            watching: list[Observe] = [lambda _, x, kept=kept: kept.append(x) for kept in seen]  # type: ignore[misc]
+            output = dense.run(index, *watching)
+            pruned.run(index, *watching)
+            dense.hidden[index] = output
+            tokens = len(seen[0][0])
+            for site, (x_dense, x_pruned) in zip(sites, seen, strict=True):
+                site.update_both(x_dense, x_pruned, self._weights(index, x_pruned))
+            advance(2 * tokens)
+        dense.next_layer += 1
+
     def _evidence(
-        self, layer: int, statistics: GramStatistics, cross: CrossStatistics | None
+        self, layer: int, neurons: _Statistics, heads: _Statistics | None
     ) -> LayerEvidence:
         model, family, options = self._model, self._family, self._options
         have_layer(model, layer)
@@ -309,44 +344,70 @@ class EvidencePass:
             ),
             start=weight.new_zeros(weight.shape[1]),
         )
+        of_heads = None
+        if heads is not None:
+            out = family.attention_output(model, layer)
+            of_heads = HeadEvidence(
+                weight=out.weight.detach().double(),
+                bias=None if out.bias is None else out.bias.detach().double(),
+                loss_root=None,  # the loss's gradient is taken at the MLPs' outputs
+                group=family.head_shape(model.config).width,
+                damping=options.damping,
+                refit_damping=options.refit_damping,
+                **heads.facts(),
+            )
         let_go(model)  # what the cut needs of the layer is in the evidence
         return LayerEvidence(
             layer=layer,
             weight=weight,
             bias=None if bias is None else bias.double(),
             input_norms=input_norms,
-            gram=statistics.gram,
-            mean=statistics.mean,
-            tokens=statistics.count,
-            cross=None if cross is None else cross.cross,
-            target_mean=None if cross is None else cross.target_mean,
             membership=membership,
             loss_root=loss_root,
             can_have_bias=family.accepts_bias(model.config),
             damping=options.damping,
             refit_damping=options.refit_damping,
             seed=options.seed,
+            heads=of_heads,
+            **neurons.facts(),
         )
 
 
-def _watch_both(
-    dense: LayerwiseForward,
-    pruned: LayerwiseForward,
-    statistics: GramStatistics,
-    cross: CrossStatistics,
-    weights_of: Callable[[int, Tensor], Tensor | None],
-    advance: Advance,
-) -> None:
-    """Statistics of the pruned stream's activations, with the mean of both streams' as the target."""
-    seen: list[Tensor] = []
-    for index in range(len(dense.hidden)):
-        output = dense.run(index, lambda _, x: seen.append(x))
-        pruned.run(index, lambda _, x: seen.append(x))
-        dense.hidden[index] = output
-        x_dense, x_pruned = seen
-        seen.clear()
-        weights = weights_of(index, x_pruned)
-        statistics.update(x_pruned, weights)
-        cross.update((x_dense + x_pruned) / 2, x_pruned, weights)
-        advance(2 * x_dense.shape[0])
-    dense.next_layer += 1
+class _Statistics:
+    """What is summed up over the input of one output projection.
+
+    Parameters
+    ----------
+    both
+        Whether the signal to reproduce is another than the input itself: the mean of it and the dense stream's.
+    """
+
+    def __init__(self, width: int, device: torch.device, *, both: bool) -> None:
+        self.own = GramStatistics(width, device)
+        self._cross = CrossStatistics(width, device) if both else None
+
+    def update(self, x: Tensor, weights: Tensor | None) -> None:
+        """Add the tokens of x [tokens, width]."""
+        self.own.update(x, weights)
+
+    def update_both(self, x_dense: Tensor, x_pruned: Tensor, weights: Tensor | None) -> None:
+        """Add tokens as both streams have them."""
+        assert self._cross is not None
+        self.own.update(x_pruned, weights)
+        self._cross.update((x_dense + x_pruned) / 2, x_pruned, weights)
+
+    def add_up(self) -> None:
+        """Join what all processes of the job have seen."""
+        self.own.add_up()
+        if self._cross is not None:
+            self._cross.add_up()
+
+    def facts(self) -> dict[str, Any]:
+        """As :class:`OutputEvidence` has them."""
+        return {
+            "gram": self.own.gram,
+            "mean": self.own.mean,
+            "tokens": self.own.count,
+            "cross": None if self._cross is None else self._cross.cross,
+            "target_mean": None if self._cross is None else self._cross.target_mean,
+        }

@@ -12,9 +12,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from fbn_prune.errors import FbnPruneError
-from fbn_prune.model.surgery import MlpCut
-from fbn_prune.pruning.criteria import LayerEvidence
+from fbn_prune.model.surgery import HeadCut, MlpCut
+from fbn_prune.pruning.criteria import HeadEvidence, LayerEvidence, OutputEvidence
 
 MOST_RISE = 4.0
 """Nats for each unit of summed relative error."""
@@ -37,12 +40,25 @@ class PredictedRise:
 
 def relative_error(evidence: LayerEvidence, cut: MlpCut) -> float:
     """E||y - y'||² / E||y||² of the outputs y and y' of a layer's MLP before and after, without its bias in y."""
+    return _relative(evidence, cut.kept, cut.down_weight, cut.down_bias)
+
+
+def relative_head_error(evidence: HeadEvidence, cut: HeadCut) -> float:
+    """The same of a layer's attention."""
+    inner = torch.arange(evidence.group)
+    channels = (cut.kept[:, None] * evidence.group + inner).flatten()
+    return _relative(evidence, channels, cut.out_weight, cut.out_bias)
+
+
+def _relative(
+    evidence: OutputEvidence, kept: Tensor, new_weight: Tensor, new_bias: Tensor | None
+) -> float:
     weight, gram, mean = evidence.weight, evidence.gram, evidence.mean
     difference = weight.clone()
-    difference[:, cut.kept.to(weight.device)] -= cut.down_weight.to(weight)
+    difference[:, kept.to(weight.device)] -= new_weight.to(weight)
     lost = float(((difference @ gram) * difference).sum())
-    if cut.down_bias is not None:
-        shift = -cut.down_bias.to(weight)
+    if new_bias is not None:
+        shift = -new_bias.to(weight)
         if evidence.bias is not None:
             shift = shift + evidence.bias
         lost += float(2 * shift @ (difference @ mean) + shift @ shift)

@@ -48,6 +48,31 @@ def choose_neurons(weight: Tensor, gram: Tensor, keep: int, *, damping: float) -
     return surgeon.step.kept
 
 
+def choose_groups(weight: Tensor, gram: Tensor, size: int, keep: int, *, damping: float) -> Tensor:
+    """Indices of the groups of inputs to keep, by removing the cheapest group again and again.
+
+    Taking group G out costs ``tr(W_G ([H⁻¹]_GG)⁻¹ W_Gᵀ)`` once the others compensate: the formula for one neuron,
+    with a block in the place of a number.
+
+    Parameters
+    ----------
+    weight, gram, damping
+        As for :func:`choose_neurons`, over the groups' inputs one after another: [d, groups * size].
+    size
+        Inputs of a group: the channels of an attention head, for instance.
+    keep
+        Number of groups that stay, 0 < keep <= groups.
+
+    Returns
+    -------
+    int64 [keep], ascending.
+    """
+    surgeon = _Surgeon(weight, gram, damping)
+    while len(surgeon.step.kept) > keep * size:
+        surgeon.remove_cheapest_group(size)
+    return surgeon.step.kept[::size] // size
+
+
 def removal_costs(weight: Tensor, gram: Tensor, *, damping: float) -> Tensor:
     """What each neuron's removal costs when all go, the cheapest first: the slope of the removal curve.
 
@@ -126,7 +151,25 @@ class _Surgeon:
         count = min(self._block, most)
         cost = weight.square().sum(0) / inverse.diagonal()
         order = torch.argsort(cost, stable=True)
-        gone, stay = order[:count], order[count:].sort().values
+        gone = order[:count]
+        self._take_out(gone, order[count:].sort().values)
+        return kept[gone], cost[gone]
+
+    def remove_cheapest_group(self, size: int) -> None:
+        """Take out the `size` neighbours, of those left, that cost least together."""
+        weight, inverse = self.step.weight, self.step.inverse
+        groups = weight.shape[1] // size
+        own = inverse.view(groups, size, groups, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        columns = weight.view(-1, groups, size).permute(1, 2, 0)  # [groups, size, d]
+        cost = (columns * torch.linalg.solve(own, columns)).sum((1, 2))
+        cheapest = int(cost.argmin())
+        members = torch.arange(groups * size, device=weight.device).view(groups, size)
+        stay = torch.cat([members[:cheapest], members[cheapest + 1 :]]).flatten()
+        self._take_out(members[cheapest], stay)
+
+    def _take_out(self, gone: Tensor, stay: Tensor) -> None:
+        """Remove the columns `gone` of those left; `stay` are the others, ascending."""
+        kept, weight, inverse = self.step.kept, self.step.weight, self.step.inverse
         between = inverse[gone][:, stay]
         solved = torch.linalg.solve(inverse[gone][:, gone], between)
         left = _Step(
@@ -135,7 +178,6 @@ class _Surgeon:
             inverse[stay[:, None], stay].addmm_(between.T, solved, alpha=-1),
         )
         self.step = left if self._sound(left) else self._afresh(left.kept)
-        return kept[gone], cost[gone]
 
     def _sound(self, step: _Step) -> bool:
         """Whether H⁻¹ is still one: its diagonal cannot be less than one over that of H."""
