@@ -5,10 +5,12 @@ All from the checkpoint's headers: every neuron of a model costs the same, and e
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.surgery import head_tensor_shape
 from fbn_prune.pruning.allocation import budget_from_sparsity
 from fbn_prune.recipe import Recipe, parse_count, parse_layers, parse_size
 
@@ -35,7 +37,8 @@ class ModelSize:
     header_bytes: int
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> ModelSize:
+    def of(cls, checkpoint: Checkpoint, head_groups: int | None = None) -> ModelSize:
+        """The size of a checkpoint, or of what is left of it with so many groups of attention heads a layer."""
         family = checkpoint.family
         layers, width = family.num_layers(checkpoint.config), family.width(checkpoint.config)
         parameters = nbytes = 0
@@ -47,12 +50,13 @@ class ModelSize:
                 continue
             parameters += info.parameters
             nbytes += info.nbytes
+        gone_parameters, gone_bytes = _removed_heads(checkpoint, head_groups)
         files = {info.file for info in checkpoint.tensors.values()}
         stored = sum((checkpoint.path / file).stat().st_size for file in files)
         return cls(
             neurons=layers * width,
-            parameters=checkpoint.total_parameters,
-            nbytes=checkpoint.total_bytes,
+            parameters=checkpoint.total_parameters - gone_parameters,
+            nbytes=checkpoint.total_bytes - gone_bytes,
             neuron_parameters=parameters // (layers * width),
             neuron_bytes=nbytes // (layers * width),
             header_bytes=stored - checkpoint.total_bytes,
@@ -67,6 +71,60 @@ class ModelSize:
         return self.nbytes - (self.neurons - neurons) * self.neuron_bytes
 
 
+def _removed_heads(checkpoint: Checkpoint, groups: int | None) -> tuple[int, int]:
+    """Parameters and bytes of the attention heads that go where so many groups stay in each layer."""
+    if groups is None:
+        return 0, 0
+    family = checkpoint.family
+    layers, heads = family.num_layers(checkpoint.config), family.head_shape(checkpoint.config)
+    parameters = nbytes = 0
+    for name, info in checkpoint.tensors.items():
+        location = family.locate_heads(name)
+        if location is None or location.layer >= layers:
+            continue
+        left = math.prod(head_tensor_shape(location, info.shape, groups, heads))
+        parameters += info.parameters - left
+        nbytes += (info.parameters - left) * info.dtype.itemsize
+    return parameters, nbytes
+
+
+def kept_head_groups(recipe: Recipe, checkpoint: Checkpoint) -> int | None:
+    """How many groups of attention heads stay in every layer; None where none go.
+
+    Raises
+    ------
+    InvalidInput
+        None would stay or go, the architecture's heads cannot be cut, or its config does not accept what would be
+        left; what it accepts is named.
+    """
+    if recipe.head_sparsity is None:
+        return None
+    family, config = checkpoint.family, checkpoint.config
+    heads = family.head_shape(config)
+    asked = f"head_sparsity = {recipe.head_sparsity:g}"
+    kept = round(heads.groups * (1 - recipe.head_sparsity))
+    if family.attention is None:
+        family.with_head_groups(config, kept)  # says why not
+    accepted = [groups for groups in range(1, heads.groups) if _accepts(checkpoint, groups)]
+    if kept in accepted:
+        return kept
+    if not accepted:
+        raise InvalidInput(f"{asked}: no number below {heads.groups} key-value heads can be had")
+    shares = ", ".join(f"{1 - groups / heads.groups:.4g}" for groups in reversed(accepted))
+    raise InvalidInput(
+        f"{asked}: {kept} of {heads.groups} key-value heads a layer is no model that {family.name}'s config accepts; "
+        f"shares that can go: {shares}"
+    )
+
+
+def _accepts(checkpoint: Checkpoint, groups: int) -> bool:
+    try:
+        checkpoint.family.with_head_groups(checkpoint.config, groups)
+    except InvalidInput:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class Budget:
     """Neurons to keep; `most` if the result may have fewer, but not more of them."""
@@ -75,20 +133,24 @@ class Budget:
     most: bool
 
 
-def stated_budget(recipe: Recipe, checkpoint: Checkpoint, least: int) -> Budget | None:
+def stated_budget(
+    recipe: Recipe, checkpoint: Checkpoint, least: int, head_groups: int | None = None
+) -> Budget | None:
     """The budget that the recipe states by itself, None where the kept networks set it.
 
     Parameters
     ----------
     least
         The fewest neurons that can be kept.
+    head_groups
+        Groups of attention heads that stay in every layer, see :func:`kept_head_groups`.
 
     Raises
     ------
     InvalidInput
         The model is that small already, or cannot become that small.
     """
-    size = ModelSize.of(checkpoint)
+    size = ModelSize.of(checkpoint, head_groups)
     if recipe.sparsity is not None:
         return Budget(budget_from_sparsity(size.neurons, recipe.sparsity), most=False)
     if recipe.target_params is not None:

@@ -122,6 +122,7 @@ def _pruned(prepared: Prepared, work: Work, clock: StageClock) -> PruneResult:
         seed=recipe.seed,
         round_to=prepared.checkpoint.storage_dtype,
         loss_aware=recipe.loss_aware,
+        head_groups=prepared.head_groups,
     )
     loss_roots = _kept_loss_roots(prepared, model, blocks, work, clock)
     subject = Subject(
@@ -177,6 +178,7 @@ def _pruned(prepared: Prepared, work: Work, clock: StageClock) -> PruneResult:
         warning=warning,
         neurons_kept=sum(widths),
         neurons_total=prepared.width * prepared.layers,
+        **_heads(prepared),
         widths=widths,
         width_rule=layout.rule,
         layout_trials=layout.trials,
@@ -262,6 +264,16 @@ def _kept_loss_roots(
 
     kept = work.tensors("loss-roots", compute)
     return [kept[name].to(prepared.device) for name in sorted(kept)]
+
+
+def _heads(prepared: Prepared) -> dict[str, Any]:
+    """Attention heads of all layers, before and after."""
+    heads = prepared.family.head_shape(prepared.checkpoint.config)
+    left = heads.groups if prepared.head_groups is None else prepared.head_groups
+    return {
+        "heads_total": heads.heads * prepared.layers,
+        "heads_kept": left * heads.queries * prepared.layers,
+    }
 
 
 def _task_facts(task: TaskCalibration, matched: MatchedCalibration) -> dict[str, Any]:

@@ -184,16 +184,21 @@ class _Sizes:
                 self._discovery(width, layers, max(head, forward)), 7 * maps + recipe.network_tokens
             )
         square = 8 * width * width
-        columns = 8 * hidden * width
-        choosing = (7 if recipe.sequential else 3.2) * square + 3.5 * columns
-        checking = (2.1 if recipe.sequential else 1.1) * square + 5 * columns
-        second_order = max(choosing, checking, part + columns + 1.6 * square)
+        second_order = max(self._fit(width, hidden), part + 8 * hidden * width + 12.8 * width**2)
+        waiting = 0
+        if recipe.head_sparsity is not None:
+            shape = family.head_shape(config)
+            channels = shape.heads * shape.size
+            second_order = max(second_order, self._fit(channels, hidden))
+            # The attention's statistics stay beside the MLP's until both have been fitted.
+            waiting = (32 if recipe.sequential else 16) * channels**2
         statistics = (1 if recipe.sequential else 0.5) * square
         streams = 2 if recipe.sequential else 1
         stages["prune"] = int(
             base
             + maps
             + streams * self._hidden(tokens)
+            + waiting
             + max(head, forward + statistics, second_order)
         )
         stages["export"] = int(base + 1.3 * largest + maps)
@@ -215,6 +220,14 @@ class _Sizes:
             graph = min(tokens, RECOVERY_TOKENS) * layers * (16 * hidden + 8 * width) * size
             stages["recovery"] = base + self.checkpoint.total_parameters * size + graph
         return stages
+
+    def _fit(self, inputs: int, outputs: int) -> float:
+        """Of choosing among the inputs of one output projection, of the refit, and of the check of both."""
+        sequential = self.recipe.sequential
+        square, columns = 8 * inputs * inputs, 8 * outputs * inputs
+        choosing = (7 if sequential else 3.2) * square + 3.5 * columns
+        checking = (2.1 if sequential else 1.1) * square + 5 * columns
+        return max(choosing, checking)
 
     def _hidden(self, tokens: int) -> int:
         """Hidden states between two layers."""

@@ -73,7 +73,7 @@ def plan(prepared: Prepared) -> Plan:
     widths = _widths(prepared, budget)
     if recipe.layout != "uniform":
         estimated.append("widths")
-    size = ModelSize.of(checkpoint)
+    size = ModelSize.of(checkpoint, prepared.head_groups)
     neurons = sum(widths)
     return Plan(
         parameters_before=checkpoint.total_parameters,

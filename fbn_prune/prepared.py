@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fbn_prune import builtin, ranks
-from fbn_prune.budget import Budget, stated_budget, whole_layers
+from fbn_prune.budget import Budget, kept_head_groups, stated_budget, whole_layers
 from fbn_prune.errors import InvalidInput
 from fbn_prune.export.directory import check_output
 from fbn_prune.memory import MemoryPlan, plan_memory
@@ -43,6 +43,8 @@ class Prepared:
     """Layers that keep every neuron."""
     memory: MemoryPlan
     task: Task | None = None
+    head_groups: int | None = None
+    """Groups of attention heads that stay in every layer; None where none go."""
 
     @property
     def family(self) -> Family:
@@ -119,7 +121,8 @@ def prepare(recipe: Recipe) -> Prepared:
     context = recipe.context or min(longest, MAX_CONTEXT)
     whole = whole_layers(recipe, layers)
     least = len(whole) * width + (layers - len(whole)) * multiple
-    budget = stated_budget(recipe, checkpoint, least)
+    head_groups = kept_head_groups(recipe, checkpoint)
+    budget = stated_budget(recipe, checkpoint, least, head_groups)
     memory = plan_memory(recipe, checkpoint, device, dtype, context)
     task = (
         None
@@ -127,7 +130,18 @@ def prepare(recipe: Recipe) -> Prepared:
         else Task.read(recipe.task, recipe.task_test, drawn=recipe.task_examples, seed=recipe.seed)
     )
     return Prepared(
-        recipe, checkpoint, device, dtype, context, multiple, networks, budget, whole, memory, task
+        recipe,
+        checkpoint,
+        device,
+        dtype,
+        context,
+        multiple,
+        networks,
+        budget,
+        whole,
+        memory,
+        task,
+        head_groups,
     )
 
 

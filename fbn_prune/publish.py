@@ -104,6 +104,8 @@ def _card(
         criterion=_CRITERION_WORDS[recipe.criterion],
         widths=tuple(result.widths),
         neurons_before=prepared.width,
+        heads_before=result.heads_total,
+        heads_after=result.heads_kept,
         parameters_before=result.parameters_before,
         parameters_after=result.parameters_after,
         bytes_before=result.bytes_before,

@@ -75,6 +75,13 @@ class Recipe(BaseModel):
     sparsity: float | None = Field(
         None, description="Share of MLP neurons to remove, instead of --keep-networks's budget."
     )
+    head_sparsity: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Share of attention heads to remove besides, the same number in every layer; key-value heads go "
+        "with the query heads that read them. Default: none.",
+    )
     rank: RankName | None = Field(
         None,
         description="Order of networks: output energy, loss rise when knocked out, or how far they "
@@ -303,6 +310,11 @@ def _check_layout(recipe: Recipe, where: str) -> None:
                 f"{where}: keep_layers = {recipe.keep_layers}: whole layers beside cut ones need layout = ragged"
             )
         parse_layers(recipe.keep_layers, f"{where}: keep_layers")
+        if recipe.head_sparsity is not None:
+            raise InvalidInput(
+                f"{where}: keep_layers = {recipe.keep_layers}: head_sparsity takes heads from every layer alike: "
+                "give one of the two"
+            )
     if recipe.loss_aware and recipe.criterion not in ("networks", "second-order"):
         raise InvalidInput(
             f"{where}: loss_aware = true: criterion {recipe.criterion} scores no errors"

@@ -32,6 +32,9 @@ class PruneResult:
     """What the check after pruning found; also in the model card."""
     neurons_kept: int
     neurons_total: int
+    heads_kept: int
+    heads_total: int
+    """Attention heads (query heads) of all layers."""
     widths: list[int]
     width_rule: str
     layout_trials: dict[str, float]

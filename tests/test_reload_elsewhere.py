@@ -16,7 +16,7 @@ from tiny_models import FAMILY_CONFIGS, HIDDEN, LAYERS, save_tiny
 from fbn_prune.export.ragged import write_ragged_checkpoint
 from fbn_prune.export.writer import write_checkpoint
 from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.model.surgery import MlpCut, apply_cut
+from fbn_prune.model.surgery import HeadCut, MlpCut, apply_cut
 
 pytestmark = pytest.mark.slow
 
@@ -32,8 +32,17 @@ def export(name: str, layout: str, tied: bool, root: Path) -> None:
     folder = root / f"{name} {layout} {'tied' if tied else 'untied'}"
     source = Checkpoint.open(save_tiny(root / "sources" / folder.name, config=config))
     generator = torch.Generator().manual_seed(0)
+    heads = None
+    if tied and source.family.attention is not None:  # both layouts, with and without
+        shape = source.family.head_shape(source.config)
+        new = 0.3 * torch.randn(HIDDEN, shape.width, generator=generator)
+        heads = HeadCut(torch.tensor([shape.groups - 1]), new)
     cuts = [
-        MlpCut(torch.arange(width), 0.3 * torch.randn(HIDDEN, width, generator=generator))
+        MlpCut(
+            torch.arange(width),
+            0.3 * torch.randn(HIDDEN, width, generator=generator),
+            heads=heads,
+        )
         for width in WIDTHS[layout]
     ]
     folder.mkdir()

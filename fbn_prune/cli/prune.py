@@ -82,6 +82,8 @@ def _print_result(recipe: Recipe, result: PruneResult) -> None:
         ("MLP neurons", result.neurons_total, result.neurons_kept, "{:,}"),
         ("perplexity (held out)", result.perplexity_before, result.perplexity_after, "{:.3f}"),
     ]
+    if result.heads_kept < result.heads_total:
+        rows.insert(2, ("attention heads", result.heads_total, result.heads_kept, "{:,}"))
     for name, before, after, style in rows:
         table.add_row(name, style.format(before), style.format(after), f"{after / before - 1:+.1%}")
     table.add_row(

@@ -24,6 +24,7 @@ class CardFacts:
     criterion : how the neurons were chosen, in words.
     widths : neurons kept, by layer.
     neurons_before : neurons of one layer of the source.
+    heads_before, heads_after : attention heads of all layers.
     kept_networks, total_networks : functional networks kept and found; None if they set no budget.
     calibration, held_out : the texts, in words.
     perplexity_before, perplexity_after : on the held-out share; None if not measured.
@@ -45,6 +46,8 @@ class CardFacts:
     held_out: str
     command: str
     version: str
+    heads_before: int = 0
+    heads_after: int = 0
     kept_networks: int | None = None
     total_networks: int | None = None
     perplexity_before: float | None = None
@@ -153,10 +156,17 @@ def _what_was_cut(facts: CardFacts) -> str:
 
 
 def _the_rest(facts: CardFacts) -> str:
+    heads = ""
+    if facts.heads_after < facts.heads_before:
+        heads = (
+            f"Of {facts.heads_before:,} attention heads {facts.heads_after:,} stay, as many in every layer, chosen by "
+            "second-order cost in whole key-value groups and refitted. "
+        )
     if facts.perplexity_cut is None:
-        return "Attention, norms and embeddings are unchanged."
+        attention = "Norms" if heads else "Attention, norms"
+        return f"{heads}{attention} and embeddings are unchanged."
     return (
-        "Then the linear maps of the layers were trained towards the source model's outputs on that text, "
+        f"{heads}Then the linear maps of the layers were trained towards the source model's outputs on that text, "
         f"which took the perplexity from {facts.perplexity_cut:.2f} to {facts.perplexity_after:.2f}; "
         "norms and embeddings are unchanged."
     )
@@ -170,6 +180,11 @@ def _table(facts: CardFacts) -> str:
             facts.neurons_before * len(facts.widths),
             sum(facts.widths),
             "{:,}",
+        ),
+        *(
+            [_row("attention heads", facts.heads_before, facts.heads_after, "{:,}")]
+            if facts.heads_after < facts.heads_before
+            else []
         ),
         _row("weights on disk (MB)", facts.bytes_before / 1e6, facts.bytes_after / 1e6, "{:,.1f}"),
     ]

@@ -103,6 +103,14 @@ def _architecture(source: Checkpoint) -> tuple[Gguf, str]:
         raise InvalidInput(
             f"{source.path}: {source.family.name} models are not converted to GGUF here"
         )
+    heads = source.family.head_shape(source.config)
+    if not facts.own_head_size and heads.heads * heads.size != source.family.hidden_size(
+        source.config
+    ):
+        raise InvalidInput(
+            f"{source.path}: llama.cpp reads {source.family.name} only with heads that make up the hidden size "
+            "together; prune without --head-sparsity"
+        )
     if len(set(source.family.widths(source.config))) == 1:
         return facts, facts.arch
     if facts.ragged_arch is None:

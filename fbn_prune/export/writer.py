@@ -225,7 +225,7 @@ def _plan(source: Checkpoint, family: Family, cuts: Sequence[MlpCut]) -> dict[st
     for name, info in source.tensors.items():
         if (found := _head_cut(family, cuts, name)) is not None:
             heads = family.head_shape(source.config)
-            shape = head_tensor_shape(found[0], info.shape, found[1], heads)
+            shape = head_tensor_shape(found[0], info.shape, len(found[1].kept), heads)
             plan[name] = TensorInfo("", shape, info.dtype)
             continue
         location = _cut_location(family, cuts, name)

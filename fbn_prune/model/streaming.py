@@ -219,9 +219,9 @@ class WeightStream:
         if at_heads is not None and at_heads.layer < len(cuts):
             heads = cuts[at_heads.layer].heads
             if heads is not None:
-                shape = family.head_shape(self._checkpoint.config)
-                tensor = cut_heads(at_heads, self._checkpoint.tensor(stored), heads, shape)
-                return tensor.to(self.device, self.dtype)
+                whole = family.head_shape(self._checkpoint.config)
+                fewer = cut_heads(at_heads, self._checkpoint.tensor(stored), heads, whole)
+                return fewer.to(self.device, self.dtype)
         is_cut = location is not None and location.layer < len(cuts)
         if stored in self._checkpoint.tensors:
             if not is_cut:

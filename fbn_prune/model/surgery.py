@@ -132,13 +132,13 @@ def cut_heads(location: HeadLocation, tensor: Tensor, cut: HeadCut, shape: HeadS
 
 
 def head_tensor_shape(
-    location: HeadLocation, old: tuple[int, ...], cut: HeadCut, shape: HeadShape
+    location: HeadLocation, old: tuple[int, ...], kept: int, shape: HeadShape
 ) -> tuple[int, ...]:
-    """Shape that :func:`cut_heads` gives a tensor of shape `old`."""
+    """Shape that :func:`cut_heads` gives a tensor of shape `old` where it keeps so many groups."""
     if not location.projection.reads:
         rows = sum(shape.rows(block) for block in location.projection.blocks)
-        return (rows * len(cut.kept), *old[1:])
-    return old if location.part == "bias" else (old[0], shape.width * len(cut.kept))
+        return (rows * kept, *old[1:])
+    return old if location.part == "bias" else (old[0], shape.width * kept)
 
 
 def apply_cut(

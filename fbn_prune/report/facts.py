@@ -44,6 +44,8 @@ class RunResult(BaseModel):
     perplexity_after: float
     neurons_kept: int
     neurons_total: int
+    heads_kept: int = 0
+    heads_total: int = 0
     widths: list[int] = Field(min_length=1)
     width_rule: str
     kept_networks: list[int]

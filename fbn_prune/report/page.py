@@ -140,6 +140,8 @@ def _headline(result: RunResult) -> list[dict[str, str]]:
         row("weights, MB", result.bytes_before / 1e6, result.bytes_after / 1e6, "{:,.1f}"),
         row("perplexity", result.perplexity_before, result.perplexity_after, "{:,.3f}"),
     ]
+    if result.heads_kept < result.heads_total:
+        rows.insert(2, row("attention heads", result.heads_total, result.heads_kept, "{:,}"))
     if result.recovery is not None:
         healed, closed = result.recovery, result.recovery.gap_closed
         gap = "" if closed is None else f"{100 * closed:.0f} % of the loss healed"

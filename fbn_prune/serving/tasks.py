@@ -122,6 +122,11 @@ def task_of_pruned(
         )
     own_down: list[OwnDown | None] = [None] * len(widths)
     own_bias: list[Tensor | None] = [None] * len(widths)
+    if (family := base.family).head_shape(pruned.config) != family.head_shape(base.config):
+        raise InvalidInput(
+            f"{pruned.path}: attention heads were cut there too, and a task runs through the whole model's: prune "
+            "for a task without --head-sparsity"
+        )
     for name in pruned.names:
         location = base.family.locate(name)
         found = pruned.tensor(name)

@@ -1,0 +1,293 @@
+"""Claims about cutting attention heads: whole groups go, the rest takes over, and every loader opens what is left."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import FAMILY_CONFIGS, HIDDEN, LAYERS, make_model, save_tiny
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from fbn_prune import memory
+from fbn_prune.errors import InvalidInput
+from fbn_prune.export.gguf import write_gguf
+from fbn_prune.job import run_prune
+from fbn_prune.memory import possible_plans
+from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.families import family_of
+from fbn_prune.model.surgery import HeadCut, MlpCut, apply_cut
+from fbn_prune.plan import plan
+from fbn_prune.prepared import prepare
+from fbn_prune.progress import StageClock
+from fbn_prune.pruning.pipeline import FinishedLayer
+from fbn_prune.pruning.second_order import choose_groups, output_error, refit
+from fbn_prune.recipe import Recipe, build_recipe
+from fbn_prune.serving.tasks import task_of_pruned
+
+torch.set_num_threads(1)
+WITH_HEADS = [name for name, config in FAMILY_CONFIGS.items() if family_of(config()).attention]
+WITHOUT = [name for name in FAMILY_CONFIGS if name not in WITH_HEADS]
+TOKENS = torch.arange(3, 40).view(1, -1)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"{i} apples, {i * 3} pence, {i % 7} pears. " for i in range(300)))
+    return path
+
+
+def recipe(model: Path, text: Path, output: Path | None = None, **changes: object) -> Recipe:
+    small = {"tokens": 600, "network_tokens": 400, "networks": 5, "head_sparsity": 0.5}
+    base = {"model": str(model), "calibration": [str(text)], "context": 48, "output": output}
+    budget = {} if "target_params" in changes else {"sparsity": 0.25}
+    return build_recipe({**base, **small, **budget, "width_multiple": 4, **changes})
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TOKENS, use_cache=False).logits.float()
+
+
+def problem(seed: int, groups: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    draw = {"generator": generator, "dtype": torch.float64}
+    mixing = torch.randn(groups * size, groups * size, **draw)
+    x = torch.randn(200, groups * size, **draw) @ mixing
+    return torch.randn(6, groups * size, **draw), x.T @ x / len(x)
+
+
+@given(st.integers(0, 10_000), st.integers(2, 5), st.integers(1, 4))
+@settings(max_examples=40, deadline=None)
+def test_the_group_that_goes_is_the_one_whose_best_refit_loses_least(
+    seed: int, groups: int, size: int
+) -> None:
+    weight, gram = problem(seed, groups, size)
+    errors = []
+    for gone in range(groups):
+        stay = torch.tensor([i for i in range(groups * size) if i // size != gone])
+        errors.append(output_error(weight, gram, stay, refit(weight, gram, stay, damping=1e-12)))
+    kept = choose_groups(weight, gram, size, groups - 1, damping=1e-12)
+    missing = set(range(groups)) - set(kept.tolist())
+    assert missing == {min(range(groups), key=errors.__getitem__)}
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=20, deadline=None)
+def test_groups_of_one_are_the_neurons_that_the_second_order_keeps(seed: int) -> None:
+    from fbn_prune.pruning.second_order import choose_neurons
+
+    weight, gram = problem(seed, 12, 1)
+    expected = choose_neurons(weight, gram, 5, damping=1e-2)
+    assert torch.equal(choose_groups(weight, gram, 1, 5, damping=1e-2), expected)
+
+
+@pytest.mark.parametrize("name", WITH_HEADS)
+def test_without_a_group_that_gives_nothing_the_model_is_the_same(name: str) -> None:
+    """Query, key, value and output rows of one group go together: another one's would show."""
+    model = make_model(name)
+    family = family_of(model.config)
+    shape = family.head_shape(model.config)
+    assert (shape.groups, shape.queries) == (2, 2)
+    for layer in range(LAYERS):
+        out = family.attention_output(model, layer)
+        silent = layer % 2
+        with torch.no_grad():
+            out.weight[:, silent * shape.width : (silent + 1) * shape.width] = 0
+    before = logits(model)
+    for layer in range(LAYERS):
+        out = family.attention_output(model, layer).weight.detach()
+        stays = 1 - layer % 2
+        heads = HeadCut(
+            torch.tensor([stays]), out[:, stays * shape.width : (stays + 1) * shape.width]
+        )
+        down = family.down_weight(model, layer)
+        whole = MlpCut(torch.arange(down.shape[1]), down.clone(), heads=heads)
+        apply_cut(model, family, layer, whole)
+        assert torch.allclose(logits(model), before, atol=1e-5)
+    assert family.head_shape(model.config) == replace(shape, groups=1)
+    generated = model.generate(TOKENS, max_new_tokens=4, do_sample=False)
+    assert generated.shape[1] == TOKENS.shape[1] + 4
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("name", WITH_HEADS)
+def test_what_is_measured_is_what_stock_transformers_loads(
+    name: str, sequential: bool, text: Path, tmp_path: Path
+) -> None:
+    model = save_tiny(tmp_path / "model", name)
+    asked = recipe(model, text, tmp_path / "out", sequential=sequential)
+    predicted = plan(prepare(recipe(model, text)))
+    result = run_prune(asked, StageClock())
+    assert (result.heads_total, result.heads_kept) == (4 * LAYERS, 2 * LAYERS)
+    assert result.parameters_after == predicted.parameters_after
+    assert result.bytes_after == predicted.bytes_after
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert family_of(written.config).head_shape(written.config).groups == 1
+    again = tmp_path / "again"
+    written.save_pretrained(again)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(again)), logits(written))
+    prepared = prepare(recipe(model, text))
+    from fbn_prune.perplexity import perplexity
+    from fbn_prune.stages import load_calibration
+
+    held_out = load_calibration(prepared, prepared.checkpoint.load_tokenizer()).held_out
+    assert perplexity(written, held_out.batches(400)) == pytest.approx(
+        result.perplexity_after, rel=1e-4
+    )
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| attention heads | 12 | 6 | -50.0 % |" in card
+    assert "Of 12 attention heads 6 stay" in card
+
+
+def test_a_refit_beats_leaving_the_kept_heads_as_they_were(text: Path, tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model")
+    run_prune(recipe(model, text, tmp_path / "out", sparsity=0.01), StageClock())
+    before, after = Checkpoint.open(model), Checkpoint.open(tmp_path / "out")
+    changed = [
+        name
+        for name in after.names
+        if "o_proj" in name and not torch.isin(after.tensor(name), before.tensor(name)).all()
+    ]
+    assert len(changed) == LAYERS  # new weights, not a selection of the old ones
+    for name in after.names:
+        if "q_proj" in name or "k_proj" in name or "v_proj" in name:
+            rows = {row.numpy().tobytes() for row in before.tensor(name)}
+            assert all(row.numpy().tobytes() in rows for row in after.tensor(name))
+
+
+def test_streaming_cuts_the_same_heads(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_tiny(tmp_path / "model", "llama-mlp-bias")
+    for sequential in (False, True):
+        folder = tmp_path / str(sequential)
+        folder.mkdir()
+        whole = run_prune(
+            recipe(model, text, folder / "whole", sequential=sequential), StageClock()
+        )
+
+        def frugal(*args: object) -> memory.MemoryPlan:
+            plans = [each for each in possible_plans(*args) if each.streamed]
+            return [each for each in plans if each.batch_tokens == 4096][-1]
+
+        with monkeypatch.context() as patch:
+            patch.setattr("fbn_prune.prepared.plan_memory", frugal)
+            streamed = run_prune(
+                recipe(model, text, folder / "streamed", sequential=sequential), StageClock()
+            )
+        assert streamed.perplexity_after == pytest.approx(whole.perplexity_after, rel=1e-5)
+        one, other = Checkpoint.open(folder / "whole"), Checkpoint.open(folder / "streamed")
+        assert one.names == other.names
+        for name in one.names:
+            assert torch.allclose(one.tensor(name), other.tensor(name), atol=1e-5), name
+
+
+def test_ragged_layers_and_recovery_go_with_cut_heads(text: Path, tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model")
+    asked = recipe(
+        model,
+        text,
+        tmp_path / "out",
+        layout="ragged",
+        widths="members",
+        keep_networks=3,
+        recover=True,
+        recover_passes=1,
+        recover_rank=2,
+    )
+    result = run_prune(asked, StageClock())
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert sum(p.numel() for p in written.parameters()) == result.parameters_after
+    assert written.config.num_key_value_heads == 1
+    assert torch.isfinite(logits(written)).all()
+
+
+def test_a_budget_in_parameters_counts_the_heads_that_go(text: Path, tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model")
+    total = Checkpoint.open(model).total_parameters
+    heads = 2 * HIDDEN * 4 * LAYERS * 3  # half of q and o, half of k and v
+    target = total - heads - 3 * HIDDEN * 4 * LAYERS  # and four neurons of each layer
+    asked = recipe(model, text, tmp_path / "out", target_params=str(target))
+    result = run_prune(asked, StageClock())
+    assert result.parameters_after == target
+    assert result.widths == [20] * LAYERS
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_architectures_without_a_head_size_of_their_own_are_refused(
+    name: str, text: Path, tmp_path: Path
+) -> None:
+    model = save_tiny(tmp_path / "model", name)
+    with pytest.raises(InvalidInput, match=r"attention heads of .* cannot be cut"):
+        prepare(recipe(model, text))
+
+
+def test_a_share_that_the_config_does_not_accept_is_refused_with_those_that_it_does(
+    text: Path, tmp_path: Path
+) -> None:
+    config = LlamaConfig(
+        **{**FAMILY_CONFIGS["llama"]().to_dict(), "num_attention_heads": 8, "head_dim": 2},
+    )
+    config.num_key_value_heads = 4
+    model = save_tiny(tmp_path / "model", config=config)
+    with pytest.raises(InvalidInput, match=r"3 of 4 key-value heads .* can go: 0\.5, 0\.75$"):
+        prepare(recipe(model, text, head_sparsity=0.25))
+    with pytest.raises(InvalidInput, match="0 of 4 key-value heads"):
+        prepare(recipe(model, text, head_sparsity=0.9))
+    assert prepare(recipe(model, text, head_sparsity=0.75)).head_groups == 1
+
+
+def test_whole_layers_and_cut_heads_exclude_each_other(text: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="keep_layers = 0: head_sparsity"):
+        recipe(tmp_path, text, layout="ragged", keep_layers="0")
+
+
+def test_a_task_of_a_shared_model_cannot_lack_heads(text: Path, tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model")
+    run_prune(recipe(model, text, tmp_path / "out"), StageClock())
+    with pytest.raises(InvalidInput, match="attention heads were cut"):
+        task_of_pruned(Checkpoint.open(model), Checkpoint.open(tmp_path / "out"), "full", 8)
+
+
+def test_gguf_says_how_large_a_head_is_where_that_can_be_said(text: Path, tmp_path: Path) -> None:
+    for name in ("llama", "qwen2"):
+        run_prune(
+            recipe(save_tiny(tmp_path / name, name), text, tmp_path / f"{name}-out"), StageClock()
+        )
+    write_gguf(Checkpoint.open(tmp_path / "llama-out"), tmp_path / "llama.gguf")
+    fields = gguf.GGUFReader(tmp_path / "llama.gguf").fields
+    counts = {
+        key: int(fields[f"llama.attention.{key}"].contents())
+        for key in ("head_count", "head_count_kv", "key_length", "value_length")
+    }
+    assert counts == {"head_count": 2, "head_count_kv": 1, "key_length": 4, "value_length": 4}
+    with pytest.raises(InvalidInput, match="without --head-sparsity"):
+        write_gguf(Checkpoint.open(tmp_path / "qwen2-out"), tmp_path / "qwen2.gguf")
+    assert not (tmp_path / "qwen2.gguf").exists()
+
+
+def test_a_finished_layer_comes_back_with_its_heads_and_what_was_said_of_it() -> None:
+    heads = HeadCut(torch.tensor([1]), torch.randn(4, 6), torch.randn(4))
+    cut = MlpCut(torch.tensor([0, 2]), torch.randn(4, 2), None, heads)
+    back = FinishedLayer.from_bytes(FinishedLayer(cut, 0.25, ("few tokens", "ünd")).to_bytes())
+    assert back.notes == ("few tokens", "ünd")
+    assert back.relative_error == 0.25
+    assert back.cut.heads is not None
+    assert torch.equal(back.cut.heads.out_weight, heads.out_weight)
+    assert torch.equal(back.cut.heads.out_bias, heads.out_bias)
+    assert back.cut.down_bias is None
+
+
+def test_the_report_and_json_say_how_many_heads_stay(text: Path, tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model")
+    run_prune(recipe(model, text, tmp_path / "out"), StageClock())
+    assert "attention heads" in (tmp_path / "out" / "report.html").read_text()
+    stored = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert stored["heads_kept"] == 6
