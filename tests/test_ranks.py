@@ -113,6 +113,10 @@ def launched(processes: int, arguments: list[str]) -> subprocess.CompletedProces
     )
 
 
+def warnings_of(said: str) -> list[str]:
+    return [line for line in said.splitlines() if line.startswith("warning: layer")]
+
+
 def alone(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "fbn_prune", *arguments],
@@ -124,20 +128,32 @@ def alone(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     )
 
 
+MODES = {
+    "one-shot": [],
+    "sequential": ["--sequential"],
+    # so few tokens that the damping is adapted, and said
+    "heads": ["--head-sparsity=0.5", "--tokens=300"],
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("processes", "mode"), [(2, "one-shot"), (2, "sequential"), (4, "one-shot")]
+    ("processes", "mode"), [(2, "one-shot"), (2, "sequential"), (4, "one-shot"), (2, "heads")]
 )
 def test_several_processes_end_in_the_weights_of_one(
     place: Path, processes: int, mode: str
 ) -> None:
-    more = ["--sequential"] if mode == "sequential" else []
+    more = MODES[mode]
     if not (place / mode).exists():
-        alone(job(place, mode, *more))
+        said = alone(job(place, mode, *more)).stderr
+        (place / f"{mode}.said").write_text("\n".join(warnings_of(said)))
     many = f"{mode}-{processes}"
     done = launched(processes, ["-m", "fbn_prune", *job(place, many, *more)])
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["output"] == str(place / many)
+    said = (place / f"{mode}.said").read_text().splitlines()
+    assert warnings_of(done.stderr) == said  # of all layers, whoever fitted them
+    assert bool(said) == (mode == "heads")
     expected, found = (load_file(place / name / "model.safetensors") for name in (mode, many))
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
