@@ -6,8 +6,8 @@ Results go to stdout, everything else to stderr.
 from __future__ import annotations
 
 import json
-import math
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,24 +77,43 @@ class TerminalDisplay:
 
 
 class LineDisplay:
-    """A line when a stage has taken over a second, when it goes on, and when it ends."""
+    """A line when a stage has taken over a second, when it goes on, when it ends, and when nothing was heard of it
+    for long: a step of a large model can take minutes."""
 
     @contextmanager
     def stage(self, name: str, total: int, unit: str) -> Iterator[Advance]:
         start = spoken = time.perf_counter()
         done = 0
+        ended = threading.Event()
+
+        def speak(now: float) -> None:
+            nonlocal spoken
+            spoken = now
+            if not done:
+                self.note(f"{name}: 0%, at work for {now - start:.0f} s")
+                return
+            rate = done / (now - start)
+            left = (total - done) / rate
+            self.note(f"{name}: {done / total:.0%}, {_short(rate)} {unit}/s, {left:.0f} s left")
 
         def advance(count: int) -> None:
-            nonlocal done, spoken
+            nonlocal done
             done += count
             now = time.perf_counter()
-            if now - spoken >= LINE_SECONDS and done < total:
-                spoken = now
-                rate = done / (now - start)
-                left = (total - done) / rate if rate else math.inf
-                self.note(f"{name}: {done / total:.0%}, {_short(rate)} {unit}/s, {left:.0f} s left")
+            if now - spoken >= LINE_SECONDS and 0 < done < total:
+                speak(now)
 
-        yield advance
+        def reassure() -> None:
+            while not ended.wait(LINE_SECONDS):
+                now = time.perf_counter()
+                if now - spoken >= 2 * LINE_SECONDS:
+                    speak(now)
+
+        threading.Thread(target=reassure, daemon=True).start()
+        try:
+            yield advance
+        finally:
+            ended.set()
         took = time.perf_counter() - start
         if took >= 1:
             self.note(f"{name}: done in {took:.1f} s")
