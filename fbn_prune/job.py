@@ -161,7 +161,7 @@ def _pruned(prepared: Prepared, work: Work, clock: StageClock) -> PruneResult:
     recovery = None
     if recipe.recover:
         cut = replace(cut, trained=recover_model(prepared, model, blocks, work, clock))
-        healed = _pruned_perplexity(model, held_out, clock)
+        healed = work.numbers("recovered", lambda: _pruned_perplexity(model, held_out, clock))
         recovery = Recovery.measured(before, after, healed, recipe.recover_passes, blocks.tokens)
         after = healed
     result = PruneResult(
@@ -200,7 +200,7 @@ def _pruned(prepared: Prepared, work: Work, clock: StageClock) -> PruneResult:
             ),
         }
     if recipe.output is not None and is_first():
-        publish(prepared, cut, networks, result, clock)
+        publish(prepared, cut, networks, result, clock, shards=work)
     result.stages = dict(clock.seconds)
     result.peak_memory_bytes = peak_memory_bytes()
     return result

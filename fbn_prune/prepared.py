@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 from fbn_prune import builtin, ranks
 from fbn_prune.budget import Budget, kept_head_groups, stated_budget, whole_layers
 from fbn_prune.errors import InvalidInput
-from fbn_prune.export.directory import check_output
+from fbn_prune.export.directory import check_output, check_room, on_one_disk
 from fbn_prune.memory import MemoryPlan, plan_memory
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.families import Family
@@ -20,6 +21,8 @@ from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.pruning.allocation import default_multiple
 from fbn_prune.recipe import Recipe
 from fbn_prune.task_sources import Task
+from fbn_prune.unfinished import shard_bytes
+from fbn_prune.work import default_place
 
 MAX_CONTEXT = 2048
 
@@ -87,9 +90,7 @@ def prepare(recipe: Recipe) -> Prepared:
     source = str(builtin.model_path()) if recipe.model == "builtin" else recipe.model
     checkpoint = Checkpoint.open(source, trust_remote_code=recipe.trust_remote_code)
     if recipe.output is not None:
-        check_output(
-            recipe.output, recipe.overwrite, checkpoint.path, needed_bytes=checkpoint.total_bytes
-        )
+        _check_places(recipe, recipe.output, checkpoint)
     family = checkpoint.family
     longest = family.context_length(checkpoint.config)
     if recipe.context is not None and recipe.context > longest:
@@ -143,6 +144,18 @@ def prepare(recipe: Recipe) -> Prepared:
         task,
         head_groups,
     )
+
+
+def _check_places(recipe: Recipe, output: Path, checkpoint: Checkpoint) -> None:
+    """The output and the work directory; shards that an unfinished run has there need no room again."""
+    place = default_place(output) if recipe.work_dir is None else recipe.work_dir
+    whole = checkpoint.total_bytes
+    missing = max(0, whole - shard_bytes(place.expanduser(), output))
+    together = on_one_disk(place, output)
+    needed = missing if together else whole
+    check_output(output, recipe.overwrite, checkpoint.path, needed_bytes=needed)
+    if not together:
+        check_room(place, missing, "work directory")
 
 
 def _device(name: str) -> torch.device:

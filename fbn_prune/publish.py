@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from fbn_prune.export.card import CardFacts, model_card, source_license
 from fbn_prune.export.ragged import write_ragged_checkpoint
+from fbn_prune.export.shards import ShardStore
 from fbn_prune.export.writer import (
     atomic_directory,
     verify_export,
@@ -31,7 +32,20 @@ def publish(
     networks: FunctionalNetworks | None,
     result: PruneResult,
     clock: StageClock,
+    *,
+    shards: ShardStore | None = None,
 ) -> None:
+    """Write everything into the recipe's output, which appears when it is whole.
+
+    Parameters
+    ----------
+    shards : keeps finished shards for a run that has to start again.
+
+    Raises
+    ------
+    FbnPruneError
+        The disk cannot be written to, or the checkpoint does not fit its config.
+    """
     recipe = prepared.recipe
     assert recipe.output is not None
     with (
@@ -47,6 +61,7 @@ def publish(
             trained=cut.trained,
             max_shard_size=parse_size(recipe.max_shard_size, "max_shard_size"),
             progress=advance,
+            store=shards,
         )
         verify_export(folder)
         written = Checkpoint.open(folder, ragged=True)

@@ -170,7 +170,7 @@ def recover_model(
     with clock.stage("load"):
         dense = prepared.load_model()
     options = RecoveryOptions(recipe.recover_passes, recipe.recover_rank, recipe.seed)
-    heal(model, dense, family, blocks, options, clock, keep=work.tensors)
+    heal(model, dense, family, blocks, options, clock, store=work)
     return healed_tensors(model, family, prepared.checkpoint)
 
 

@@ -4,7 +4,7 @@ A work directory holds a folder for each unfinished run, named by a fingerprint 
 recipe, checkpoint (headers, sizes and times of its files), versions, device, threads. In it lie the finished stages,
 each a safetensors or JSON file, put in place whole and recorded with its SHA-256; what does not match its record is
 computed again. Tensors are kept as they were computed, so that a resumed run ends in the same bytes as an undisturbed
-one.
+one. The output's shards lie there too, until all are finished and the output gets them.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ import json
 import os
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +24,17 @@ from torch import Tensor
 
 from fbn_prune import ranks
 from fbn_prune.errors import FbnPruneError, InvalidInput
-from fbn_prune.locks import locked, owned
+from fbn_prune.export.shards import Put
+from fbn_prune.locks import locked
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.pruning.pipeline import FinishedLayer
 
 FORMAT = 1
 RECORD = "work.json"
 LOCK = "lock"
+
+KINDS = {"layers": "layer-", "matched layers": "match-", "shards": "shard-"}
+"""What there are many of in a run, and what the names of their files begin with; all others are stages."""
 
 
 def default_place(output: Path) -> Path:
@@ -54,7 +56,7 @@ class Work:
         self._folder = folder
         self._record: dict[str, Any] = {"format": FORMAT, **(told or {}), "stages": {}}
         if folder is not None:
-            before = _read_record(folder)
+            before = read_record(folder)
             if before is not None:
                 self._record = before
 
@@ -66,9 +68,18 @@ class Work:
     @property
     def words(self) -> str:
         """What there is to go on from."""
-        names = self._record["stages"]
-        layers = sum(name.startswith("layer-") for name in names)
-        return f"{len(names) - layers} stages and {layers} layers finished before ({self._folder})"
+        found = [
+            f"{count} {kind}" for kind, count in counted(self._record["stages"]).items() if count
+        ]
+        return f"{', '.join(found)} finished before ({self._folder})"
+
+    def tidy(self) -> None:
+        """Remove files that the record does not name: a killed run's, half written, or what has been replaced."""
+        if self._folder is not None:
+            for file in self._folder.iterdir():
+                if file.name not in {RECORD, LOCK, *self._record["stages"]}:
+                    with suppress(OSError):
+                        file.unlink()
 
     def bind(self, calibration: str) -> bool:
         """Say what the calibration text is; what was finished on another is forgotten. Whether that was so."""
@@ -78,6 +89,7 @@ class Work:
         stale = bool(self._record["stages"])
         self._record |= {"calibration": calibration, "stages": {}}
         self._save_record()
+        self.tidy()
         return stale
 
     def numbers(self, stage: str, compute: Callable[[], Any]) -> Any:
@@ -86,7 +98,7 @@ class Work:
         if data is not None:
             return json.loads(data)
         value = compute()
-        self._save(f"{stage}.json", lambda: json.dumps(value).encode())
+        self._save(f"{stage}.json", lambda put: put(json.dumps(value).encode()))
         return value
 
     def tensors(self, stage: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -95,8 +107,25 @@ class Work:
         if data is not None:
             return safetensors.torch.load(data)
         value = compute()
-        self._save(f"{stage}.safetensors", lambda: _packed(value))
+        self._save(f"{stage}.safetensors", lambda put: put(_packed(value)))
         return value
+
+    def state(self, stage: str) -> dict[str, Tensor] | None:
+        """The last state that a stage kept on its way, on the CPU; None where there is none."""
+        kept = (self._read(name) for name in sorted(self._named(f"{stage}-"), reverse=True))
+        data = ranks.told(next((data for data in kept if data is not None), None))
+        return None if data is None else safetensors.torch.load(data)
+
+    def keep_state(self, stage: str, number: int, compute: Callable[[], dict[str, Tensor]]) -> None:
+        """Keep a stage's state, higher in number than those before, in their place.
+
+        Of several processes the first decides when: the others need not call.
+        """
+        self._save(
+            f"{stage}-{number:08d}.safetensors",
+            lambda put: put(_packed(compute())),
+            instead_of=self._named(f"{stage}-"),
+        )
 
     def networks(self, compute: Callable[[], FunctionalNetworks]) -> FunctionalNetworks:
         """The networks, as their artifact."""
@@ -108,7 +137,7 @@ class Work:
                 file.flush()
                 return FunctionalNetworks.load(file.name)
         value = compute()
-        self._save(name, value.to_bytes)
+        self._save(name, lambda put: put(value.to_bytes()))
         return value
 
     def layers(self) -> int:
@@ -133,7 +162,67 @@ class Work:
 
     def keep(self, layer: int, finished: FinishedLayer) -> None:
         """Keep a layer that is finished."""
-        self._save(_layer_file(layer), finished.to_bytes)
+        self._save(_layer_file(layer), lambda put: put(finished.to_bytes()))
+
+    # Shards (fbn_prune.export.shards.ShardStore): too large to be read whole, and the first process's alone.
+
+    def only_shards(self, names: Collection[str]) -> None:
+        """Let go of all shards but these, which a run with another shard size has left."""
+        wanted = {KINDS["shards"] + name for name in names}
+        for name in self._named(KINDS["shards"]):
+            if name not in wanted:
+                del self._record["stages"][name]
+        self.tidy()
+
+    def has_shard(self, name: str, head: bytes, size: int) -> bool:
+        """Whether that shard is kept and undamaged, starts with `head` and is of `size` bytes."""
+        expected = self._record["stages"].get(KINDS["shards"] + name)
+        if expected is None:
+            return False
+        try:
+            with self._shard(name).open("rb") as file:
+                start = file.read(len(head))
+                if start != head or os.fstat(file.fileno()).st_size != size:
+                    return False
+                digest = hashlib.sha256(start)
+                while chunk := file.read(2**20):
+                    digest.update(chunk)
+        except OSError:
+            return False
+        return digest.hexdigest() == expected
+
+    def keep_shard(self, name: str, write: Callable[[Put], object]) -> None:
+        """Keep what `write` puts, when all of it is on the disk."""
+        with suppress(OSError):  # what is there is damaged, and takes room
+            self._shard(name).unlink()
+        self._save(KINDS["shards"] + name, write)
+
+    def put_shard(self, name: str, target: Path) -> None:
+        """Have a kept shard at `target` too: the same file by a second name where the file system knows such names, so
+        that nothing is lost if the run is killed before the output stands; else moved there, or from another file
+        system copied.
+
+        Raises
+        ------
+        FbnPruneError
+            There is no room for a copy.
+        """
+        for put in (os.link, os.rename):
+            with suppress(OSError):
+                put(self._shard(name), target)
+                return
+        try:
+            shutil.copyfile(self._shard(name), target)
+        except OSError as error:
+            raise _unwritable(target.parent, error) from error
+
+    def _shard(self, name: str) -> Path:
+        assert self._folder is not None
+        return self._folder / (KINDS["shards"] + name)
+
+    def _named(self, start: str) -> list[str]:
+        """Names of what is kept that begin so."""
+        return [name for name in self._record["stages"] if name.startswith(start)]
 
     def _load(self, name: str) -> bytes | None:
         # Of several processes the first reads and the others are told, or they would not do the same stages.
@@ -151,34 +240,62 @@ class Work:
             return None
         return data
 
-    def _save(self, name: str, pack: Callable[[], bytes]) -> None:
+    def _save(
+        self, name: str, write: Callable[[Put], object], *, instead_of: Iterable[str] = ()
+    ) -> None:
+        """Keep what `write` puts, and no longer what it stands for."""
         if self._folder is None:
             return
-        data = pack()
-        self._write(name, data)
-        self._record["stages"][name] = hashlib.sha256(data).hexdigest()
+        if not name.startswith(KINDS["shards"]):
+            # Shards hold what the stages before them came to: a stage done again might come to something else.
+            instead_of = {*instead_of, *self._named(KINDS["shards"])}
+        stages = self._record["stages"]
+        stages[name] = self._write(name, write)
+        gone = [old for old in instead_of if old != name and stages.pop(old, None) is not None]
         self._save_record()
+        if gone:
+            self.tidy()
 
     def _save_record(self) -> None:
         if self._folder is not None:
-            self._write(RECORD, json.dumps(self._record, indent=1).encode())
+            self._write(RECORD, lambda put: put(json.dumps(self._record, indent=1).encode()))
 
-    def _write(self, name: str, data: bytes) -> None:
+    def _write(self, name: str, write: Callable[[Put], object]) -> str:
+        """Write a file and put it in place when it is on the disk; its SHA-256."""
         assert self._folder is not None
         temporary = self._folder / f"{name}.tmp"
+        digest = hashlib.sha256()
         try:
             with temporary.open("wb") as file:
-                file.write(data)
+
+                def put(data: bytes | memoryview) -> None:
+                    digest.update(data)
+                    file.write(data)
+
+                write(put)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, self._folder / name)
-        except OSError as error:
+        except BaseException as error:
             with suppress(OSError):
                 temporary.unlink()
-            raise FbnPruneError(
-                f"cannot write {self._folder}: {error.strerror or error}; what is finished is kept: make room, or "
-                "repair what is wrong, and run the same command again"
-            ) from error
+            if isinstance(error, OSError):
+                raise _unwritable(self._folder, error) from error
+            raise
+        return digest.hexdigest()
+
+
+def counted(names: Collection[str]) -> dict[str, int]:
+    """How many stages, and how many of each of :data:`KINDS`, these names of kept files are."""
+    kinds = {kind: sum(name.startswith(start) for name in names) for kind, start in KINDS.items()}
+    return {"stages": len(names) - sum(kinds.values()), **kinds}
+
+
+def _unwritable(folder: Path, error: OSError) -> FbnPruneError:
+    return FbnPruneError(
+        f"cannot write {folder}: {error.strerror or error}; what is finished is kept: make room, or "
+        "repair what is wrong, and run the same command again"
+    )
 
 
 def _packed(tensors: dict[str, Tensor]) -> bytes:
@@ -189,7 +306,8 @@ def _layer_file(layer: int) -> str:
     return f"layer-{layer:05d}.safetensors"
 
 
-def _read_record(folder: Path) -> dict[str, Any] | None:
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """What a run's folder says of itself; None where it is damaged, or of another version."""
     try:
         record = json.loads((folder / RECORD).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -225,82 +343,24 @@ def work_in(
     made = [parent for parent in place.resolve().parents if not parent.exists()]
     with locked(folder, LOCK, "the same run is at work there: wait for it to end"):
         work = Work(folder, told)
+        work.tidy()
         try:
             yield work
         except BaseException as error:
             if isinstance(error, InvalidInput) or not work.started:
-                _remove(folder, place, keep_place)
+                remove(folder, place, keep_place)
                 for parent in made:
                     with suppress(OSError):
                         parent.rmdir()
             else:
                 error.resumes = True  # type: ignore[attr-defined]
             raise
-        _remove(folder, place, keep_place)
+        remove(folder, place, keep_place)
 
 
-def _remove(folder: Path, place: Path, keep_place: bool) -> None:
+def remove(folder: Path, place: Path, keep_place: bool) -> None:
+    """Remove a run's folder from a work directory, and that too if nothing else is in it."""
     shutil.rmtree(folder, ignore_errors=True)
     if not keep_place:
         with suppress(OSError):
             place.rmdir()
-
-
-# Listing and cleaning
-
-
-@dataclass(frozen=True)
-class Unfinished:
-    """A run's folder in a work directory."""
-
-    folder: Path
-    model: str
-    output: str
-    stages: int
-    layers: int
-    bytes: int
-    idle_seconds: float
-    in_use: bool
-
-
-def unfinished(where: Path) -> list[Unfinished]:
-    """The runs in a work directory, or in the work directories beside the outputs in a folder.
-
-    Raises
-    ------
-    InvalidInput
-        `where` is no folder.
-    """
-    if not where.is_dir():
-        raise InvalidInput(f"there is no folder {where}")
-    found = []
-    for record in sorted({*where.glob(f"*/{RECORD}"), *where.glob(f".*.work/*/{RECORD}")}):
-        content = _read_record(record.parent)
-        if content is None:
-            continue
-        names = list(content["stages"])
-        found.append(
-            Unfinished(
-                folder=record.parent,
-                model=str(content.get("model")),
-                output=str(content.get("output")),
-                stages=sum(not name.startswith("layer-") for name in names),
-                layers=sum(name.startswith("layer-") for name in names),
-                bytes=sum(file.stat().st_size for file in record.parent.iterdir()),
-                idle_seconds=max(0.0, time.time() - record.stat().st_mtime),
-                in_use=owned(record.parent / LOCK),
-            )
-        )
-    return found
-
-
-def clean(where: Path) -> tuple[list[Unfinished], list[Unfinished]]:
-    """Remove the runs that :func:`unfinished` finds and no process is at work on: those removed, those left."""
-    removed, left = [], []
-    for run in unfinished(where):
-        if run.in_use:
-            left.append(run)
-            continue
-        _remove(run.folder, run.folder.parent, keep_place=run.folder.parent == where)
-        removed.append(run)
-    return removed, left

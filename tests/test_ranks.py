@@ -171,8 +171,20 @@ def test_a_refusal_is_said_once(place: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_lost_process_ends_the_job_and_the_rest_can_be_gone_on_with(place: Path) -> None:
-    arguments = ["-m", "fbn_prune", *job(place, "lost", "--tokens=4000")]
+@pytest.mark.parametrize(
+    ("moment", "more"),
+    [
+        ("dense.json", []),
+        ("match-00001.safetensors", ["--recover"]),
+        ("distilled-*", ["--recover", "--max-shard-size=6KB"]),
+    ],
+)
+def test_a_lost_process_ends_the_job_and_the_rest_can_be_gone_on_with(
+    place: Path, tmp_path: Path, moment: str, more: list[str]
+) -> None:
+    lost, whole = tmp_path / "lost", tmp_path / "whole"
+    flags = ["--tokens=4000", *more]
+    arguments = ["-m", "fbn_prune", *job(place, str(lost), *flags)]
     running = subprocess.Popen(
         [*LAUNCHER, "2", *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -180,22 +192,22 @@ def test_a_lost_process_ends_the_job_and_the_rest_can_be_gone_on_with(place: Pat
         stderr=subprocess.PIPE,
         text=True,
     )
-    work = place / ".lost.work"
+    work = tmp_path / ".lost.work"
     deadline = time.monotonic() + 120
-    while not list(work.glob("*/dense.json")) and time.monotonic() < deadline:
+    while not list(work.glob(f"*/{moment}")) and time.monotonic() < deadline:
         time.sleep(0.05)
     os.kill(children(running.pid)[-1], signal.SIGKILL)
     running.communicate(timeout=120)
     assert running.returncode != 0
-    assert not (place / "lost").exists()
+    assert not lost.exists()
     assert list(work.glob("*/dense.json")), "what was finished is kept"
     done = launched(2, arguments)
     assert done.returncode == 0, done.stderr
     assert "going on from" in done.stderr
-    undisturbed = launched(2, ["-m", "fbn_prune", *job(place, "whole", "--tokens=4000")])
+    undisturbed = launched(2, ["-m", "fbn_prune", *job(place, str(whole), *flags)])
     assert undisturbed.returncode == 0, undisturbed.stderr
-    first, second = (place / name / "model.safetensors" for name in ("lost", "whole"))
-    assert first.read_bytes() == second.read_bytes()
+    weights = {path.name: path.read_bytes() for path in whole.glob("model*.safetensors")}
+    assert {path.name: path.read_bytes() for path in lost.glob("model*.safetensors")} == weights
 
 
 def children(pid: int) -> list[int]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,11 @@ from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.families import family_of
 from fbn_prune.model.surgery import MlpCut, apply_cut
 from fbn_prune.progress import StageClock
-from fbn_prune.recovery import healing
-from fbn_prune.recovery.distillation import DistillationOptions, distil
+from fbn_prune.recovery import distillation, healing
+from fbn_prune.recovery.distillation import DistillationOptions, _Training, distil
 from fbn_prune.recovery.gain import Recovery
 from fbn_prune.recovery.healing import RecoveryOptions, heal, linear_maps
-from fbn_prune.recovery.matching import match_layers
+from fbn_prune.recovery.matching import _LayerFit, match_layers
 from fbn_prune.work import Work
 
 torch.set_num_threads(1)
@@ -97,7 +99,7 @@ def test_distillation_brings_predictions_closer_and_leaves_no_adapter(name: str)
     names, before = list(parameters(cut)), divergence(dense, cut)
     maps = list(linear_maps(cut, family))
     options = DistillationOptions(rank=4, passes=8, step_tokens=64, learning_rate=5e-3)
-    distil(cut, dense, maps, sample(), options, StageClock(), keep=lambda _, compute: compute())
+    distil(cut, dense, maps, sample(), options, StageClock())
     assert divergence(dense, cut) < before
     assert list(parameters(cut)) == names
     assert all(p.requires_grad for p in cut.parameters())
@@ -130,40 +132,129 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("steps", [3, 9])
-def test_healing_that_was_cut_off_ends_in_the_same_weights(
-    steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@contextmanager
+def interrupted_at(owner: type, method: str, call: int) -> Iterator[list[object]]:
+    """That call of a method does not return; the list has one item a call that did."""
+    whole, calls = getattr(owner, method), []
+
+    def counted(self: Any, *args: Any) -> Any:
+        if len(calls) + 1 == call:
+            raise Interrupted
+        result = whole(self, *args)
+        calls.append(result)
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, method, counted)
+        yield calls
+
+
+def assert_healed_alike(
+    interruptions: Sequence[tuple[type, str, int]], folder: Path
+) -> tuple[int, int]:
+    """Healing broken off again and again ends in the weights of one that was not; the steps that the last run took in
+    matching and in distillation."""
     dense, cut = pair()
     family = family_of(dense.config)
-    monkeypatch.setattr(healing, "BATCH_TOKENS", 64)
-    whole, broken = copy.deepcopy(cut), copy.deepcopy(cut)
+    whole = copy.deepcopy(cut)
     heal(whole, dense, family, sample(), OPTIONS, StageClock())
-
-    from fbn_prune.recovery.distillation import _Training
-
-    step, count = _Training.step, 0
-
-    def interrupted(self: Any, blocks: TokenBlocks) -> None:
-        nonlocal count
-        count += 1
-        if count == steps:
-            raise Interrupted
-        step(self, blocks)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(_Training, "step", interrupted)
-        keep = Work(tmp_path).tensors
-        with pytest.raises(Interrupted):
-            heal(broken, dense, family, sample(), OPTIONS, StageClock(), keep=keep)
-
-    def refused(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("layers were matched again")
-
-    monkeypatch.setattr(healing, "match_layers", refused)
-    heal(cut, dense, family, sample(), OPTIONS, StageClock(), keep=Work(tmp_path).tensors)
+    for interruption in interruptions:
+        broken = copy.deepcopy(cut)
+        with interrupted_at(*interruption), pytest.raises(Interrupted):
+            heal(broken, dense, family, sample(), OPTIONS, StageClock(), store=Work(folder))
+    with (
+        interrupted_at(_LayerFit, "step", 0) as matching,
+        interrupted_at(_Training, "step", 0) as distilling,
+    ):
+        heal(cut, dense, family, sample(), OPTIONS, StageClock(), store=Work(folder))
     for name, value in parameters(cut).items():
         assert torch.equal(value, parameters(whole)[name]), name
+    return len(matching), len(distilling)
+
+
+@pytest.fixture
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """Steps of matching one layer, and of the whole distillation."""
+    monkeypatch.setattr(healing, "BATCH_TOKENS", 64)
+    batches = len(sample().batches(64))
+    dense, cut = pair()
+    with interrupted_at(_Training, "step", 0) as distilling:
+        heal(cut, dense, family_of(dense.config), sample(), OPTIONS, StageClock())
+    return OPTIONS.passes * batches, len(distilling)
+
+
+@pytest.mark.parametrize("finished", range(LAYERS))
+def test_matching_that_was_cut_off_goes_on_with_the_next_layer(
+    finished: int, small_steps: tuple[int, int], tmp_path: Path
+) -> None:
+    layer, whole = small_steps
+    broken_off = (_LayerFit, "step", finished * layer + 2)
+    steps = assert_healed_alike([broken_off], tmp_path)
+    assert steps == ((LAYERS - finished) * layer, whole)
+
+
+def test_a_layer_cut_off_in_every_run_but_the_last_ends_the_same(
+    small_steps: tuple[int, int], tmp_path: Path
+) -> None:
+    layer, whole = small_steps
+    broken_off = (_LayerFit, "step", layer + 3)  # each run ends one layer and begins another
+    steps = assert_healed_alike([broken_off] * (LAYERS - 1), tmp_path)
+    assert steps == (layer, whole)
+
+
+@pytest.mark.parametrize("number", range(2, 9))
+def test_distillation_that_was_cut_off_goes_on_with_the_next_step(
+    number: int, small_steps: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distillation, "KEEPING_SHARE", float("inf"))  # after each step
+    _, whole = small_steps
+    assert whole > 8
+    steps = assert_healed_alike([(_Training, "step", number)], tmp_path)
+    assert steps == (0, whole - number + 1)
+    assert len(list(tmp_path.glob("distilled-*"))) == 1
+
+
+def test_distillation_cut_off_in_every_pass_ends_the_same(
+    small_steps: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distillation, "KEEPING_SHARE", float("inf"))
+    _, whole = small_steps
+    steps = assert_healed_alike([(_Training, "step", 4)] * 3, tmp_path)
+    assert steps == (0, whole - 9)
+
+
+def test_what_costs_long_to_keep_is_kept_seldom_but_the_end_is_kept(
+    small_steps: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distillation, "KEEPING_SHARE", 0.0)
+    _, whole = small_steps
+    first_alone = (_Training, "step", 4)
+    at_the_end = (_Training, "merge", 1)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    assert assert_healed_alike([first_alone], tmp_path / "a") == (0, whole - 1)
+    assert assert_healed_alike([at_the_end], tmp_path / "b") == (0, 0)
+
+
+def test_a_damaged_layer_and_a_damaged_state_are_made_anew(
+    small_steps: tuple[int, int], tmp_path: Path
+) -> None:
+    layer, whole = small_steps
+    dense, cut = pair()
+    with interrupted_at(_Training, "merge", 1), pytest.raises(Interrupted):
+        heal(
+            cut,
+            dense,
+            family_of(dense.config),
+            sample(),
+            OPTIONS,
+            StageClock(),
+            store=Work(tmp_path),
+        )
+    for name in ("match-00001.safetensors", f"distilled-{whole:08d}.safetensors"):
+        data = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(data[:-1])
+    assert assert_healed_alike([], tmp_path) == (layer, whole)
 
 
 def test_the_gap_closed_is_the_share_that_came_back() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -19,9 +21,11 @@ from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.job import run_prune
 from fbn_prune.locks import locked, owned
 from fbn_prune.memory import MemoryPlan, plan_memory
+from fbn_prune.prepared import prepare
 from fbn_prune.progress import StageClock
 from fbn_prune.recipe import Recipe, build_recipe
-from fbn_prune.work import Work, clean, unfinished, work_in
+from fbn_prune.unfinished import clean, unfinished
+from fbn_prune.work import Work, work_in
 
 torch.set_num_threads(1)
 
@@ -31,7 +35,10 @@ MODES: dict[str, dict[str, Any]] = {
     "loss-aware ragged": {"layout": "ragged", "widths": "loss", "loss_aware": True},
     "task": {"task": "task.jsonl", "rank": "task"},
     "streamed": {},
+    "recovered": {"recover": True, "max_shard_size": "6KB"},
 }
+
+SHARDED = {"max_shard_size": "6KB"}
 
 
 class Killed(BaseException):
@@ -75,8 +82,8 @@ def killed_after(writes: int) -> Iterator[list[str]]:
     kept: list[str] = []
     save = Work._save
 
-    def count(self: Work, name: str, pack: Callable[[], bytes]) -> None:
-        save(self, name, pack)
+    def count(self: Work, name: str, *others: Any, **more: Any) -> None:
+        save(self, name, *others, **more)
         kept.append(name)
         if len(kept) == writes:
             raise Killed
@@ -122,7 +129,7 @@ def test_what_is_finished_is_not_done_again(
         monkeypatch.setattr(job, stage, lambda *_, **__: pytest.fail("done again"))
     with killed_after(99) as kept:
         run(place, tmp_path / "out")
-    assert kept == ["layer-00002.safetensors", "pruned.json"]
+    assert kept == ["layer-00002.safetensors", "pruned.json", "shard-model.safetensors"]
 
 
 def test_a_finished_run_leaves_no_work_and_a_named_directory_stays(
@@ -195,6 +202,295 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+# Shards
+
+
+@pytest.fixture(scope="module")
+def sharded(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What an undisturbed run with several shards ends in."""
+    output = tmp_path_factory.mktemp("sharded") / "out"
+    run(place, output, **SHARDED)
+    files = contents(output)
+    assert sum(name.startswith("model-") for name in files) > 5
+    return files
+
+
+@contextmanager
+def killed_at_shard(number: int) -> Iterator[list[str]]:
+    """The run is killed when it has kept that shard, from 1."""
+    with killed_after(9 + number) as kept:
+        yield kept
+    assert kept[-1].startswith(f"shard-model-{number:05d}-of-")
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*/shard-*"))
+
+
+def resumed(place: Path, output: Path, **changes: Any) -> list[str]:
+    """What a run that goes on has to keep anew."""
+    with killed_after(99) as kept:
+        run(place, output, **{**SHARDED, **changes})
+    return kept
+
+
+@pytest.mark.parametrize("number", [1, 4])
+def test_a_run_killed_between_shards_writes_the_rest(
+    number: int, place: Path, tmp_path: Path, sharded: dict[str, bytes]
+) -> None:
+    with killed_at_shard(number), pytest.raises(Killed):
+        run(place, tmp_path / "out", **SHARDED)
+    names = [name for name in sorted(sharded) if name.startswith("model-")]
+    assert [file.name for file in shards(tmp_path / ".out.work")] == [
+        f"shard-{name}" for name in names[:number]
+    ]
+    assert resumed(place, tmp_path / "out") == [f"shard-{name}" for name in names[number:]]
+    assert contents(tmp_path / "out") == sharded
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@contextmanager
+def killed_before_it_is_in_place() -> Iterator[None]:
+    """The run is killed when the output's folder has all shards, and is not the output yet."""
+
+    def killed(folder: Path) -> None:
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fbn_prune.publish.verify_export", killed)
+        yield
+
+
+def test_a_run_killed_with_all_shards_in_its_output_has_them_still(
+    place: Path, tmp_path: Path, sharded: dict[str, bytes]
+) -> None:
+    with killed_before_it_is_in_place(), pytest.raises(Killed):
+        run(place, tmp_path / "out", **SHARDED)
+    assert resumed(place, tmp_path / "out") == []
+    assert contents(tmp_path / "out") == sharded
+
+
+def test_on_one_file_system_the_shards_take_their_room_once(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def look(folder: Path) -> None:
+        seen.extend(
+            shard.samefile(folder / shard.name.removeprefix("shard-"))
+            for shard in shards(tmp_path / ".out.work")
+        )
+
+    monkeypatch.setattr("fbn_prune.publish.verify_export", look)
+    run(place, tmp_path / "out", **SHARDED)
+    assert len(seen) > 5
+    assert all(seen)
+
+
+def test_where_a_file_has_one_name_only_the_shards_are_moved(
+    place: Path, tmp_path: Path, sharded: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*names: Any) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    def look(folder: Path) -> None:
+        assert not shards(tmp_path / ".out.work")
+
+    monkeypatch.setattr(work.os, "link", refused)
+    monkeypatch.setattr("fbn_prune.publish.verify_export", look)
+    run(place, tmp_path / "out", **SHARDED)
+    assert contents(tmp_path / "out") == sharded
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "cut short": lambda data: data[:-1],
+    "a byte is another": lambda data: data[:-1] + bytes([data[-1] ^ 1]),
+    "another header": lambda data: data[:9] + b"?" + data[10:],
+    "longer": lambda data: data + b"0",
+    "empty": lambda data: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_kept_shard_that_is_damaged_is_written_anew(
+    damage: str, place: Path, tmp_path: Path, sharded: dict[str, bytes]
+) -> None:
+    with killed_before_it_is_in_place(), pytest.raises(Killed):
+        run(place, tmp_path / "out", **SHARDED)
+    damaged = shards(tmp_path / ".out.work")[2]
+    damaged.write_bytes(DAMAGES[damage](damaged.read_bytes()))
+    assert resumed(place, tmp_path / "out") == [damaged.name]
+    assert contents(tmp_path / "out") == sharded
+
+
+def test_shards_of_another_size_are_let_go(place: Path, tmp_path: Path) -> None:
+    run(place, tmp_path / "undisturbed", max_shard_size="12KB")
+    with killed_at_shard(4), pytest.raises(Killed):
+        run(place, tmp_path / "out", **SHARDED)
+    before = {file.name for file in shards(tmp_path / ".out.work")}
+    with killed_after(1) as kept, pytest.raises(Killed):
+        run(place, tmp_path / "out", max_shard_size="12KB")
+    assert [file.name for file in shards(tmp_path / ".out.work")] == kept
+    assert not before & set(kept)
+    run(place, tmp_path / "out", max_shard_size="12KB")
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
+def test_shards_do_not_outlive_a_stage_that_is_done_again(
+    place: Path, tmp_path: Path, sharded: dict[str, bytes]
+) -> None:
+    with killed_at_shard(4), pytest.raises(Killed):
+        run(place, tmp_path / "out", **SHARDED)
+    (damaged,) = tmp_path.glob(".out.work/*/layer-00002.safetensors")
+    damaged.write_bytes(b"?")
+    kept = resumed(place, tmp_path / "out")
+    assert kept[0] == damaged.name
+    assert sum(name.startswith("shard-") for name in kept) == sum(
+        name.startswith("model-") and name.endswith("tensors") for name in sharded
+    )
+    assert contents(tmp_path / "out") == sharded
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Iterator[Path]:
+    """A folder on another file system."""
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second file system")
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        yield Path(folder)
+
+
+def test_the_work_directory_may_be_on_another_file_system(
+    place: Path, tmp_path: Path, elsewhere: Path, sharded: dict[str, bytes]
+) -> None:
+    with killed_at_shard(4), pytest.raises(Killed):
+        run(place, tmp_path / "out", work_dir=elsewhere, **SHARDED)
+    assert len(shards(elsewhere)) == 4
+    with killed_before_it_is_in_place(), pytest.raises(Killed):
+        run(place, tmp_path / "out", work_dir=elsewhere, **SHARDED)
+    assert resumed(place, tmp_path / "out", work_dir=elsewhere) == []
+    assert contents(tmp_path / "out") == sharded
+    assert not list(elsewhere.iterdir())
+
+
+def test_a_disk_that_fills_up_while_shards_are_copied_leaves_no_half(
+    place: Path, tmp_path: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = work.shutil.copyfile
+
+    def full(source: Path, target: Path) -> None:
+        if "00003-of" in target.name:
+            target.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        copy(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(work.shutil, "copyfile", full)
+        with pytest.raises(FbnPruneError, match=r"cannot write .*: No space left on device; what"):
+            run(place, tmp_path / "out", work_dir=elsewhere, **SHARDED)
+    assert not list(tmp_path.iterdir())
+    assert resumed(place, tmp_path / "out", work_dir=elsewhere) == []
+
+
+def test_a_disk_that_fills_up_in_a_shard_keeps_the_finished_ones(
+    place: Path, tmp_path: Path, sharded: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = work.os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if "00004-of" in target.name:
+            raise OSError(28, "No space left on device")
+        put(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(work.os, "replace", full)
+        with pytest.raises(
+            FbnPruneError, match="No space left on device; what is finished is kept"
+        ):
+            run(place, tmp_path / "out", **SHARDED)
+    assert [path.name for path in tmp_path.iterdir()] == [".out.work"]
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert len(shards(tmp_path / ".out.work")) == 3
+    assert resumed(place, tmp_path / "out")[0].startswith("shard-model-00004")
+    assert contents(tmp_path / "out") == sharded
+
+
+@pytest.mark.parametrize("where", ["beside", "elsewhere"])
+def test_finished_shards_need_no_room_again(
+    where: str, place: Path, tmp_path: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {} if where == "beside" else {"work_dir": elsewhere}
+    with killed_at_shard(2), pytest.raises(Killed):
+        run(place, tmp_path / "out", **SHARDED, **changes)
+    folder = tmp_path / ".out.work" if where == "beside" else elsewhere
+    kept = sum(file.stat().st_size for file in shards(folder))
+    needed = sum(file.stat().st_size for file in (place / "model").glob("*.safetensors"))
+    usage = shutil.disk_usage(tmp_path)
+
+    def with_free(full: Path, free: int) -> None:
+        def tell(path: Path) -> Any:
+            on_it = path.stat().st_dev == full.stat().st_dev
+            return usage._replace(free=free if on_it else 10**15)
+
+        monkeypatch.setattr("fbn_prune.export.directory.shutil.disk_usage", tell)
+        prepare(recipe(place, tmp_path / "out", **SHARDED, **changes))
+
+    with_free(folder, needed - kept)
+    with pytest.raises(InvalidInput, match="GB free"):
+        with_free(folder, needed - kept - 10_000)
+    if where == "elsewhere":
+        with pytest.raises(InvalidInput, match=r"the output .* needs"):
+            with_free(tmp_path, needed - kept)
+
+
+def test_what_a_killed_run_left_half_is_removed(place: Path, tmp_path: Path) -> None:
+    with killed_at_shard(1), pytest.raises(Killed):
+        run(place, tmp_path / "out", **SHARDED)
+    (folder,) = (tmp_path / ".out.work").iterdir()
+    (folder / "shard-model-00002-of-00009.safetensors.tmp").write_bytes(b"half")
+    (folder / "distilled-00000001.safetensors").write_bytes(b"not recorded")
+    with killed_after(1), pytest.raises(Killed):
+        run(place, tmp_path / "out", **SHARDED)
+    named = json.loads((folder / work.RECORD).read_text())["stages"]
+    assert {file.name for file in folder.iterdir()} == {work.RECORD, work.LOCK, *named}
+
+
+def test_shards_are_listed_and_cleaned(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with killed_at_shard(4), pytest.raises(Killed):
+        run(place, tmp_path / "out", **SHARDED)
+    size = sum(file.stat().st_size for file in shards(tmp_path / ".out.work"))
+    assert _exit_code(["work", "list", str(tmp_path), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["runs"]
+    assert row["shards"] == 4
+    assert row["bytes"] > size
+    assert _exit_code(["work", "list", str(tmp_path)]) == 0
+    assert "shards" in capsys.readouterr().out
+    assert _exit_code(["work", "clean", str(tmp_path)]) == 0
+    assert not list(tmp_path.iterdir())
+
+
+# States on the way
+
+
+def test_of_a_stages_states_the_last_undamaged_one_is_kept(tmp_path: Path) -> None:
+    def one(number: int) -> dict[str, torch.Tensor]:
+        return {"steps": torch.tensor(number)}
+
+    kept = Work(tmp_path)
+    assert kept.state("x") is None
+    for number in (1, 2, 10):
+        kept.keep_state("x", number, lambda number=number: one(number))
+    assert {file.name for file in tmp_path.glob("x-*")} == {"x-00000010.safetensors"}
+    found = Work(tmp_path).state("x")
+    assert found is not None
+    assert int(found["steps"]) == 10
+    (tmp_path / "x-00000010.safetensors").write_bytes(b"")
+    assert Work(tmp_path).state("x") is None
+
+
 # Two runs
 
 
@@ -230,6 +526,7 @@ def test_unfinished_runs_are_listed_and_cleaned(
     (row,) = json.loads(capsys.readouterr().out)["runs"]
     assert (row["model"], row["output"]) == (str(place / "model"), str(tmp_path / "out"))
     assert (row["stages"], row["layers"], row["in_use"]) == (5, 1, False)
+    assert (row["matched_layers"], row["shards"]) == (0, 0)
     assert _exit_code(["work", "list", str(tmp_path)]) == 0
     assert "unfinished runs" in capsys.readouterr().out
     assert _exit_code(["work", "clean", str(tmp_path)]) == 0

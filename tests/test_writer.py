@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from fbn_prune.errors import FbnPruneError, InvalidInput
+from fbn_prune.export import directory
 from fbn_prune.export.card import CardFacts, model_card, source_license
 from fbn_prune.export.directory import atomic_directory, check_output
 from fbn_prune.export.writer import verify_export, write_checkpoint, write_tensors
@@ -419,10 +421,27 @@ def test_a_full_disk_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fbn_prune.export.writer._write_shard", full)
+    monkeypatch.setattr("fbn_prune.export.writer.write_shards", full)
     (tmp_path / "out").mkdir()
     with pytest.raises(FbnPruneError, match=r"cannot write .*No space left on device"):
         write_checkpoint(source, source.family, cuts, tmp_path / "out")
+
+
+def test_what_a_killed_run_left_beside_the_output_counts_as_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = tmp_path / ".out.0badf00d.partial"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(bytes(1000))
+    (tmp_path / "kept").write_bytes(bytes(500))
+    os.link(tmp_path / "kept", left / "also-kept")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(directory.shutil, "disk_usage", lambda _: usage._replace(free=10_000))
+    check_output(tmp_path / "out", False, None, needed_bytes=11_000)
+    with pytest.raises(InvalidInput, match="GB free"):
+        check_output(tmp_path / "out", False, None, needed_bytes=11_001)
+    with pytest.raises(InvalidInput, match="GB free"):
+        check_output(tmp_path / "another", False, None, needed_bytes=10_001)
 
 
 def test_outputs_that_can_be_written_are_accepted(tmp_path: Path) -> None:

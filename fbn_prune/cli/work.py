@@ -23,7 +23,7 @@ app = typer.Typer(help="List or remove what unfinished runs have left to go on f
 @app.command("list")
 def list_runs(folder: Folder = Path("."), *, json: Json = False) -> None:
     """List the unfinished runs in a work directory, or beside the outputs in a folder."""
-    from fbn_prune.work import unfinished
+    from fbn_prune.unfinished import unfinished
 
     runs = unfinished(folder)
     if json:
@@ -34,11 +34,13 @@ def list_runs(folder: Folder = Path("."), *, json: Json = False) -> None:
         console.print_line(f"no unfinished runs in {folder}")
         return
     table = Table(title=f"unfinished runs in {folder}", title_justify="left")
-    for heading in ("folder", "model", "output", "stages", "layers", "size", "idle", ""):
+    counts = ("stages", "layers", "matched", "shards")
+    for heading in ("folder", "model", "output", *counts, "size", "idle", ""):
         table.add_column(heading)
     for run in runs:
         idle = f"{run.idle_seconds / 3600:.1f} h"
-        cells = (run.model, run.output, str(run.stages), str(run.layers), console.size(run.bytes))
+        numbers = map(str, (run.stages, run.layers, run.matched_layers, run.shards))
+        cells = (run.model, run.output, *numbers, console.size(run.bytes))
         table.add_row(str(run.folder), *cells, idle, "in use" if run.in_use else "")
     console.print_table(table)
 
@@ -46,7 +48,7 @@ def list_runs(folder: Folder = Path("."), *, json: Json = False) -> None:
 @app.command("clean")
 def clean_runs(folder: Folder = Path(".")) -> None:
     """Remove the unfinished runs that no process is at work on."""
-    from fbn_prune.work import clean
+    from fbn_prune.unfinished import clean
 
     removed, left = clean(folder)
     size = console.size(sum(run.bytes for run in removed))

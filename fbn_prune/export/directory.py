@@ -52,12 +52,45 @@ def check_output(output: Path, overwrite: bool, source: Path | None, needed_byte
         raise InvalidInput(
             f"the output {output} cannot be made: {ancestor} is not writable ({error.strerror})"
         ) from error
-    free = shutil.disk_usage(ancestor).free
+    check_room(output, needed_bytes, "output", left=_left_bytes(target))
+
+
+def check_room(place: Path, needed_bytes: int, what: str, *, left: int = 0) -> None:
+    """Refuse a place on a disk that has not the room, with the `left` bytes that will be freed first.
+
+    Raises
+    ------
+    InvalidInput
+    """
+    ancestor = _there(place)
+    free = shutil.disk_usage(ancestor).free + left
     if free < needed_bytes:
         raise InvalidInput(
-            f"the output {output} needs {needed_bytes / 1e9:.1f} GB, "
+            f"the {what} {place} needs {needed_bytes / 1e9:.1f} GB, "
             f"but {ancestor} has {free / 1e9:.1f} GB free"
         )
+
+
+def on_one_disk(one: Path, other: Path) -> bool:
+    """Whether two places, which need not exist yet, are on one file system."""
+    return _there(one).stat().st_dev == _there(other).stat().st_dev
+
+
+def _there(place: Path) -> Path:
+    """The place itself if it exists, or the nearest folder above it that does."""
+    target = place.expanduser().resolve()
+    return next(folder for folder in (target, *target.parents) if folder.exists())
+
+
+def _left_bytes(target: Path) -> int:
+    """What killed runs have left beside an output and the next one removes; files with a second name stay."""
+    found = 0
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
+        if not owned(leftover):
+            with suppress(OSError):
+                stats = [file.stat() for file in leftover.rglob("*")]
+                found += sum(stat.st_size for stat in stats if stat.st_nlink == 1)
+    return found
 
 
 def _holds(folder: Path, inner: Path) -> bool:

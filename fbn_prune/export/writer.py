@@ -1,9 +1,4 @@
-"""The pruned checkpoint on disk, streamed from its source.
-
-Each tensor is read, cut and written before the next, so the memory needed is one tensor's and a
-checkpoint larger than RAM can be written. That is why the safetensors layout (header length, JSON
-header, data) is written here: the library's writer takes a whole file's tensors at once.
-"""
+"""The pruned checkpoint on disk, streamed from its source: each tensor is read, cut and written before the next."""
 
 from __future__ import annotations
 
@@ -11,17 +6,16 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.export.directory import atomic_directory, check_output, disk_errors
+from fbn_prune.export.shards import ShardStore, write_json, write_shards
 from fbn_prune.model.checkpoint import COMPANION_FILES, TOKENIZER_FILES, Checkpoint
 from fbn_prune.model.families import Family, HeadLocation, Location
-from fbn_prune.model.shards import DTYPES, INDEX_FILE, TensorInfo
+from fbn_prune.model.shards import TensorInfo
 from fbn_prune.model.streaming import check_tensors
 from fbn_prune.model.surgery import (
     HeadCut,
@@ -44,9 +38,6 @@ __all__ = [
     "write_tensors",
 ]
 
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_ALIGNMENT = 8
-
 
 def write_checkpoint(
     source: Checkpoint,
@@ -57,6 +48,7 @@ def write_checkpoint(
     trained: Mapping[str, Tensor] | None = None,
     max_shard_size: int | str = "5GB",
     progress: Callable[[int], None] | None = None,
+    store: ShardStore | None = None,
 ) -> None:
     """Write the cut model with its config, generation config, tokenizer and licence.
 
@@ -67,6 +59,7 @@ def write_checkpoint(
     directory : an existing folder, normally from `atomic_directory`.
     max_shard_size : largest shard, in bytes or as "2GB"; a larger single tensor gets its own.
     progress : called with the number of bytes written since the last call.
+    store : keeps finished shards, see :func:`fbn_prune.export.shards.write_shards`.
 
     Raises
     ------
@@ -92,6 +85,7 @@ def write_checkpoint(
             trained=trained,
             max_shard_size=max_shard_size,
             progress=progress,
+            store=store,
         )
         write_json(directory / "config.json", config)
         copy_companions(source, directory)
@@ -106,24 +100,14 @@ def write_tensors(
     trained: Mapping[str, Tensor] | None = None,
     max_shard_size: int | str = "5GB",
     progress: Callable[[int], None] | None = None,
+    store: ShardStore | None = None,
 ) -> None:
     """Write the safetensors alone, and their index.
 
-    The index is there for a single file too: without one, vLLM reads every safetensors file of a
-    folder as weights, and `networks.safetensors` is to lie beside these. The layers may have
-    different widths. Names and dtypes are the source's; nothing is added but the biases that the
-    cuts bring.
+    The layers may have different widths. Names and dtypes are the source's; nothing is added but the
+    biases that the cuts bring.
     """
     plan = _plan(source, family, cuts)
-    try:
-        split = split_state_dict_into_shards_factory(
-            plan,
-            get_storage_size=lambda info: info.nbytes,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=max_shard_size,
-        )
-    except ValueError as error:
-        raise InvalidInput(f"max_shard_size {max_shard_size!r} is not a size: {error}") from error
 
     def produce(name: str) -> Tensor:
         if trained is not None and name in trained:
@@ -138,20 +122,13 @@ def write_tensors(
             return tensor
         return cut_tensor(family, location, tensor, cuts[location.layer])
 
-    for file, names in split.filename_to_tensors.items():
-        shard = {name: plan[name] for name in names}
-        _write_shard(directory / file, shard, produce, progress or (lambda done: None))
-    write_json(
-        directory / INDEX_FILE,
-        {
-            "metadata": {
-                "total_parameters": sum(info.parameters for info in plan.values()),
-                "total_size": sum(info.nbytes for info in plan.values()),
-            },
-            "weight_map": {
-                name: file for file, names in split.filename_to_tensors.items() for name in names
-            },
-        },
+    write_shards(
+        plan,
+        produce,
+        directory,
+        max_shard_size=max_shard_size,
+        progress=progress,
+        store=store,
     )
 
 
@@ -171,11 +148,6 @@ def copy_companions(source: Checkpoint, directory: Path) -> None:
         settings = json.loads(tokenizer_config.read_text(encoding="utf-8"))
         if settings.pop("auto_map", None) is not None:
             write_json(tokenizer_config, settings)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON object as transformers does: indented, keys sorted."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def verify_export(directory: Path) -> None:
@@ -253,37 +225,3 @@ def _new_bias(family: Family, cuts: Sequence[MlpCut], name: str, info: TensorInf
     if location.projection is not family.output:
         return zeros
     return cut_tensor(family, location, zeros, cuts[location.layer])
-
-
-def _write_shard(
-    path: Path,
-    tensors: dict[str, TensorInfo],
-    produce: Callable[[str], Tensor],
-    progress: Callable[[int], None],
-) -> None:
-    """Write one safetensors file, a tensor at a time; wide dtypes first, so that each is aligned."""
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name in order:
-        info = tensors[name]
-        header[name] = {
-            "dtype": _DTYPE_NAMES[info.dtype],
-            "shape": list(info.shape),
-            "data_offsets": [offset, offset + info.nbytes],
-        }
-        offset += info.nbytes
-    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    encoded += b" " * (-len(encoded) % _ALIGNMENT)
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little"))
-        file.write(encoded)
-        for name in order:
-            tensor, info = produce(name), tensors[name]
-            if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
-                raise FbnPruneError(
-                    f"{name} became {tensor.dtype} {list(tensor.shape)} instead of "
-                    f"{info.dtype} {list(info.shape)}"
-                )
-            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            progress(info.nbytes)

@@ -2,15 +2,16 @@
 
 LoRA (arXiv 2106.09685) on every linear map of the decoder layers, through peft and accelerate; the loss is the
 Kullback-Leibler divergence of the cut model's next-token distribution from the dense model's (arXiv 1503.02531), so no
-labels are needed. What a pass ends with can be kept, and training goes on from it to the same weights.
+labels are needed. The state between two steps can be kept, and training goes on from it to the same weights.
 """
 
 from __future__ import annotations
 
 import math
 import random
+import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,10 +22,8 @@ from torch.nn.functional import kl_div, log_softmax
 from transformers import PreTrainedModel
 
 from fbn_prune.calibration import Batch, TokenBlocks
-from fbn_prune.progress import Advance, StageClock
-
-Keep = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
-"""Given a name and how to compute tensors, the tensors: computed, or as they were kept under that name."""
+from fbn_prune.progress import StageClock
+from fbn_prune.recovery.store import KeepsNothing, RecoveryStore
 
 LOGIT_BYTES = 2**28
 """Largest float32 logits of a forward pass; a step of more tokens adds up the gradients of several."""
@@ -36,6 +35,12 @@ LONGEST_GRADIENT = 1.0
 
 RATE_TIMES_WIDTH = 0.5
 """2e-3 at 256 channels, where it was measured; 1.2e-4 at 4096, which is customary there."""
+
+
+KEEPING_SHARE = 0.05
+"""Share of the time that may go into keeping states: often where that costs little, seldom where they are large."""
+
+STATE = "distilled"
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def distil(
     options: DistillationOptions,
     clock: StageClock,
     *,
-    keep: Keep,
+    store: RecoveryStore | None = None,
 ) -> None:
     """Train adapters on `model` and merge them into it, in place.
 
@@ -84,14 +89,25 @@ def distil(
         The cut model and the one it was cut from, on one device.
     maps
         Names of the linear maps to adapt.
-    keep
-        Called once for each pass; training goes on from what it returns.
+    store
+        Where the state comes from that an earlier run was in, and states go, the last one among them.
     """
+    store = store or KeepsNothing()
     training = _Training(model, dense, maps, blocks, options)
+    before = store.state(STATE)
+    if before is not None:
+        training.go_on_from(before)
     with clock.stage("distillation", blocks.tokens * options.passes, "tokens") as advance:
-        for index in range(options.passes):
-            state = keep(f"recovery-pass-{index}", lambda index=index: training.run(index, advance))  # type: ignore[misc]
-            training.go_on_from(state, index + 1)
+        kept, cost = time.perf_counter(), 0.0
+        for done, step in enumerate(training.steps(), 1):
+            if done > training.done:
+                training.step(step)
+                start = time.perf_counter()
+                if done == training.total or (start - kept) * KEEPING_SHARE >= cost:
+                    store.keep_state(STATE, done, training.state)
+                    kept = time.perf_counter()
+                    cost = kept - start
+            advance(step.tokens)
     training.merge()
 
 
@@ -117,25 +133,28 @@ class _Training:
             adapted,
             torch.optim.AdamW(self._parameters.values(), lr=options.learning_rate, weight_decay=0),
         )
-        self._done = 0
-        self._steps = options.passes * len(self.steps_of(0))
+        count = len(blocks.blocks)
+        self._step_blocks = max(1, options.step_tokens * count // max(blocks.tokens, 1))
+        self.total = options.passes * math.ceil(count / self._step_blocks)
+        self.done = 0
 
-    def steps_of(self, index: int) -> list[TokenBlocks]:
-        """The blocks of each step of one pass, drawn by the seed and the pass."""
-        order = list(range(len(self._blocks.blocks)))
-        random.Random(f"{self._options.seed} {index}").shuffle(order)
-        count = max(1, self._options.step_tokens * len(order) // max(self._blocks.tokens, 1))
-        return [self._blocks.chosen(order[i : i + count]) for i in range(0, len(order), count)]
+    def steps(self) -> Iterator[TokenBlocks]:
+        """The blocks of each step, in an order drawn for each pass by the seed and the pass."""
+        for index in range(self._options.passes):
+            order = list(range(len(self._blocks.blocks)))
+            random.Random(f"{self._options.seed} {index}").shuffle(order)
+            for first in range(0, len(order), self._step_blocks):
+                yield self._blocks.chosen(order[first : first + self._step_blocks])
 
     def step(self, blocks: TokenBlocks) -> None:
         for group in self._optimizer.param_groups:
-            group["lr"] = self._options.learning_rate * _pace(self._done, self._steps)
+            group["lr"] = self._options.learning_rate * _pace(self.done, self.total)
         for batch in blocks.batches(self._forward_tokens):
             self._accelerator.backward(self._divergence(batch) / blocks.tokens)
         self._accelerator.clip_grad_norm_(self._parameters.values(), LONGEST_GRADIENT)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        self._done += 1
+        self.done += 1
 
     def _divergence(self, batch: Batch) -> Tensor:
         """Summed over the batch's tokens, in nats."""
@@ -154,12 +173,9 @@ class _Training:
         for parameter, required in self._trained:
             parameter.requires_grad_(required)
 
-    def run(self, index: int, advance: Advance) -> dict[str, Tensor]:
-        """Train for one pass; the adapters and their moments after it."""
-        for step in self.steps_of(index):
-            self.step(step)
-            advance(step.tokens)
-        state: dict[str, Tensor] = {}
+    def state(self) -> dict[str, Tensor]:
+        """How many steps are done, the adapters, and their moments; all else follows from the options."""
+        state = {"steps": torch.tensor(self.done)}
         for name, parameter in self._parameters.items():
             moments = self._optimizer.state[parameter]
             state |= {
@@ -169,13 +185,13 @@ class _Training:
             }
         return state
 
-    def go_on_from(self, state: dict[str, Tensor], passes: int) -> None:
-        """Be where so many passes ended in this state."""
-        self._done = passes * len(self.steps_of(0))
+    def go_on_from(self, state: dict[str, Tensor]) -> None:
+        """Be in the state that :meth:`state` gave."""
+        self.done = int(state["steps"])
         for name, parameter in self._parameters.items():
             parameter.data.copy_(state[name])
             self._optimizer.state[parameter] = {
-                "step": torch.tensor(float(self._done)),
+                "step": torch.tensor(float(self.done)),
                 "exp_avg": state[f"{name} first"].to(parameter.device),
                 "exp_avg_sq": state[f"{name} second"].to(parameter.device),
             }

@@ -17,8 +17,9 @@ from fbn_prune.errors import FbnPruneError
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.families import Family
 from fbn_prune.progress import StageClock
-from fbn_prune.recovery.distillation import DistillationOptions, Keep, distil
+from fbn_prune.recovery.distillation import DistillationOptions, distil
 from fbn_prune.recovery.matching import match_layers
+from fbn_prune.recovery.store import RecoveryStore
 
 BATCH_TOKENS = 2048
 """Tokens of one training step."""
@@ -41,7 +42,7 @@ def heal(
     options: RecoveryOptions,
     clock: StageClock,
     *,
-    keep: Keep = lambda name, compute: compute(),
+    store: RecoveryStore | None = None,
 ) -> None:
     """Train `model` in place towards `dense`, on `blocks` alone.
 
@@ -49,22 +50,19 @@ def heal(
     ----------
     model, dense
         The cut model and the one it was cut from, on one device.
-    keep
-        Computes a finished part of the training, or returns it as it was kept from the same training.
+    store
+        Where what an earlier run of the same training finished comes from, and what is finished goes.
     """
-    neurons = _mlp_parameters(model, family)
-
-    def match() -> dict[str, Tensor]:
-        batches = blocks.batches(BATCH_TOKENS)
-        match_layers(
-            model, dense, family, batches, passes=options.passes, seed=options.seed, clock=clock
-        )
-        return {name: parameter.detach() for name, parameter in neurons.items()}
-
-    matched = keep("recovery-matched", match)
-    with torch.no_grad():
-        for name, parameter in neurons.items():
-            parameter.copy_(matched[name])
+    match_layers(
+        model,
+        dense,
+        family,
+        blocks.batches(BATCH_TOKENS),
+        passes=options.passes,
+        seed=options.seed,
+        clock=clock,
+        store=store,
+    )
     distil(
         model,
         dense,
@@ -78,7 +76,7 @@ def heal(
             seed=options.seed,
         ),
         clock,
-        keep=keep,
+        store=store,
     )
 
 
@@ -119,12 +117,3 @@ def healed_tensors(
                 parameter.copy_(rounded)
             tensors[weight.removesuffix("weight") + part] = parameter.detach()
     return tensors
-
-
-def _mlp_parameters(model: PreTrainedModel, family: Family) -> dict[str, Tensor]:
-    return {
-        f"{layer} {projection.path} {part}": parameter
-        for layer in range(family.num_layers(model.config))
-        for projection in family.projections
-        for part, parameter in family.projection_module(model, layer, projection).named_parameters()
-    }

@@ -12,6 +12,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from fbn_prune.calibration import Batch
 from fbn_prune.layerwise import LayerwiseForward
 from fbn_prune.model.families import Family
 from fbn_prune.progress import StageClock
+from fbn_prune.recovery.store import KeepsNothing, RecoveryStore
 
 STEP = 0.04
 """First step of each weight in units of its matrix's root mean square, so that it fits models of every size; it falls
@@ -36,6 +38,7 @@ def match_layers(
     passes: int,
     seed: int,
     clock: StageClock,
+    store: RecoveryStore | None = None,
 ) -> None:
     """Fit the MLP weights of `model` in place; everything else of it stays.
 
@@ -47,23 +50,38 @@ def match_layers(
         One step each, in an order drawn by `seed` anew in each pass.
     passes
         How often each layer sees every batch.
+    store
+        Where layers fitted by an earlier run come from, and fitted layers go.
     """
+    store = store or KeepsNothing()
     layers = family.num_layers(model.config)
     target = LayerwiseForward(dense, family, batches)
     stream = LayerwiseForward(model, family, batches)
-    total = sum(batch.tokens for batch in batches) * layers * (passes + 2)
+    total = sum(batch.tokens for batch in batches) * (layers * (passes + 2) - 1)
     draw = random.Random(seed)
     with _frozen(model), clock.stage("layer matching", total, "tokens x layers") as advance:
-        for layer in range(layers):
-            target.advance(on_batch=advance)
+
+        def fitted(layer: int, order: Sequence[int]) -> dict[str, Tensor]:
+            # The streams come here only now: layers that were kept are in place by then, and are run just once.
+            while stream.next_layer < layer:
+                stream.advance(on_batch=advance)
+            while target.next_layer <= layer:
+                target.advance(on_batch=advance)
             fit = _LayerFit(model, family, layer, steps=passes * len(batches))
-            for _ in range(passes):
-                for index in draw.sample(range(len(batches)), len(batches)):
-                    output = stream.run_with_gradients(index)
-                    fit.step(_relative_error(output, target.hidden[index], batches[index]))
-                    advance(batches[index].tokens)
+            for index in order:
+                output = stream.run_with_gradients(index)
+                fit.step(_relative_error(output, target.hidden[index], batches[index]))
+                advance(batches[index].tokens)
             fit.finish()
-            stream.advance(on_batch=advance)
+            return _mlp_parameters(model, family, layer)
+
+        for layer in range(layers):
+            every = range(len(batches))
+            order = [index for _ in range(passes) for index in draw.sample(every, len(every))]
+            kept = store.tensors(f"match-{layer:05d}", partial(fitted, layer, order))
+            with torch.no_grad():
+                for name, parameter in _mlp_parameters(model, family, layer).items():
+                    parameter.copy_(kept[name])
 
 
 @contextmanager
@@ -77,6 +95,14 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+def _mlp_parameters(model: PreTrainedModel, family: Family, layer: int) -> dict[str, Tensor]:
+    return {
+        f"{projection.path} {part}": parameter.detach()
+        for projection in family.projections
+        for part, parameter in family.projection_module(model, layer, projection).named_parameters()
+    }
 
 
 class _LayerFit:
