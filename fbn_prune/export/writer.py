@@ -32,6 +32,7 @@ __all__ = [
     "verify_export",
     "write_checkpoint",
     "write_json",
+    "write_shards",
     "write_tensors",
 ]
 
@@ -106,15 +107,6 @@ def write_tensors(
     cuts bring.
     """
     plan = _plan(source, family, cuts)
-    try:
-        split = split_state_dict_into_shards_factory(
-            plan,
-            get_storage_size=lambda info: info.nbytes,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=max_shard_size,
-        )
-    except ValueError as error:
-        raise InvalidInput(f"max_shard_size {max_shard_size!r} is not a size: {error}") from error
 
     def produce(name: str) -> Tensor:
         if trained is not None and name in trained:
@@ -127,6 +119,33 @@ def write_tensors(
             return tensor
         return cut_tensor(family, location, tensor, cuts[location.layer])
 
+    write_shards(plan, produce, directory, max_shard_size=max_shard_size, progress=progress)
+
+
+def write_shards(
+    plan: Mapping[str, TensorInfo],
+    produce: Callable[[str], Tensor],
+    directory: Path,
+    *,
+    max_shard_size: int | str = "5GB",
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Write tensors into safetensors files, and their index, with one tensor in memory at a time.
+
+    Parameters
+    ----------
+    plan : name -> shape and dtype, of every tensor.
+    produce : makes the tensor of a name, as planned.
+    """
+    try:
+        split = split_state_dict_into_shards_factory(
+            dict(plan),
+            get_storage_size=lambda info: info.nbytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except ValueError as error:
+        raise InvalidInput(f"max_shard_size {max_shard_size!r} is not a size: {error}") from error
     for file, names in split.filename_to_tensors.items():
         shard = {name: plan[name] for name in names}
         _write_shard(directory / file, shard, produce, progress or (lambda done: None))
