@@ -18,7 +18,7 @@ from fbn_prune.errors import FbnPruneError, InvalidInput
 Read = Callable[[str], Tensor]
 """Gives the stored tensor of a name."""
 
-SLICE_ELEMENTS = 2**22
+SLICE_ELEMENTS = 2**20
 """So many values are computed at once: beside the result, memory holds a few times as many numbers of four bytes."""
 
 _WORD = 32
