@@ -1,5 +1,5 @@
 """Fuzzers of everything that reads files which others may have made: weights, index, config, recipe, calibration text,
-task files, networks, records of unfinished work.
+task files, networks, quantised weights and what says how they are stored, records of unfinished work.
 
 A reader may return a value or raise InvalidInput, nothing else; it may not take memory that the input's size does not
 justify, and a shard may not be sought outside the checkpoint's folder. Inputs are valid files with random edits, at the
@@ -29,18 +29,20 @@ from typing import Any
 import torch
 from hypothesis import HealthCheck, Verbosity, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from fbn_prune import builtin
 from fbn_prune.calibration import read_documents
-from fbn_prune.errors import InvalidInput
+from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.families import family_of
+from fbn_prune.model.quantized_formats import stored_weights
+from fbn_prune.model.quantized_values import plain
 from fbn_prune.model.shards import INDEX_FILE, SINGLE_FILE, read_headers, read_index
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.recipe import Recipe, load_recipe
 from fbn_prune.task_data import read_examples, recorded_fingerprints
-from fbn_prune.work import RECORD, Work, unfinished
+from fbn_prune.work import FORMAT, RECORD, Work, unfinished
 
 MEMORY_LIMIT = 3 * 2**30
 """Bytes that a fuzzing process may take beyond what it holds at the start."""
@@ -239,6 +241,84 @@ def _configs() -> list[Any]:
     ]
 
 
+@cache
+def _small_quantized() -> bytes:
+    """A weight of every form in which weights are stored."""
+    state = {"quant_type": "nf4", "blocksize": 4, "dtype": "float32", "shape": [2, 6]}
+    state |= {"nested_blocksize": 2, "nested_offset": 0.5}
+    words = torch.zeros(2, 1, dtype=torch.int32)
+    tensors = {
+        "a.weight": torch.ones(4, 6).to(torch.float8_e4m3fn),
+        "a.weight_scale_inv": torch.ones(2, 2),
+        "b.weight": torch.ones(4, 6, dtype=torch.int8),
+        "b.weight_scale": torch.ones(4, 2, dtype=torch.bfloat16),
+        "b.weight_zero_point": torch.zeros(4, 2, dtype=torch.int8),
+        "b.SCB": torch.ones(4),
+        "b.weight_format": torch.tensor(0, dtype=torch.uint8),
+        "c.weight_packed": words,
+        "c.weight_shape": torch.tensor([2, 6]),
+        "c.weight_scale": torch.ones(2, 2),
+        "c.weight_zero_point": words[:1].repeat(1, 2),
+        "c.weight_g_idx": torch.tensor([0, 0, 1, 1, 0, 1], dtype=torch.int32),
+        "d.weight": torch.zeros(6, 1, dtype=torch.uint8),
+        "d.weight.absmax": torch.zeros(3, dtype=torch.uint8),
+        "d.weight.quant_map": torch.zeros(16),
+        "d.weight.nested_absmax": torch.zeros(2),
+        "d.weight.nested_quant_map": torch.zeros(256),
+        "d.weight.quant_state.bitsandbytes__nf4": torch.tensor(
+            list(json.dumps(state).encode()), dtype=torch.uint8
+        ),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(tensors, Path(folder, "x"), {"format": "pt"})
+        return Path(folder, "x").read_bytes()
+
+
+def _quantizations() -> list[Any]:
+    group = {"num_bits": 8, "strategy": "group", "group_size": 3, "symmetric": False}
+    block = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [2, 3]}
+    forms = {"x": {"format": "int-quantized", "weights": group}, "y": {"weights": block}}
+    forms["z"] = {"format": "pack-quantized", "weights": {**group, "num_bits": 4}}
+    return [
+        {"quant_method": "fp8", "weight_block_size": [2, 3]},
+        {"quant_method": "compressed-tensors", "format": "naive-quantized", "config_groups": forms},
+        {"quant_method": "bitsandbytes", "load_in_8bit": True},
+        {"load_in_4bit": True},
+    ]
+
+
+def _dequantize(weights: bytes, quantization: Any, folder: Path, letters: str = "abcd") -> object:
+    """What the method makes of those of its modules that have these names."""
+    (folder / SINGLE_FILE).write_bytes(weights)
+    headers = read_headers(folder)
+    headers = {name: info for name, info in headers.items() if name[:1] in letters}
+    tensors = load_file(folder / SINGLE_FILE)
+    stored = stored_weights(headers, quantization, tensors.__getitem__)
+    for name, weight in stored.items():
+        with suppress(FbnPruneError):  # values that no type holds
+            plain(name, weight, tensors.__getitem__, torch.bfloat16)
+    return list(stored)
+
+
+def _read_quantization(data: bytes, folder: Path) -> object:
+    from fbn_prune.model.shards import read_object
+
+    (folder / "config.json").write_bytes(data)
+    config = read_object(folder / "config.json")
+    for letter in "abcd":
+        with suppress(InvalidInput):
+            _dequantize(_small_quantized(), config, folder, letter)
+    return config
+
+
+def _read_quantized(data: bytes, folder: Path) -> object:
+    for quantization in _quantizations():
+        for letter in "abcd":
+            with suppress(InvalidInput):
+                _dequantize(data, quantization, folder, letter)
+    return None
+
+
 def _write_and(name: str, read: Callable[[Path], object]) -> Callable[[bytes, Path], object]:
     def read_file(data: bytes, folder: Path) -> object:
         (folder / name).write_bytes(data)
@@ -258,7 +338,7 @@ def _read_work(data: bytes, folder: Path) -> object:
 
 
 _WORK = {
-    "format": 1,
+    "format": FORMAT,
     "model": "m",
     "output": "o",
     "calibration": "text",
@@ -316,6 +396,14 @@ READERS: dict[str, Reader] = {
         _write_and("task.json", lambda path: recorded_fingerprints(path.parent)),
     ),
     "work": Reader(_edited_json([_WORK]) | _edited_bytes([_as_json(_WORK)]), _read_work),
+    "quantization": Reader(
+        _edited_json(_quantizations()) | _edited_bytes([_as_json(c) for c in _quantizations()]),
+        _read_quantization,
+    ),
+    "quantized weights": Reader(
+        _edited_bytes([_small_quantized()]) | _edited_safetensors(*_split(_small_quantized())),
+        _read_quantized,
+    ),
     "networks": Reader(
         _edited_bytes([_small_networks()]) | _edited_safetensors(*_split(_small_networks())),
         _write_and("networks.safetensors", FunctionalNetworks.load),

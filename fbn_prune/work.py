@@ -29,7 +29,7 @@ from fbn_prune.locks import locked
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.pruning.pipeline import FinishedLayer
 
-FORMAT = 1
+FORMAT = 2
 RECORD = "work.json"
 LOCK = "lock"
 

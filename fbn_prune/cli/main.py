@@ -15,6 +15,7 @@ from fbn_prune.cli import (
     bundle,
     compare,
     convert,
+    dequantize,
     discover,
     evaluate,
     inspect,
@@ -77,6 +78,7 @@ app.command("convert")(convert.command)
 app.command("bundle")(bundle.command)
 app.command("ablate")(ablate.command)
 app.command("compare")(compare.command)
+app.command("dequantize")(dequantize.command)
 app.command("discover")(discover.command)
 app.command("evaluate")(evaluate.command)
 app.command("inspect")(inspect.command)

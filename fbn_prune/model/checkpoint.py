@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,8 +65,8 @@ TOKENIZER_FILES = (
 
 COMPANION_FILES = ("generation_config.json", "LICENSE*", "NOTICE*", "README.md")
 
-_MLP_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_PACKED = re.compile(
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+PACKED = re.compile(
     r"\.(qweight|qzeros|scales|g_idx|SCB|absmax|quant_map|quant_state\..+|weight_packed|weight_scale(_inv|_2)?|weight_format)$"
 )
 """Ends of the names of tensors that GPTQ, AWQ, bitsandbytes, compressed-tensors and fp8 checkpoints bring along."""
@@ -115,15 +115,27 @@ class Checkpoint:
         InvalidInput
             If anything is missing, broken, contradictory or not supported.
         """
-        path, hub_id = _find(path_or_hub_id, trust_remote_code, ragged)
-        config = _read_config(path)
+        path, hub_id = find_folder(
+            path_or_hub_id, lambda config: family_of(config, ragged=ragged), trust_remote_code
+        )
+        config = read_config(path)
         family = family_of(config, ragged=ragged)
         tensors = read_headers(path)
-        _refuse_quantized(path, tensors)
-        _check_mlps(path, family, config, tensors)
         checkpoint = cls(path, config, family, tensors, hub_id, trust_remote_code)
-        _check_tokenizer(checkpoint)
+        checkpoint.check()
         return checkpoint
+
+    def check(self) -> None:
+        """Hold the headers and the tokenizer against the config.
+
+        Raises
+        ------
+        InvalidInput
+            For weights that are quantised, MLPs that the config does not mean, and a tokenizer that is unusable.
+        """
+        _refuse_quantized(self.path, self.tensors)
+        _check_mlps(self.path, self.family, self.config, self.tensors)
+        _check_tokenizer(self)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -238,9 +250,17 @@ class Checkpoint:
             ) from error
 
 
-def _find(
-    path_or_hub_id: str | Path, trust_remote_code: bool, ragged: bool
+def find_folder(
+    path_or_hub_id: str | Path,
+    accept: Callable[[dict[str, Any]], object],
+    trust_remote_code: bool = False,
 ) -> tuple[Path, str | None]:
+    """The folder of a checkpoint, and the Hub id that it was downloaded by.
+
+    Parameters
+    ----------
+    accept : raises for the `config.json` object of a model whose weights are not to be downloaded.
+    """
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
         if not any(path.iterdir()):
@@ -251,14 +271,16 @@ def _find(
     text = str(path_or_hub_id)
     if isinstance(path_or_hub_id, Path) or not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", text):
         raise InvalidInput(f"there is no folder {path}; give a model folder or a Hub id")
-    return _download(text, trust_remote_code, ragged), text
+    return _download(text, accept, trust_remote_code), text
 
 
-def _download(hub_id: str, trust_remote_code: bool, ragged: bool) -> Path:
+def _download(
+    hub_id: str, accept: Callable[[dict[str, Any]], object], trust_remote_code: bool
+) -> Path:
     """Fetch the small files, refuse what they already rule out, and only then fetch the weights."""
     small = ["config.json", INDEX_FILE, *TOKENIZER_FILES, *COMPANION_FILES]
     path = _snapshot(hub_id, small + (["*.py"] if trust_remote_code else []))
-    family_of(_read_config(path), ragged=ragged)
+    accept(read_config(path))
     index = path / INDEX_FILE
     shards = sorted(set(read_index(path).values())) if index.exists() else [SINGLE_FILE]
     return _snapshot(hub_id, shards)
@@ -273,7 +295,8 @@ def _snapshot(hub_id: str, patterns: list[str]) -> Path:
         ) from error
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The object in a checkpoint's `config.json`."""
     if not (path / "config.json").is_file():
         adapter = (path / "adapter_config.json").is_file()
         hint = "; this is an adapter: merge it into its base model first" if adapter else ""
@@ -284,11 +307,11 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _refuse_quantized(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
     """Also where the config does not say so. Other tensors than weights may be integers: masks, position ids."""
     for name, info in tensors.items():
-        if _PACKED.search(name):
+        if PACKED.search(name):
             raise InvalidInput(
                 f"{path / info.file}: {name} belongs to a quantized model; prune the unquantized model"
             )
-        if name.endswith(".weight") and info.dtype not in _MLP_DTYPES:
+        if name.endswith(".weight") and info.dtype not in WEIGHT_DTYPES:
             raise InvalidInput(
                 f"{path / info.file}: {name} is stored as {info.dtype}; prune the unquantized model"
             )
@@ -316,7 +339,7 @@ def _check_mlps(
                 f"{path / info.file}: {name} has shape {list(info.shape)}, "
                 f"but config.json means {list(expected)}"
             )
-        if info.dtype not in _MLP_DTYPES:
+        if info.dtype not in WEIGHT_DTYPES:
             raise InvalidInput(f"{path / info.file}: {name} is stored as {info.dtype}")
         if location.part == "bias" and not biased:
             raise InvalidInput(f"{path / info.file} has {name}, but config.json means no MLP bias")

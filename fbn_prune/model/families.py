@@ -207,6 +207,11 @@ class Family:
     def projections(self) -> tuple[Projection, ...]:
         return (*self.inputs, self.output)
 
+    @property
+    def is_conv1d(self) -> bool:
+        """Whether linear maps store their weights as Conv1D does, [in, out]."""
+        return self.output.neuron_axis == 0
+
     # The config
 
     def width(self, config: Config) -> int:
@@ -529,7 +534,12 @@ def _obstacle(fields: Mapping[str, Any]) -> str | None:
             return f"is an encoder-decoder ({key}=true)"
     if quantization := fields.get("quantization_config"):
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-        return f"is quantized ({method or 'quantization_config'}): prune first, quantize afterwards"
+        from fbn_prune.model.quantized_formats import can_undo  # slow to import: it needs torch
+
+        advice = "prune first, quantize afterwards"
+        if can_undo(quantization):
+            advice = "make a plain checkpoint of it with `fbn-prune dequantize`"
+        return f"is quantized ({method or 'quantization_config'}): {advice}"
     return None
 
 

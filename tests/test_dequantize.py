@@ -1,0 +1,513 @@
+"""A quantised checkpoint becomes the plain one that it stands for, or is refused in one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from quantized_models import (
+    KINDS,
+    WEIGHTS,
+    compressed,
+    edit_config,
+    edit_tensors,
+    save_quantized,
+    weights,
+)
+from safetensors.torch import load_file, save_file
+from tiny_models import FAMILY_CONFIGS, make_model, save_tiny
+from torch import Tensor
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+
+from fbn_prune.cli import main as cli
+from fbn_prune.errors import FbnPruneError, InvalidInput
+from fbn_prune.export.dequantized import write_dequantized
+from fbn_prune.model import quantized_values
+from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.quantized import open_quantized
+
+torch.set_num_threads(1)
+
+GATE = "model.layers.1.mlp.gate_proj"
+TOKENS = torch.tensor([[1, 50, 100, 256, 7, 9]])
+
+
+def run(*arguments: object) -> int:
+    """The exit code of the command line."""
+    return cli._exit_code([str(argument) for argument in arguments])
+
+
+def dequantize(model: Path, output: Path, *more: str) -> Path:
+    assert run("dequantize", "--model", model, "--output", output, *more) == 0
+    return output
+
+
+def logits(folder: Path) -> Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(InvalidInput) as raised:
+        open_quantized(folder)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+# What comes out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_weights_are_those_that_the_format_stands_for(kind: str, tmp_path: Path) -> None:
+    expected = save_quantized(tmp_path / "model", kind)
+    written = load_file(dequantize(tmp_path / "model", tmp_path / "out") / WEIGHTS)
+    assert written.keys() == expected.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(written[name], values, rtol=3e-7, atol=0, msg=name)
+    exact = not kind.startswith("bitsandbytes-8")  # which divides where the library multiplies
+    assert not exact or all(torch.equal(written[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("kind", ["fp8-blocks", "int-group-zero", "pack-group", "bitsandbytes-nf4"])
+def test_the_result_is_a_stock_checkpoint_with_the_plain_models_logits(
+    kind: str, tmp_path: Path
+) -> None:
+    plain = save_quantized(tmp_path / "model", kind, dtype=torch.bfloat16)
+    out = dequantize(tmp_path / "model", tmp_path / "out")
+    reference = save_tiny(tmp_path / "reference", dtype=torch.bfloat16)
+    rounded = {name: values.to(torch.bfloat16) for name, values in plain.items()}
+    save_file(rounded, reference / WEIGHTS, {"format": "pt"})
+    assert torch.equal(logits(out), logits(reference))
+    config = json.loads((out / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["dtype"] == "bfloat16"
+    opened = Checkpoint.open(out)
+    assert set(map(opened.dtype, opened.names)) == {torch.bfloat16}
+    assert (out / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("kind", ["fp8-tensor", "pack-group-zero", "bitsandbytes-8"])
+def test_the_result_can_be_pruned_and_the_quantized_model_says_how(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_quantized(tmp_path / "model", kind)
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 60)
+    flags = ["--calibration", text, "--tokens", 512, "--context", 32, "--networks", 4]
+    flags += ["--network-tokens", 256, "--sparsity", 0.4]
+    assert run("--model", tmp_path / "model", "--output", tmp_path / "no", *flags) == 2
+    assert "make a plain checkpoint of it with `fbn-prune dequantize`" in capsys.readouterr().err
+    out = dequantize(tmp_path / "model", tmp_path / "out")
+    assert run("--model", out, "--output", tmp_path / "small", *flags) == 0
+    assert torch.isfinite(logits(tmp_path / "small")).all()
+
+
+def test_transformers_reads_the_same_from_blocks_of_float8(tmp_path: Path) -> None:
+    save_quantized(tmp_path / "model", "fp8-blocks")
+
+    def small_blocks(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith("weight_scale_inv")]:
+            weight = tensors[name.removesuffix("_scale_inv")]
+            grid = weight.shape[0] // 8, weight.shape[1] // 8  # transformers wants whole blocks
+            tensors[name] = torch.rand(grid) + 0.5
+
+    edit_tensors(tmp_path / "model", small_blocks)
+    edit_config(
+        tmp_path / "model", lambda c: c["quantization_config"].update(weight_block_size=[8, 8])
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model",
+        dtype=torch.float32,
+        quantization_config=FineGrainedFP8Config(dequantize=True),
+    ).state_dict()
+    written = load_file(dequantize(tmp_path / "model", tmp_path / "out") / WEIGHTS)
+    for name, values in written.items():
+        assert torch.equal(values, loaded[name]), name
+
+
+def test_one_slice_at_a_time_gives_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind in ("fp8-blocks", "pack-group-zero", "bitsandbytes-nf4-nested"):
+        expected = save_quantized(tmp_path / kind, kind)
+        monkeypatch.setattr(quantized_values, "SLICE_ELEMENTS", 40)
+        source = open_quantized(tmp_path / kind)
+        assert all(torch.equal(source.tensor(name), expected[name]) for name in expected)
+
+
+def test_shards_and_an_index_on_both_sides(tmp_path: Path) -> None:
+    expected = save_quantized(tmp_path / "model", "fp8-blocks")
+    tensors = load_file(tmp_path / "model" / WEIGHTS)
+    (tmp_path / "model" / WEIGHTS).unlink()
+    shards: dict[str, dict[str, Tensor]] = {"a.safetensors": {}, "b.safetensors": {}}
+    for name, tensor in tensors.items():  # scales and their weights in different files
+        shards["a.safetensors" if "scale" in name else "b.safetensors"][name] = tensor
+    for file, part in shards.items():
+        save_file(part, tmp_path / "model" / file)
+    index = {name: file for file, part in shards.items() for name in part}
+    (tmp_path / "model" / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": index}))
+    out = dequantize(tmp_path / "model", tmp_path / "out", "--max-shard-size", "10KB")
+    assert len(list(out.glob("*.safetensors"))) > 2
+    opened = Checkpoint.open(out)
+    assert all(torch.equal(opened.tensor(name), expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("given", ["bfloat16", "float16", "float32"])
+def test_a_dtype_that_is_given_is_that_of_all_weights(
+    given: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = save_quantized(tmp_path / "model", "int-tensor", dtype=torch.float16)
+    out = dequantize(tmp_path / "model", tmp_path / "out", "--dtype", given, "--json")
+    dtype = getattr(torch, given)
+    for name, values in load_file(out / WEIGHTS).items():
+        assert torch.equal(values, expected[name].to(dtype))
+    assert json.loads((out / "config.json").read_text())["dtype"] == given
+    told = json.loads(capsys.readouterr().out)
+    assert told["dtype"] == given
+    assert told["dequantized"] == 20
+    assert told["bytes"] == sum(v.numel() * dtype.itemsize for v in expected.values())
+
+
+def test_without_a_dtype_what_was_not_quantized_stays_as_it_is(tmp_path: Path) -> None:
+    save_quantized(tmp_path / "model", "float-channel", dtype=torch.bfloat16)
+    edit_tensors(
+        tmp_path / "model",
+        lambda t: t.update({"model.norm.weight": t["model.norm.weight"].float()}),
+    )
+    opened = Checkpoint.open(dequantize(tmp_path / "model", tmp_path / "out"))
+    assert opened.dtype("model.norm.weight") == torch.float32
+    assert opened.dtype(f"{GATE}.weight") == torch.bfloat16
+
+
+def test_a_config_without_a_plain_dtype_means_bfloat16(tmp_path: Path) -> None:
+    save_quantized(tmp_path / "model", "fp8-blocks")
+    edit_config(tmp_path / "model", lambda c: c.update(dtype="float8_e4m3fn"))
+    opened = Checkpoint.open(dequantize(tmp_path / "model", tmp_path / "out"))
+    assert opened.dtype(f"{GATE}.weight") == torch.bfloat16
+    assert opened.config["dtype"] == "bfloat16"
+
+
+def test_matrices_that_bitsandbytes_turned_round_are_turned_back(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model", "gpt2")
+    expected = load_file(folder / WEIGHTS)
+
+    def quantize(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            if ".c_" in name and name.endswith("weight"):
+                stored, values = KINDS["bitsandbytes-8"][1](tensors.pop(name).T)
+                expected[name] = values.T
+                module = name.removesuffix(".weight")
+                tensors |= {f"{module}.{part}": v.contiguous() for part, v in stored.items()}
+
+    edit_tensors(folder, quantize)
+    edit_config(folder, lambda c: c.update(quantization_config={"load_in_8bit": True}))
+    out = dequantize(folder, tmp_path / "out")
+    for name, values in load_file(out / WEIGHTS).items():
+        torch.testing.assert_close(values, expected[name], rtol=3e-7, atol=0)
+    AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_groups_of_one_config_are_told_apart_by_their_scales(tmp_path: Path) -> None:
+    expected = save_quantized(tmp_path / "model", "float-channel")
+    module = "model.layers.2.mlp.up_proj"
+    parts, expected[f"{module}.weight"] = KINDS["float-block"][1](expected[f"{module}.weight"])
+    edit_tensors(
+        tmp_path / "model", lambda t: t.update({f"{module}.{p}": v for p, v in parts.items()})
+    )
+    groups = [weights("channel", "float")]
+    groups.append(weights("block", "float", block_structure=[16, 16]))
+    config = compressed("mixed-precision", *groups)
+    for group in config["config_groups"].values():
+        group["format"] = "float-quantized"
+    edit_config(tmp_path / "model", lambda c: c.update(quantization_config=config))
+    written = load_file(dequantize(tmp_path / "model", tmp_path / "out") / WEIGHTS)
+    assert all(torch.equal(written[name], expected[name]) for name in expected)
+
+
+def test_the_old_place_of_the_config_is_known(tmp_path: Path) -> None:
+    save_quantized(tmp_path / "model", "int-tensor")
+    edit_config(
+        tmp_path / "model", lambda c: c.update(compression_config=c.pop("quantization_config"))
+    )
+    out = dequantize(tmp_path / "model", tmp_path / "out")
+    assert "compression_config" not in json.loads((out / "config.json").read_text())
+
+
+def test_the_card_keeps_the_licence_and_no_folder(tmp_path: Path) -> None:
+    save_quantized(tmp_path / "model", "int-tensor")
+    (tmp_path / "model" / "README.md").write_text("---\nlicense: mit\n---\nold words\n")
+    card = (dequantize(tmp_path / "model", tmp_path / "out") / "README.md").read_text()
+    assert "license: mit" in card
+    assert "was quantized by compressed-tensors: 20 weights" in card
+    assert "old words" not in card
+    assert str(tmp_path) not in card
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "mxfp4", "modelopt", None, 3])
+def test_other_methods_are_refused_by_name(method: object, tmp_path: Path) -> None:
+    save_quantized(tmp_path, "fp8-blocks")
+    edit_config(tmp_path, lambda c: c["quantization_config"].update(quant_method=method))
+    message = refusal(tmp_path)
+    assert f"quantized by '{method}'" in message or "does not name" in message
+    assert "fp8, compressed-tensors, bitsandbytes can" in message
+    with pytest.raises(InvalidInput, match="prune first, quantize afterwards"):
+        Checkpoint.open(tmp_path)
+
+
+def test_a_plain_model_has_nothing_to_dequantize(tmp_path: Path) -> None:
+    assert "there is nothing to dequantize" in refusal(save_tiny(tmp_path))
+
+
+def test_a_model_that_could_not_be_pruned_is_refused(tmp_path: Path) -> None:
+    save_quantized(tmp_path, "fp8-blocks")
+    edit_config(tmp_path, lambda c: c.update(model_type="mixtral", num_local_experts=8))
+    assert "is a mixture of experts" in refusal(tmp_path)
+
+
+def _set(name: str, value: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], None]:
+    return lambda tensors: tensors.update({name: value(tensors[name]).contiguous()})
+
+
+def _state(**changes: Any) -> Callable[[dict[str, Tensor]], None]:
+    def edit(tensors: dict[str, Tensor]) -> None:
+        name = f"{GATE}.weight.quant_state.bitsandbytes__nf4"
+        state = json.loads(bytes(tensors[name].tolist())) | changes
+        tensors[name] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("kind", "edit", "message"),
+    [
+        ("fp8-blocks", lambda t: t.pop(f"{GATE}.weight_scale_inv"), "its .*_scale_inv is not in"),
+        (
+            "fp8-blocks",
+            _set(f"{GATE}.weight_scale_inv", lambda s: s[:1]),
+            r"has shape \[1, 1\], but the config means \[2, 1\]",
+        ),
+        (
+            "fp8-blocks",
+            _set(f"{GATE}.weight_scale_inv", lambda s: s.repeat(2, 1)),
+            r"has shape \[4, 1\], but the config means \[2, 1\]",
+        ),
+        (
+            "fp8-blocks",
+            _set(f"{GATE}.weight_scale_inv", lambda s: s.to(torch.uint8)),
+            "stored as torch.uint8: a scale is floating point",
+        ),
+        (
+            "fp8-blocks",
+            _set(f"{GATE}.weight", lambda w: w.float()),
+            f"{GATE}.weight_scale_inv belongs to no quantized weight",
+        ),
+        (
+            "fp8-blocks",
+            _set(f"{GATE}.weight", lambda w: w.to(torch.int8)),
+            "stored as torch.int8, which its config does not explain|belongs to no quantized",
+        ),
+        ("fp8-blocks", _set(f"{GATE}.weight", lambda w: w[:8]), r"\[8, 16\]|has shape"),
+        ("naive-channel", lambda t: t.pop(f"{GATE}.weight_scale"), "weight_scale is not in"),
+        ("int-group-zero", lambda t: t.pop(f"{GATE}.weight_zero_point"), "zero_point is not in"),
+        (
+            "int-group-zero",
+            _set(f"{GATE}.weight_zero_point", lambda z: z[:5]),
+            r"zero_point has shape \[5, 2\], but the scales have \[24, 2\]",
+        ),
+        ("pack-group", lambda t: t.pop(f"{GATE}.weight_shape"), "weight_shape is not in"),
+        (
+            "pack-group",
+            _set(f"{GATE}.weight_shape", lambda s: s * 2**40),
+            "weight_shape says",
+        ),
+        (
+            "pack-group",
+            _set(f"{GATE}.weight_shape", lambda s: s + torch.tensor([0, 2**40])),
+            "words a row for 1099511627792 numbers, but the config means 4 bits",
+        ),
+        ("pack-group", _set(f"{GATE}.weight_packed", lambda w: w[:, :1]), "words a row"),
+        ("pack-order", _set(f"{GATE}.weight_g_idx", lambda g: g[:3]), "g_idx has shape"),
+        (
+            "pack-group",
+            lambda t: t.update({f"{GATE}.weight": torch.zeros(24, 16)}),
+            "are both there",
+        ),
+        ("bitsandbytes-8", lambda t: t.pop(f"{GATE}.SCB"), "its .*SCB is not in"),
+        (
+            "bitsandbytes-8",
+            _set(f"{GATE}.weight_format", lambda f: f + 2),
+            "weight_format is not 0",
+        ),
+        ("bitsandbytes-nf4", lambda t: t.pop(f"{GATE}.weight.absmax"), "absmax is not in"),
+        ("bitsandbytes-nf4", _set(f"{GATE}.weight.absmax", lambda a: a[:3]), r"means \[12\]"),
+        ("bitsandbytes-nf4", _state(shape=[2**40, 2**40]), "which are no matrix"),
+        ("bitsandbytes-nf4", _state(shape="x"), "no matrix"),
+        ("bitsandbytes-nf4", _state(blocksize=2**40), "which are no matrix"),
+        ("bitsandbytes-nf4", _state(blocksize=-64), "no size"),
+        ("bitsandbytes-nf4-nested", _state(nested_offset="x"), "gives the offset 'x'"),
+        (
+            "bitsandbytes-nf4",
+            _set(f"{GATE}.weight.quant_state.bitsandbytes__nf4", lambda s: s[:-1]),
+            "not readable JSON",
+        ),
+    ],
+)
+def test_tensors_that_do_not_go_together_are_refused(
+    kind: str, edit: Callable[[dict[str, Tensor]], object], message: str, tmp_path: Path
+) -> None:
+    save_quantized(tmp_path, kind)
+    edit_tensors(tmp_path, edit)
+    with pytest.raises(InvalidInput, match=message):
+        open_quantized(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "nvfp4-pack-quantized"}, "format 'nvfp4-pack-quantized' cannot be undone"),
+        ({"format": None}, "format None cannot be undone"),
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "stored by a sparsity_config"),
+        ({"transform_config": {"config_groups": {"u": {}}}}, "stored by a transform_config"),
+        ({"config_groups": [1]}, "config_groups are no object"),
+        ({"config_groups": {"W8A8": ["Linear"]}}, "group 'W8A8' is no object"),
+        ({"config_groups": {}}, "but the config means no quantized weights"),
+        ({"config_groups": {"a": {"weights": [8]}}}, "weights are no object"),
+        (
+            {"config_groups": {"a": {"weights": weights("tensor_group")}}},
+            "strategy 'tensor_group' is not known",
+        ),
+        (
+            {"config_groups": {"a": {"weights": weights("group", group_size=0)}}},
+            "group_size is 0",
+        ),
+        (
+            {"config_groups": {"a": {"weights": weights("channel", bits=16)}}},
+            "weights of 16 bits",
+        ),
+        (
+            {"config_groups": {"a": {"weights": weights("group", group_size=8)}}},
+            r"has shape \[1, 1\], but the config means",
+        ),
+    ],
+)
+def test_configs_that_do_not_say_how_are_refused(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    save_quantized(tmp_path, "int-tensor")
+    edit_config(tmp_path, lambda c: c["quantization_config"].update(change))
+    with pytest.raises(InvalidInput, match=message):
+        open_quantized(tmp_path)
+
+
+def test_two_groups_that_fit_and_mean_different_things_are_refused(tmp_path: Path) -> None:
+    save_quantized(tmp_path, "float-block")
+    groups = [weights("block", "float", block_structure=[size, 16]) for size in (16, 20)]
+    config = compressed("float-quantized", *groups)
+    edit_config(tmp_path, lambda c: c.update(quantization_config=config))
+    assert r"fits blocks of [16, 16] and [20, 16]: the config leaves open which" in refusal(
+        tmp_path
+    )
+
+
+def test_three_bits_have_been_packed_in_two_ways(tmp_path: Path) -> None:
+    save_quantized(tmp_path, "pack-group")
+
+    def three(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith("weight_packed")]:
+            rows, columns = tensors[name.replace("_packed", "_shape")].tolist()
+            tensors[name] = torch.zeros(rows, -(-columns * 3 // 32), dtype=torch.int32)
+
+    edit_tensors(tmp_path, three)
+    config = compressed("pack-quantized", weights("group", bits=3, group_size=8))
+    edit_config(tmp_path, lambda c: c.update(quantization_config=config))
+    assert "packs numbers of 3 bits" in refusal(tmp_path)
+
+
+def test_an_order_that_was_never_set_is_none(tmp_path: Path) -> None:
+    expected = save_quantized(tmp_path, "pack-group")
+    unset = torch.full((16,), -1, dtype=torch.int32)
+    edit_tensors(tmp_path, lambda t: t.update({f"{GATE}.weight_g_idx": unset}))
+    assert torch.equal(
+        open_quantized(tmp_path).tensor(f"{GATE}.weight"), expected[f"{GATE}.weight"]
+    )
+
+
+def test_a_group_outside_the_scales_is_refused(tmp_path: Path) -> None:
+    save_quantized(tmp_path, "pack-order")
+    edit_tensors(tmp_path, _set(f"{GATE}.weight_g_idx", lambda g: g + 1))
+    source = open_quantized(tmp_path)
+    with pytest.raises(InvalidInput, match="names groups outside 0 to 1"):
+        source.tensor(f"{GATE}.weight")
+
+
+@pytest.mark.parametrize("shard", ["../x.safetensors", "/etc/x.safetensors"])
+def test_shards_outside_the_folder_are_not_read(shard: str, tmp_path: Path) -> None:
+    save_quantized(tmp_path / "model", "fp8-blocks")
+    (tmp_path / "model" / WEIGHTS).rename(tmp_path / "x.safetensors")
+    index = tmp_path / "model" / f"{WEIGHTS}.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": shard}}))
+    assert "must be .safetensors files in the checkpoint's folder" in refusal(tmp_path / "model")
+
+
+def test_a_weight_that_a_type_cannot_hold_leaves_no_output(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_quantized(tmp_path / "model", "fp8-blocks")
+    edit_tensors(tmp_path / "model", _set(f"{GATE}.weight_scale_inv", lambda s: s * 1e6))
+    arguments = ("dequantize", "--model", tmp_path / "model", "--output", tmp_path / "out")
+    assert run(*arguments, "--dtype", "float16") == 1
+    assert f"{GATE}.weight has values too large for torch.float16" in capsys.readouterr().err
+    edit_tensors(tmp_path / "model", _set(f"{GATE}.weight_scale_inv", lambda s: s / 0))
+    assert run(*arguments) == 1
+    assert f"{GATE}.weight has values that are not finite" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_output_that_exists_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_quantized(tmp_path / "model", "fp8-blocks")
+    out = dequantize(tmp_path / "model", tmp_path / "out")
+    arguments = ("dequantize", "--model", tmp_path / "model", "--output")
+    assert run(*arguments, out) == 2
+    assert "exists; give another, or --overwrite" in capsys.readouterr().err
+    assert run(*arguments, out, "--overwrite") == 0
+    assert run(*arguments, tmp_path / "model", "--overwrite") == 2
+    assert "is or holds the model itself" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_quantized(tmp_path / "model", "fp8-blocks")
+    source = open_quantized(tmp_path / "model")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fbn_prune.export.writer._write_shard", full)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FbnPruneError, match="No space left on device"):
+        write_dequantized(source, tmp_path / "out")
+
+
+def test_a_quantized_model_is_not_run_as_it_is(tmp_path: Path) -> None:
+    save_quantized(tmp_path, "fp8-blocks")
+    source = open_quantized(tmp_path)
+    with pytest.raises(InvalidInput, match="dequantize it first"):
+        source.load_model("cpu", torch.float32)
+    wide = source.read(f"{GATE}.weight", torch.device("cpu"), torch.float64)
+    assert torch.equal(wide, source.tensor(f"{GATE}.weight").double())
+
+
+def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
+    config = FAMILY_CONFIGS["llama-tied"]()
+    save_quantized(tmp_path / "model", "fp8-blocks", config=config)
+    out = dequantize(tmp_path / "model", tmp_path / "out")
+    assert "lm_head.weight" not in load_file(out / WEIGHTS)
+    tied = make_model("llama", config=config)
+    assert logits(out).shape[-1] == tied.config.vocab_size
