@@ -72,11 +72,10 @@ class MemoryPlan:
     def words(self) -> str:
         """What was decided, in a few words."""
         if self.placement is not None:
-            shares = sorted(Counter(self.placement).items())
-            each = ", ".join(f"{layers} on GPU {gpu}" for gpu, layers in shares)
-            return (
-                f"the model in memory, spread over {len({0, *self.placement})} GPUs: layers {each}"
-            )
+            (first, layers), *others = sorted(Counter(self.placement).items())
+            more = "".join(f", {count} on GPU {gpu}" for gpu, count in others)
+            shares = f"{layers} layers on GPU {first}{more}"
+            return f"the model in memory, spread over several GPUs ({shares})"
         if not self.streamed:
             return "the model in memory"
         hidden = "memory" if self.keep_hidden else "disk"

@@ -49,6 +49,9 @@ class Placed(Tensor):
     def data_ptr(self) -> int:
         return self.held.data_ptr()  # accelerate tells tied weights by it
 
+    def tolist(self) -> Any:
+        return self.held.tolist()
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
@@ -75,8 +78,13 @@ class _Makers(TorchFunctionMode):
 @contextmanager
 def pretended_devices() -> Iterator[None]:
     """Inside, `cpu:N` are devices of their own."""
-    with _Devices(), _Makers():
-        yield
+    overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)  # Module.to keeps the class
+    try:
+        with _Devices(), _Makers():
+            yield
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
 
 
 def on_host(tensor: Tensor) -> Tensor:
