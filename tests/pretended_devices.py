@@ -102,7 +102,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     own = {id(each.held): each for each in flat if isinstance(each, Placed)}
     bare = [each.held if isinstance(each, Placed) else each for each in flat]
     bare_args, bare_kwargs = tree_unflatten(bare, form)
-    if wanted is not None:
+    if wanted is not None and device.index is not None:
         bare_kwargs["device"] = torch.device("cpu")
     result = func(*bare_args, **bare_kwargs)
 

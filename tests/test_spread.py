@@ -148,7 +148,7 @@ def test_gradients_cross_devices(tmp_path: Path) -> None:
         found = output_sensitivity(spread(folder), family, batches, StageClock())
     assert [each.device.index for each in found] == list(PLACEMENT)
     for a, b in zip(expected, found, strict=True):
-        assert torch.equal(a, on_host(b))
+        torch.testing.assert_close(on_host(b), a, rtol=1e-4, atol=1e-9)
 
 
 def test_a_first_device_without_layers_still_takes_ids_and_gives_logits(
