@@ -42,7 +42,8 @@ from fbn_prune.model.shards import INDEX_FILE, SINGLE_FILE, read_headers, read_i
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.recipe import Recipe, load_recipe
 from fbn_prune.task_data import read_examples, recorded_fingerprints
-from fbn_prune.work import FORMAT, RECORD, Work, unfinished
+from fbn_prune.unfinished import unfinished
+from fbn_prune.work import FORMAT, RECORD, Work
 
 MEMORY_LIMIT = 3 * 2**30
 """Bytes that a fuzzing process may take beyond what it holds at the start."""

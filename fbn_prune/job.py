@@ -24,6 +24,7 @@ from fbn_prune.finite import damage
 from fbn_prune.launcher import is_first
 from fbn_prune.matching import MatchedCalibration, TaskCalibration
 from fbn_prune.model.families import Family
+from fbn_prune.model.streaming import layer_device
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.perplexity import NonFiniteLogits, perplexity
 from fbn_prune.prepared import Prepared, prepare
@@ -263,7 +264,10 @@ def _kept_loss_roots(
         return {f"{layer:05d}": root for layer, root in enumerate(roots)}
 
     kept = work.tensors("loss-roots", compute)
-    return [kept[name].to(prepared.device) for name in sorted(kept)]
+    return [
+        kept[name].to(layer_device(model, prepared.family, layer))
+        for layer, name in enumerate(sorted(kept))
+    ]
 
 
 def _heads(prepared: Prepared) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from fbn_prune.calibration import Batch
 from fbn_prune.model.families import Family
-from fbn_prune.model.streaming import compute_device, stream_of
+from fbn_prune.model.streaming import compute_device, layer_device, stream_of
 from fbn_prune.spill import Spilled
 
 Observe = Callable[[int, Tensor], None]
@@ -42,7 +42,8 @@ class LayerwiseForward:
     Parameters
     ----------
     model
-        A model on one device, in evaluation mode; a streamed one reads each layer once for all batches.
+        A model in evaluation mode; a streamed one reads each layer once for all batches, and each layer of one that
+        is spread over devices leaves what it puts out on its own.
     batches
         Right-padded blocks; causal attention keeps padding from reaching valid tokens.
 
@@ -62,6 +63,8 @@ class LayerwiseForward:
         self._family = family
         self._layers = family.layer_modules(model)
         self._device = compute_device(model)
+        layers = range(family.num_layers(model.config))
+        self._devices = {layer_device(model, family, layer) for layer in layers} | {self._device}
         self._valid = [batch.valid.to(self._device) for batch in batches]
         self._calls: dict[torch.Size, list[_LayerCall]] = {}
         self._shapes = [batch.input_ids.shape for batch in batches]
@@ -113,7 +116,8 @@ class LayerwiseForward:
             def watch(module: nn.Module, args: tuple[Any, ...]) -> None:
                 nonlocal watched
                 start = self._now()
-                seen(index, args[0].flatten(0, -2)[self._valid[index].flatten()])
+                valid = self._valid[index].flatten().to(args[0].device)
+                seen(index, args[0].flatten(0, -2)[valid])
                 watched += self._now() - start
 
             return watch
@@ -154,8 +158,9 @@ class LayerwiseForward:
             return self._model(inputs_embeds=embedded, use_cache=False).logits
 
     def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        for device in self._devices:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
         return time.perf_counter()
 
     def _probe(self) -> bool:

@@ -1,24 +1,27 @@
 """How a run keeps within a memory budget: decided before any work, from the checkpoint's headers and the recipe.
 
-A model that fits is held in memory whole. One that does not is streamed (:mod:`fbn_prune.model.streaming`); then, in
-this order, activations kept for the ICA go to disk, hidden states go to disk, and batches become smaller. What is
+A model that fits is held in memory whole. One that fits no single GPU but all of the machine's together is spread over
+them, layer by layer (:mod:`fbn_prune.model.placement`). Any other is streamed (:mod:`fbn_prune.model.streaming`); then,
+in this order, activations kept for the ICA go to disk, hidden states go to disk, and batches become smaller. What is
 left is the least the run takes: one layer's weights, or one layer's second order, whichever is larger.
 """
 
 from __future__ import annotations
 
-import re
 import resource
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 import torch
 
 from fbn_prune.errors import InvalidInput
+from fbn_prune.launcher import processes
 from fbn_prune.model.checkpoint import SLICE_BYTES, Checkpoint
+from fbn_prune.model.placement import layer_bytes, place_layers
 from fbn_prune.networks.sampling import LEAST_BLOCKS
 from fbn_prune.recipe import Recipe, parse_size
 
@@ -48,6 +51,9 @@ class MemoryPlan:
         Stage -> predicted peak of the process in bytes, on host and device together.
     scratch
         Folder for what does not stay in memory.
+    placement
+        For each decoder layer the number of the GPU that holds it, all else being on GPU 0; None where the model is
+        not spread over several.
     """
 
     streamed: bool
@@ -56,6 +62,7 @@ class MemoryPlan:
     keep_hidden: bool
     stages: dict[str, int]
     scratch: Path
+    placement: tuple[int, ...] | None = None
 
     @property
     def peak_bytes(self) -> int:
@@ -64,6 +71,11 @@ class MemoryPlan:
     @property
     def words(self) -> str:
         """What was decided, in a few words."""
+        if self.placement is not None:
+            (first, layers), *others = sorted(Counter(self.placement).items())
+            more = "".join(f", {count} on GPU {gpu}" for gpu, count in others)
+            shares = f"{layers} layers on GPU {first}{more}"
+            return f"the model in memory, spread over several GPUs ({shares})"
         if not self.streamed:
             return "the model in memory"
         hidden = "memory" if self.keep_hidden else "disk"
@@ -84,15 +96,25 @@ def plan_memory(
     InvalidInput
         No way keeps within the budget that the recipe states.
     """
-    plans = list(possible_plans(recipe, checkpoint, device, dtype, context))
-    least = min(plans, key=lambda plan: plan.peak_bytes)
-    if recipe.memory_budget is None:
-        free = free_memory(device)
-        return next((plan for plan in plans if plan.peak_bytes <= free), least)
-    budget = parse_size(recipe.memory_budget, "memory_budget")
-    for plan in plans:
-        if plan.peak_bytes <= budget:
+    budget = None
+    if recipe.memory_budget is not None:
+        budget = parse_size(recipe.memory_budget, "memory_budget")
+    free = free_memory(device)
+    plans: list[MemoryPlan] = []
+    for plan in possible_plans(recipe, checkpoint, device, dtype, context):
+        fits_device = plan.placement is not None or plan.peak_bytes <= free
+        if budget is None:
+            fits = fits_device
+        elif may_spread(device) and not plan.streamed:
+            fits = plan.peak_bytes <= budget and fits_device
+        else:
+            fits = plan.peak_bytes <= budget
+        if fits:
             return plan
+        plans.append(plan)
+    least = min(plans, key=lambda plan: plan.peak_bytes)
+    if budget is None:
+        return least
     stage = max(least.stages, key=least.stages.__getitem__)
     why = ""
     if recipe.needs_whole_model:
@@ -120,6 +142,13 @@ def possible_plans(
 
     yield planned(False, usual, True, True)
     yield planned(False, usual, False, True)
+    if may_spread(device):
+        free = [free_on_device(gpu) for gpu in range(torch.cuda.device_count())]
+        for activations in (True, False):
+            plan = planned(False, usual, activations, True)
+            copies = 2 if recipe.recover else 1
+            if (spread := spread_plan(plan, checkpoint, dtype, free, copies)) is not None:
+                yield spread
     if recipe.needs_whole_model:
         return
     yield planned(True, usual, True, True)
@@ -128,6 +157,54 @@ def possible_plans(
     while batch >= min(context, usual):
         yield planned(True, batch, False, False)
         batch //= 2
+
+
+def spread_plan(
+    whole: MemoryPlan,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    free: Sequence[int],
+    copies: int = 1,
+) -> MemoryPlan | None:
+    """The plan of a model in memory with its layers spread over several devices, or None where they do not hold it.
+
+    A stage works on one layer at a time and so on every device in turn: each is to have room for all that the stages
+    need beside the weights.
+
+    Parameters
+    ----------
+    free
+        Bytes free on each device.
+    copies
+        Of the model, in memory at once: two while a cut one is trained towards the dense one.
+    """
+    layers, rest = layer_bytes(checkpoint, dtype)
+    beside = max(
+        peak - PROCESS_BYTES - (sum(layers) + rest) * (copies if stage == "recovery" else 1)
+        for stage, peak in whole.stages.items()
+    )
+    placement = place_layers(
+        [copies * size for size in layers], copies * rest, [size - beside for size in free]
+    )
+    if placement is None:
+        return None
+    return replace(whole, placement=placement)
+
+
+def may_spread(device: torch.device) -> bool:
+    """Whether several GPUs may share the model: there are several, none was named, and no launcher dealt them out."""
+    return (
+        device.type == "cuda"
+        and device.index is None
+        and processes() == 1
+        and torch.cuda.device_count() > 1
+    )
+
+
+def free_on_device(index: int) -> int:
+    """Bytes free on one GPU."""
+    free, _ = torch.cuda.mem_get_info(index)
+    return int(free)
 
 
 def free_memory(device: torch.device) -> int:
@@ -214,11 +291,6 @@ class _Sizes:
             trained = max(16 * layer, 16 * layers * 2 * recipe.recover_rank * (4 * hidden + width))
             logits = 4 * 4 * min(few * vocabulary, LOGIT_BYTES // 4)
             stages["recovery"] = both + max(2 * self._hidden(tokens), graph + logits) + trained
-        if (
-            recipe.recover
-        ):  # beside the dense model; the graph of one step, which recomputes nothing
-            graph = min(tokens, RECOVERY_TOKENS) * layers * (16 * hidden + 8 * width) * size
-            stages["recovery"] = base + self.checkpoint.total_parameters * size + graph
         return stages
 
     def _fit(self, inputs: int, outputs: int) -> float:
@@ -246,14 +318,12 @@ class _Sizes:
     def _weights(self) -> tuple[int, int, int]:
         """Parameters of the largest decoder layer, bytes of the largest tensor, parameters in no layer or embedding."""
         checkpoint, family = self.checkpoint, self.checkpoint.family
-        root, _, stem = family.layers.partition(".")
-        pattern = re.compile(rf"(?:{re.escape(root)}\.)?{re.escape(stem)}\.(\d+)\.")
-        layers: dict[str, int] = {}
+        layers: dict[int, int] = {}
         rest = 0
         vocabulary = family.vocab_size(checkpoint.config)
         for name, info in checkpoint.tensors.items():
-            if match := pattern.match(name):
-                layers[match[1]] = layers.get(match[1], 0) + info.parameters
+            if (layer := family.layer_of(name)) is not None:
+                layers[layer] = layers.get(layer, 0) + info.parameters
             elif info.shape[:1] != (vocabulary,):
                 rest += info.parameters
         return max(layers.values()), max(i.nbytes for i in checkpoint.tensors.values()), rest

@@ -15,7 +15,8 @@ from fbn_prune.export.directory import check_output, check_room, on_one_disk
 from fbn_prune.memory import MemoryPlan, plan_memory
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.families import Family
-from fbn_prune.model.streaming import stream_model
+from fbn_prune.model.placement import device_map
+from fbn_prune.model.streaming import skeleton, stream_model
 from fbn_prune.model.surgery import require_bias
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.pruning.allocation import default_multiple
@@ -69,7 +70,7 @@ class Prepared:
     def load_model(self) -> PreTrainedModel:
         """The model, in memory or streamed as the memory plan says."""
         if not self.memory.streamed:
-            return self.checkpoint.load_model(self.device, self.dtype)
+            return self.load_whole_model()
         return stream_model(
             self.checkpoint,
             self.device,
@@ -77,6 +78,17 @@ class Prepared:
             scratch=self.memory.scratch,
             spill_hidden=not self.memory.keep_hidden,
         )
+
+    def load_whole_model(self) -> PreTrainedModel:
+        """The model in memory, whatever the plan: on one device, or spread over those that the plan names."""
+        places = None
+        if self.memory.placement is not None:
+            first, *layers = (
+                torch.device(self.device.type, index) for index in (0, *self.memory.placement)
+            )
+            bare = skeleton(self.checkpoint, self.dtype)
+            places = device_map(bare, self.family, layers, first)
+        return self.checkpoint.load_model(self.device, self.dtype, places)
 
 
 def prepare(recipe: Recipe) -> Prepared:

@@ -60,11 +60,10 @@ class PruneResult:
 
 
 def peak_memory_bytes() -> int:
-    """Highest resident memory of the process so far, plus the highest allocation on a GPU."""
+    """Highest resident memory of the process so far, plus the highest allocation on each GPU."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak *= 1 if sys.platform == "darwin" else 1024
-    if torch.cuda.is_available():
-        peak += torch.cuda.max_memory_allocated()
+    peak += sum(torch.cuda.max_memory_allocated(gpu) for gpu in range(torch.cuda.device_count()))
     return int(peak)
 
 

@@ -50,7 +50,8 @@ def facts(prepared: Prepared) -> dict[str, Any]:
     recipe = prepared.recipe
     device = str(prepared.device)
     if prepared.device.type == "cuda":
-        device = torch.cuda.get_device_name(prepared.device)
+        used: list[torch.device | int] = [prepared.device, *(prepared.memory.placement or ())]
+        device = ", ".join(sorted({torch.cuda.get_device_name(one) for one in used}))
     return {
         "versions": [tool_version(), torch.__version__, transformers.__version__],
         "machine": [platform.machine(), device, torch.get_num_threads()],

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from fbn_prune.calibration import Batch
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.families import Family
+from fbn_prune.model.streaming import compute_device, layer_device
 from fbn_prune.progress import StageClock
 
 GRADIENT_TOKENS = 32768
@@ -27,7 +28,7 @@ GRADIENT_TOKENS = 32768
 def output_sensitivity(
     model: PreTrainedModel, family: Family, batches: Sequence[Batch], clock: StageClock
 ) -> list[Tensor]:
-    """F of each layer, float64 [d, d] on the model's device.
+    """F of each layer, float64 [d, d] on the layer's device.
 
     Parameters
     ----------
@@ -40,9 +41,12 @@ def output_sensitivity(
         A gradient is NaN or Inf.
     """
     layers = family.num_layers(model.config)
-    device: Any = model.get_input_embeddings().weight.device
+    device = compute_device(model)
     size = family.hidden_size(model.config)
-    sums = [torch.zeros(size, size, dtype=torch.float64, device=device) for _ in range(layers)]
+    sums = [
+        torch.zeros(size, size, dtype=torch.float64, device=layer_device(model, family, layer))
+        for layer in range(layers)
+    ]
     tokens = sum(batch.tokens for batch in batches)
     with clock.stage("gradients", tokens, "tokens") as advance, _recording(model, family, sums):
         for batch in batches:

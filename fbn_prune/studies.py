@@ -72,7 +72,7 @@ def study(recipe: Recipe, clock: StageClock) -> Studied:
         task = load_task(prepared, tokenizer, data)
         data = data if task is None else task.data
     with clock.stage("load"):
-        model = prepared.checkpoint.load_model(prepared.device, prepared.dtype)
+        model = prepared.load_whole_model()
     networks = prepared.networks
     if networks is None:
         networks = find_networks(prepared, model, tokenizer, data, clock)

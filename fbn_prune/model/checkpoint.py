@@ -186,10 +186,17 @@ class Checkpoint:
                 result[start : start + rows] = shard.get_slice(name)[start : start + rows]
         return result
 
-    def load_model(self, device: str | torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    def load_model(
+        self,
+        device: str | torch.device,
+        dtype: torch.dtype,
+        device_map: Mapping[str, str] | None = None,
+    ) -> PreTrainedModel:
         """The model on `device` in `dtype`: eval mode, no key-value cache, no code from the folder.
 
-        The device "meta" goes through the same loading code, but reads and holds no weights.
+        The device "meta" goes through the same loading code, but reads and holds no weights. With a `device_map` (see
+        :func:`fbn_prune.model.placement.device_map`) each module is on its own device, and accelerate's hooks carry
+        what the modules are called with there.
 
         Raises
         ------
@@ -198,6 +205,9 @@ class Checkpoint:
         """
         model_class: Any = AutoModelForCausalLM
         more: dict[str, Any] = {}
+        places: Any = "meta" if torch.device(device).type == "meta" else None
+        if device_map is not None:
+            places = dict(device_map)
         if self.config.get("per_layer_config"):
             facts = {"ragged_mlp": self.family.mlp_facts()}
             more["config"] = as_config(self.config | facts)
@@ -209,7 +219,7 @@ class Checkpoint:
                     self.path,
                     **more,
                     dtype=dtype,
-                    device_map="meta" if torch.device(device).type == "meta" else None,
+                    device_map=places,
                     use_safetensors=True,
                     trust_remote_code=False,
                     local_files_only=True,
@@ -231,7 +241,8 @@ class Checkpoint:
                 f"{self.path}: {name} has shape {list(stored)}, the model needs {list(expected)}"
             )
         model.config.use_cache = False
-        model.to(device)  # type: ignore[arg-type]
+        if device_map is None:
+            model.to(device)  # type: ignore[arg-type]
         model.eval()
         return model
 

@@ -366,6 +366,12 @@ class Family:
 
     # A checkpoint's tensors
 
+    def layer_of(self, name: str) -> int | None:
+        """The decoder layer that the tensor of this name belongs to; None if it belongs to none."""
+        root, _, stem = self.layers.partition(".")
+        match = re.match(rf"(?:{re.escape(root)}\.)?{re.escape(stem)}\.(\d+)\.", name)
+        return None if match is None else int(match[1])
+
     def locate(self, name: str) -> Location | None:
         """What the tensor of this name is, or None if it is no part of an MLP."""
         layer, path, part = self._place(name)

@@ -336,9 +336,17 @@ def let_go(model: PreTrainedModel) -> None:
 
 
 def compute_device(model: PreTrainedModel) -> torch.device:
-    """Where the model computes."""
+    """Where token ids enter the model and logits come out; see :func:`layer_device` for what is between."""
     stream = stream_of(model)
     return model.device if stream is None else stream.device
+
+
+def layer_device(model: PreTrainedModel, family: Family, layer: int) -> torch.device:
+    """Where a decoder layer computes: a model may be spread over several devices."""
+    stream = stream_of(model)
+    if stream is not None:
+        return stream.device
+    return family.output_module(model, layer).weight.device
 
 
 def _give_back_freed_memory() -> None:

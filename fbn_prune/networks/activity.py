@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from fbn_prune.calibration import Batch, TokenBlocks
 from fbn_prune.layerwise import LayerwiseForward
 from fbn_prune.model.families import Family
-from fbn_prune.model.streaming import compute_device, let_go
+from fbn_prune.model.streaming import layer_device, let_go
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.progress import StageClock
 
@@ -29,13 +29,13 @@ def time_courses(
     clock: StageClock,
 ) -> list[Tensor]:
     """A of every batch, float64 [valid tokens, networks], on the CPU."""
-    layers, device = len(networks.widths), compute_device(model)
+    layers = len(networks.widths)
     courses = [torch.zeros(b.tokens, len(networks.maps), dtype=torch.float64) for b in batches]
     stream = LayerwiseForward(model, family, batches)
     total = sum(batch.tokens for batch in batches) * layers
     with clock.stage("time courses", total, "tokens x layers") as advance:
         for layer in range(layers):
-            span = networks.layer_slice(layer)
+            span, device = networks.layer_slice(layer), layer_device(model, family, layer)
             std = networks.std[span]
             # A neuron that was dead when the networks were found has no scale, and no say.
             scale = torch.where(std > 0, std.reciprocal(), torch.zeros_like(std))

@@ -186,7 +186,7 @@ def spatial_ica(
 def time_courses(layers: Layers, maps: Tensor) -> Tensor:
     """A = Z pinv(maps), [T, k] float32: each network's activity at each token.
 
-    ``maps`` is [k, sum of N_l] over the neurons of ``layers`` in order, on the layers' device.
+    ``maps`` is [k, sum of N_l] over the neurons of ``layers`` in order; the result is on the first layer's device.
     """
     activity, start = None, 0
     for z in layers():
@@ -195,7 +195,7 @@ def time_courses(layers: Layers, maps: Tensor) -> Tensor:
             break
         start += z.shape[1]
         product = z.float() @ part.T.to(z.device, torch.float32)
-        activity = product if activity is None else activity.add_(product)
+        activity = product if activity is None else activity.add_(product.to(activity.device))
     if activity is None or start != maps.shape[1]:
         raise InvalidInput(f"maps cover {maps.shape[1]} neurons, the layers another number of them")
     inverse = torch.linalg.pinv(maps.double() @ maps.double().T, hermitian=True)

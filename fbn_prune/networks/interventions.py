@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.families import Family
-from fbn_prune.model.streaming import compute_device
+from fbn_prune.model.streaming import layer_device
 
 
 @contextmanager
@@ -79,7 +79,7 @@ def _changed(
             if not bool(mask.any()):
                 continue
             down = family.output_module(model, layer)
-            hook = _hook(mask.to(compute_device(model)), change)
+            hook = _hook(mask.to(layer_device(model, family, layer)), change)
             hooks.callback(down.register_forward_pre_hook(hook).remove)
         yield
 

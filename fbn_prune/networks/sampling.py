@@ -13,7 +13,7 @@ from fbn_prune.calibration import Batch, TokenBlocks
 from fbn_prune.errors import InvalidInput
 from fbn_prune.layerwise import LayerwiseForward
 from fbn_prune.model.families import Family
-from fbn_prune.model.streaming import compute_device, let_go, stream_of
+from fbn_prune.model.streaming import layer_device, let_go, stream_of
 from fbn_prune.networks import ica
 from fbn_prune.progress import Advance, StageClock
 from fbn_prune.spill import Spilled
@@ -95,7 +95,7 @@ class SampledActivations:
             lambda index, x: rows.append(x[positions[index].to(x.device)].float()),
             on_batch=advance,
         )
-        none = torch.empty(0, self.width, device=compute_device(self._model))
+        none = torch.empty(0, self.width, device=layer_device(self._model, self._family, layer))
         x = ranks.joined_rows(torch.cat([none, *rows]))
         if not bool(torch.isfinite(x.sum())):
             raise InvalidInput(

@@ -212,7 +212,7 @@ def _scores(subject: Subject, rule: str, clock: StageClock) -> list[Tensor]:
         return member_scores(subject.networks, subject.kept)
     weights: Iterable[Tensor] = down_weights(subject.model, subject.family)
     if subject.options.loss_aware and (roots := subject.loss_roots) is not None:
-        weights = (root @ weight.double() for root, weight in zip(roots, weights, strict=True))
+        weights = (r.to(w.device) @ w.double() for r, w in zip(roots, weights, strict=True))
     return network_scores(subject.networks, weights)
 
 

@@ -1,0 +1,220 @@
+"""A model spread over devices gives what it gives on one, and nothing mixes tensors of two devices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from pretended_devices import Placed, on_host, pretended_devices
+from safetensors.torch import load_file
+from tiny_models import FAMILY_CONFIGS, make_model, save_tiny
+from transformers import PreTrainedModel
+
+from fbn_prune.calibration import TokenBlocks
+from fbn_prune.job import run_discovery, run_prune
+from fbn_prune.layerwise import LayerwiseForward
+from fbn_prune.memory import MemoryPlan, plan_memory
+from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.families import family_of
+from fbn_prune.model.placement import device_map
+from fbn_prune.model.streaming import compute_device, layer_device, skeleton
+from fbn_prune.model.surgery import MlpCut, apply_cut
+from fbn_prune.networks.interventions import masked
+from fbn_prune.perplexity import mean_loss
+from fbn_prune.progress import StageClock
+from fbn_prune.recipe import Recipe, build_recipe
+from fbn_prune.sensitivity import output_sensitivity
+
+torch.set_num_threads(1)
+
+PLACEMENT = (0, 1, 1)
+
+
+@pytest.fixture
+def devices() -> Iterator[None]:
+    with pretended_devices():
+        yield
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"{i} apples, {i * 3} pence, {i % 7} pears. " for i in range(200)))
+    return path
+
+
+def recipe(model: Path, text: Path, output: Path, **changes: object) -> Recipe:
+    small = {"tokens": 400, "network_tokens": 300, "networks": 5, "keep_networks": 3}
+    base = {"model": str(model), "calibration": [str(text)], "context": 48, "output": output}
+    return build_recipe({**base, **small, "width_multiple": 4, "seed": 1, **changes})
+
+
+def spread(folder: Path, placement: tuple[int, ...] = PLACEMENT) -> PreTrainedModel:
+    checkpoint = Checkpoint.open(folder)
+    first, *layers = (torch.device("cpu", index) for index in (0, *placement))
+    bare = skeleton(checkpoint, torch.float32)
+    places = device_map(bare, checkpoint.family, layers, first)
+    return checkpoint.load_model("cpu", torch.float32, places)
+
+
+def blocks() -> TokenBlocks:
+    generator = torch.Generator().manual_seed(3)
+    lengths = (20, 48, 48, 33)
+    return TokenBlocks(
+        tuple(torch.randint(0, 256, (n,), generator=generator) for n in lengths), 48, ("x",)
+    )
+
+
+def test_tensors_of_two_devices_do_not_meet(devices: None) -> None:
+    a, b, host = torch.ones(3).to("cpu:0"), torch.ones(3, device="cpu:1"), torch.ones(3)
+    for left, right in ((a, b), (a, host), (host, b)):
+        with pytest.raises(RuntimeError, match="expected all tensors on the same device"):
+            left + right
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="same device"):
+        torch.cat([a, b])
+    assert isinstance(a + b.to(a.device), Placed)
+    assert (a * 2).device == torch.device("cpu:0")
+    assert type(a.cpu()) is torch.Tensor
+    assert (a + torch.tensor(1.0)).tolist() == [2.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("name", FAMILY_CONFIGS)
+def test_every_family_runs_spread_as_whole_also_layer_by_layer(name: str, tmp_path: Path) -> None:
+    folder, batches = save_tiny(tmp_path / "model", name), blocks().batches(100)
+    whole = make_model(name)
+    family = family_of(whole.config)
+    expected = LayerwiseForward(whole, family, batches)
+    loss = mean_loss(whole, batches)
+    with pretended_devices():
+        model = spread(folder)
+        assert mean_loss(model, batches) == loss
+        stream = LayerwiseForward(model, family, batches)
+        for layer, place in enumerate(PLACEMENT):
+            device = torch.device("cpu", place)
+            seen: dict[str, list[torch.Tensor]] = {"whole": [], "spread": []}
+            expected.advance(lambda _, x, seen=seen: seen["whole"].append(x))
+            stream.advance(lambda _, x, seen=seen: seen["spread"].append(x))
+            assert layer_device(model, family, layer) == device
+            for a, b in zip(seen["whole"], seen["spread"], strict=True):
+                assert b.device == device
+                assert torch.equal(a, on_host(b))
+            for a, b in zip(expected.hidden, stream.hidden, strict=True):
+                assert b.device == device
+                assert torch.equal(a, on_host(b))
+        last = stream.logits(stream.hidden[0])
+        assert torch.equal(on_host(last), expected.logits(expected.hidden[0]))
+
+
+def test_the_hooks_are_back_after_the_recorders(tmp_path: Path, devices: None) -> None:
+    model = spread(save_tiny(tmp_path / "model"))
+    family = family_of(model.config)
+    before = [layer.__dict__["forward"] for layer in family.layer_modules(model)]
+    LayerwiseForward(model, family, blocks().batches(100))
+    assert [layer.__dict__["forward"] for layer in family.layer_modules(model)] == before
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
+def test_cuts_and_interventions_are_made_where_the_layer_lies(name: str, tmp_path: Path) -> None:
+    folder, batches = save_tiny(tmp_path / "model", name), blocks().batches(100)
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.arange(0, 24, 3)
+    losses = []
+    whole = make_model(name)
+    family = family_of(whole.config)
+    width, hidden = family.width(whole.config), family.hidden_size(whole.config)
+    cuts = [MlpCut(kept, torch.randn(hidden, 8, generator=generator)) for _ in PLACEMENT]
+    silent = [torch.arange(width) % 3 == 0 for _ in PLACEMENT]
+    with pretended_devices():
+        for model in (whole, spread(folder)):
+            with masked(model, family, silent):
+                losses.append(mean_loss(model, batches))
+            for layer, cut in enumerate(cuts):
+                apply_cut(model, family, layer, cut)
+            losses.append(mean_loss(model, batches))
+        assert [layer_device(model, family, layer).index for layer in range(3)] == list(PLACEMENT)
+    assert losses[:2] == losses[2:]
+    assert losses[0] != losses[1]
+
+
+def test_gradients_cross_devices(tmp_path: Path) -> None:
+    folder, batches = save_tiny(tmp_path / "model"), blocks().batches(100)
+    whole = make_model("llama")
+    family = family_of(whole.config)
+    expected = output_sensitivity(whole, family, batches, StageClock())
+    with pretended_devices():
+        found = output_sensitivity(spread(folder), family, batches, StageClock())
+    assert [each.device.index for each in found] == list(PLACEMENT)
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(on_host(b), a, rtol=1e-4, atol=1e-9)
+
+
+def test_a_first_device_without_layers_still_takes_ids_and_gives_logits(
+    tmp_path: Path, devices: None
+) -> None:
+    model = spread(save_tiny(tmp_path / "model"), (1, 1, 2))
+    assert compute_device(model) == torch.device("cpu:0")
+    ids = torch.arange(12)[None]
+    logits = model(ids.to("cpu:0"), use_cache=False).logits
+    assert logits.device == torch.device("cpu:0")
+    assert torch.equal(on_host(logits), make_model("llama")(ids).logits)
+
+
+def spread_plan(*args: object) -> MemoryPlan:
+    return replace(plan_memory(*args), placement=PLACEMENT)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{file.name} {key}": tensor
+        for file in sorted(folder.glob("*.safetensors"))
+        for key, tensor in load_file(file).items()
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"sequential": True, "rank": "knockout"},
+        {"criterion": "flap", "sparsity": 0.5},
+        pytest.param({"recover": True, "recover_passes": 1}, marks=pytest.mark.slow),
+        pytest.param(
+            {"layout": "auto", "widths": "auto", "loss_aware": True}, marks=pytest.mark.slow
+        ),
+        pytest.param({"scope": "layer", "networks": 3}, marks=pytest.mark.slow),
+        pytest.param({"task": "examples"}, marks=pytest.mark.slow),
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())) or "default",
+)
+def test_the_main_job_spread_writes_the_bytes_of_the_whole_one(
+    changes: dict[str, object], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_tiny(tmp_path / "model", "gpt2")
+    if "task" in changes:
+        changes = {"task": str(tmp_path / "task.jsonl")}
+        lines = ['{"text": "7 apples, 21 pence, 0 pears."}', '{"text": "8 apples, 24 pence."}']
+        (tmp_path / "task.jsonl").write_text("\n".join(lines) + "\n")
+    whole = run_prune(recipe(model, text, tmp_path / "whole", **changes), StageClock())
+    monkeypatch.setattr("fbn_prune.prepared.plan_memory", spread_plan)
+    with pretended_devices():
+        result = run_prune(recipe(model, text, tmp_path / "spread", **changes), StageClock())
+    assert result.lasting() == whole.lasting()
+    expected, found = tensors(tmp_path / "whole"), tensors(tmp_path / "spread")
+    assert expected.keys() == found.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(found[key], tensor), key
+
+
+@pytest.mark.slow
+def test_discovery_with_recurrence_runs_spread(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_tiny(tmp_path / "model")
+    _, whole = run_discovery(recipe(model, text, tmp_path / "whole"), StageClock())
+    monkeypatch.setattr("fbn_prune.prepared.plan_memory", spread_plan)
+    with pretended_devices():
+        _, found = run_discovery(recipe(model, text, tmp_path / "spread"), StageClock())
+    assert whole.read_bytes() == found.read_bytes()
