@@ -8,7 +8,6 @@ The one place that counts them: the dry run turns the counts into seconds (:mod:
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -35,9 +34,26 @@ KINDS = {
     "exchanged": "bytes summed or joined over processes",
     "told": "bytes that one process packs and tells the others",
     "tokenised": "tokens made of text",
-    "started": "starts: of the process, of what an export writes beside the weights",
+    "started": "starts of the process: Python, torch, transformers",
+    "described": "outputs described: card, report",
 }
 """Kinds of operation, each with a rate of its own, and what is counted of it."""
+
+
+class Amounts(dict[str, float]):
+    """Kind -> amount; kinds that are not there have none."""
+
+    def __missing__(self, kind: str) -> float:
+        return 0.0
+
+    def __add__(self, other: Mapping[str, float]) -> Amounts:
+        return Amounts(
+            {kind: self.get(kind, 0.0) + other.get(kind, 0.0) for kind in {**self, **other}}
+        )
+
+    def __mul__(self, factor: float) -> Amounts:
+        return Amounts({kind: amount * factor for kind, amount in self.items()})
+
 
 EIGEN_PRODUCTS = 12
 """Block products after which the leading eigenvectors have settled: 6 to 14 in `eval/results/ica.json`."""
@@ -51,9 +67,6 @@ TOKEN_PANEL, EXACT_EIGEN, ICA_ROWS = 512, 1024, 4096
 RECOVERY_PASSES = 8.0
 """Forward passes' worth of operations in one pass of the recovery over the text: dense and cut model forward, layer by
 layer and as a whole, and the cut one backward. Not fitted."""
-
-STARTS = {"process": 1.0, "export": 0.2}
-"""A start of Python, torch and transformers, and what beside the weights an export takes (card, report)."""
 
 
 @dataclass(frozen=True)
@@ -143,15 +156,15 @@ def held_out_tokens(tokens: int, share: float, context: int) -> int:
     return max(1, round(tokens * share / (1 - share) / context)) * context
 
 
-def operations(model: ModelSizes, job: Job) -> dict[str, Counter[str]]:
+def operations(model: ModelSizes, job: Job) -> dict[str, Amounts]:
     """What each stage of the main job takes, by the names that the result gives the stages.
 
     `rest` is what lies between stages: the start of the process, the energy of the networks.
     """
-    stages: dict[str, Counter[str]] = {
-        "rest": Counter(started=STARTS["process"]),
-        "calibration": Counter(tokenised=job.tokens + job.held_out),
-        "load": Counter(read=0 if job.streamed else model.nbytes),
+    stages: dict[str, Amounts] = {
+        "rest": Amounts(started=1),
+        "calibration": Amounts(tokenised=job.tokens + job.held_out),
+        "load": Amounts(read=0 if job.streamed else model.nbytes),
         "dense perplexity": _losses(model, job, job.held_out),
     }
     if job.networks:
@@ -160,89 +173,78 @@ def operations(model: ModelSizes, job: Job) -> dict[str, Counter[str]]:
     if job.known_networks:
         read = 2 * model.nbytes if job.streamed else 0
         products = 4.0 * model.hidden * model.width * model.layers * job.known_networks
-        stages["rest"] += Counter(ica=products, read=read)
+        stages["rest"] += Amounts(ica=products, read=read)
     if job.matched:
-        stages["time courses"] = forward_pass(model, job, job.tokens) + Counter(
+        stages["time courses"] = forward_pass(model, job, job.tokens) + Amounts(
             ica=2.0 * job.tokens * model.width * model.layers * max(job.known_networks, 1)
         )
     if job.knocked_out:
         once = _losses(model, job, min(job.tokens, KNOCKOUT_TOKENS))
-        stages["rank"] = _times(once, job.knocked_out + 1)
+        stages["rank"] = once * (job.knocked_out + 1)
     if job.gradient_tokens:
         there = _losses(model, job, job.gradient_tokens)
-        outer = Counter(gram=2.0 * job.gradient_tokens * model.hidden**2 * model.layers)
-        stages["gradients"] = _times(there, 2) + outer
-        stages["gradients"] += Counter(eigen=model.layers * float(model.hidden) ** 3)
+        outer = Amounts(gram=2.0 * job.gradient_tokens * model.hidden**2 * model.layers)
+        stages["gradients"] = there * 2 + outer
+        stages["gradients"] += Amounts(eigen=model.layers * float(model.hidden) ** 3)
     if job.width_passes:
         shaping = replace(job, sequential=False, kept=0.0, second_order=True)  # all go in order
-        stages["widths"] = _times(_prune(model, shaping), job.width_passes)
+        stages["widths"] = _prune(model, shaping) * job.width_passes
         refits = refit_operations(model.hidden, model.width, job.kept)
-        stages["widths"] += _times(refits, model.layers * job.trial_widths)
+        stages["widths"] += refits * (model.layers * job.trial_widths)
         if job.trial_widths:
             once = _losses(model, job, job.trial_tokens)
-            stages["trial"] = _times(once, job.trial_widths + 1)
+            stages["trial"] = once * (job.trial_widths + 1)
     stages["prune"] = _prune(model, job)
     smaller = _cut(model, job)
     stages["pruned perplexity"] = _losses(smaller, job, job.held_out)
     if job.recovery_passes:
         once = _losses(model, job, job.tokens)
-        stages["recovery"] = _times(once, RECOVERY_PASSES * job.recovery_passes)
-        stages["recovery"] += Counter(read=model.nbytes)
+        stages["recovery"] = once * (RECOVERY_PASSES * job.recovery_passes)
+        stages["recovery"] += Amounts(read=model.nbytes)
     maps = 4.0 * job.known_networks * model.width * model.layers
-    stages["export"] = Counter(
-        started=STARTS["export"], read=model.nbytes, written=smaller.nbytes + maps
-    )
+    stages["export"] = Amounts(described=1, read=model.nbytes, written=smaller.nbytes + maps)
     return stages
 
 
 def of_one_process(
     counts: Counts, processes: int, layers: int, *, sequential: bool = False
-) -> dict[str, Counter[str]]:
+) -> dict[str, Amounts]:
     """What one of several processes waits for: its share of what they share, and all that one does for them.
 
     Tokens are shared (perplexities, forward passes, Gram matrices), and one-shot also the layers' second order, a
     layer a process at a time. Every process reads the weights; the ICA and the export are one's work, or each one's.
     """
     if processes == 1:
-        return {stage: Counter(kinds) for stage, kinds in counts.items()}
-    by_tokens = {"forward", "gram", "called"}
-    by_layers = set() if sequential else {"double", "gathered"}
-    groups = math.ceil(layers / processes) / layers
-    shared: dict[str, Counter[str]] = {}
-    for stage, kinds in counts.items():
-        alone = stage in ("ica", "export", "rest", "recovery", "gradients", "load", "calibration")
-        shared[stage] = Counter(
+        return {stage: Amounts(kinds) for stage, kinds in counts.items()}
+    alone = {"rest", "calibration", "load", "ica", "gradients", "recovery", "export"}
+    portions = dict.fromkeys(("forward", "gram", "moved", "called"), 1 / processes)
+    if not sequential:
+        portions |= dict.fromkeys(("double", "gathered"), math.ceil(layers / processes) / layers)
+    return {
+        stage: Amounts(
             {
-                kind: amount
-                * (
-                    1.0
-                    if alone
-                    else 1 / processes
-                    if kind in by_tokens or (kind == "moved" and stage != "widths")
-                    else groups
-                    if kind in by_layers
-                    else 1.0
-                )
+                kind: amount * (1.0 if stage in alone else portions.get(kind, 1.0))
                 for kind, amount in kinds.items()
             }
         )
-    return shared
+        for stage, kinds in counts.items()
+    }
 
 
-def exchanges(model: ModelSizes, job: Job) -> Counter[str]:
+def exchanges(model: ModelSizes, job: Job) -> Amounts:
     """What passes between the processes of a job: each layer's Gram matrix and sampled activations, finished layers."""
     grams = 4.0 * model.width**2 * (2 if job.sequential else 1)
     sampled = 4.0 * _sample(job) * model.width if job.networks else 0.0
     finished = model.nbytes / model.parameters * model.hidden * job.kept
-    return Counter(exchanged=model.layers * (grams + sampled), told=model.layers * finished)
+    return Amounts(exchanged=model.layers * (grams + sampled), told=model.layers * finished)
 
 
-def forward_pass(model: ModelSizes, job: Job, tokens: int) -> Counter[str]:
+def forward_pass(model: ModelSizes, job: Job, tokens: int) -> Amounts:
     """All decoder layers on `tokens`, without the output embedding."""
     attention = 4.0 * min(job.context, tokens) * model.hidden  # scores and their use, for one token
     products = 2.0 * model.layer_parameters + attention
     moved = (12.0 * model.hidden + 6.0 * model.width) * model.itemsize
-    return Counter(
+    return Amounts(
         forward=tokens * model.layers * products,
         moved=tokens * model.layers * moved,
         called=model.layers * math.ceil(tokens / job.batch_tokens),
@@ -250,12 +252,12 @@ def forward_pass(model: ModelSizes, job: Job, tokens: int) -> Counter[str]:
     )
 
 
-def gram_operations(tokens: float, width: float) -> Counter[str]:
+def gram_operations(tokens: float, width: float) -> Amounts:
     """The upper block triangle of one layer's Gram matrix, and its conversion to float64."""
-    return Counter(gram=tokens * width * (width + GRAM_BLOCK), moved=32.0 * width**2)
+    return Amounts(gram=tokens * width * (width + GRAM_BLOCK), moved=32.0 * width**2)
 
 
-def second_order_operations(hidden: float, width: float, kept: float) -> Counter[str]:
+def second_order_operations(hidden: float, width: float, kept: float) -> Amounts:
     """Choosing `kept` of `width` inputs of one output projection, [hidden, width], and nothing else.
 
     A factorisation (width³ / 3) and an inverse (2 width³ / 3), then blocks leave: each updates what is left of the
@@ -266,24 +268,24 @@ def second_order_operations(hidden: float, width: float, kept: float) -> Counter
     # Before each block the inverse and the weights are copied without it: read, written, and updated.
     squares = removed / (3 * width) * BLOCKS_PER_LAYER
     weights = hidden * (width + kept) / 2 * blocks
-    return Counter(
+    return Amounts(
         double=width**3 + 2 * removed / 3 + hidden * (width**2 - kept**2),
         gathered=8.0 * (squares + weights),
         called=12 * blocks,
     )
 
 
-def refit_operations(hidden: float, width: float, kept: float) -> Counter[str]:
+def refit_operations(hidden: float, width: float, kept: float) -> Amounts:
     """Least squares for the weights of the kept inputs, and the relative error of the outcome."""
     target = 2 * hidden * width * kept + 2 * hidden * kept**2
     solved = kept**3 / 3 + 2 * hidden * kept**2
     error = 4 * hidden * width**2
-    return Counter(
+    return Amounts(
         double=target + solved + error, gathered=8.0 * (kept**2 + width * kept), called=6
     )
 
 
-def _losses(model: ModelSizes, job: Job, tokens: int) -> Counter[str]:
+def _losses(model: ModelSizes, job: Job, tokens: int) -> Amounts:
     """A pass with logits and the loss of each token."""
     counts = forward_pass(model, job, tokens)
     counts["forward"] += 2.0 * tokens * model.hidden * model.vocabulary
@@ -297,25 +299,25 @@ def _sample(job: Job) -> int:
     return min(job.network_tokens, job.tokens)
 
 
-def _activations(model: ModelSizes, job: Job) -> Counter[str]:
+def _activations(model: ModelSizes, job: Job) -> Amounts:
     """The sampled tokens through the model, each layer's activations standardised."""
     sampled = _sample(job)
     run = min(max(sampled, LEAST_BLOCKS * job.context), job.tokens)
     counts = forward_pass(model, job, run)
     counts["moved"] += 6.0 * 4 * sampled * model.width * model.layers
-    return _times(counts, job.passes_for_ica)
+    return counts * job.passes_for_ica
 
 
-def _ica(model: ModelSizes, job: Job) -> Counter[str]:
+def _ica(model: ModelSizes, job: Job) -> Amounts:
     """Token Gram, its eigenvectors, projection, whitening and fixed point iterations."""
     if not job.layerwise:
         return _ica_of(model.width * model.layers, job)
-    return _times(_ica_of(model.width, job), model.layers)
+    return _ica_of(model.width, job) * model.layers
 
 
-def _ica_of(neurons: int, job: Job) -> Counter[str]:
+def _ica_of(neurons: int, job: Job) -> Amounts:
     tokens, k = _sample(job), job.networks
-    counts = Counter({"token gram": 1.0 * tokens * (tokens + TOKEN_PANEL) * neurons})
+    counts = Amounts({"token gram": 1.0 * tokens * (tokens + TOKEN_PANEL) * neurons})
     block = max(32, min(96, k))
     capacity = min(6 * (k + block), tokens // 2)
     if tokens <= EXACT_EIGEN or capacity < k + 4 * block:
@@ -336,12 +338,12 @@ def _ica_of(neurons: int, job: Job) -> Counter[str]:
     return counts
 
 
-def _prune(model: ModelSizes, job: Job) -> Counter[str]:
+def _prune(model: ModelSizes, job: Job) -> Amounts:
     """Statistics of all layers, their cuts, and keeping these for a run that has to start again."""
     counts = forward_pass(model, job, job.tokens)
     layer = gram_operations(job.tokens, model.width)
     if job.sequential:
-        counts = _times(counts, 3)
+        counts = counts * 3
         if job.streamed:
             counts["read"] = _layers_bytes(model) * 2
         layer["gram"] += 2.0 * job.tokens * model.width**2
@@ -352,10 +354,10 @@ def _prune(model: ModelSizes, job: Job) -> Counter[str]:
         if job.sequential:  # scored by weights fitted to the other signal
             layer += refit_operations(model.hidden, model.width, model.width)
     else:
-        layer += Counter(double=4.0 * model.hidden * model.width**2)  # the relative error
+        layer += Amounts(double=4.0 * model.hidden * model.width**2)  # the relative error
     stored = model.nbytes / model.parameters
     layer["written"] += stored * model.hidden * job.kept
-    return counts + _times(layer, model.layers)
+    return counts + layer * model.layers
 
 
 def _cut(model: ModelSizes, job: Job) -> ModelSizes:
@@ -374,7 +376,3 @@ def _cut(model: ModelSizes, job: Job) -> ModelSizes:
 
 def _layers_bytes(model: ModelSizes) -> float:
     return model.layers * model.layer_parameters * (model.nbytes / model.parameters)
-
-
-def _times(counts: Mapping[str, float], factor: float) -> Counter[str]:
-    return Counter({kind: amount * factor for kind, amount in counts.items()})

@@ -40,6 +40,7 @@ FACTORS = {
     "told": 2e-9,
     "tokenised": 1e-5,
     "started": 8.0,
+    "described": 1.5,
 }
 """How many times as long as at the measured rate an operation of each kind takes; of kinds without one, the seconds.
 What passes between processes (`exchanged`, `told`) is not fitted."""
