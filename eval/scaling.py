@@ -13,6 +13,7 @@ least squares on relative errors. Time the whole grid on a quiet machine.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -40,7 +41,7 @@ from bench_memory import (
 from bench_memory import tensor_shapes as shapes_of
 from scipy.optimize import nnls
 
-from fbn_prune.cost import KINDS, exchanges, of_one_process, operations
+from fbn_prune.cost import KINDS, Amounts, Job, ModelSizes, exchanges, of_one_process, operations
 from fbn_prune.memory import MemoryPlan, possible_plans
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.families import family_of
@@ -103,6 +104,29 @@ GPU = {
     "told": (1e9, 1.0, "packed and sent through the host, a guess"),
 }
 """Of an H100 (SXM), from NVIDIA's public data sheet, with the share of it that we suppose to be reached."""
+
+PRIOR = {
+    "forward": 1.0,
+    "gram": 1.1,
+    "token gram": 0.6,
+    "ica": 0.5,
+    "eigen": 25.0,
+    "double": 1.15,
+    "gathered": 20.0,
+    "moved": 6.0,
+    "called": 5e-5,
+    "read": 2e-9,
+    "written": 2e-9,
+    "exchanged": 1e-9,
+    "told": 2e-9,
+    "tokenised": 2e-5,
+    "started": 8.0,
+    "described": 0.8,
+}
+"""What the operations took by themselves on one thread, roughly; what passes between processes is a guess."""
+
+PRIOR_WEIGHT = 0.03
+"""Of being wrong about a factor by all of it, beside being wrong by all of a stage's time."""
 
 STAGES = ("rest", "calibration", "load", "dense perplexity", "activations", "ica", "prune",
           "pruned perplexity", "export")  # fmt: skip
@@ -330,20 +354,26 @@ def _clock(processor: bool) -> Iterator[None]:
         time.perf_counter = before
 
 
-def counted(run: dict[str, Any], *, known: bool) -> dict[str, Any]:
+def counted(run: dict[str, Any], *, known: bool) -> dict[str, Amounts]:
     """The operations of a measured run; `known`: with the iterations that its data took, else with typical ones."""
-    shape = Shape(**run["sizes"])
-    prepared = prepared_on_paper(shape, run["tokens"], run["streamed"])
+    model, job = _facts(Shape(**run["sizes"]), run["tokens"], run["streamed"])
     job = replace(
-        job_of(prepared, run["neurons_kept"] / shape.layers),
+        job,
         tokens=run["calibration_tokens"],
         held_out=run["held_out_tokens"],
+        kept=run["neurons_kept"] / model.layers,
     )
     if known:
         job = replace(
             job, eigen_products=run["eigen_products"], ica_iterations=run["ica_iterations"]
         )
-    return operations(model_sizes(prepared.checkpoint, prepared.dtype), job)
+    return operations(model, job)
+
+
+@functools.cache
+def _facts(shape: Shape, tokens: int, streamed: bool) -> tuple[ModelSizes, Job]:
+    prepared = prepared_on_paper(shape, tokens, streamed)
+    return model_sizes(prepared.checkpoint, prepared.dtype), job_of(prepared, shape.width / 2)
 
 
 def measured_stages(run: dict[str, Any]) -> dict[str, float]:
@@ -355,8 +385,8 @@ def measured_stages(run: dict[str, Any]) -> dict[str, float]:
 def fit(runs: Sequence[dict[str, Any]]) -> Law:
     """One factor a kind, from every stage of every run.
 
-    A stage's error counts relative to its seconds, or to a twentieth of the run's where it takes less. Kinds that no
-    run has keep the factor that they have.
+    A stage's error counts relative to its seconds, or to a twentieth of the run's where it takes less. Of a kind that
+    the runs tell little about, :data:`PRIOR` is believed; it weighs next to nothing elsewhere.
     """
     factors = _factors(runs)
     others = {
@@ -380,13 +410,13 @@ def _factors(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
             weight = 1 / max(stages[stage], run["seconds"] / 20)
             rows.append([weight * kinds.get(kind, 0.0) * unit[kind] for kind in KINDS])
             took.append(weight * stages[stage])
+    for kind in KINDS:
+        rows.append([PRIOR_WEIGHT / PRIOR[kind] if other == kind else 0.0 for other in KINDS])
+        took.append(PRIOR_WEIGHT)
     matrix = np.array(rows)
-    scale = np.where(matrix.max(0) > 0, matrix.max(0), 1.0)
+    scale = matrix.max(0)
     solution, _ = nnls(matrix / scale, np.array(took))
-    return {
-        kind: float(value) if there else FACTORS[kind]
-        for kind, value, there in zip(KINDS, solution / scale, matrix.any(0), strict=True)
-    }
+    return dict(zip(KINDS, (solution / scale).tolist(), strict=True))
 
 
 def _predicted(run: dict[str, Any], factors: dict[str, float]) -> float:
@@ -607,6 +637,7 @@ def _recipe(tokens: int) -> dict[str, Any]:
     return {"tokens": tokens, "network_tokens": found_on, "context": 128, "sparsity": 0.5}
 
 
+@functools.cache
 def _on_paper(shape: Shape) -> Checkpoint:
     config = config_of(shape)
     tensors = {
