@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +34,8 @@ from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.recipe import parse_size
 
 RESULTS = Path(__file__).parent / "results"
+PROGRAM = ("-m", "fbn_prune")
+"""What a child's Python runs."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def cap(
     """Prune within a hard limit and compare the peak with the prediction."""
     model = make_checkpoint(folder / shape, SHAPES[shape])
     flags = [*_flags(model, tokens), "--memory-budget", budget]
-    predicted = json.loads(_run([*flags, "--dry-run"], None)[0])
+    predicted = json.loads(run_child([*flags, "--dry-run"], None)[0])
     ran = measured_run([*flags, "--output", str(folder / "pruned")], parse_size(limit, "--cap"))
     stored = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     report = {
@@ -105,7 +108,7 @@ def compare(
     runs: dict[str, Any] = {}
     for name, more in (("whole", ["1000GB"]), ("streamed", [budget])):
         output = ["--memory-budget", *more, "--output", str(folder / name)]
-        predicted = json.loads(_run([*flags, *output[:2], "--dry-run"], None)[0])
+        predicted = json.loads(run_child([*flags, *output[:2], "--dry-run"], None)[0])
         runs[name] = {
             "plan": predicted["memory"],
             "predicted_peak_bytes": predicted["peak_memory_bytes"],
@@ -132,6 +135,29 @@ def make_checkpoint(path: Path, shape: Shape) -> Path:
         return path
     path.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
+    parts = tensor_shapes(shape)
+    weight_map: dict[str, str] = {}
+    drawn: dict[tuple[int, ...], torch.Tensor] = {}
+    for index, part in enumerate(parts):
+        file = f"model-{index:05d}.safetensors"
+        tensors = {}
+        for place, (name, size) in enumerate(part.items()):
+            if size not in drawn:  # drawn once, and turned by a few rows for each further tensor
+                random = torch.randn(size, generator=generator) * 0.7 / size[-1] ** 0.5
+                drawn[size] = (torch.ones(size) if len(size) == 1 else random).half()
+            tensors[name] = drawn[size].roll(31 * index + 7 * place, 0)
+        save_file(tensors, path / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index_file = {"metadata": {}, "weight_map": weight_map}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index_file))
+    for file in builtin.model_path().glob("*token*"):
+        shutil.copyfile(file, path / file.name)
+    (path / "config.json").write_text(json.dumps(config_of(shape)))
+    return path
+
+
+def tensor_shapes(shape: Shape) -> list[dict[str, tuple[int, ...]]]:
+    """The tensors of a checkpoint by name: the embeddings, then each layer."""
     keys = shape.hidden // shape.heads * shape.key_heads
     embedding = (shape.vocabulary, shape.hidden)
     parts: list[dict[str, tuple[int, ...]]] = [
@@ -154,23 +180,12 @@ def make_checkpoint(path: Path, shape: Shape) -> Path:
             "post_attention_layernorm": (shape.hidden,),
         }
         parts.append({f"model.layers.{layer}.{k}.weight": size for k, size in sizes.items()})
-    weight_map: dict[str, str] = {}
-    drawn: dict[tuple[int, ...], torch.Tensor] = {}
-    for index, part in enumerate(parts):
-        file = f"model-{index:05d}.safetensors"
-        tensors = {}
-        for place, (name, size) in enumerate(part.items()):
-            if size not in drawn:  # drawn once, and turned by a few rows for each further tensor
-                random = torch.randn(size, generator=generator) * 0.7 / size[-1] ** 0.5
-                drawn[size] = (torch.ones(size) if len(size) == 1 else random).half()
-            tensors[name] = drawn[size].roll(31 * index + 7 * place, 0)
-        save_file(tensors, path / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
-    index_file = {"metadata": {}, "weight_map": weight_map}
-    (path / "model.safetensors.index.json").write_text(json.dumps(index_file))
-    for file in builtin.model_path().glob("*token*"):
-        shutil.copyfile(file, path / file.name)
-    config = {
+    return parts
+
+
+def config_of(shape: Shape) -> dict[str, Any]:
+    """What `config.json` holds."""
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "dtype": "float16",
@@ -183,14 +198,14 @@ def make_checkpoint(path: Path, shape: Shape) -> Path:
         "max_position_embeddings": 2048,
         "tie_word_embeddings": False,
     }
-    (path / "config.json").write_text(json.dumps(config))
-    return path
 
 
-def measured_run(flags: list[str], limit: int | None) -> dict[str, Any]:
+def measured_run(
+    flags: list[str], limit: int | None, program: Sequence[str] = PROGRAM
+) -> dict[str, Any]:
     """Run the main job in a child; its peak memory, time, and how it spoke of its progress."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    printed, said, peak = _run(flags, limit)
+    printed, said, peak = run_child(flags, limit, program)
     after, seconds = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - start
     result = json.loads(printed)
     times = [0.0, *(moment for moment, _ in said), seconds]
@@ -202,6 +217,8 @@ def measured_run(flags: list[str], limit: int | None) -> dict[str, Any]:
         "forward_seconds": result["forward_seconds"],
         "perplexity_before": result["perplexity_before"],
         "perplexity_after": result["perplexity_after"],
+        "calibration_tokens": result["calibration_tokens"],
+        "held_out_tokens": result["held_out_tokens"],
         "neurons_kept": result["neurons_kept"],
         "neurons_total": result["neurons_total"],
         "progress_lines": sum("s left" in line for _, line in said),
@@ -209,15 +226,17 @@ def measured_run(flags: list[str], limit: int | None) -> dict[str, Any]:
     }
 
 
-def _run(flags: list[str], limit: int | None) -> tuple[str, list[tuple[float, str]], int]:
-    """stdout, the lines of stderr with their seconds, and the highest resident memory in bytes."""
+def run_child(
+    flags: list[str], limit: int | None, program: Sequence[str] = PROGRAM
+) -> tuple[str, list[tuple[float, str]], int]:
+    """The command line in a child: stdout, lines of stderr with their seconds, highest resident memory in bytes."""
 
     def restrict() -> None:
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
     child = subprocess.Popen(
-        [sys.executable, "-m", "fbn_prune", *flags, "--json"],
+        [sys.executable, *program, *flags, "--json"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -1,18 +1,21 @@
 """What a run will take and give, predicted from the checkpoint's headers alone: the dry run.
 
 Counts are exact where the recipe fixes them. Two things are estimates and are said to be: how many neurons ten
-networks cover before the networks are known, and time, from operation counts and a rate measured in half a second.
+networks cover before the networks are known, and time, from operation counts (:mod:`fbn_prune.cost`) and rates measured
+in less than a second (:mod:`fbn_prune.rates`).
 """
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from fbn_prune.budget import Budget, ModelSize
+from fbn_prune.cost import Job, ModelSizes, held_out_tokens, of_one_process, operations
+from fbn_prune.launcher import processes
+from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.prepared import Prepared
 from fbn_prune.pruning.allocation import (
     at_most,
@@ -21,6 +24,8 @@ from fbn_prune.pruning.allocation import (
     ranked_widths,
     uniform_widths,
 )
+from fbn_prune.pruning.layout import MOST_TRIED_EVERY, STRENGTHS, TRIAL_TOKENS
+from fbn_prune.rates import measured_rates, seconds, seconds_of_each
 from fbn_prune.sensitivity import GRADIENT_TOKENS
 
 MEMBERS_PER_NETWORK = 0.041
@@ -32,7 +37,8 @@ drawn independently, to within two points (17 % of the neurons for 5, 35 % for 1
 class Plan:
     """Prediction of a run. Bytes, seconds; `estimated` names the fields that are no exact counts.
 
-    `same_budget` says what the budget is in each of the other keys that could have set it.
+    `same_budget` says what the budget is in each of the other keys that could have set it; `stages` are the parts of
+    `seconds`, by the names that the result gives them, `rest` what is in none.
     """
 
     parameters_before: int
@@ -46,6 +52,7 @@ class Plan:
     peak_memory_bytes: int
     memory: str
     seconds: float
+    stages: dict[str, float]
     estimated: list[str]
 
     def to_json(self) -> dict[str, Any]:
@@ -75,6 +82,7 @@ def plan(prepared: Prepared) -> Plan:
         estimated.append("widths")
     size = ModelSize.of(checkpoint, prepared.head_groups)
     neurons = sum(widths)
+    stages = predicted_seconds(prepared, neurons / prepared.layers)
     return Plan(
         parameters_before=checkpoint.total_parameters,
         parameters_after=size.parameters_with(neurons),
@@ -90,7 +98,8 @@ def plan(prepared: Prepared) -> Plan:
         },
         peak_memory_bytes=prepared.memory.peak_bytes,
         memory=prepared.memory.words,
-        seconds=_operations(prepared) / _operations_per_second(prepared.device),
+        seconds=sum(stages.values()),
+        stages=stages,
         estimated=estimated,
     )
 
@@ -109,37 +118,63 @@ def _widths(prepared: Prepared, budget: Budget) -> list[int]:
     return uniform_widths(neurons, full, multiple)
 
 
-def _operations(prepared: Prepared) -> float:
-    recipe, family, config = prepared.recipe, prepared.family, prepared.checkpoint.config
-    tokens, width, layers = recipe.tokens, prepared.width, prepared.layers
-    forward = 2.0 * prepared.checkpoint.total_parameters
-    work = tokens * (forward * (3 if recipe.sequential else 1) + layers * width * width)
-    work += 2 * recipe.held_out * tokens * forward
-    work += layers * 6.0 * width**3
-    if recipe.needs_networks:
-        sample = min(recipe.network_tokens, tokens)
-        work += sample * forward + sample * sample * width * layers
-        work += 2.0 * sample * sample * 2000 + 400 * 4.0 * width * layers * recipe.networks**2
-    if recipe.recover:  # forward and backward in each step, beside the dense model
-        work += 8 * forward * tokens * recipe.recover_passes
-    if recipe.needs_gradients:
-        work += 3 * forward * min(tokens, GRADIENT_TOKENS)
-    if recipe.layout != "uniform" and recipe.widths in ("loss", "auto"):
-        work += tokens * (forward + layers * width * width) + layers * 6.0 * width**3
-    if recipe.layout == "auto" or (recipe.layout == "ragged" and recipe.widths == "auto"):
-        work += tokens * (forward + layers * width * width) + 3 * layers * 6.0 * width**3
-    if recipe.needs_networks and recipe.rank_or_default == "knockout":
-        work += recipe.networks * min(tokens, 8192) * forward
-    return work + tokens * family.hidden_size(config)
+def predicted_seconds(prepared: Prepared, kept: float) -> dict[str, float]:
+    """Seconds of each stage of a run that keeps `kept` neurons of a layer on average; for one of several processes."""
+    counts = operations(model_sizes(prepared.checkpoint, prepared.dtype), job_of(prepared, kept))
+    mine = of_one_process(
+        counts, processes(), prepared.layers, sequential=prepared.recipe.sequential
+    )
+    each = seconds_of_each(measured_rates(prepared.device, prepared.dtype))
+    return seconds(mine, each)
 
 
-def _operations_per_second(device: torch.device) -> float:
-    """Rate of a float32 matrix product here, at the share of it that whole models reach."""
-    size = 1024 if device.type == "cpu" else 8192
-    a = torch.randn(size, size, device=device)
-    (a @ a).sum().item()
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < 0.5:
-        (a @ a).sum().item()
-        count += 1
-    return 0.5 * count * 2.0 * size**3 / (time.perf_counter() - start)
+def model_sizes(checkpoint: Checkpoint, dtype: torch.dtype) -> ModelSizes:
+    """A checkpoint's sizes, from its headers; `dtype` is what the model computes in."""
+    family, config = checkpoint.family, checkpoint.config
+    vocabulary, layers = family.vocab_size(config), family.num_layers(config)
+    inner = (info for info in checkpoint.tensors.values() if info.shape[:1] != (vocabulary,))
+    return ModelSizes(
+        hidden=family.hidden_size(config),
+        width=family.width(config),
+        layers=layers,
+        vocabulary=vocabulary,
+        layer_parameters=sum(info.parameters for info in inner) // layers,
+        parameters=checkpoint.total_parameters,
+        nbytes=checkpoint.total_bytes,
+        itemsize=dtype.itemsize,
+    )
+
+
+def job_of(prepared: Prepared, kept: float) -> Job:
+    """The facts of a prepared recipe that decide its work."""
+    recipe, memory = prepared.recipe, prepared.memory
+    discovering = recipe.needs_networks and prepared.networks is None
+    by_loss = recipe.layout != "uniform" and recipe.widths in ("loss", "auto")
+    tried = recipe.layout == "auto" or (recipe.layout == "ragged" and recipe.widths != "members")
+    rules = 2 if recipe.widths == "auto" else 1
+    apart = max(2, min(MOST_TRIED_EVERY, recipe.tokens // TRIAL_TOKENS))
+    known = recipe.networks if recipe.needs_networks else 0
+    if prepared.networks is not None:
+        known = len(prepared.networks.maps)
+    return Job(
+        tokens=recipe.tokens,
+        held_out=held_out_tokens(recipe.tokens, recipe.held_out, prepared.context),
+        context=prepared.context,
+        batch_tokens=prepared.batch_tokens,
+        kept=kept,
+        networks=recipe.networks if discovering else 0,
+        network_tokens=recipe.network_tokens,
+        layerwise=recipe.scope == "layer",
+        passes_for_ica=1 if memory.streamed or memory.keep_activations else 3,
+        streamed=memory.streamed,
+        second_order=recipe.criterion in ("networks", "second-order"),
+        sequential=recipe.sequential,
+        known_networks=known,
+        knocked_out=known if recipe.rank_or_default == "knockout" else 0,
+        matched=recipe.task is not None,
+        gradient_tokens=min(recipe.tokens, GRADIENT_TOKENS) if recipe.needs_gradients else 0,
+        width_passes=int(by_loss) + int(tried),
+        trial_widths=1 + rules * len(STRENGTHS) if tried else 0,
+        trial_tokens=recipe.tokens // apart,
+        recovery_passes=recipe.recover_passes if recipe.recover else 0,
+    )

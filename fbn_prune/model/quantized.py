@@ -84,7 +84,12 @@ class QuantizedCheckpoint(Checkpoint):
         """One tensor in another place or type."""
         return self.tensor(name).to(device, dtype)
 
-    def load_model(self, device: str | torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    def load_model(
+        self,
+        device: str | torch.device,
+        dtype: torch.dtype,
+        device_map: Mapping[str, str] | None = None,
+    ) -> PreTrainedModel:
         """Refuses: what lies in the folder is not what this stands for."""
         raise InvalidInput(f"{self.path} is quantized ({self.method}): dequantize it first")
 
