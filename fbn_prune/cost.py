@@ -94,6 +94,26 @@ class ModelSizes:
 
 
 @dataclass(frozen=True)
+class HeadWork:
+    """The attention heads of every layer, and how many of their groups stay.
+
+    Attributes
+    ----------
+    groups, kept
+        Groups of heads before and after.
+    channels
+        What the output projection reads of one group.
+    parameters
+        Of all attention projections of one group.
+    """
+
+    groups: int
+    kept: int
+    channels: int
+    parameters: int
+
+
+@dataclass(frozen=True)
 class Job:
     """The facts of a recipe that decide its work.
 
@@ -123,6 +143,8 @@ class Job:
         Passes over the evidence of all layers to choose widths, layouts tried, and tokens on which each is.
     recovery_passes
         Passes over the text in each step of the recovery.
+    heads
+        What cutting attention heads adds; None where none are cut.
     eigen_products, ica_iterations
         What the data decide.
     """
@@ -147,6 +169,7 @@ class Job:
     trial_widths: int = 0
     trial_tokens: int = 0
     recovery_passes: int = 0
+    heads: HeadWork | None = None
     eigen_products: float = EIGEN_PRODUCTS
     ica_iterations: float = ICA_ITERATIONS
 
@@ -257,21 +280,40 @@ def gram_operations(tokens: float, width: float) -> Amounts:
     return Amounts(gram=tokens * width * (width + GRAM_BLOCK), moved=32.0 * width**2)
 
 
-def second_order_operations(hidden: float, width: float, kept: float) -> Amounts:
+def second_order_operations(
+    hidden: float, width: float, kept: float, blocks_in_all: int = BLOCKS_PER_LAYER
+) -> Amounts:
     """Choosing `kept` of `width` inputs of one output projection, [hidden, width], and nothing else.
 
     A factorisation (width³ / 3) and an inverse (2 width³ / 3), then blocks leave: each updates what is left of the
-    inverse, which comes to 2 (width³ - kept³) / 3, and of the weights, hidden (width² - kept²).
+    inverse, which comes to 2 (width³ - kept³) / 3, and of the weights, hidden (width² - kept²). `blocks_in_all` would
+    leave if nothing stayed.
     """
     removed = width**3 - kept**3
-    blocks = BLOCKS_PER_LAYER * (1 - kept / width)
+    blocks = blocks_in_all * (1 - kept / width)
     # Before each block the inverse and the weights are copied without it: read, written, and updated.
-    squares = removed / (3 * width) * BLOCKS_PER_LAYER
+    squares = removed / (3 * width) * blocks_in_all
     weights = hidden * (width + kept) / 2 * blocks
     return Amounts(
         double=width**3 + 2 * removed / 3 + hidden * (width**2 - kept**2),
         gathered=8.0 * (squares + weights),
         called=12 * blocks,
+    )
+
+
+def head_operations(hidden: float, tokens: float, heads: HeadWork) -> Amounts:
+    """Statistics of what one layer's heads put out, the choice among their groups, and the refit.
+
+    Before each group leaves, the cost of each left is solved for: its own block of the inverse, against its weights.
+    """
+    width, kept = heads.groups * heads.channels, heads.kept * heads.channels
+    tried = (heads.groups * (heads.groups + 1) - heads.kept * (heads.kept + 1)) / 2
+    each = 2 * heads.channels**3 / 3 + 2 * heads.channels**2 * hidden
+    return (
+        gram_operations(tokens, width)
+        + second_order_operations(hidden, width, kept, heads.groups)
+        + refit_operations(hidden, width, kept)
+        + Amounts(double=tried * each)
     )
 
 
@@ -357,6 +399,9 @@ def _prune(model: ModelSizes, job: Job) -> Amounts:
         layer += Amounts(double=4.0 * model.hidden * model.width**2)  # the relative error
     stored = model.nbytes / model.parameters
     layer["written"] += stored * model.hidden * job.kept
+    if job.heads is not None:
+        layer += head_operations(model.hidden, job.tokens, job.heads)
+        layer["written"] += stored * model.hidden * job.heads.kept * job.heads.channels
     return counts + layer * model.layers
 
 
@@ -364,6 +409,8 @@ def _cut(model: ModelSizes, job: Job) -> ModelSizes:
     """The sizes of the cut model: two projections of a layer are narrower, or three where it has so many parameters."""
     projections = 3 if model.layer_parameters > 3 * model.hidden * model.width else 2
     gone = round(projections * model.hidden * (model.width - job.kept))
+    if job.heads is not None:
+        gone += (job.heads.groups - job.heads.kept) * job.heads.parameters
     parameters = model.parameters - model.layers * gone
     return replace(
         model,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fbn_prune.budget import Budget, ModelSize
-from fbn_prune.cost import Job, ModelSizes, held_out_tokens, of_one_process, operations
+from fbn_prune.cost import HeadWork, Job, ModelSizes, held_out_tokens, of_one_process, operations
 from fbn_prune.launcher import processes
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.prepared import Prepared
@@ -177,4 +177,16 @@ def job_of(prepared: Prepared, kept: float) -> Job:
         trial_widths=1 + rules * len(STRENGTHS) if tried else 0,
         trial_tokens=recipe.tokens // apart,
         recovery_passes=recipe.recover_passes if recipe.recover else 0,
+        heads=_head_work(prepared),
     )
+
+
+def _head_work(prepared: Prepared) -> HeadWork | None:
+    if prepared.head_groups is None:
+        return None
+    checkpoint, family = prepared.checkpoint, prepared.family
+    shape = family.head_shape(checkpoint.config)
+    whole = ModelSize.of(checkpoint).parameters
+    gone = whole - ModelSize.of(checkpoint, prepared.head_groups).parameters
+    removed = (shape.groups - prepared.head_groups) * prepared.layers
+    return HeadWork(shape.groups, prepared.head_groups, shape.width, gone // removed)

@@ -221,3 +221,22 @@ def test_the_sizes_that_the_solvers_go_by_are_the_ones_counted_with() -> None:
     assert cost.TOKEN_PANEL == eigen._GRAM_PANEL
     assert cost.EXACT_EIGEN == eigen._EXACT_UP_TO
     assert cost.ICA_ROWS == fastica._ROWS_PER_CHUNK
+
+
+def test_heads_add_their_statistics_their_choice_and_their_refit() -> None:
+    heads = cost.HeadWork(groups=4, kept=2, channels=2, parameters=7)
+    d, n, m = 4, 8, 4
+    added = cost.head_operations(d, 20, heads)
+    chosen = n**3 + 2 * (n**3 - m**3) / 3 + d * (n**2 - m**2)
+    each = 2 * 2**3 / 3 + 2 * 2**2 * d  # solved for four groups, then for three
+    fitted = cost.refit_operations(d, n, m)["double"]
+    assert added["double"] == pytest.approx(chosen + fitted + 7 * each)
+    assert added["gram"] == 20 * n * (n + 256)
+    job = replace(JOB, heads=heads)
+    before, after = operations(MODEL, JOB), operations(MODEL, job)
+    assert after["prune"]["double"] - before["prune"]["double"] == pytest.approx(
+        3 * added["double"]
+    )
+    assert after["prune"]["written"] - before["prune"]["written"] == 3 * 2 * d * m
+    gone = before["export"]["written"] - after["export"]["written"]
+    assert gone == pytest.approx(MODEL.nbytes / MODEL.parameters * 3 * 2 * 7, abs=2)
