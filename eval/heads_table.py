@@ -30,7 +30,8 @@ from torch import Tensor
 from fbn_prune.calibration import TokenBlocks
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.model.surgery import HeadCut, MlpCut, apply_cut
+from fbn_prune.model.heads import HeadCut
+from fbn_prune.model.surgery import MlpCut, apply_cut
 from fbn_prune.perplexity import perplexity
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.criteria import CRITERIA, HeadEvidence, head_cut

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.model.surgery import head_tensor_shape
+from fbn_prune.model.heads import head_tensor_shape
 from fbn_prune.pruning.allocation import budget_from_sparsity
 from fbn_prune.recipe import Recipe, parse_count, parse_layers, parse_size
 

@@ -21,7 +21,8 @@ from fbn_prune.job import run_prune
 from fbn_prune.memory import possible_plans
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.families import family_of
-from fbn_prune.model.surgery import HeadCut, MlpCut, apply_cut
+from fbn_prune.model.heads import HeadCut
+from fbn_prune.model.surgery import MlpCut, apply_cut
 from fbn_prune.plan import plan
 from fbn_prune.prepared import prepare
 from fbn_prune.progress import StageClock

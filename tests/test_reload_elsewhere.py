@@ -16,7 +16,8 @@ from tiny_models import FAMILY_CONFIGS, HIDDEN, LAYERS, save_tiny
 from fbn_prune.export.ragged import write_ragged_checkpoint
 from fbn_prune.export.writer import write_checkpoint
 from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.model.surgery import HeadCut, MlpCut, apply_cut
+from fbn_prune.model.heads import HeadCut
+from fbn_prune.model.surgery import MlpCut, apply_cut
 
 pytestmark = pytest.mark.slow
 

@@ -14,15 +14,13 @@ from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.export.directory import atomic_directory, check_output, disk_errors
 from fbn_prune.export.shards import ShardStore, write_json, write_shards
 from fbn_prune.model.checkpoint import COMPANION_FILES, TOKENIZER_FILES, Checkpoint
-from fbn_prune.model.families import Family, HeadLocation, Location
+from fbn_prune.model.families import Family, Location
+from fbn_prune.model.heads import HeadCut, HeadLocation, cut_heads, head_tensor_shape
 from fbn_prune.model.shards import TensorInfo
 from fbn_prune.model.streaming import check_tensors
 from fbn_prune.model.surgery import (
-    HeadCut,
     MlpCut,
-    cut_heads,
     cut_tensor,
-    head_tensor_shape,
     kept_head_groups,
     pruned_config,
     require_bias,

@@ -20,14 +20,13 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from fbn_prune.errors import InvalidInput
+from fbn_prune.model.heads import Attention, HeadLocation, HeadProjection, HeadShape, Part
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PretrainedConfig, PreTrainedModel
 
     Config = PretrainedConfig | Mapping[str, Any]
-
-Part = Literal["weight", "bias"]
 
 MOST_LAYERS = 10_000
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_labels")
@@ -78,78 +77,6 @@ class Location:
     layer: int
     projection: Projection
     part: Part
-
-
-@dataclass(frozen=True)
-class HeadProjection:
-    """One linear map (stored [out, in]) into or out of a layer's attention heads.
-
-    Attributes
-    ----------
-    path : where it is, relative to the layer ("self_attn.q_proj").
-    blocks : what follows one another on the axis of the heads: "query" (all query heads) or "key"
-        (all key or all value heads).
-    reads : whether it reads what the heads put out, which then lie on its second axis.
-    """
-
-    path: str
-    blocks: tuple[Literal["query", "key"], ...]
-    reads: bool = False
-
-
-@dataclass(frozen=True)
-class HeadLocation:
-    """What a checkpoint's tensor is: a part of one attention projection of one layer."""
-
-    layer: int
-    projection: HeadProjection
-    part: Part
-
-
-@dataclass(frozen=True)
-class HeadShape:
-    """A layer's attention heads. A *group* is a key-value head with the query heads that read it.
-
-    Attributes
-    ----------
-    groups : key-value heads.
-    queries : query heads of each.
-    size : channels of a head.
-    """
-
-    groups: int
-    queries: int
-    size: int
-
-    @property
-    def heads(self) -> int:
-        return self.groups * self.queries
-
-    @property
-    def width(self) -> int:
-        """Channels that the output projection reads of one group."""
-        return self.queries * self.size
-
-    def rows(self, block: Literal["query", "key"]) -> int:
-        """Rows of one group in such a block."""
-        return self.size * (self.queries if block == "query" else 1)
-
-
-@dataclass(frozen=True)
-class Attention:
-    """Where a layer keeps its attention heads, in an architecture whose config gives them a size of their own.
-
-    Only such a config can say that there are fewer of them. A norm over all heads at once would not
-    be the same over those that stay, so architectures with one have no entry either.
-    """
-
-    module: str
-    inputs: tuple[HeadProjection, ...]
-    output: HeadProjection
-
-    @property
-    def projections(self) -> tuple[HeadProjection, ...]:
-        return (*self.inputs, self.output)
 
 
 _APART = Attention(

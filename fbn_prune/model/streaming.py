@@ -25,10 +25,10 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreT
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.families import Family, as_config
+from fbn_prune.model.heads import cut_heads
 from fbn_prune.model.modeling_ragged import ragged_class
 from fbn_prune.model.surgery import (
     MlpCut,
-    cut_heads,
     cut_of_parts,
     cut_parts,
     cut_tensor,

@@ -18,24 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fbn_prune.errors import FbnPruneError, InvalidInput
-from fbn_prune.model.families import Family, HeadLocation, HeadShape, Location, Projection
-
-
-@dataclass(frozen=True)
-class HeadCut:
-    """What the attention of one layer becomes.
-
-    Attributes
-    ----------
-    kept : int64 [n], the groups that stay (see :class:`fbn_prune.model.families.HeadShape`), ascending.
-    out_weight : float32 or float64 [hidden, n * width of a group], their new output weights.
-    out_bias : [hidden], the new output bias in place of the old one; None where there is none.
-    """
-
-    kept: Tensor
-    out_weight: Tensor
-    out_bias: Tensor | None = None
+from fbn_prune.errors import InvalidInput
+from fbn_prune.model.families import Family, Location, Projection
+from fbn_prune.model.heads import HeadCut, HeadLocation, cut_heads, rounded
 
 
 @dataclass(frozen=True)
@@ -108,37 +93,7 @@ def cut_tensor(family: Family, location: Location, tensor: Tensor, cut: MlpCut) 
         return _cut_input(location.projection, location.part, tensor, cut.kept)
     if location.part == "weight":
         return _new_output_weight(family, cut, tensor.dtype)
-    return tensor if cut.down_bias is None else _rounded(cut.down_bias, tensor.dtype)
-
-
-def cut_heads(location: HeadLocation, tensor: Tensor, cut: HeadCut, shape: HeadShape) -> Tensor:
-    """A checkpoint's attention tensor after the cut, contiguous, in the dtype it had.
-
-    Parameters
-    ----------
-    shape : the heads before the cut.
-
-    Raises
-    ------
-    FbnPruneError
-        If a new output weight does not fit the dtype.
-    """
-    if not location.projection.reads:
-        rows = _head_rows(location, shape, cut.kept.to(tensor.device))
-        return tensor.index_select(0, rows)
-    if location.part == "weight":
-        return _rounded(cut.out_weight, tensor.dtype).contiguous()
-    return tensor if cut.out_bias is None else _rounded(cut.out_bias, tensor.dtype)
-
-
-def head_tensor_shape(
-    location: HeadLocation, old: tuple[int, ...], kept: int, shape: HeadShape
-) -> tuple[int, ...]:
-    """Shape that :func:`cut_heads` gives a tensor of shape `old` where it keeps so many groups."""
-    if not location.projection.reads:
-        rows = sum(shape.rows(block) for block in location.projection.blocks)
-        return (rows * kept, *old[1:])
-    return old if location.part == "bias" else (old[0], shape.width * kept)
+    return tensor if cut.down_bias is None else rounded(cut.down_bias, tensor.dtype)
 
 
 def apply_cut(
@@ -176,7 +131,7 @@ def apply_cut(
     weight = _new_output_weight(family, cut, round_to or down.weight.dtype)
     _replace(down, "weight", weight)
     if cut.down_bias is not None:
-        _replace(down, "bias", _rounded(cut.down_bias, round_to or down.bias.dtype))
+        _replace(down, "bias", rounded(cut.down_bias, round_to or down.bias.dtype))
     set_features(down)
     if cut.heads is not None:
         _apply_head_cut(model, family, layer, cut.heads, round_to)
@@ -283,19 +238,8 @@ def rounded_cut(cut: MlpCut, dtype: torch.dtype) -> MlpCut:
     """
     heads = cut.heads
     if heads is not None:
-        heads = HeadCut(heads.kept, _rounded(heads.out_weight, dtype), heads.out_bias)
-    return MlpCut(cut.kept, _rounded(cut.down_weight, dtype), cut.down_bias, heads)
-
-
-def _head_rows(location: HeadLocation, shape: HeadShape, kept: Tensor) -> Tensor:
-    """Rows of the kept groups in a projection into the heads, block after block."""
-    rows, start = [], 0
-    for block in location.projection.blocks:
-        size = shape.rows(block)
-        inner = torch.arange(size, device=kept.device)
-        rows.append((start + kept[:, None] * size + inner).flatten())
-        start += shape.groups * size
-    return torch.cat(rows)
+        heads = HeadCut(heads.kept, rounded(heads.out_weight, dtype), heads.out_bias)
+    return MlpCut(cut.kept, rounded(cut.down_weight, dtype), cut.down_bias, heads)
 
 
 def _apply_head_cut(
@@ -325,17 +269,7 @@ def _cut_input(projection: Projection, part: str, tensor: Tensor, kept: Tensor) 
 
 def _new_output_weight(family: Family, cut: MlpCut, dtype: torch.dtype) -> Tensor:
     weight = cut.down_weight if family.output.neuron_axis == 1 else cut.down_weight.T
-    return _rounded(weight, dtype).contiguous()
-
-
-def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
-    rounded = values.to(dtype)
-    if not bool(rounded.isfinite().all()):
-        raise FbnPruneError(
-            f"a new output weight is not finite in {dtype} "
-            f"(largest magnitude {float(values.abs().max()):g}); raise the damping, or store the model in a wider dtype"
-        )
-    return rounded
+    return rounded(weight, dtype).contiguous()
 
 
 def _replace(module: nn.Module, part: str, values: Tensor) -> None:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fbn_prune.model.surgery import HeadCut, MlpCut
+from fbn_prune.model.heads import HeadCut
+from fbn_prune.model.surgery import MlpCut
 from fbn_prune.pruning import second_order
 from fbn_prune.pruning.damping import centred, constant_neurons, refit_share, warn_of_outliers
 

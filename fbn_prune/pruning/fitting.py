@@ -11,7 +11,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fbn_prune.model.surgery import HeadCut, MlpCut
+from fbn_prune.model.heads import HeadCut
+from fbn_prune.model.surgery import MlpCut
 from fbn_prune.pruning.criteria import (
     CRITERIA,
     HeadEvidence,

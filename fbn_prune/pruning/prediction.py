@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from fbn_prune.errors import FbnPruneError
-from fbn_prune.model.surgery import HeadCut, MlpCut
+from fbn_prune.model.heads import HeadCut
+from fbn_prune.model.surgery import MlpCut
 from fbn_prune.pruning.criteria import HeadEvidence, LayerEvidence, OutputEvidence
 
 MOST_RISE = 4.0
