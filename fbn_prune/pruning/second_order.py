@@ -10,7 +10,6 @@ Pure numerics in float64: W [d, neurons], H [neurons, neurons], on any device. N
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -43,9 +42,9 @@ def choose_neurons(weight: Tensor, gram: Tensor, keep: int, *, damping: float) -
     int64 [keep], ascending.
     """
     surgeon = _Surgeon(weight, gram, damping)
-    while len(surgeon.step.kept) > keep:
-        surgeon.remove_cheapest(len(surgeon.step.kept) - keep)
-    return surgeon.step.kept
+    while surgeon.left > keep:
+        surgeon.remove_cheapest(surgeon.left - keep)
+    return surgeon.kept
 
 
 def choose_groups(weight: Tensor, gram: Tensor, size: int, keep: int, *, damping: float) -> Tensor:
@@ -68,9 +67,9 @@ def choose_groups(weight: Tensor, gram: Tensor, size: int, keep: int, *, damping
     int64 [keep], ascending.
     """
     surgeon = _Surgeon(weight, gram, damping)
-    while len(surgeon.step.kept) > keep * size:
+    while surgeon.left > keep * size:
         surgeon.remove_cheapest_group(size)
-    return surgeon.step.kept[::size] // size
+    return surgeon.kept[::size] // size
 
 
 def removal_costs(weight: Tensor, gram: Tensor, *, damping: float) -> Tensor:
@@ -117,81 +116,102 @@ def loss_root(sensitivity: Tensor) -> Tensor:
     return values.clamp(min=0).sqrt()[:, None] * vectors.T
 
 
-@dataclass(frozen=True)
-class _Step:
-    """Between two removals: the neurons that are left, their weights as compensated so far, their H⁻¹."""
-
-    kept: Tensor
-    weight: Tensor
-    inverse: Tensor
-
-
 def _removals(weight: Tensor, gram: Tensor, damping: float) -> Iterator[tuple[Tensor, Tensor]]:
     """The neurons of one block after another until none is left, cheapest first, and what each cost."""
     surgeon = _Surgeon(weight, gram, damping)
-    while len(surgeon.step.kept) > 0:
-        yield surgeon.remove_cheapest(len(surgeon.step.kept))
+    while surgeon.left > 0:
+        yield surgeon.remove_cheapest(surgeon.left)
 
 
 class _Surgeon:
-    """Takes neurons out of one layer, from all of them to the last."""
+    """Takes neurons out of one layer, from all of them to the last.
+
+    The neurons that are left stand first in W and H⁻¹, in any order: those that go change places with the last ones,
+    so that nothing but their rows and columns is copied.
+    """
 
     def __init__(self, weight: Tensor, gram: Tensor, damping: float) -> None:
-        self._weight, self._gram = weight, gram
+        self._original, self._gram = weight, gram
         self._ridge = ridge(gram, damping)
         self._block = max(1, weight.shape[1] // BLOCKS_PER_LAYER)
         factor = factored(gram, self._ridge)
         self._energy = factor.square().sum(1)  # the diagonal of H as it was damped
-        kept = torch.arange(weight.shape[1], device=weight.device)
-        self.step = _Step(kept, weight, torch.cholesky_inverse(factor))
+        self.left = weight.shape[1]
+        self._neurons = torch.arange(self.left, device=weight.device)
+        self._weight, self._inverse = weight.clone(), torch.cholesky_inverse(factor)
+
+    @property
+    def kept(self) -> Tensor:
+        """The neurons that are left, ascending."""
+        return self._neurons[: self.left].sort().values
 
     def remove_cheapest(self, most: int) -> tuple[Tensor, Tensor]:
         """Take out a block, of `most` neurons at most: which they were (cheapest first) and what each cost."""
-        kept, weight, inverse = self.step.kept, self.step.weight, self.step.inverse
-        count = min(self._block, most)
+        neurons, weight, inverse = self._all_left()
         cost = weight.square().sum(0) / inverse.diagonal()
-        order = torch.argsort(cost, stable=True)
-        gone = order[:count]
-        self._take_out(gone, order[count:].sort().values)
-        return kept[gone], cost[gone]
+        by_number = neurons.argsort()  # of equal costs the first neuron goes first
+        places = by_number[cost[by_number].argsort(stable=True)][: min(self._block, most)]
+        gone = neurons[places], cost[places]
+        self._take_out(places.sort().values)
+        return gone
 
     def remove_cheapest_group(self, size: int) -> None:
         """Take out the `size` neighbours, of those left, that cost least together."""
-        weight, inverse = self.step.weight, self.step.inverse
-        groups = weight.shape[1] // size
+        _, weight, inverse = self._all_left()
+        groups = self.left // size
         own = inverse.view(groups, size, groups, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
         columns = weight.view(-1, groups, size).permute(1, 2, 0)  # [groups, size, d]
         cost = (columns * torch.linalg.solve(own, columns)).sum((1, 2))
-        cheapest = int(cost.argmin())
-        members = torch.arange(groups * size, device=weight.device).view(groups, size)
-        stay = torch.cat([members[:cheapest], members[cheapest + 1 :]]).flatten()
-        self._take_out(members[cheapest], stay)
+        first = int(cost.argmin()) * size
+        self._take_out(torch.arange(first, first + size, device=weight.device))
 
-    def _take_out(self, gone: Tensor, stay: Tensor) -> None:
-        """Remove the columns `gone` of those left; `stay` are the others, ascending."""
-        kept, weight, inverse = self.step.kept, self.step.weight, self.step.inverse
-        between = inverse[gone][:, stay]
-        solved = torch.linalg.solve(inverse[gone][:, gone], between)
-        left = _Step(
-            kept[stay],
-            weight[:, stay].addmm_(weight[:, gone], solved, alpha=-1),
-            inverse[stay[:, None], stay].addmm_(between.T, solved, alpha=-1),
-        )
-        self.step = left if self._sound(left) else self._afresh(left.kept)
+    def _all_left(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of the neurons' numbers [left], weights [d, left] and H⁻¹ [left, left]."""
+        left = self.left
+        return self._neurons[:left], self._weight[:, :left], self._inverse[:left, :left]
 
-    def _sound(self, step: _Step) -> bool:
+    def _take_out(self, places: Tensor) -> None:
+        """Remove the neurons at these places, ascending, and let the others compensate."""
+        neurons, weight, inverse = self._all_left()
+        stay = self.left - len(places)
+        _move_last(places, neurons, weight, inverse)
+        between = inverse[stay:, :stay]
+        solved = torch.linalg.solve(inverse[stay:, stay:], between)
+        weight[:, :stay].addmm_(weight[:, stay:], solved, alpha=-1)
+        inverse[:stay, :stay].addmm_(between.T, solved, alpha=-1)
+        self.left = stay
+        if not self._sound():
+            self._start_afresh()
+
+    def _sound(self) -> bool:
         """Whether H⁻¹ is still one: its diagonal cannot be less than one over that of H."""
-        share = step.inverse.diagonal() * self._energy[step.kept]
+        neurons, _, inverse = self._all_left()
+        share = inverse.diagonal() * self._energy[neurons]
         return bool((share >= 1 - INVERSE_TOLERANCE).all())
 
-    def _afresh(self, kept: Tensor) -> _Step:
-        """What the block formula would have come to without rounding."""
+    def _start_afresh(self) -> None:
+        """Go on from what the block formula would have come to without rounding."""
+        kept = self.kept
         inner = self._gram[kept[:, None], kept]
         factor = factored(inner, self._ridge)
-        target = self._weight @ self._gram[:, kept]
-        target += self._ridge * self._weight[:, kept]
-        solved = torch.cholesky_solve(target.T, factor).T
-        return _Step(kept, solved, torch.cholesky_inverse(factor))
+        target = self._original @ self._gram[:, kept]
+        target += self._ridge * self._original[:, kept]
+        self._neurons = kept
+        self._weight = torch.cholesky_solve(target.T, factor).T.contiguous()
+        self._inverse = torch.cholesky_inverse(factor)
+
+
+def _move_last(places: Tensor, neurons: Tensor, weight: Tensor, inverse: Tensor) -> None:
+    """Let the neurons at `places`, ascending, change places with those at the end that are not among them."""
+    first_last = len(neurons) - len(places)
+    last = torch.arange(first_last, len(neurons), device=places.device)
+    early = places[places < first_last]
+    late = last[~torch.isin(last, places)]
+    one, other = torch.cat([early, late]), torch.cat([late, early])
+    neurons[one] = neurons[other]
+    weight[:, one] = weight[:, other]
+    inverse[one] = inverse[other]
+    inverse[:, one] = inverse[:, other]
 
 
 def refit(
