@@ -41,8 +41,9 @@ from fbn_prune.pruning.allocation import (
     uniform_widths,
 )
 from fbn_prune.pruning.criteria import CRITERIA, cuts_to_widths
+from fbn_prune.pruning.evidence import CutOptions, EvidencePass
 from fbn_prune.pruning.layout import Layout, LayoutRequest, Subject, choose_layout
-from fbn_prune.pruning.pipeline import CutOptions, EvidencePass, cut_layers
+from fbn_prune.pruning.pipeline import cut_layers
 from fbn_prune.pruning.second_order import loss_root
 from fbn_prune.sensitivity import output_sensitivity
 

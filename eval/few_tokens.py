@@ -20,7 +20,7 @@ from fbn_prune.perplexity import perplexity
 from fbn_prune.prepared import prepare
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.damping import DampingWarning, refit_share
-from fbn_prune.pruning.pipeline import CutOptions, EvidencePass
+from fbn_prune.pruning.evidence import CutOptions, EvidencePass
 from fbn_prune.pruning.second_order import choose_neurons, refit
 from fbn_prune.recipe import build_recipe
 from fbn_prune.stages import load_calibration

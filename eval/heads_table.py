@@ -36,7 +36,8 @@ from fbn_prune.perplexity import perplexity
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.criteria import CRITERIA, HeadEvidence, head_cut
 from fbn_prune.pruning.damping import centred
-from fbn_prune.pruning.pipeline import CutOptions, EvidencePass, cut_layers
+from fbn_prune.pruning.evidence import CutOptions, EvidencePass
+from fbn_prune.pruning.pipeline import cut_layers
 
 DRAWS = 5
 Chosen = Callable[[HeadEvidence, int], HeadCut]

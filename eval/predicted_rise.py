@@ -21,8 +21,8 @@ from fbn_prune.perplexity import mean_loss
 from fbn_prune.prepared import prepare
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.criteria import CRITERIA
+from fbn_prune.pruning.evidence import CutOptions, EvidencePass
 from fbn_prune.pruning.fitting import DampingNotes
-from fbn_prune.pruning.pipeline import CutOptions, EvidencePass
 from fbn_prune.pruning.prediction import predicted_rise, relative_error
 from fbn_prune.recipe import build_recipe
 from fbn_prune.stages import load_calibration

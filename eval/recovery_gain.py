@@ -26,7 +26,8 @@ from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.perplexity import perplexity
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.allocation import budget_from_sparsity, uniform_widths
-from fbn_prune.pruning.pipeline import CutOptions, cut_layers
+from fbn_prune.pruning.evidence import CutOptions
+from fbn_prune.pruning.pipeline import cut_layers
 from fbn_prune.recovery.healing import RecoveryOptions, heal, healed_tensors
 
 

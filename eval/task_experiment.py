@@ -35,7 +35,7 @@ from fbn_prune.networks.tasks import (
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.allocation import budget_from_sparsity, uniform_widths
 from fbn_prune.pruning.criteria import CRITERIA
-from fbn_prune.pruning.pipeline import CutOptions, EvidencePass
+from fbn_prune.pruning.evidence import CutOptions, EvidencePass
 
 BATCH_TOKENS = 4096
 FIRST_BLOCKS = 400

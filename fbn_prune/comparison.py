@@ -24,8 +24,8 @@ from fbn_prune.pruning.allocation import (
     uniform_widths,
 )
 from fbn_prune.pruning.criteria import CRITERIA
+from fbn_prune.pruning.evidence import CutOptions, EvidencePass
 from fbn_prune.pruning.fitting import DampingNotes
-from fbn_prune.pruning.pipeline import CutOptions, EvidencePass
 from fbn_prune.recipe import CRITERION_NAMES, Recipe
 from fbn_prune.stages import rank_networks
 from fbn_prune.studies import Studied, study

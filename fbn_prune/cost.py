@@ -26,7 +26,7 @@ KINDS = {
     "ica": "operations of float32 products of the ICA",
     "eigen": "cubed sizes of eigendecompositions, float64",
     "double": "operations of the second order, float64",
-    "gathered": "bytes of float64 matrices copied by row and column",
+    "gathered": "bytes of float64 matrices copied by rows and columns",
     "moved": "bytes that element-wise work reads and writes",
     "called": "calls of small operations in sequence",
     "read": "bytes of weights read and converted",
@@ -291,13 +291,15 @@ def second_order_operations(
     """
     removed = width**3 - kept**3
     blocks = blocks_in_all * (1 - kept / width)
-    # Before each block the inverse and the weights are copied without it: read, written, and updated.
-    squares = removed / (3 * width) * blocks_in_all
-    weights = hidden * (width + kept) / 2 * blocks
+    # Who goes changes places with the last: two rows, two columns of the inverse, and two columns of the weights each.
+    swapped = 2 * (width**2 - kept**2) + 2 * hidden * (width - kept)
+    # Before each block the weights are squared and summed, and after it the inverse's update is read and written.
+    weights = 3 * hidden * (width + kept) / 2 * blocks
     return Amounts(
         double=width**3 + 2 * removed / 3 + hidden * (width**2 - kept**2),
-        gathered=8.0 * (squares + weights),
-        called=12 * blocks,
+        gathered=8.0 * swapped,
+        moved=8.0 * weights,
+        called=16 * blocks,
     )
 
 

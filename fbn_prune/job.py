@@ -30,8 +30,9 @@ from fbn_prune.perplexity import NonFiniteLogits, perplexity
 from fbn_prune.prepared import Prepared, prepare
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.allocation import budget_from_networks, member_scores
+from fbn_prune.pruning.evidence import CutOptions
 from fbn_prune.pruning.layout import UNIFORM, Layout, LayoutRequest, Subject, choose_layout
-from fbn_prune.pruning.pipeline import CutOptions, cut_layers
+from fbn_prune.pruning.pipeline import cut_layers
 from fbn_prune.pruning.prediction import check_rise, predicted_rise
 from fbn_prune.publish import publish
 from fbn_prune.recipe import Recipe

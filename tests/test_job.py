@@ -18,7 +18,8 @@ from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.perplexity import perplexity
 from fbn_prune.prepared import Prepared, prepare
 from fbn_prune.progress import StageClock
-from fbn_prune.pruning.pipeline import CutOptions, EvidencePass, cut_layers
+from fbn_prune.pruning.evidence import CutOptions, EvidencePass
+from fbn_prune.pruning.pipeline import cut_layers
 from fbn_prune.pruning.second_order import choose_neurons, output_error, refit
 from fbn_prune.recipe import Recipe, build_recipe
 from fbn_prune.stages import load_calibration

@@ -32,8 +32,8 @@ from fbn_prune.pruning.allocation import (
     uniform_widths,
 )
 from fbn_prune.pruning.criteria import cuts_to_widths, neuron_costs
+from fbn_prune.pruning.evidence import CutOptions, EvidencePass
 from fbn_prune.pruning.fitting import DampingNotes
-from fbn_prune.pruning.pipeline import CutOptions, EvidencePass
 
 UNIFORM = "uniform"
 MOST_TRIED_EVERY = 8

@@ -1,16 +1,11 @@
-"""Cut every layer of a live model: statistics, choice, refit, one layer at a time.
-
-One-shot (default): every layer's statistics come from the dense model, which runs once over the calibration tokens.
-Sequential: a second stream runs through the layers already cut; a layer is fitted on that stream's activations, to
-the mean of the dense output and the output it would itself give there.
-"""
+"""Cut every layer of a live model, one at a time: statistics (:mod:`fbn_prune.pruning.evidence`), choice, refit."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import safetensors.torch
 import torch
@@ -18,36 +13,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fbn_prune import ranks
-from fbn_prune.activations import CrossStatistics, GramStatistics
 from fbn_prune.calibration import Batch
-from fbn_prune.errors import InvalidInput
-from fbn_prune.layerwise import LayerwiseForward, Observe
 from fbn_prune.model.families import Family
-from fbn_prune.model.streaming import have_layer, let_go, stream_of
+from fbn_prune.model.streaming import stream_of
 from fbn_prune.model.surgery import MlpCut, apply_cut, cut_of_parts, cut_parts, rounded_cut
-from fbn_prune.progress import Advance, StageClock
-from fbn_prune.pruning.criteria import HeadEvidence, LayerEvidence
+from fbn_prune.progress import StageClock
+from fbn_prune.pruning.criteria import LayerEvidence
+from fbn_prune.pruning.evidence import CutOptions, EvidencePass
 from fbn_prune.pruning.fitting import DampingNotes, fitting_cut, fitting_head_cut
 from fbn_prune.pruning.prediction import relative_error, relative_head_error
-
-
-@dataclass(frozen=True)
-class CutOptions:
-    """What decides the cuts beside the data: see the recipe keys of the same names."""
-
-    criterion: str
-    sequential: bool
-    damping: float
-    refit_damping: float
-    seed: int
-    round_to: torch.dtype
-    """The type in which the checkpoint will be stored; the live model gets weights rounded to it, so that its
-    figures are those of the written one."""
-
-    loss_aware: bool = False
-
-    head_groups: int | None = None
-    """Groups of attention heads that stay in every layer; None leaves the attention whole."""
 
 
 @dataclass(frozen=True)
@@ -205,209 +179,3 @@ class CutStore(Protocol):
     def layer(self, layer: int) -> FinishedLayer: ...
 
     def keep(self, layer: int, finished: FinishedLayer) -> None: ...
-
-
-class EvidencePass:
-    """One pass over the calibration data; iterating yields each layer's :class:`LayerEvidence` in order.
-
-    In sequential mode the layer must have been cut before the next evidence is asked for. In one-shot mode it does
-    not matter, so one pass can serve any number of criteria and widths.
-
-    Of the first `done` layers there is no evidence: `again` is called with each when the dense model is past it, and
-    cuts it as it was cut before.
-
-    Attributes
-    ----------
-    forward_seconds
-        Wall time of the dense model's own work so far.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        family: Family,
-        batches: Sequence[Batch],
-        options: CutOptions,
-        *,
-        membership: Sequence[Tensor] | None,
-        loss_roots: Sequence[Tensor] | None = None,
-        clock: StageClock,
-        stage: str = "prune",
-        done: int = 0,
-        again: Callable[[int], None] = lambda layer: None,
-    ) -> None:
-        self._model, self._family = model, family
-        self._batches: Sequence[Batch] = batches
-        self._mine: Sequence[Batch] = batches
-        self._options, self._membership, self._clock = options, membership, clock
-        self._loss_roots, self._stage = loss_roots, stage
-        self._done, self._again = done, again
-        self.forward_seconds = 0.0
-
-    def __iter__(self) -> Iterator[LayerEvidence]:
-        model, family = self._model, self._family
-        if self._done == family.num_layers(model.config):
-            for layer in range(self._done):
-                self._again(layer)
-            return
-        self._mine = ranks.share(self._batches)
-        dense = LayerwiseForward(model, family, self._mine)
-        pruned = None
-        if self._options.sequential:
-            pruned = LayerwiseForward(model, family, self._mine)
-        layers = family.num_layers(model.config)
-        passes = 1 if pruned is None else 3
-        total = sum(batch.tokens for batch in self._mine) * layers * passes
-        with self._clock.stage(self._stage, total, "tokens x layers") as advance:
-            for layer in range(layers):
-                if layer < self._done:
-                    dense.advance(on_batch=advance)
-                    self._again(layer)
-                else:
-                    yield self._evidence(layer, *self._watched(dense, pruned, layer, advance))
-                if pruned is not None:
-                    pruned.advance(on_batch=advance)
-
-    def _watched(
-        self,
-        dense: LayerwiseForward,
-        pruned: LayerwiseForward | None,
-        layer: int,
-        advance: Advance,
-    ) -> tuple[_Statistics, _Statistics | None]:
-        """Statistics of one layer's MLP, and of its attention where heads are cut; the dense stream moves on past it,
-        the pruned one stays."""
-        have_layer(self._model, layer)
-        weights = [self._family.down_weight(self._model, layer)]
-        if self._options.head_groups is not None:
-            weights.append(self._family.attention_output(self._model, layer).weight)
-        sites = [_Statistics(w.shape[1], w.device, both=pruned is not None) for w in weights]
-        del weights
-        if pruned is None:
-            dense.advance(*map(self._observer, sites), on_batch=advance)
-        else:
-            self._watch_both(dense, pruned, sites, advance)
-        for site, name in zip(sites, ("MLP", "attention"), strict=False):
-            site.add_up()
-            if not site.own.finite:
-                raise InvalidInput(
-                    f"NaN or Inf among the {name} activations of layer {layer}: the checkpoint is damaged, "
-                    "or the compute type overflows (try --dtype float32)"
-                )
-        self.forward_seconds = dense.forward_seconds
-        return sites[0], sites[1] if len(sites) > 1 else None
-
-    def _weights(self, index: int, x: Tensor) -> Tensor | None:
-        weights = self._mine[index].token_weights
-        return None if weights is None else weights.to(x.device)
-
-    def _observer(self, site: _Statistics) -> Observe:
-        return lambda index, x: site.update(x, self._weights(index, x))
-
-    def _watch_both(
-        self,
-        dense: LayerwiseForward,
-        pruned: LayerwiseForward,
-        sites: Sequence[_Statistics],
-        advance: Advance,
-    ) -> None:
-        """Statistics of the pruned stream's activations, with the mean of both streams' as the target."""
-        for index in range(len(dense.hidden)):
-            seen: list[list[Tensor]] = [[] for _ in sites]
-            watching: list[Observe] = [lambda _, x, kept=kept: kept.append(x) for kept in seen]  # type: ignore[misc]
-            output = dense.run(index, *watching)
-            pruned.run(index, *watching)
-            dense.hidden[index] = output
-            tokens = len(seen[0][0])
-            for site, (x_dense, x_pruned) in zip(sites, seen, strict=True):
-                site.update_both(x_dense, x_pruned, self._weights(index, x_pruned))
-            advance(2 * tokens)
-        dense.next_layer += 1
-
-    def _evidence(
-        self, layer: int, neurons: _Statistics, heads: _Statistics | None
-    ) -> LayerEvidence:
-        model, family, options = self._model, self._family, self._options
-        have_layer(model, layer)
-        weight = family.down_weight(model, layer).double()
-        bias = family.down_bias(model, layer)
-        membership = None
-        if self._membership is not None:
-            membership = self._membership[layer].to(weight.device)
-        loss_root = None
-        if self._loss_roots is not None:
-            loss_root = self._loss_roots[layer].to(weight.device)
-        input_norms = sum(
-            (
-                torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
-                for rows in family.input_weights(model, layer)
-            ),
-            start=weight.new_zeros(weight.shape[1]),
-        )
-        of_heads = None
-        if heads is not None:
-            out = family.attention_output(model, layer)
-            of_heads = HeadEvidence(
-                weight=out.weight.detach().double(),
-                bias=None if out.bias is None else out.bias.detach().double(),
-                loss_root=None,  # the loss's gradient is taken at the MLPs' outputs
-                group=family.head_shape(model.config).width,
-                damping=options.damping,
-                refit_damping=options.refit_damping,
-                **heads.facts(),
-            )
-        let_go(model)  # what the cut needs of the layer is in the evidence
-        return LayerEvidence(
-            layer=layer,
-            weight=weight,
-            bias=None if bias is None else bias.double(),
-            input_norms=input_norms,
-            membership=membership,
-            loss_root=loss_root,
-            can_have_bias=family.accepts_bias(model.config),
-            damping=options.damping,
-            refit_damping=options.refit_damping,
-            seed=options.seed,
-            heads=of_heads,
-            **neurons.facts(),
-        )
-
-
-class _Statistics:
-    """What is summed up over the input of one output projection.
-
-    Parameters
-    ----------
-    both
-        Whether the signal to reproduce is another than the input itself: the mean of it and the dense stream's.
-    """
-
-    def __init__(self, width: int, device: torch.device, *, both: bool) -> None:
-        self.own = GramStatistics(width, device)
-        self._cross = CrossStatistics(width, device) if both else None
-
-    def update(self, x: Tensor, weights: Tensor | None) -> None:
-        """Add the tokens of x [tokens, width]."""
-        self.own.update(x, weights)
-
-    def update_both(self, x_dense: Tensor, x_pruned: Tensor, weights: Tensor | None) -> None:
-        """Add tokens as both streams have them."""
-        assert self._cross is not None
-        self.own.update(x_pruned, weights)
-        self._cross.update((x_dense + x_pruned) / 2, x_pruned, weights)
-
-    def add_up(self) -> None:
-        """Join what all processes of the job have seen."""
-        self.own.add_up()
-        if self._cross is not None:
-            self._cross.add_up()
-
-    def facts(self) -> dict[str, Any]:
-        """As :class:`OutputEvidence` has them."""
-        return {
-            "gram": self.own.gram,
-            "mean": self.own.mean,
-            "tokens": self.own.count,
-            "cross": None if self._cross is None else self._cross.cross,
-            "target_mean": None if self._cross is None else self._cross.target_mean,
-        }
