@@ -180,7 +180,8 @@ def _pruned(prepared: Prepared, work: Work, clock: StageClock) -> PruneResult:
         warning=warning,
         neurons_kept=sum(widths),
         neurons_total=prepared.width * prepared.layers,
-        **_heads(prepared),
+        heads_kept=prepared.heads_kept,
+        heads_total=prepared.heads_total,
         widths=widths,
         width_rule=layout.rule,
         layout_trials=layout.trials,
@@ -269,16 +270,6 @@ def _kept_loss_roots(
         kept[name].to(layer_device(model, prepared.family, layer))
         for layer, name in enumerate(sorted(kept))
     ]
-
-
-def _heads(prepared: Prepared) -> dict[str, Any]:
-    """Attention heads of all layers, before and after."""
-    heads = prepared.family.head_shape(prepared.checkpoint.config)
-    left = heads.groups if prepared.head_groups is None else prepared.head_groups
-    return {
-        "heads_total": heads.heads * prepared.layers,
-        "heads_kept": left * heads.queries * prepared.layers,
-    }
 
 
 def _task_facts(task: TaskCalibration, matched: MatchedCalibration) -> dict[str, Any]:

@@ -47,6 +47,8 @@ class Plan:
     bytes_after: int
     neurons_total: int
     neurons_kept: int
+    heads_total: int
+    heads_kept: int
     widths: list[int]
     same_budget: dict[str, float]
     peak_memory_bytes: int
@@ -90,6 +92,8 @@ def plan(prepared: Prepared) -> Plan:
         bytes_after=size.bytes_with(neurons),
         neurons_total=total,
         neurons_kept=neurons,
+        heads_total=prepared.heads_total,
+        heads_kept=prepared.heads_kept,
         widths=widths,
         same_budget={
             "sparsity": round(1 - neurons / total, 4),

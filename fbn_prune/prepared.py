@@ -63,6 +63,19 @@ class Prepared:
         return self.family.num_layers(self.checkpoint.config)
 
     @property
+    def heads_total(self) -> int:
+        """Attention heads (query heads) of all layers."""
+        return self.family.head_shape(self.checkpoint.config).heads * self.layers
+
+    @property
+    def heads_kept(self) -> int:
+        """Those of them that stay."""
+        if self.head_groups is None:
+            return self.heads_total
+        shape = self.family.head_shape(self.checkpoint.config)
+        return self.head_groups * shape.queries * self.layers
+
+    @property
     def batch_tokens(self) -> int:
         """Tokens of one forward batch: enough to fill the device, few enough to stay in its caches."""
         return self.memory.batch_tokens

@@ -154,6 +154,8 @@ def _predict(recipe: Recipe, *, json: bool) -> None:
         f"{predicted.neurons_total:,}",
         about("neurons_kept", f"{predicted.neurons_kept:,}"),
     )
+    if predicted.heads_kept < predicted.heads_total:
+        table.add_row("attention heads", f"{predicted.heads_total:,}", f"{predicted.heads_kept:,}")
     table.add_row(
         "weights",
         console.size(predicted.bytes_before),
