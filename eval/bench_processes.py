@@ -1,11 +1,11 @@
 """One process against several on the same job: the same neurons, the weights, and how much sooner each stage ends.
 
-    python eval/bench_processes.py --model MODEL --calibrate FILE ... [--processes 2 4] [--output processes.json]
+    python eval/bench_processes.py --model MODEL --calibrate FILE ... [--processes 2 4] [--float32] [--output processes.json]
 
 Every process computes with one thread, so that two of them on two cores have twice one's means. The calibration stage
 is what runs tokens through the model for the cut (`prune`), its second order included, and for the networks
 (`activations`). Weights are compared as stored: a checkpoint of float16 can differ by one last place where one of
-float32 differs by 1e-7.
+float32 differs by 1e-7; `--float32` prunes a copy stored so.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fbn_prune import builtin
 
 STAGES = ("activations", "prune")
 
@@ -38,6 +41,14 @@ def run(processes: int, arguments: list[str], output: Path) -> dict[str, Any]:
     return result
 
 
+def in_float32(model: str, folder: Path) -> str:
+    """A copy of a model, stored in float32."""
+    source = str(builtin.model_path()) if model == "builtin" else model
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return str(folder)
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint, float64."""
     found = {}
@@ -53,13 +64,16 @@ def main() -> None:
     parser.add_argument("--calibrate", nargs="+", default=["builtin"], metavar="FILE")
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--tokens", type=int, default=131072)
+    parser.add_argument("--float32", action="store_true", help="prune a copy stored in float32")
     parser.add_argument("--keep-networks", type=int, default=10)
     parser.add_argument("--output", type=Path, default=Path("processes.json"))
     args = parser.parse_args()
-    job = ["--model", args.model, "--tokens", str(args.tokens)]
+    job = ["--tokens", str(args.tokens)]
     job += ["--keep-networks", str(args.keep_networks)]
     job += [word for file in args.calibrate for word in ("--calibration", file)]
     with tempfile.TemporaryDirectory() as scratch:
+        model = in_float32(args.model, Path(scratch) / "model") if args.float32 else args.model
+        job += ["--model", model]
         one = run(1, job, Path(scratch) / "1")
         before = weights(Path(scratch) / "1")
         neurons = load_file(Path(scratch) / "1" / "kept_neurons.safetensors")
@@ -90,7 +104,12 @@ def main() -> None:
                 f"all stages {row['total_speed_up']:.2f}",
                 flush=True,
             )
-    report = {"model": Path(args.model).name, "tokens": args.tokens, "cores": os.cpu_count()}
+    report = {
+        "model": Path(args.model).name,
+        "float32": args.float32,
+        "tokens": args.tokens,
+        "cores": os.cpu_count(),
+    }
     args.output.write_text(json.dumps(report | {"one": one["stages"], "many": rows}, indent=1))
 
 
