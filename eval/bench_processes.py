@@ -1,6 +1,6 @@
 """One process against several on the same job: the same neurons, the weights, and how much sooner each stage ends.
 
-    python eval/bench_processes.py --model MODEL --calibrate FILE ... [--processes 2 4] [--float32] [--output processes.json]
+    python eval/bench_processes.py --model MODEL --calibrate FILE ... [--processes 2 4] [--float32] [--output FILE]
 
 Every process computes with one thread, so that two of them on two cores have twice one's means. The calibration stage
 is what runs tokens through the model for the cut (`prune`), its second order included, and for the networks
