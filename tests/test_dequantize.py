@@ -489,7 +489,7 @@ def test_a_full_disk_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fbn_prune.export.writer._write_shard", full)
+    monkeypatch.setattr("fbn_prune.export.shards._Shard.write", full)
     (tmp_path / "out").mkdir()
     with pytest.raises(FbnPruneError, match="No space left on device"):
         write_dequantized(source, tmp_path / "out")

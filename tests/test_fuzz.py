@@ -116,6 +116,19 @@ def test_a_config_of_endless_layers_is_refused_before_lists_are_made(key: str) -
         family_of(config).width(config)
 
 
+@pytest.mark.parametrize("layers", [-(10**30), 1e300, -1e300, float("nan"), "9" * 40, [2]])
+@pytest.mark.parametrize("key", ["num_hidden_layers", "n_layer"])
+def test_a_number_of_layers_that_is_none_is_refused(key: str, layers: object) -> None:
+    refused = 0
+    for model_type in ("gpt2", "falcon", "gpt_neox", "llama"):
+        config = {"model_type": model_type, key: layers}
+        try:
+            assert len(family_of(config).widths(config)) < 100  # no key of this architecture
+        except InvalidInput:
+            refused += 1
+    assert refused >= 1
+
+
 @pytest.mark.parametrize(
     "own", [[1], {"x": {}}, {"0": 4}, {"0": {"intermediate_size": [4]}}, {"1e3": {}}]
 )

@@ -164,7 +164,14 @@ class Family:
         return widths
 
     def num_layers(self, config: Config) -> int:
-        return int(as_config(config).num_hidden_layers)
+        layers = as_config(config).num_hidden_layers
+        try:
+            count = int(layers)
+        except (TypeError, ValueError, OverflowError):
+            count = -1
+        if not 0 <= count <= MOST_LAYERS:
+            raise InvalidInput(f"the config means a model of {reprlib.repr(layers)} layers")
+        return count
 
     def hidden_size(self, config: Config) -> int:
         return int(as_config(config).hidden_size)
@@ -507,7 +514,8 @@ def as_config(config: Config) -> PretrainedConfig:
     from transformers import CONFIG_MAPPING
 
     for key in _COUNTS:
-        if isinstance(count := config.get(key), int) and count > MOST_LAYERS:
+        count = config.get(key)
+        if isinstance(count, int | float) and not abs(count) <= MOST_LAYERS:
             raise InvalidInput(
                 f"the config says {key} = {reprlib.repr(count)}: no model has so many"
             )
