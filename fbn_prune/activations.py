@@ -9,19 +9,20 @@ import torch
 from torch import Tensor
 
 from fbn_prune import ranks
-from fbn_prune.gram import add_gram, mirror_upper
+from fbn_prune.gram import add_cross, add_gram, mirror_upper
 
 
 class GramStatistics:
     """Count, sum and Gram of x, and where wanted the cross product with a target of the same shape.
 
-    Float32 on the activations' device: the error of a float32 sum is far below the damping that every use adds.
+    Products of a batch in float32, their sum in float64, on the activations' device: so several processes, which add
+    the same batches up in another order, come to the same statistics.
     """
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
         self.count: float = 0
         self._sum = torch.zeros(width, dtype=torch.float64, device=device)
-        self._upper = torch.zeros(width, width, dtype=torch.float32, device=device)
+        self._upper = torch.zeros(width, width, dtype=torch.float64, device=device)
 
     def update(self, x: Tensor, weights: Tensor | None = None) -> None:
         """Add the tokens of x [tokens, neurons], each counted `weights` [tokens] times (once by default)."""
@@ -48,7 +49,7 @@ class GramStatistics:
     @property
     def gram(self) -> Tensor:
         """H = xᵀx / tokens, float64 [neurons, neurons]."""
-        return mirror_upper(self._upper).double().div_(self.count or 1)
+        return mirror_upper(self._upper).div_(self.count or 1)
 
     @property
     def mean(self) -> Tensor:
@@ -71,7 +72,7 @@ class CrossStatistics:
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
         self.count: float = 0
         self._target_sum = torch.zeros(width, dtype=torch.float64, device=device)
-        self._cross = torch.zeros(width, width, dtype=torch.float32, device=device)
+        self._cross = torch.zeros(width, width, dtype=torch.float64, device=device)
 
     def update(self, target: Tensor, x: Tensor, weights: Tensor | None = None) -> None:
         """Add the tokens of target and x, both [tokens, neurons], each counted `weights` [tokens] times."""
@@ -83,7 +84,7 @@ class CrossStatistics:
             self.count += float(weights.sum(dtype=torch.float64))
             self._target_sum += weights.double() @ target.double()
             target = target * weights.float()[:, None]
-        self._cross.addmm_(target.T, x)
+        add_cross(self._cross, target, x)
 
     def add_up(self) -> None:
         """Join what all processes of the job have seen."""
@@ -93,7 +94,7 @@ class CrossStatistics:
     @property
     def cross(self) -> Tensor:
         """C = tᵀx / tokens, float64 [neurons, neurons]."""
-        return self._cross.double().div_(self.count or 1)
+        return self._cross / (self.count or 1)
 
     @property
     def target_mean(self) -> Tensor:

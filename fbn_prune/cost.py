@@ -256,7 +256,7 @@ def of_one_process(
 
 def exchanges(model: ModelSizes, job: Job) -> Amounts:
     """What passes between the processes of a job: each layer's Gram matrix and sampled activations, finished layers."""
-    grams = 4.0 * model.width**2 * (2 if job.sequential else 1)
+    grams = 8.0 * model.width**2 * (2 if job.sequential else 1)
     sampled = 4.0 * _sample(job) * model.width if job.networks else 0.0
     finished = model.nbytes / model.parameters * model.hidden * job.kept
     return Amounts(exchanged=model.layers * (grams + sampled), told=model.layers * finished)

@@ -63,14 +63,27 @@ def _rounds_inputs() -> bool:
 
 
 def add_gram(gram: Tensor, x: Tensor, block: int = GRAM_BLOCK) -> None:
-    """Add the upper block triangle of ``x.T @ x`` to `gram` [n, n] float32 in place (see :func:`mirror_upper`)."""
+    """Add the upper block triangle of ``x.T @ x`` to `gram` [n, n] in place (see :func:`mirror_upper`).
+
+    The product is x's type, float32; a `gram` of float64 makes the sum over many x all but independent of their order.
+    """
     width = gram.shape[0]
     for start in range(0, width, block):
         stop = min(start + block, width)
-        gram[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+        gram[start:stop, start:] += x[:, start:stop].T @ x[:, start:]
 
 
-def mirror_upper(gram: Tensor) -> Tensor:
-    """The full symmetric matrix of which `gram` [n, n] holds the upper triangle."""
-    upper = torch.triu(gram)
-    return upper + torch.triu(gram, diagonal=1).T
+def add_cross(cross: Tensor, target: Tensor, x: Tensor, block: int = GRAM_BLOCK) -> None:
+    """Add ``target.T @ x`` to `cross` [n, n] in place, likewise."""
+    for start in range(0, cross.shape[0], block):
+        cross[start : start + block] += target[:, start : start + block].T @ x
+
+
+def mirror_upper(gram: Tensor, block: int = GRAM_BLOCK) -> Tensor:
+    """A symmetric copy of `gram` [n, n], of which the upper block triangle counts."""
+    whole = gram.clone()
+    for start in range(0, gram.shape[0], block):
+        here = slice(start, start + block)
+        whole[here, :start] = whole[:start, here].T
+        whole[here, here] = torch.triu(gram[here, here]) + torch.triu(gram[here, here], 1).T
+    return whole

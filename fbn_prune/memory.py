@@ -25,8 +25,8 @@ from fbn_prune.model.placement import layer_bytes, place_layers
 from fbn_prune.networks.sampling import LEAST_BLOCKS
 from fbn_prune.recipe import Recipe, parse_size
 
-PROCESS_BYTES = 480 * 10**6
-"""Python, torch and transformers, before any model."""
+PROCESS_BYTES = 580 * 10**6
+"""Python, torch, transformers and what the report draws with, before any model."""
 
 RECOVERY_TOKENS = 2048
 """Tokens of a training step of the recovery (`recovery/healing.py`, which is slow to import)."""
@@ -253,6 +253,8 @@ class _Sizes:
             + self._hidden(held_out)
             + max(logits, head + batch * hidden * size, forward)
         }
+        if not self.streamed:  # the files are mapped while the weights are made from them
+            stages["load"] = base + self.checkpoint.total_bytes
         neurons, networks = width * layers, recipe.networks
         maps = 0
         if recipe.needs_networks:
@@ -269,7 +271,7 @@ class _Sizes:
             second_order = max(second_order, self._fit(channels, hidden))
             # The attention's statistics stay beside the MLP's until both have been fitted.
             waiting = (32 if recipe.sequential else 16) * channels**2
-        statistics = (1 if recipe.sequential else 0.5) * square
+        statistics = (2 if recipe.sequential else 1) * square
         streams = 2 if recipe.sequential else 1
         stages["prune"] = int(
             base

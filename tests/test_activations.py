@@ -35,6 +35,22 @@ def test_streaming_equals_one_batch(sizes: list[int], seed: int) -> None:
     assert torch.allclose(statistics.mean, x.double().mean(0), atol=1e-6)
 
 
+def test_the_order_of_the_batches_leaves_no_trace() -> None:
+    """What several processes add up in another order than one."""
+    x = 100 * torch.randn(4096, 6, generator=torch.Generator().manual_seed(0))
+    batches = x.split(64)
+    forwards, backwards = GramStatistics(6), GramStatistics(6)
+    crossed, back = CrossStatistics(6), CrossStatistics(6)
+    for one, other in zip(batches, reversed(batches), strict=True):
+        forwards.update(one)
+        crossed.update(one.flip(1), one)
+        backwards.update(other)
+        back.update(other.flip(1), other)
+    torch.testing.assert_close(forwards.gram, backwards.gram, rtol=1e-14, atol=1e-9)
+    torch.testing.assert_close(crossed.cross, back.cross, rtol=1e-14, atol=1e-9)
+    assert torch.equal(forwards.gram, forwards.gram.T)
+
+
 def test_a_pass_can_be_split_and_joined_through_its_state() -> None:
     x, target = torch.randn(30, 4), torch.randn(30, 4)
     whole, first, second = (GramStatistics(4) for _ in range(3))

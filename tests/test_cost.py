@@ -131,7 +131,7 @@ def test_processes_share_tokens_and_layers_and_nothing_else() -> None:
     assert waiting["double"] == alone["prune"]["double"]
     assert of_one_process(alone, 1, 3) == alone
     between = exchanges(MODEL, job)
-    assert between["exchanged"] == 3 * (4 * 36 + 4 * 8 * 6)
+    assert between["exchanged"] == 3 * (8 * 36 + 4 * 8 * 6)
     assert between["told"] == 3 * 2 * 4 * 3
 
 
