@@ -125,7 +125,7 @@ PRIOR = {
 }
 """What the operations took by themselves on one thread, roughly; what passes between processes is a guess."""
 
-PRIOR_WEIGHT = 0.03
+PRIOR_WEIGHT = 0.2
 """Of being wrong about a factor by all of it, beside being wrong by all of a stage's time."""
 
 STAGES = ("rest", "calibration", "load", "dense perplexity", "activations", "ica", "prune",
