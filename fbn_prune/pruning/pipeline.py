@@ -21,7 +21,7 @@ from fbn_prune.progress import StageClock
 from fbn_prune.pruning.criteria import LayerEvidence
 from fbn_prune.pruning.evidence import CutOptions, EvidencePass
 from fbn_prune.pruning.fitting import DampingNotes, fitting_cut, fitting_head_cut
-from fbn_prune.pruning.prediction import relative_error, relative_head_error
+from fbn_prune.pruning.prediction import HEAD_WEIGHT, relative_error, relative_head_error
 
 
 @dataclass(frozen=True)
@@ -130,14 +130,14 @@ def _fitted(evidence: LayerEvidence, width: int, options: CutOptions) -> Finishe
     if evidence.heads is not None and options.head_groups is not None:
         with notes.heard(evidence.layer, "attention: "):
             heads = fitting_head_cut(evidence.heads, options.head_groups, stored=options.round_to)
-        error += relative_head_error(evidence.heads, heads)
+        error += HEAD_WEIGHT * relative_head_error(evidence.heads, heads)
         cut = replace(cut, heads=heads)
     return FinishedLayer(rounded_cut(cut, options.round_to), error, notes.of(evidence.layer))
 
 
 @dataclass(frozen=True)
 class FinishedLayer:
-    """A layer's cut, rounded as it will be stored, the relative errors of its MLP and attention together, and what of
+    """A layer's cut, rounded as it will be stored, the relative error of its MLP with its attention's share, and what of
     its damping is to be said."""
 
     cut: MlpCut
