@@ -137,8 +137,8 @@ def _fitted(evidence: LayerEvidence, width: int, options: CutOptions) -> Finishe
 
 @dataclass(frozen=True)
 class FinishedLayer:
-    """A layer's cut, rounded as it will be stored, the relative error of its MLP with its attention's share, and what of
-    its damping is to be said."""
+    """A layer's cut, rounded as it will be stored, the relative error of its MLP with its attention's share, and what
+    is to be said of its damping."""
 
     cut: MlpCut
     relative_error: float
