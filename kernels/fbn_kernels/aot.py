@@ -65,6 +65,7 @@ _MATRIX = {
 
 _INTEGER_TABLES = {"indices": "i32", "set_ids": "i32", "order": "i32", "tiles": "i32"} | {
     "table": "i32",
+    "arrivals": "i32",
     "membership": "u8",
 }
 
@@ -86,6 +87,8 @@ class Binary:
     matrix_instructions, wgmma, async_copies
         How many matrix instructions there are, how many of them Hopper's asynchronous ones, and how
         many asynchronous copies to shared memory (NVIDIA).
+    columns
+        Columns of the widest of Hopper's asynchronous matrix instructions.
     """
 
     shared: int
@@ -94,6 +97,7 @@ class Binary:
     matrix_instructions: int
     wgmma: int
     async_copies: int
+    columns: int
 
 
 def compile_hidden(
@@ -107,15 +111,18 @@ def compile_hidden(
     masked: bool = False,
     routed: bool = False,
     even_width: bool = True,
+    arrivals: int = 0,
 ) -> Binary:
-    """Compile the hidden kernel for a chip."""
+    """Compile the hidden kernel for a chip; `arrivals` is the number of counters it zeroes."""
     constants: dict[str, Any] = {
         "ACTIVATION": activation,
         "GATED": gated,
+        "INTERLEAVED": gated and tile.interleaved,
         "UP_BIAS": biased,
         "GATE_BIAS": biased and gated,
         "MASKED": masked,
         "ROUTED": routed,
+        "ARRIVALS": arrivals,
         "EVEN_WIDTH": even_width,
         "INTERPRETED": False,
         "PRECISION": chip.precision,
@@ -136,6 +143,7 @@ def compile_hidden(
             ("order", routed),
             ("tiles", routed),
             ("table", routed),
+            ("arrivals", arrivals > 0),
         )
         if not given
     }
@@ -154,8 +162,12 @@ def compile_down(
     even_width: bool = True,
 ) -> Binary:
     """Compile the down kernel for a chip."""
+    fixup = tile.fixup and split > 1
+    apart = split > 1 and not fixup
     constants: dict[str, Any] = {
-        "BIAS": biased and split == 1,
+        "PARTIAL": split > 1,
+        "FIXUP": split if fixup else 0,
+        "BIAS": biased and not apart,
         "ROUTED": routed,
         "EVEN_WIDTH": even_width,
         "INTERPRETED": False,
@@ -166,12 +178,21 @@ def compile_down(
         "BLOCK_WIDTH": tile.block_width,
         "GROUP_ROWS": 8,
     }
-    absent = set() if routed else {"order", "tiles", "table"}
-    if not (biased and split == 1):
-        absent.add("down_bias")
-    pointers = {"out": "fp32"} if split > 1 else {}
+    absent = {
+        name
+        for name, given in (
+            ("order", routed),
+            ("tiles", routed),
+            ("table", routed),
+            ("down_bias", biased and not apart),
+            ("arrivals", fixup),
+            ("partial", split > 1),
+            ("out", not apart),
+        )
+        if not given
+    }
     values = {"hidden", "down_t", "down_bias", "out"}
-    return _compile(down_kernel, chip, values, pointers, absent, constants, dtype, tile)
+    return _compile(down_kernel, chip, values, {"partial": "fp32"}, absent, constants, dtype, tile)
 
 
 def _compile(
@@ -211,7 +232,7 @@ def _inspect(compiled: Any, chip: Chip) -> Binary:
         spilled = _number(r"\.vgpr_spill_count:\s+(\d+)", text)
         spilled += _number(r"\.sgpr_spill_count:\s+(\d+)", text)
         registers = _number(r"\.vgpr_count:\s+(\d+)", text)
-        return Binary(shared, registers, spilled, len(matrix.findall(text)), 0, 0)
+        return Binary(shared, registers, spilled, len(matrix.findall(text)), 0, 0, 0)
     text = compiled.asm["ptx"]
     usage = _resource_usage(compiled.asm["cubin"])
     return Binary(
@@ -221,6 +242,7 @@ def _inspect(compiled: Any, chip: Chip) -> Binary:
         matrix_instructions=len(matrix.findall(text)),
         wgmma=len(re.findall(r"wgmma\.mma_async", text)),
         async_copies=len(re.findall(r"cp\.async\.c[ag]\.", text)),
+        columns=max(map(int, re.findall(r"wgmma\.mma_async\S*\.m64n(\d+)k", text)), default=0),
     )
 
 

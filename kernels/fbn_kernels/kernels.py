@@ -4,10 +4,15 @@ The hidden kernel reads its rows' numbers once, before the loop over the model w
 walks over the kept neurons, so it carries the next rows' numbers from one step to the next: a load
 that another load waits for, inside the loop, would keep the compiler from pipelining it.
 
+A tile may interleave the rows of up and gate into one operand: one product of twice the columns, whose
+pairs of columns are then split. Hopper multiplies 64 rows by at most 256 columns at a time, both read
+from shared memory, so a 128 by 128 tile reads x once and not twice for the same arithmetic.
+
 Weights stay where they are; `down` is stored transposed, since gathering its columns would touch
 nearly every memory sector whatever the set. The padding of an index list points at a valid row and
 the hidden kernel writes zeros there, so the down kernel needs no mask. Partial sums go to a float32
-workspace and are added in a fixed order, so a result does not change from run to run.
+workspace and are added in a fixed order, so a result does not change from run to run: by a kernel of
+its own, or by the program that finishes a tile last, which counts arrivals but adds in the same order.
 
 On Hopper and later the three launches are chained (programmatic dependent launch): a kernel starts
 while the one before it drains, computes what depends on weights and index lists alone, and waits
@@ -76,6 +81,7 @@ def hidden_kernel(
     order,
     tiles,
     table,
+    arrivals,
     hidden,
     rows,
     row_tiles,
@@ -90,10 +96,12 @@ def hidden_kernel(
     membership_stride,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     UP_BIAS: tl.constexpr,
     GATE_BIAS: tl.constexpr,
     MASKED: tl.constexpr,
     ROUTED: tl.constexpr,
+    ARRIVALS: tl.constexpr,
     EVEN_WIDTH: tl.constexpr,
     INTERPRETED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -103,10 +111,18 @@ def hidden_kernel(
     BLOCK_WIDTH: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
 ):
-    """hidden[row, j] = act(x gate[indices[j]]) * (x up[indices[j]]), one tile a program."""
+    """hidden[row, j] = act(x gate[indices[j]]) * (x up[indices[j]]), one tile a program.
+
+    With `ARRIVALS` it also zeroes so many counters, for the down kernel.
+    """
     row_tile, neuron_tile = _swizzle(tl.program_id(0), row_tiles, column_tiles, GROUP_ROWS)
     if CHAINED:
         tl.extra.cuda.gdc_launch_dependents()
+    if ARRIVALS > 0:  # noqa: SIM102 - a branch on a constant
+        if tl.program_id(0) == 0:
+            if CHAINED:
+                tl.extra.cuda.gdc_wait()
+            tl.store(arrivals + tl.arange(0, ARRIVALS), 0)
     position = tl.arange(0, BLOCK_ROWS)
     neuron = neuron_tile * BLOCK_NEURONS + tl.arange(0, BLOCK_NEURONS)
     if ROUTED:
@@ -129,11 +145,21 @@ def hidden_kernel(
     weight_row = tl.load(indices + neuron, mask=listed, other=0).to(tl.int64)
     column = tl.arange(0, BLOCK_WIDTH)
     x_tile = x + row.to(tl.int64)[:, None] * x_stride + column[None, :]
-    up_tile = up + weight_row[None, :] * up_stride + column[:, None]
-    if GATED:
-        gate_tile = gate + weight_row[None, :] * gate_stride + column[:, None]
-        gate_sum = tl.zeros((BLOCK_ROWS, BLOCK_NEURONS), dtype=tl.float32)
-    up_sum = tl.zeros((BLOCK_ROWS, BLOCK_NEURONS), dtype=tl.float32)
+    if INTERLEAVED:
+        pair = tl.arange(0, 2 * BLOCK_NEURONS)
+        paired = neuron_tile * BLOCK_NEURONS + pair // 2
+        paired_row = tl.load(indices + paired, mask=paired < kept_padded, other=0).to(tl.int64)
+        start_of_row = tl.where(
+            pair % 2 == 0, up + paired_row * up_stride, gate + paired_row * gate_stride
+        )
+        up_tile = start_of_row[None, :] + column[:, None]
+        sums = tl.zeros((BLOCK_ROWS, 2 * BLOCK_NEURONS), dtype=tl.float32)
+    else:
+        up_tile = up + weight_row[None, :] * up_stride + column[:, None]
+        sums = tl.zeros((BLOCK_ROWS, BLOCK_NEURONS), dtype=tl.float32)
+        if GATED:
+            gate_tile = gate + weight_row[None, :] * gate_stride + column[:, None]
+            gate_sum = tl.zeros((BLOCK_ROWS, BLOCK_NEURONS), dtype=tl.float32)
     if CHAINED:
         tl.extra.cuda.gdc_wait()
     for start in range(0, model_width, BLOCK_WIDTH):
@@ -144,13 +170,18 @@ def hidden_kernel(
             inside = column < model_width - start
             x_part = tl.load(x_tile + start, mask=live[:, None] & inside[None, :], other=0.0)
             up_part = tl.load(up_tile + start, mask=inside[:, None], other=0.0)
-        up_sum = _dot(x_part, up_part, up_sum, INTERPRETED, PRECISION)
-        if GATED:
+        sums = _dot(x_part, up_part, sums, INTERPRETED, PRECISION)
+        if GATED and not INTERLEAVED:
             if EVEN_WIDTH:
                 gate_part = tl.load(gate_tile + start)
             else:
                 gate_part = tl.load(gate_tile + start, mask=inside[:, None], other=0.0)
             gate_sum = _dot(x_part, gate_part, gate_sum, INTERPRETED, PRECISION)
+    if INTERLEAVED:
+        # A pair of columns lies in one thread's registers: nothing moves.
+        up_sum, gate_sum = tl.split(tl.reshape(sums, (BLOCK_ROWS, BLOCK_NEURONS, 2)))
+    else:
+        up_sum = sums
     if UP_BIAS:
         up_sum += tl.load(up_bias + weight_row)[None, :].to(tl.float32)
     if GATED:
@@ -171,6 +202,14 @@ def hidden_kernel(
     tl.store(target, value.to(hidden.dtype.element_ty), mask=stored)
 
 
+@triton.jit
+def _store_out(total, down_bias, out, row, column, live, inside, out_stride, BIAS: tl.constexpr):
+    if BIAS:
+        total += tl.load(down_bias + column, mask=inside, other=0.0)[None, :].to(tl.float32)
+    target = out + row.to(tl.int64)[:, None] * out_stride + column[None, :]
+    tl.store(target, total.to(out.dtype.element_ty), mask=live[:, None] & inside[None, :])
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def down_kernel(
     hidden,
@@ -180,6 +219,8 @@ def down_kernel(
     order,
     tiles,
     table,
+    arrivals,
+    partial,
     out,
     rows,
     row_tiles,
@@ -189,8 +230,11 @@ def down_kernel(
     kept_padded,
     hidden_stride,
     down_stride,
+    partial_row_stride,
+    partial_part_stride,
     out_stride,
-    out_split_stride,
+    PARTIAL: tl.constexpr,
+    FIXUP: tl.constexpr,
     BIAS: tl.constexpr,
     ROUTED: tl.constexpr,
     EVEN_WIDTH: tl.constexpr,
@@ -202,7 +246,10 @@ def down_kernel(
     BLOCK_WIDTH: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
 ):
-    """out[split, row] = the split's share of sum_j hidden[row, j] down_t[indices[j]]."""
+    """out[row] = sum_j hidden[row, j] down_t[indices[j]], or with `PARTIAL` partial[split, row] = its share.
+
+    With `FIXUP`, the number of splits, the program that finishes a tile last adds its parts up.
+    """
     row_tile, width_tile = _swizzle(tl.program_id(0), row_tiles, column_tiles, GROUP_ROWS)
     split = tl.program_id(1)
     if CHAINED:
@@ -246,15 +293,22 @@ def down_kernel(
         hidden_part = tl.load(hidden_tile + start, mask=live[:, None], other=0.0)
         total = _dot(hidden_part, down_part, total, INTERPRETED, PRECISION)
         weight_row = next_row
-    if BIAS:
-        total += tl.load(down_bias + column, mask=inside, other=0.0)[None, :].to(tl.float32)
-    target = (
-        out
-        + split.to(tl.int64) * out_split_stride
-        + row.to(tl.int64)[:, None] * out_stride
-        + column[None, :]
-    )
-    tl.store(target, total.to(out.dtype.element_ty), mask=live[:, None] & inside[None, :])
+    stored = live[:, None] & inside[None, :]
+    if PARTIAL:
+        part = partial + row.to(tl.int64)[:, None] * partial_row_stride + column[None, :]
+        tl.store(part + split.to(tl.int64) * partial_part_stride, total, mask=stored)
+    if FIXUP > 0:
+        # All of this program's stores come before its arrival, all arrivals before the last one's loads.
+        tl.debug_barrier()
+        arrived = tl.atomic_add(arrivals + tl.program_id(0), 1, sem="acq_rel")
+        if arrived == FIXUP - 1:
+            total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+            for number in tl.static_range(FIXUP):
+                source = part + tl.cast(number, tl.int64) * partial_part_stride
+                total += tl.load(source, mask=stored, other=0.0, cache_modifier=".cg")
+            _store_out(total, down_bias, out, row, column, live, inside, out_stride, BIAS)
+    elif not PARTIAL:
+        _store_out(total, down_bias, out, row, column, live, inside, out_stride, BIAS)
 
 
 @triton.jit(do_not_specialize=_SIZES)

@@ -96,14 +96,18 @@ def launch_mlp(
         return out
     x = x if x.stride(1) == 1 else x.contiguous()
     if tile is None:
-        tokens = rows if route is None else min(rows, route.block_rows)
-        tile = table_for(x.device).find(tokens, count, width, x.dtype, kind)
+        table = table_for(x.device)
+        if route is None:
+            tile = table.find(rows, count, width, x.dtype, kind)
+        else:
+            tile = table.find_routed(route.block_rows, rows, count, width, x.dtype, kind)
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        plan = _plan_down(out, count, route, tile.down)
         hidden = launch_hidden(
-            x, weights, indices, activation, count, membership, route, tile.hidden
+            x, weights, indices, activation, count, membership, route, tile.hidden, plan.arrivals
         )
-        _launch_down(hidden, weights, indices, out, route, tile.down)
+        _launch_down(hidden, weights, indices, out, route, tile.down, plan)
     return out
 
 
@@ -117,6 +121,10 @@ def splits(tile: DownTile, row_tiles: int, width_tiles: int, kept_padded: int, u
     while split * 2 <= min(wanted, most):
         split *= 2
     return split
+
+
+def _padded(count: int) -> int:
+    return -(-count // BLOCK) * BLOCK
 
 
 @functools.cache
@@ -141,10 +149,14 @@ def launch_hidden(
     membership: Membership | None,
     route: Route | None,
     tile: HiddenTile,
+    arrivals: Tensor | None = None,
 ) -> Tensor:
-    """Run the first kernel alone: hidden [rows, `count` rounded up to 64], zeros where nothing is kept."""
+    """Run the first kernel alone: hidden [rows, `count` rounded up to 64], zeros where nothing is kept.
+
+    `arrivals`, int32 of a power of two, is zeroed on the way.
+    """
     rows, width = x.shape
-    kept_padded = -(-count // BLOCK) * BLOCK
+    kept_padded = _padded(count)
     hidden = torch.empty(rows, kept_padded, dtype=x.dtype, device=x.device)
     block_rows = tile.block_rows if route is None else route.block_rows
     row_tiles = triton.cdiv(rows, block_rows) if route is None else route.tiles.shape[0]
@@ -163,6 +175,7 @@ def launch_hidden(
         None if route is None else route.order,
         None if route is None else route.tiles,
         None if route is None else route.table,
+        arrivals,
         hidden,
         rows,
         row_tiles,
@@ -177,10 +190,12 @@ def launch_hidden(
         0 if membership is None else membership.kept.stride(0),
         ACTIVATION=activation,
         GATED=gate is not None,
+        INTERLEAVED=gate is not None and tile.interleaved,
         UP_BIAS=weights.up_bias is not None,
         GATE_BIAS=weights.gate_bias is not None,
         MASKED=membership is not None,
         ROUTED=route is not None,
+        ARRIVALS=0 if arrivals is None else len(arrivals),
         EVEN_WIDTH=width % tile.block_width == 0,
         INTERPRETED=INTERPRETED,
         PRECISION=_PRECISION,
@@ -196,6 +211,33 @@ def launch_hidden(
     return hidden
 
 
+@dataclass(frozen=True)
+class _DownPlan:
+    """How the down kernel is launched: its grid, where parts go, and counters of finished parts."""
+
+    block_rows: int
+    row_tiles: int
+    column_tiles: int
+    split: int
+    partial: Tensor | None
+    arrivals: Tensor | None
+
+
+def _plan_down(out: Tensor, count: int, route: Route | None, tile: DownTile) -> _DownPlan:
+    rows, width = out.shape
+    block_rows = tile.block_rows if route is None else route.block_rows
+    row_tiles = triton.cdiv(rows, block_rows) if route is None else route.tiles.shape[0]
+    column_tiles = triton.cdiv(width, tile.block_width)
+    split = splits(tile, row_tiles, column_tiles, _padded(count), compute_units(out.device))
+    partial = arrivals = None
+    if split > 1:
+        partial = torch.empty(split, rows, width, dtype=torch.float32, device=out.device)
+        if tile.fixup:
+            counters = triton.next_power_of_2(row_tiles * column_tiles)
+            arrivals = torch.empty(counters, dtype=torch.int32, device=out.device)
+    return _DownPlan(block_rows, row_tiles, column_tiles, split, partial, arrivals)
+
+
 def _launch_down(
     hidden: Tensor,
     weights: Weights,
@@ -203,44 +245,44 @@ def _launch_down(
     out: Tensor,
     route: Route | None,
     tile: DownTile,
+    plan: _DownPlan,
 ) -> None:
     rows, width = out.shape
-    kept_padded = hidden.shape[1]
-    block_rows = tile.block_rows if route is None else route.block_rows
-    row_tiles = triton.cdiv(rows, block_rows) if route is None else route.tiles.shape[0]
-    column_tiles = triton.cdiv(width, tile.block_width)
-    split = splits(tile, row_tiles, column_tiles, kept_padded, compute_units(out.device))
+    partial = plan.partial
     bias = weights.down_bias
+    apart = partial is not None and plan.arrivals is None
     chain = chained(out.device)
-    partial = out
-    if split > 1:
-        partial = torch.empty(split, rows, width, dtype=torch.float32, device=out.device)
-    down_kernel[(row_tiles * column_tiles, split)](
+    down_kernel[(plan.row_tiles * plan.column_tiles, plan.split)](
         hidden,
         weights.down_t,
-        bias if split == 1 else None,
+        None if apart else bias,
         indices,
         None if route is None else route.order,
         None if route is None else route.tiles,
         None if route is None else route.table,
+        plan.arrivals,
         partial,
+        None if apart else out,
         rows,
-        row_tiles,
-        column_tiles,
-        split,
+        plan.row_tiles,
+        plan.column_tiles,
+        plan.split,
         width,
-        kept_padded,
+        hidden.shape[1],
         hidden.stride(0),
         weights.down_t.stride(0),
-        partial.stride(-2),
-        partial.stride(0) if split > 1 else 0,
-        BIAS=bias is not None and split == 1,
+        0 if partial is None else partial.stride(1),
+        0 if partial is None else partial.stride(0),
+        out.stride(0),
+        PARTIAL=partial is not None,
+        FIXUP=0 if plan.arrivals is None else plan.split,
+        BIAS=bias is not None and not apart,
         ROUTED=route is not None,
         EVEN_WIDTH=width % tile.block_width == 0,
         INTERPRETED=INTERPRETED,
         PRECISION=_PRECISION,
         CHAINED=chain,
-        BLOCK_ROWS=block_rows,
+        BLOCK_ROWS=plan.block_rows,
         BLOCK_NEURONS=tile.block_neurons,
         BLOCK_WIDTH=tile.block_width,
         GROUP_ROWS=_GROUP_ROWS,
@@ -248,7 +290,7 @@ def _launch_down(
         num_stages=tile.stages,
         **_launch_options(chain),
     )
-    if split > 1:
+    if partial is not None and apart:
         _launch_reduce(partial, bias, out)
 
 

@@ -20,8 +20,8 @@ from .neuron_set import Kind, NeuronSet
 RIDGE_TOKENS = 184
 """Rows at which a weight row's arithmetic takes as long as reading it (H200, bfloat16)."""
 
-_FEW_ROWS = 16
-_MANY_ROWS = 64
+ROUTED_ROWS = (128, 64, 16)
+"""Rows a tile of a routed batch may have: the largest that the sets fill on average, else the last."""
 
 
 class Strategy(enum.Enum):
@@ -174,7 +174,8 @@ class NeuronSets:
         if tokens_per_row != 1:
             ids = ids.repeat_interleave(tokens_per_row)
         rows = ids.numel()
-        block_rows = _MANY_ROWS if rows >= _MANY_ROWS * len(self.sets) else _FEW_ROWS
+        filled = (size for size in ROUTED_ROWS if rows >= size * len(self.sets))
+        block_rows = next(filled, ROUTED_ROWS[-1])
         order, tiles = _tile_table(ids, len(self.sets), block_rows)
         return NeuronBatch(self, ids, order, tiles, block_rows, strategy or self.choose(rows))
 

@@ -11,9 +11,9 @@ import functools
 import json
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,6 +25,9 @@ TABLES = Path(__file__).parent / "tables"
 TOKEN_BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 """Upper ends of the token buckets; more tokens belong to the last."""
 
+_HIGH = 128
+_MOST_WARPS = 8
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 """Whether Triton's interpreter runs the kernels, on CPU tensors, as Triton itself reads it."""
 
@@ -34,18 +37,26 @@ FALLBACK = "sm_80"
 
 @dataclass(frozen=True)
 class HiddenTile:
-    """Tile of the fused up, gate and activation kernel."""
+    """Tile of the fused up, gate and activation kernel.
+
+    `interleaved` multiplies up and gate as one operand of `2 * block_neurons` columns.
+    """
 
     block_rows: int
     block_neurons: int
     block_width: int
     warps: int
     stages: int
+    interleaved: bool = False
 
 
 @dataclass(frozen=True)
 class DownTile:
-    """Tile of the down kernel; `split` None leaves the number of splits to the shape."""
+    """Tile of the down kernel; `split` None leaves the number of splits to the shape.
+
+    With `fixup` the program that finishes a tile last adds the splits' parts up, else a kernel of
+    its own does.
+    """
 
     block_rows: int
     block_neurons: int
@@ -53,10 +64,14 @@ class DownTile:
     warps: int
     stages: int
     split: int | None = None
+    fixup: bool = False
 
     def __post_init__(self) -> None:
         if BLOCK % self.block_neurons:
             raise ValueError(f"down's block_neurons must divide {BLOCK}, got {self.block_neurons}")
+
+
+_Part = TypeVar("_Part", HiddenTile, DownTile)
 
 
 @dataclass(frozen=True)
@@ -126,6 +141,29 @@ class Table:
         if best is None:
             raise LookupError(f"table {self.device!r} has no tile for {wanted}")
         return best
+
+    def find_routed(
+        self,
+        block_rows: int,
+        rows: int,
+        kept: int,
+        model_width: int,
+        dtype: torch.dtype,
+        kind: Kind,
+    ) -> Tile:
+        """Return the tile for a batch of `rows` whose sets are each cut into tiles of `block_rows`.
+
+        Low tiles are those of a call of so many tokens. High ones are as many as a long call's.
+        """
+        tokens = min(rows, block_rows) if block_rows < _HIGH else max(rows, 2 * _HIGH)
+        tile = self.find(tokens, kept, model_width, dtype, kind)
+        return Tile(_with_rows(tile.hidden, block_rows), _with_rows(tile.down, block_rows))
+
+
+def _with_rows(tile: _Part, block_rows: int) -> _Part:
+    """Give a tile other rows, and a higher one more warps, so that no thread holds more of it."""
+    warps = tile.warps * max(1, block_rows // tile.block_rows)
+    return replace(tile, block_rows=block_rows, warps=min(warps, _MOST_WARPS))
 
 
 def token_bucket(tokens: int) -> int:

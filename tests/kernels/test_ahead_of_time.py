@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 
+from fbn_kernels import Kind
+from fbn_kernels.routing import ROUTED_ROWS
 from fbn_kernels.tuning import TABLES, DownTile, HiddenTile, load_table, read_table
 
 pytest.importorskip("triton")
@@ -73,7 +76,7 @@ def test_every_variant_of_every_tile_fits_its_chip(device: str) -> None:
         {"gated": False, "activation": "relu"},
         {"gated": False, "activation": "gelu", "biased": True},
         {"activation": "gelu_tanh", "biased": True, "masked": True},
-        {"routed": True},
+        {"arrivals": 32},
         {"routed": True, "biased": True, "even_width": False},
     ]
     down_variants = [
@@ -88,4 +91,43 @@ def test_every_variant_of_every_tile_fits_its_chip(device: str) -> None:
         check(binary, chip, tile.stages, tile.block_rows)
     for (tile, dtypes), variant in product(tiles(device, "down"), down_variants):
         binary = aot.compile_down(chip, tile, dtypes[-1], **variant)
+        check(binary, chip, tile.stages, tile.block_rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("device", "architecture"), [*((name, name) for name in aot.CHIPS), *tuned_tables()]
+)
+def test_every_tile_of_a_routed_batch_fits_its_chip(device: str, architecture: str) -> None:
+    chip, table = aot.CHIPS[architecture], load_table(device)
+    calls = product(ROUTED_ROWS, (1, 8), (4300, 7168), (torch.bfloat16, torch.float32))
+    found = {
+        (table.find_routed(height, height * times, kept, 4096, dtype, Kind.ROWS), dtype)
+        for height, times, kept, dtype in calls
+    }
+    for hidden, dtype in {(tile.hidden, dtype) for tile, dtype in found}:
+        binary = aot.compile_hidden(chip, hidden, dtype, routed=True)
+        check(binary, chip, hidden.stages, hidden.block_rows)
+    for down, dtype in {(tile.down, dtype) for tile, dtype in found}:
+        binary = aot.compile_down(chip, down, dtype, routed=True, split=down.split or 4)
+        check(binary, chip, down.stages, down.block_rows)
+
+
+def test_interleaving_doubles_hoppers_matrix_instruction_and_moves_nothing() -> None:
+    apart = HiddenTile(128, 128, 64, warps=8, stages=4)
+    together = replace(apart, interleaved=True)
+    chip = aot.CHIPS["sm_90"]
+    one, two = (aot.compile_hidden(chip, tile, torch.bfloat16) for tile in (together, apart))
+    assert (one.columns, two.columns) == (256, 128)
+    assert 2 * one.wgmma == two.wgmma
+    # The buffers of the pipeline and no more: the halves are split where they are.
+    assert one.shared == two.shared == 2 * 4 * 64 * (128 + 2 * 128)
+
+
+@pytest.mark.parametrize("device", aot.CHIPS)
+def test_adding_the_parts_up_spills_nothing(device: str) -> None:
+    chip = aot.CHIPS[device]
+    for split in (2, 8):
+        tile = DownTile(16, 64, 64, warps=4, stages=2, split=split, fixup=True)
+        binary = aot.compile_down(chip, tile, torch.bfloat16, split=split, biased=True)
         check(binary, chip, tile.stages, tile.block_rows)

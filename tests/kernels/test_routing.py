@@ -31,6 +31,13 @@ def test_every_row_is_in_one_tile_of_its_own_set(ids: list[int]) -> None:
     assert sorted(seen) == list(range(len(ids)))
 
 
+@pytest.mark.parametrize(
+    ("rows", "height"), [(4, 16), (255, 16), (256, 64), (511, 64), (512, 128), (4096, 128)]
+)
+def test_tiles_are_as_high_as_the_sets_fill_them(rows: int, height: int) -> None:
+    assert FOUR.route(torch.arange(rows) % 4).block_rows == height
+
+
 def test_a_sequence_gives_its_set_to_all_its_tokens() -> None:
     batch = FOUR.route([2, 0], tokens_per_row=3)
     assert batch.set_ids.tolist() == [2, 2, 2, 0, 0, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,21 @@ def test_a_table_without_a_fitting_entry_says_so() -> None:
     table = Table("some chip", None, (Entry(tile(16), tokens=8),))
     with pytest.raises(LookupError, match="'some chip' has no tile for"):
         table.find(9, 64, 512, torch.float32, Kind.ROWS)
+
+
+@pytest.mark.parametrize(
+    ("block_rows", "rows", "found", "warps"), [(16, 9, 16, 4), (64, 900, 32, 8), (128, 200, 16, 8)]
+)
+def test_a_routed_tile_is_that_of_a_call_of_its_height(
+    block_rows: int, rows: int, found: int, warps: int
+) -> None:
+    low = tile(found)
+    expected = Tile(
+        replace(low.hidden, block_rows=block_rows, warps=warps),
+        replace(low.down, block_rows=block_rows, warps=warps),
+    )
+    routed = TABLE.find_routed(block_rows, rows, 2000, 512, torch.bfloat16, Kind.ROWS)
+    assert routed == expected
 
 
 def test_a_table_survives_the_disk(tmp_path: Path) -> None:

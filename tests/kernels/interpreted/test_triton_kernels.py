@@ -28,7 +28,7 @@ from fbn_kernels import (
     gathered_mlp,
     reference_mlp,
 )
-from fbn_kernels.launch import Weights, launch_mlp
+from fbn_kernels.launch import Membership, Route, Weights, launch_mlp
 from fbn_kernels.op import one_set
 from fbn_kernels.tuning import INTERPRETED, DownTile, HiddenTile, Tile, load_table
 
@@ -36,6 +36,7 @@ dtypes = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 
 SMALL = HiddenTile(16, 64, 32, warps=4, stages=2)
 WIDE = HiddenTile(16, 128, 64, warps=4, stages=2)
+INTERLEAVED = HiddenTile(16, 64, 32, warps=4, stages=2, interleaved=True)
 
 
 def error(
@@ -51,6 +52,10 @@ def error(
     )
     assert found.dtype == x.dtype
     return relative_error(found, expected)
+
+
+def weights_of(mlp: Mlp) -> Weights:
+    return Weights(mlp.up, mlp.gate, mlp.down_t, mlp.up_bias, mlp.gate_bias, mlp.down_bias)
 
 
 def test_the_interpreter_is_on() -> None:
@@ -100,23 +105,76 @@ def test_a_callers_own_down_takes_the_hidden_vector(name: str, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("fixup", [True, False], ids=["fixup", "reduce"])
 @pytest.mark.parametrize("split", [2, 4])
 @pytest.mark.parametrize("name", ["one neuron", "aligned blocks", "scattered rows"])
 @pytest.mark.parametrize("hidden", [SMALL, WIDE], ids=["small", "wide"])
-def test_the_splits_add_up(hidden: HiddenTile, name: str, split: int, biased: bool) -> None:
+def test_the_splits_add_up(
+    hidden: HiddenTile, name: str, split: int, fixup: bool, biased: bool
+) -> None:
     # With one neuron most splits are empty and must still write their zeros.
     mlp, x = random_mlp(biased=biased), random_tokens(19, WIDTH)
     neurons = neuron_set(name)
+    down = DownTile(16, 32, 32, warps=4, stages=2, split=split, fixup=fixup)
     found = launch_mlp(
         x,
-        Weights(mlp.up, mlp.gate, mlp.down_t, mlp.up_bias, mlp.gate_bias, mlp.down_bias),
+        weights_of(mlp),
         neurons.indices,
         activation="silu",
         count=neurons.count,
         kind=neurons.kind,
-        tile=Tile(hidden, DownTile(16, 32, 32, warps=4, stages=2, split=split)),
+        tile=Tile(hidden, down),
     )
     assert error(found, x, mlp, neurons) < TOLERANCE[torch.float32]
+
+
+@dtypes
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+@pytest.mark.parametrize("name", SETS)
+def test_interleaving_up_and_gate_changes_no_bit(
+    name: str, gated: bool, dtype: torch.dtype
+) -> None:
+    mlp, x = random_mlp(gated=gated, biased=True, dtype=dtype), random_tokens(5, WIDTH, dtype=dtype)
+    neurons = neuron_set(name)
+    down = DownTile(16, 32, 32, warps=4, stages=2, split=1)
+    apart, together = (
+        launch_mlp(
+            x,
+            weights_of(mlp),
+            neurons.indices,
+            activation="gelu_tanh",
+            count=neurons.count,
+            kind=neurons.kind,
+            tile=Tile(hidden, down),
+        )
+        for hidden in (SMALL, INTERLEAVED)
+    )
+    assert error(together, x, mlp, neurons, "gelu_tanh") < TOLERANCE[dtype]
+    torch.testing.assert_close(together, apart, rtol=0, atol=0)
+
+
+@dtypes
+@pytest.mark.parametrize("strategy", Strategy)
+def test_a_set_a_row_takes_every_form_of_tile(strategy: Strategy, dtype: torch.dtype) -> None:
+    mlp, x = random_mlp(biased=True, dtype=dtype), random_tokens(9, WIDTH, dtype=dtype)
+    sets = NeuronSets.from_sets([neuron_set(name) for name in SETS])
+    batch = sets.route([4, 2, 2, 0, 3, 4, 1, 4, 4], strategy=strategy)
+    routed = strategy is Strategy.ROUTED
+    union = sets.union
+    found = launch_mlp(
+        x,
+        weights_of(mlp),
+        sets.indices if routed else union.indices,
+        activation="silu",
+        count=sets.largest if routed else union.count,
+        kind=sets.kind,
+        membership=None if routed else Membership(sets.membership, batch.set_ids),
+        route=Route(batch.order, batch.tiles, sets.table, batch.block_rows, sets.largest)
+        if routed
+        else None,
+        tile=Tile(INTERLEAVED, DownTile(16, 32, 32, warps=4, stages=2, split=4, fixup=True)),
+    )
+    assert error(found, x, mlp, batch) < TOLERANCE[dtype]
 
 
 def test_activations_may_be_a_strided_view() -> None:
@@ -218,7 +276,7 @@ def test_every_tile_of_the_tables_equals_the_reference(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tokens", [200, 300])
+@pytest.mark.parametrize("tokens", [200, 400])
 def test_many_rows_over_many_sets(tokens: int) -> None:
     mlp, x = random_mlp(), random_tokens(tokens, WIDTH)
     sets = NeuronSets.from_sets(
