@@ -3,10 +3,11 @@
 Usage: python kernels/bench/tune.py --width 4096 --neurons 14336 [--dtype bfloat16] [--output PATH]
 
 Compiling costs more than timing, so all candidates are first compiled by as many processes as there
-are cores, into Triton's cache on disk; those that a chip cannot launch fall out there. Every
-candidate is timed at half the neurons kept, the hidden tile first, then the down tile beside the
-best hidden one; the other shares time the best few of these. A tile that spills or is wrong is never
-taken. Merges into the table that is there, and records device, versions and commit.
+are cores, into Triton's cache on disk; those that a chip cannot launch fall out there. For every
+share every candidate is timed, the hidden tile first, then the down tile beside the best hidden one,
+then the best few of both in pairs: what suits half of the neurons need not suit a third. A tile that
+spills or is wrong is never taken. Merges into the table that is there, and records device, versions
+and commit.
 """
 
 from __future__ import annotations
@@ -47,9 +48,14 @@ from fbn_kernels.tuning import (
 
 logger = logging.getLogger("tune")
 
-TUNED_SHARE = 0.5
-OTHER_SHARES = (0.3, 0.7, 1.0)
+SHARES = (0.5, 0.3, 0.7, 1.0)
+"""Shares of neurons to tune for; the first one's tiles serve other widths too."""
+
+PARTS = (1, 2, 4, 6, 8, 12, 16)
+FIXUP_PARTS = (2, 4, 6, 8)
+TOLERANCE = 1e-2
 FINALISTS = 10
+PAIRED = 4
 SHARED_LIMIT = 226 * 1024
 ACCUMULATORS = 128
 
@@ -67,12 +73,14 @@ def hidden_candidates(tokens: int) -> Iterator[HiddenTile]:
     for rows, neurons, width, warps, stages in sizes:
         shared = 2 * stages * width * (rows + 2 * neurons)
         if shared <= SHARED_LIMIT and 2 * rows * neurons <= ACCUMULATORS * 32 * warps:
-            yield HiddenTile(rows, neurons, width, warps, stages)
+            # One operand of twice the columns pays where the product goes through shared memory.
+            for interleaved in (False, True) if rows >= 32 else (False,):
+                yield HiddenTile(rows, neurons, width, warps, stages, interleaved)
 
 
 def down_candidates(tokens: int) -> Iterator[DownTile]:
     """Tiles worth trying for a token bucket; long calls need no split."""
-    parts = (1,) if tokens >= 512 else (1, 2, 4, 8, 16)
+    parts = (1,) if tokens >= 512 else PARTS
     if tokens <= 32:
         sizes = itertools.product((max(16, tokens),), (32, 64), (32, 64, 128, 256), (4,), (3, 4, 5))
     elif tokens <= 64:
@@ -85,7 +93,16 @@ def down_candidates(tokens: int) -> Iterator[DownTile]:
         shared = 2 * stages * neurons * (rows + width)
         if shared <= SHARED_LIMIT and rows * width <= ACCUMULATORS * 32 * warps:
             for split in parts:
-                yield DownTile(rows, neurons, width, warps, stages, split)
+                for fixup in (False, True) if split in FIXUP_PARTS else (False,):
+                    yield DownTile(rows, neurons, width, warps, stages, split, fixup)
+
+
+def compiled_as(tile: Tile) -> Tile:
+    """Return the tile whose binary this one takes: a reduced sum's number of parts is an argument."""
+    down = tile.down
+    if down.fixup:
+        return tile
+    return replace(tile, down=replace(down, split=min(2, down.split or 1)))
 
 
 @dataclass(frozen=True)
@@ -108,7 +125,7 @@ def _one_copy(neurons: int, width: int, dtype: str) -> Weights:
 def launchable(call: Call, tile: Tile) -> bool:
     """Compile and launch a tile once; False where the chip cannot, or registers are spilled."""
     weights = _one_copy(call.neurons, call.width, call.dtype)
-    neurons = draw_set(call.neurons, TUNED_SHARE, call.kind).to(weights.up.device)
+    neurons = draw_set(call.neurons, SHARES[0], call.kind).to(weights.up.device)
     x = torch.zeros(call.tokens, call.width, dtype=weights.up.dtype, device=weights.up.device)
     # Emptied, so that afterwards they hold this launch's binaries alone.
     caches = [kernel.device_caches for kernel in (hidden_kernel, down_kernel)]
@@ -171,12 +188,12 @@ class Tuner:
         return sorted(found, key=lambda one: one[0])
 
     def best(self, tokens: int, neurons: NeuronSet, tiles: list[Tile]) -> list[tuple[float, Tile]]:
-        """Return the finalists with their times, the first of them checked.
+        """Return the finalists with their times, those that compute something else left out.
 
         Raises
         ------
         RuntimeError
-            If a tile that was timed computes something else: nothing else it says can be believed.
+            If none is right.
         """
         x = torch.randn(tokens, self.width, dtype=self.dtype, device=self.device)
         quick = self.timed(x, neurons, tiles, 5)[:FINALISTS]
@@ -189,11 +206,32 @@ class Tuner:
             neurons,
             gate=gate_of(first).double(),
         )
-        tile = finalists[0][1]
-        error = (_launch(x, first, neurons, tile).double() - expected).norm() / expected.norm()
-        if not error < 1e-2:
-            raise RuntimeError(f"{tile} is wrong: relative error {float(error):.2e}")
-        return finalists
+        right = []
+        for microseconds, tile in finalists:
+            found = _launch(x, first, neurons, tile).double()
+            error = float((found - expected).norm() / expected.norm())
+            if error < TOLERANCE:
+                right.append((microseconds, tile))
+            else:
+                logger.error("wrong, relative error %.1e: %s", error, tile)
+        if not right:
+            raise RuntimeError(f"every tile is wrong for {tokens} tokens through {neurons}")
+        return right
+
+    def tune(
+        self,
+        tokens: int,
+        neurons: NeuronSet,
+        start: Tile,
+        hidden: list[HiddenTile],
+        down: list[DownTile],
+    ) -> tuple[float, Tile]:
+        """Return the fastest tile of these halves and its microseconds, from `start`'s down on."""
+        first = self.best(tokens, neurons, [replace(start, hidden=one) for one in hidden])
+        second = self.best(tokens, neurons, [replace(first[0][1], down=one) for one in down])
+        pairs = itertools.product(second[:PAIRED], first[:PAIRED])
+        tiles = [replace(tile, hidden=other.hidden) for (_, tile), (_, other) in pairs]
+        return self.best(tokens, neurons, tiles)[0]
 
 
 def compile_all(jobs: list[tuple[Call, Tile]]) -> list[tuple[Call, Tile]]:
@@ -246,16 +284,12 @@ def main() -> None:
         for call in calls
         for one in hidden_candidates(call.tokens)
     ]
-    # One split stands for all: the kernel takes their number as an argument.
     down = [
         (call, replace(starts[call], down=one))
         for call in calls
         for one in down_candidates(call.tokens)
     ]
-    several = {
-        (call, replace(tile, down=replace(tile.down, split=min(2, tile.down.split or 1))))
-        for call, tile in down
-    }
+    several = {(call, compiled_as(tile)) for call, tile in down}
     able = set(compile_all([*hidden, *several]))
     logger.info(
         "%d of %d tiles compiled in %.0f s",
@@ -264,38 +298,29 @@ def main() -> None:
         time.perf_counter() - began,
     )
     hidden = [job for job in hidden if job in able]
-    down = [
-        (call, tile)
-        for call, tile in down
-        if (call, replace(tile, down=replace(tile.down, split=min(2, tile.down.split or 1))))
-        in able
-    ]
+    down = [(call, tile) for call, tile in down if (call, compiled_as(tile)) in able]
     tuner = Tuner(random_weights(options.neurons, options.width, dtype, device))
-    for call in calls:
-        neurons = draw_set(options.neurons, TUNED_SHARE, call.kind).to(device)
-        mine = [tile for one, tile in hidden if one == call]
-        best_hidden = tuner.best(call.tokens, neurons, mine)
-        mine = [replace(tile, hidden=best_hidden[0][1].hidden) for one, tile in down if one == call]
-        found = tuner.best(call.tokens, neurons, mine)
-        pairs = [
-            replace(tile, hidden=other.hidden)
-            for (_, tile), (_, other) in itertools.product(found[:4], best_hidden[:4])
-        ]
-        found = tuner.best(call.tokens, neurons, pairs)
-        record(found[0][1], tokens=call.tokens, kind=call.kind.value)
-        for share in (TUNED_SHARE, *OTHER_SHARES):
-            neurons = draw_set(options.neurons, share, call.kind).to(device)
-            if neurons.kind is not call.kind:
-                continue
-            microseconds, tile = tuner.best(call.tokens, neurons, pairs)[0]
-            record(
-                tile,
-                tokens=call.tokens,
-                kept=kept_bucket(neurons.count),
-                model_width=options.width,
-                kind=call.kind.value,
-            )
-            logger.info("%5d tokens, %s: %.1f us, %s", call.tokens, neurons, microseconds, tile)
+    for call, share in itertools.product(calls, SHARES):
+        neurons = draw_set(options.neurons, share, call.kind).to(device)
+        if neurons.kind is not call.kind:
+            continue
+        microseconds, tile = tuner.tune(
+            call.tokens,
+            neurons,
+            starts[call],
+            [tile.hidden for one, tile in hidden if one == call],
+            [tile.down for one, tile in down if one == call],
+        )
+        if share == SHARES[0]:
+            record(tile, tokens=call.tokens, kind=call.kind.value)
+        record(
+            tile,
+            tokens=call.tokens,
+            kept=kept_bucket(neurons.count),
+            model_width=options.width,
+            kind=call.kind.value,
+        )
+        logger.info("%5d tokens, %s: %.1f us, %s", call.tokens, neurons, microseconds, tile)
         save_table(Table(name, environment(device), tuple(entries.values())), path)
     logger.info("%.0f s in all", time.perf_counter() - began)
 

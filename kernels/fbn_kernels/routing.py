@@ -152,8 +152,8 @@ class NeuronSets:
         Parameters
         ----------
         set_ids
-            int [batch]: the set of each row. Checked where it lies on the CPU; on a GPU an id out of
-            range is the caller's error.
+            int [batch]: the set of each row. Checked where it lies on the CPU; on a GPU, and inside a
+            compiled function, an id out of range is the caller's error.
         tokens_per_row
             How many consecutive rows of the flattened activations belong to one entry.
         strategy
@@ -165,7 +165,7 @@ class NeuronSets:
             raise ValueError(
                 f"set ids must be a flat list of integers, got {ids.dtype} {ids.shape}"
             )
-        if ids.device.type == "cpu" and ids.numel():
+        if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
             low, high = int(ids.min()), int(ids.max())
             if low < 0 or high >= len(self.sets):
                 wrong = low if low < 0 else high
