@@ -46,6 +46,16 @@ class Placed(Tensor):
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Placed({self.held!r}, {self.device})"
 
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        assert isinstance(value, Placed)
+        torch._C.TensorBase.data.__set__(self, value)  # sizes, strides and device
+        self.held = value.held
+
     def data_ptr(self) -> int:
         return self.held.data_ptr()  # accelerate tells tied weights by it
 

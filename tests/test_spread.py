@@ -19,6 +19,7 @@ from fbn_prune.layerwise import LayerwiseForward
 from fbn_prune.memory import MemoryPlan, plan_memory
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.families import family_of
+from fbn_prune.model.kept import KeptNeurons
 from fbn_prune.model.placement import device_map
 from fbn_prune.model.streaming import compute_device, layer_device, skeleton
 from fbn_prune.model.surgery import MlpCut, apply_cut
@@ -27,6 +28,7 @@ from fbn_prune.perplexity import mean_loss
 from fbn_prune.progress import StageClock
 from fbn_prune.recipe import Recipe, build_recipe
 from fbn_prune.sensitivity import output_sensitivity
+from fbn_prune.serving import FullDown, TaskSet, attach
 
 torch.set_num_threads(1)
 
@@ -137,6 +139,38 @@ def test_cuts_and_interventions_are_made_where_the_layer_lies(name: str, tmp_pat
         assert [layer_device(model, family, layer).index for layer in range(3)] == list(PLACEMENT)
     assert losses[:2] == losses[2:]
     assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("name", FAMILY_CONFIGS)
+def test_a_spread_model_serves_tasks_and_mixtures_of_them(name: str, tmp_path: Path) -> None:
+    folder, whole = save_tiny(tmp_path / "model", name), make_model(name)
+    family = family_of(whole.config)
+    width, hidden = family.width(whole.config), family.hidden_size(whole.config)
+    masks = [torch.arange(width) % 3 == 0 for _ in PLACEMENT]
+    kept = KeptNeurons.from_masks([~mask for mask in masks])
+    generator = torch.Generator().manual_seed(0)
+    own = [FullDown(torch.randn(hidden, len(one), generator=generator)) for one in kept.kept]
+    bias = [torch.randn(hidden, generator=generator) for _ in PLACEMENT]
+    ids = torch.arange(3, 21).view(2, 9)
+
+    def answers(model: PreTrainedModel, ids: torch.Tensor, own_down: bool) -> list[torch.Tensor]:
+        found = []
+        corrected = TaskSet(kept, tuple(own), tuple(bias)) if own_down else TaskSet.plain(kept)
+        with torch.no_grad(), attach(model, {"a": masks, "b": corrected}) as served:
+            for task in ("a", "b"):
+                with model.networks(task):
+                    found.append(model(ids, use_cache=False).logits)
+            numbers = served.ids(["b", "a"])
+            found.append(model(ids, use_cache=False, network_ids=numbers).logits)
+        return [*found, model(ids, use_cache=False).logits]
+
+    for own_down in (False, True):
+        expected = answers(whole, ids, own_down)
+        with pretended_devices():
+            model = spread(folder)
+            found = answers(model, ids.to("cpu:0"), own_down)
+        for a, b in zip(expected, found, strict=True):
+            assert torch.equal(a, on_host(b))
 
 
 def test_gradients_cross_devices(tmp_path: Path) -> None:

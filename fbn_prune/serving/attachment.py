@@ -21,7 +21,7 @@ from fbn_kernels.activations import canonical_activation
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.families import Family, family_of
 from fbn_prune.model.kept import KeptNeurons
-from fbn_prune.serving.layer import Routing, ServedLayer, arrangement, lay_out
+from fbn_prune.serving.layer import Routing, ServedLayer, arrangement, batch_on, lay_out
 from fbn_prune.serving.tasks import TaskSet
 
 COPIES_SHARE = 0.19
@@ -69,6 +69,9 @@ class Served:
         with ExitStack() as undo:
             for layer in range(len(family.layer_modules(model))):
                 self._attach_layer(family, layer, undo)
+            self._devices = tuple(dict.fromkeys(layer.device for layer in self._layers))
+            for served in self._layers:
+                served.place = self._devices.index(served.device)
             self._attach_model(undo)
             self._share_room()
             self._switch(len(tasks))
@@ -178,11 +181,12 @@ class Served:
             wrong = rows[(rows < 0) | (rows >= len(self.names))]
             if len(wrong):
                 raise InvalidInput(f"network_ids holds {int(wrong[0])}: {len(self.names)} tasks")
-        rows = rows.to(tokens.device, torch.int32)
-        self._routing.batch = self._layers[0].route(rows, tokens.shape[1])
+        rows = rows.to(self._devices[0], torch.int32)
+        batch = self._layers[0].route(rows, tokens.shape[1])
+        self._routing.batches = (batch, *(batch_on(batch, one) for one in self._devices[1:]))
 
     def _end(self) -> None:
-        self._routing.batch = None
+        self._routing.batches = ()
 
 
 def attach(

@@ -25,12 +25,20 @@ class Routing:
     ----------
     task : number of the task; as many as there are tasks stands for the whole model.
     rows : int32 [batch], the task of each row instead, or None.
-    batch : what the running forward pass makes of `rows`; its sets are those of layer 0.
+    batches : what the running forward pass makes of `rows`, on each device that holds layers; empty
+        where all rows run the same task. The sets are those of layer 0.
     """
 
     task: int
     rows: Tensor | None = None
-    batch: NeuronBatch | None = None
+    batches: tuple[NeuronBatch, ...] = ()
+
+
+def batch_on(batch: NeuronBatch, device: torch.device) -> NeuronBatch:
+    """The batch for a layer on another device; its sets, of which each layer has its own, stay."""
+    lists = (batch.set_ids, batch.order, batch.tiles)
+    set_ids, order, tiles = (one.to(device) for one in lists)
+    return replace(batch, set_ids=set_ids, order=order, tiles=tiles)
 
 
 def lay_out(
@@ -82,7 +90,13 @@ class _Own:
 
 
 class ServedLayer:
-    """The forward function of one MLP: the current task's neurons, or each row's own task's."""
+    """The forward function of one MLP: the current task's neurons, or each row's own task's.
+
+    Attributes
+    ----------
+    device : where the MLP's weights are.
+    place : number of that device among those that hold layers.
+    """
 
     def __init__(
         self,
@@ -94,18 +108,19 @@ class ServedLayer:
         routing: Routing,
     ) -> None:
         self._routing = routing
+        self.place = 0
         weights = family.input_weights(model, layer)
         down_t = family.down_weight(model, layer).t()
-        device, width = down_t.device, len(down_t)
+        self.device, width = down_t.device, len(down_t)
         places = inverse(order)
         kept = [places[task.neurons.kept[layer]].sort().values for task in tasks]
-        sets = [NeuronSet.from_indices(one, width).to(device) for one in kept]
+        sets = [NeuronSet.from_indices(one, width).to(self.device) for one in kept]
         self._sets = NeuronSets.from_sets(sets)
         gate_bias, up_bias = _input_biases(model, family, layer)
         self._mlp = ResidentMlp(
             weights[-1],
             down_t,
-            [*sets, NeuronSet.full(width, device)],
+            [*sets, NeuronSet.full(width, self.device)],
             gate=weights[0] if len(weights) == 2 else None,
             activation=family.activation(model.config),
             up_bias=up_bias,
@@ -162,9 +177,8 @@ class ServedLayer:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Run x [..., width]."""
-        batch = self._routing.batch
-        if batch is not None:
-            return self._mixed(x, replace(batch, sets=self._sets))
+        if batches := self._routing.batches:
+            return self._mixed(x, replace(batches[self.place], sets=self._sets))
         task = self._routing.task
         own = self._own[task] if task < len(self._own) else None
         if own is None:
