@@ -243,7 +243,7 @@ def main() -> None:
         "copy_bytes_a_second": bandwidth,
         "matrix_operations_a_second": peak,
         "one_set": bench_one_set(copies, tuple(options.tokens), bandwidth, peak),
-        "many_sets": bench_many_sets(copies, (1, 8, 64)),
+        "many_sets": bench_many_sets(copies, (1, 8, 64, 256)),
     }
     options.output.write_text(json.dumps(report, indent=1) + "\n")
     logger.info("\n".join(summary(report)))
