@@ -68,6 +68,13 @@ def rows_of(weights: Weights, rows: Tensor) -> Weights:
     return Weights(up, gate, down_t, None, None, None)
 
 
+def first_of(weights: Weights, count: int) -> Weights:
+    """View the first neurons' rows."""
+    parts = (weights.up, gate_of(weights), weights.down_t)
+    up, gate, down_t = (part[:count] for part in parts)
+    return Weights(up, gate, down_t, None, None, None)
+
+
 def methods(neurons: NeuronSet, tokens: int) -> dict[str, Method]:
     """Return every way to run one set, by name; the first is the bar to beat."""
     rows = neurons.rows()
@@ -93,9 +100,9 @@ def methods(neurons: NeuronSet, tokens: int) -> dict[str, Method]:
     padded = torch.arange(neurons.indices.numel(), device=rows.device).clamp(max=count - 1)
     consecutive = NeuronSet(neurons.width, count, Kind.ROWS, padded.to(torch.int32))
     found["kernel, consecutive rows"] = gathered(consecutive)
-    found["prefix view"] = gathered(
-        NeuronSet.from_indices(torch.arange(count), neurons.width).to(rows.device)
-    )
+    prefix = NeuronSet.from_indices(torch.arange(count), neurons.width).to(rows.device)
+    found["gathered, prefix"] = gathered(prefix)
+    found["prefix view"] = lambda x, copy: dense(x, first_of(copy.whole, count))
     return found
 
 
@@ -104,7 +111,7 @@ def expected_rows(name: str, neurons: NeuronSet) -> NeuronSet:
     device = neurons.indices.device
     if name == "dense":
         return NeuronSet.full(neurons.width, device)
-    if name in ("kernel, consecutive rows", "prefix view"):
+    if name in ("kernel, consecutive rows", "gathered, prefix", "prefix view"):
         return NeuronSet.from_indices(torch.arange(neurons.count), neurons.width).to(device)
     return neurons
 

@@ -11,6 +11,9 @@ from .neuron_set import Kind, NeuronSet
 from .op import many_sets, one_set
 from .routing import NeuronBatch, Strategy
 
+_FEW_ROWS = 32
+_FEW_BYTES = 256 << 20
+
 
 def gathered_mlp(
     x: Tensor,
@@ -63,7 +66,7 @@ def gathered_mlp(
     trained = any(one is not None and one.requires_grad for one in (up, gate, down_t, *biases))
     frozen = not (trained and torch.is_grad_enabled())
     if isinstance(neurons, NeuronSet):
-        if neurons.kind is Kind.PREFIX and x.is_cuda:
+        if neurons.kind is Kind.PREFIX and _better_dense(flat, neurons.count, frozen):
             out = _prefix(flat, up, gate, down_t, biases, neurons.count, name, None)
         else:
             out = one_set(
@@ -82,7 +85,8 @@ def gathered_mlp(
             )
         return out.reshape(*x.shape[:-1], out.shape[-1])
     sets, union = neurons.sets, neurons.sets.union
-    if neurons.strategy is Strategy.UNION and union.kind is Kind.PREFIX and x.is_cuda:
+    first = neurons.strategy is Strategy.UNION and union.kind is Kind.PREFIX
+    if first and _better_dense(flat, union.count, frozen):
         mask = sets.membership[:, : union.count].to(x.dtype).index_select(0, neurons.set_ids)
         out = _prefix(flat, up, gate, down_t, biases, union.count, name, mask)
     elif neurons.strategy is Strategy.UNION:
@@ -122,6 +126,17 @@ def gathered_mlp(
             frozen,
         )
     return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+def _better_dense(x: Tensor, count: int, frozen: bool) -> bool:
+    """Whether the first `count` neurons are better run as a smaller dense MLP, by cuBLAS.
+
+    The kernels, fused and chained, take less time where launches count: few rows of not too many
+    weights of two bytes (`bench/results/h200.json`: through consecutive rows 0.72 to 1.00 of cuBLAS's time up to 32
+    tokens at 0.3 to 0.7 of an MLP of 352 MB, and 0.96 to 1.10 for all of it).
+    """
+    small = x.element_size() == 2 and 6 * count * x.shape[1] <= _FEW_BYTES
+    return x.is_cuda and not (frozen and small and x.shape[0] <= _FEW_ROWS)
 
 
 def _prefix(

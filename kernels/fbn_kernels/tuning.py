@@ -116,7 +116,7 @@ class Table:
     def find(
         self, tokens: int, kept: int, model_width: int, dtype: torch.dtype, kind: Kind
     ) -> Tile:
-        """Return the tile of the most specific entry that fits.
+        """Return the tile of the most specific entry that fits; a prefix lies as whole blocks do.
 
         Raises
         ------
@@ -128,7 +128,7 @@ class Table:
             "kept": kept_bucket(kept),
             "model_width": model_width,
             "dtype": str(dtype).removeprefix("torch."),
-            "kind": kind.value,
+            "kind": (Kind.BLOCK64 if kind is Kind.PREFIX else kind).value,
         }
         best, best_score = None, -1
         for entry in self.entries:

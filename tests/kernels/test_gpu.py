@@ -18,7 +18,9 @@ from kernel_cases import (
 from torch import Tensor
 
 from fbn_kernels import ACTIVATIONS, NeuronSet, NeuronSets, Strategy, gathered_mlp, reference_mlp
+from fbn_kernels.launch import Membership, Route, Weights, launch_mlp
 from fbn_kernels.op import one_set
+from fbn_kernels.tuning import DownTile, HiddenTile, Tile
 
 if not torch.cuda.is_available():
     pytest.skip("there is no GPU", allow_module_level=True)
@@ -141,3 +143,65 @@ def test_a_compiled_caller_sees_one_graph_and_the_same_numbers() -> None:
 
     compiled = torch.compile(call, fullgraph=True)
     torch.testing.assert_close(compiled(x), call(x))
+
+
+@pytest.mark.parametrize("tokens", [3, 33])
+def test_a_prefix_is_the_same_through_the_kernels_and_through_views(tokens: int) -> None:
+    mlp, neurons = on_gpu(random_mlp(biased=True, dtype=torch.bfloat16)), neuron_set("a prefix")
+    x = random_tokens(tokens, WIDTH, dtype=torch.bfloat16).cuda()
+    for one in mlp.tensors():
+        one.requires_grad_()
+    neurons = neurons.to("cuda")
+    views = gathered_mlp(x, mlp.up, mlp.down_t, neurons, **mlp.options())
+    with torch.no_grad():
+        found = gathered_mlp(x, mlp.up, mlp.down_t, neurons, **mlp.options())
+    assert error(views, x, mlp, neurons) < TOLERANCE[torch.bfloat16]
+    assert error(found, x, mlp, neurons) < TOLERANCE[torch.bfloat16]
+
+
+@dtypes
+@pytest.mark.parametrize("strategy", [None, *Strategy])
+@pytest.mark.parametrize(
+    ("rows", "split", "fixup"), [(16, 4, True), (64, 8, True), (128, 1, False)]
+)
+def test_every_form_of_tile_equals_the_reference_and_itself(
+    rows: int, split: int, fixup: bool, strategy: Strategy | None, dtype: torch.dtype
+) -> None:
+    # Run again and again: a race between the programs that add up would show.
+    width, total, tokens = 512, 1024, 150
+    mlp = on_gpu(random_mlp(dtype=dtype, neurons=total, width=width))
+    x = random_tokens(tokens, width, dtype=dtype).cuda()
+    sets = NeuronSets.from_sets(
+        [NeuronSet.from_indices(range(n, total, 3), total) for n in range(3)]
+    ).to("cuda")
+    ids = torch.arange(tokens, device="cuda") % 3
+    batch = sets.route(ids, strategy=strategy)
+    routed = strategy is Strategy.ROUTED
+    one = sets.sets[0] if strategy is None else sets.union
+    half = 32 if dtype is torch.float32 else 64
+    tile = Tile(
+        HiddenTile(rows, half, half, warps=4, stages=2, interleaved=True),
+        DownTile(rows, half, half, warps=4, stages=2, split=split, fixup=fixup),
+    )
+    outputs = [
+        launch_mlp(
+            x,
+            Weights(mlp.up, mlp.gate, mlp.down_t, None, None, None),
+            sets.indices if routed else one.indices,
+            activation="silu",
+            count=sets.largest if routed else one.count,
+            kind=one.kind,
+            membership=Membership(sets.membership, batch.set_ids)
+            if strategy is Strategy.UNION
+            else None,
+            route=Route(batch.order, batch.tiles, sets.table, batch.block_rows, sets.largest)
+            if routed
+            else None,
+            tile=tile,
+        )
+        for _ in range(20)
+    ]
+    through = one if strategy is None else batch
+    for found in outputs:
+        assert error(found, x, mlp, through) < TOLERANCE[dtype]
+        torch.testing.assert_close(found, outputs[0], rtol=0, atol=0)
