@@ -442,6 +442,8 @@ def main() -> None:
     parser.add_argument("readers", nargs="*", metavar="READER", help=", ".join(READERS))
     parser.add_argument("--minutes", type=float, default=10.0)
     arguments = parser.parse_args()
+    if unknown := [name for name in arguments.readers if name not in READERS]:
+        parser.error(f"no reader {unknown[0]!r}; there are {', '.join(READERS)}")
     with open("/proc/self/statm", encoding="ascii") as statm:
         held = int(statm.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY_LIMIT, held + MEMORY_LIMIT))
