@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -267,22 +269,58 @@ def test_generate_takes_a_task_a_row_with_beams_and_a_static_cache() -> None:
             assert both[1].tolist() == generated(1, "code", **more).tolist()
 
 
+def twelve_tasks(model: PreTrainedModel, own_down: bool) -> dict[str, TaskSet | list[Tensor]]:
+    """More tasks than a compiler compiles graphs for one function; the last, if so wished, with own weights."""
+    width = family_of(model.config).width(model.config)
+    generator = torch.Generator().manual_seed(0)
+    masks = [
+        [torch.rand(width, generator=generator) < share for _ in range(LAYERS)]
+        for share in torch.linspace(0.2, 0.8, 12).tolist()
+    ]
+
+    def own(kept: int) -> FullDown:
+        return FullDown(torch.randn(HIDDEN, kept, generator=generator))
+
+    tasks: list[TaskSet | list[Tensor]] = [*masks]
+    if own_down:
+        tasks[-4:] = [corrected(one, seed, own, False) for seed, one in enumerate(masks[-4:])]
+    return {f"task {number}": task for number, task in enumerate(tasks)}
+
+
+@pytest.mark.parametrize("own_down", [False, True], ids=["shared", "own"])
 @pytest.mark.parametrize("name", ["llama", pytest.param("opt", marks=pytest.mark.slow)])
-def test_a_compiled_model_is_one_graph_a_task_and_one_for_all_mixtures(name: str) -> None:
+def test_a_compiled_model_is_few_graphs_for_many_tasks_and_one_for_all_mixtures(
+    name: str, own_down: bool
+) -> None:
     model = make_model(name)
+    tasks = twelve_tasks(model, own_down)
     torch._dynamo.reset()
     graphs = torch._dynamo.testing.CompileCounterWithBackend("eager")
     compiled = torch.compile(model, fullgraph=True, backend=graphs)
-    with attach(model, three_tasks(model)) as served:
-        for task in ("code", "prose", "code", "prose"):
+    with attach(model, tasks) as served:
+        for task in [*tasks, *tasks]:
             with model.networks(task):
                 close(logits(compiled), logits(model))
-        assert graphs.frame_count == 2
-        for mixture in (["code", "sums"], ["prose", "code"]):
+        # The first task's neurons lie first, and the first sizes are taken for constants.
+        for_tasks = graphs.frame_count
+        assert for_tasks <= (4 if own_down else 3)
+        for mixture in (["task 3", "task 11"], ["task 0", "task 5"], ["task 8", "task 8"]):
             ids = served.ids(mixture)
             close(logits(compiled, network_ids=ids), logits(model, network_ids=ids))
-        assert graphs.frame_count == 3
+        assert graphs.frame_count == for_tasks + 1
     torch._dynamo.reset()
+
+
+def test_a_model_that_is_dropped_while_it_serves_leaves_nothing_behind() -> None:
+    before = dict(attachment._attached)
+    model = make_model("llama")
+    attach(model, three_tasks(model))
+    assert len(attachment._attached) == len(before) + LAYERS
+    gone = weakref.ref(model.lm_head.weight)
+    del model
+    gc.collect()
+    assert gone() is None
+    assert attachment._attached == before
 
 
 masks_of_tasks = st.integers(1, 30).flatmap(

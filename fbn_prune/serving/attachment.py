@@ -8,6 +8,8 @@ compiled or captured in a CUDA graph. A served model runs one forward pass at a 
 from __future__ import annotations
 
 import inspect
+import itertools
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,6 +28,11 @@ from fbn_prune.serving.tasks import TaskSet
 
 COPIES_SHARE = 0.19
 """Copies on a CPU take at most this share of the weights: many tasks then cost 1.2 times one."""
+
+_numbers = itertools.count()
+_attached: dict[int, ServedLayer] = {}
+"""The layers that serve, for as long as their model lives. What a compiler reaches through a module it
+takes for constant, the size of a task's neurons too; through here it does not."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +90,15 @@ class Served:
         lay_out(self.model, family, layer, order, undo)
         served = ServedLayer(self.model, family, layer, tasks, order, self._routing)
         self._layers.append(served)
+        number = next(_numbers)
+        _attached[number] = served
+        undo.callback(_attached.pop, number, None)
+        weakref.finalize(self.model, _attached.pop, number, None)
         first, *others = (
             family.layer_modules(self.model)[layer].get_submodule(path)
             for path in family.mlp_modules
         )
-        _override(first, "forward", _forward_of(served), undo)
+        _override(first, "forward", _forward_of(number), undo)
         for module in others:
             _override(module, "forward", _pass_on, undo)
 
@@ -261,9 +272,9 @@ def _override(module: nn.Module, name: str, value: object, undo: ExitStack) -> N
     own[name] = value
 
 
-def _forward_of(layer: ServedLayer) -> Callable[[Tensor], Tensor]:
+def _forward_of(number: int) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        return layer(x)
+        return _attached[number](x)
 
     return forward
 

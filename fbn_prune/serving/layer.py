@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fbn_kernels import NeuronBatch, NeuronSet, NeuronSets, ResidentMlp, Strategy
+from fbn_kernels import NeuronBatch, NeuronSet, NeuronSets, ResidentMlp, Strategy, vary
 from fbn_prune.model.families import Family
 from fbn_prune.serving.arrangement import inverse, together
 from fbn_prune.serving.tasks import FullDown, OwnDown, TaskSet
@@ -131,6 +131,7 @@ class ServedLayer:
         )
         self._any_own = any(one is not None for one in self._own)
         self._bias = _output_biases(tasks, layer, family.down_bias(model, layer), down_t)
+        self.switch(len(tasks))
 
     @property
     def room_bytes(self) -> int:
@@ -165,6 +166,9 @@ class ServedLayer:
     def switch(self, task: int) -> None:
         """Make a task the current one."""
         self._mlp.switch(task)
+        # Not looked up by number while running: a compiled model would be compiled for each.
+        self._own_now = self._own[task] if task < len(self._own) else None
+        self._bias_now = None if self._bias is None else self._bias[task]
 
     def route(self, rows: Tensor, tokens: int) -> NeuronBatch:
         """Prepare a forward pass of a batch with a task a row; rows int32 [batch]."""
@@ -179,15 +183,14 @@ class ServedLayer:
         """Run x [..., width]."""
         if batches := self._routing.batches:
             return self._mixed(x, replace(batches[self.place], sets=self._sets))
-        task = self._routing.task
-        own = self._own[task] if task < len(self._own) else None
+        own = self._own_now
         if own is None:
             out = self._mlp(x)
         else:
             hidden = self._mlp.hidden(x)
             shared = None if isinstance(own.down, FullDown) else self._mlp.down(hidden)
             out = own(hidden, shared)
-        return out if self._bias is None else out + self._bias[task]
+        return out if self._bias_now is None else out + self._bias_now
 
     def _mixed(self, x: Tensor, batch: NeuronBatch) -> Tensor:
         out = self._mixed_own(x, batch) if self._any_own else self._mlp.mixed(x, batch)
@@ -219,8 +222,11 @@ class ServedLayer:
         own: OwnDown
         if isinstance(down, FullDown):
             own = FullDown(down.weight[:, columns].to(like))
+            vary(own.weight, 1)
         else:
             own = replace(down, left=down.left.to(like), right=down.right[:, columns].to(like))
+            vary(own.left, 1)
+            vary(own.right, 0, 1)
         return _Own(own, order.to(like.device))
 
 

@@ -11,7 +11,7 @@ from .hidden import gathered_hidden
 from .mlp import gathered_mlp
 from .neuron_set import BLOCK, Kind, NeuronSet
 from .reference import reference_mlp
-from .resident import ResidentMlp
+from .resident import ResidentMlp, vary
 from .routing import NeuronBatch, NeuronSets, Strategy
 
 __all__ = [
@@ -27,4 +27,5 @@ __all__ = [
     "gathered_hidden",
     "gathered_mlp",
     "reference_mlp",
+    "vary",
 ]

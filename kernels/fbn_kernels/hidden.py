@@ -37,6 +37,7 @@ def gathered_hidden(
     """
     sets = neurons.sets if isinstance(neurons, NeuronBatch) else None
     union = neurons if isinstance(neurons, NeuronSet) else neurons.sets.union
+    count = len(union.listed)
     out = hidden_of(
         x.reshape(-1, x.shape[-1]),
         up,
@@ -47,10 +48,10 @@ def gathered_hidden(
         None if sets is None else sets.membership,
         neurons.set_ids if isinstance(neurons, NeuronBatch) else None,
         canonical_activation(activation),
-        union.count,
+        count,
         union.kind.value,
     )
-    return out.reshape(*x.shape[:-1], union.count)
+    return out.reshape(*x.shape[:-1], count)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("hidden_of"), mutates_args=())

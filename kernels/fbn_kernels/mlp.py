@@ -66,8 +66,9 @@ def gathered_mlp(
     trained = any(one is not None and one.requires_grad for one in (up, gate, down_t, *biases))
     frozen = not (trained and torch.is_grad_enabled())
     if isinstance(neurons, NeuronSet):
-        if neurons.kind is Kind.PREFIX and _better_dense(flat, neurons.count, frozen):
-            out = _prefix(flat, up, gate, down_t, biases, neurons.count, name, None)
+        count = len(neurons.listed)
+        if neurons.kind is Kind.PREFIX and _better_dense(flat, count, frozen):
+            out = _prefix(flat, up, gate, down_t, biases, count, name, None)
         else:
             out = one_set(
                 flat,
@@ -79,7 +80,7 @@ def gathered_mlp(
                 None,
                 None,
                 name,
-                neurons.count,
+                count,
                 neurons.kind.value,
                 frozen,
             )

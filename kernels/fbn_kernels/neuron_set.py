@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -43,12 +43,19 @@ class NeuronSet:
     indices
         int32, [`count` rounded up to a multiple of 64]: the kept neurons, ascending; the padding
         repeats the last one, so that every entry is a row that may be read.
+    listed
+        `indices` without the padding, [`count`]. `torch.compile` takes the length of a tensor for a
+        variable and a number for a constant: what is compiled for one set serves others by this.
     """
 
     width: int
     count: int
     kind: Kind
     indices: Tensor
+    listed: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "listed", self.indices[: self.count])
 
     @classmethod
     def from_indices(cls, indices: Tensor | Sequence[int], width: int) -> NeuronSet:

@@ -7,13 +7,16 @@ no more than the largest of them. On a GPU nothing is ever copied.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from ._ops import add_op_namespace_prefix
 from .activations import canonical_activation
 from .cpu import LooseRows, Reading, down_in_place, hidden_in_place
 from .hidden import gathered_hidden
@@ -21,6 +24,43 @@ from .mlp import gathered_mlp
 from .neuron_set import NeuronSet
 from .op import on_triton
 from .routing import NeuronBatch
+
+_handles = itertools.count()
+_residents: WeakValueDictionary[int, ResidentMlp] = WeakValueDictionary()
+
+
+@torch.library.custom_op(add_op_namespace_prefix("current_hidden"), mutates_args=())
+def current_hidden(x: Tensor, order: Tensor, handle: int) -> Tensor:
+    """`ResidentMlp.hidden` on a CPU of x [rows, width]; `order` int [kept] tells its size.
+
+    How a set is read, which runs and which copies, is a matter of the set. A compiler that saw it would
+    compile for each.
+    """
+    return _residents[handle].hidden_in_place(x)
+
+
+@current_hidden.register_fake
+def _(x: Tensor, order: Tensor, handle: int) -> Tensor:
+    return x.new_empty(x.shape[0], order.shape[0])
+
+
+@torch.library.custom_op(add_op_namespace_prefix("current_down"), mutates_args=())
+def current_down(hidden: Tensor, width: int, handle: int) -> Tensor:
+    """`ResidentMlp.down` on a CPU of hidden [rows, kept], [rows, width]."""
+    return _residents[handle].down_in_place(hidden)
+
+
+@current_down.register_fake
+def _(hidden: Tensor, width: int, handle: int) -> Tensor:
+    return hidden.new_empty(hidden.shape[0], width)
+
+
+def vary(tensor: Tensor, *dimensions: int) -> None:
+    """Tell `torch.compile` that these sizes differ from set to set, lest it compile for one."""
+    import torch._dynamo
+
+    for dimension in dimensions:
+        torch._dynamo.maybe_mark_dynamic(tensor, dimension)
 
 
 class ResidentMlp:
@@ -61,10 +101,17 @@ class ResidentMlp:
         row_bytes = up.shape[1] * up.element_size()
         readings = (Reading.of(one.rows().cpu(), row_bytes) for one in self.sets)
         self._readings = tuple(replace(one, position=None) for one in readings)
+        for one in self.sets:
+            vary(one.indices, 0)
+            vary(one.listed, 0)
+        for reading in self._readings:
+            vary(reading.order, 0)
         self.may_copy = True
+        self._handle = next(_handles)
+        _residents[self._handle] = self
         self._room: LooseRows | None = None
         self._filled: tuple[int, LooseRows] | None = None
-        self._current = 0
+        self._set, self._reading = self.sets[0], self._readings[0]
         self._loose: LooseRows | None = None
         self.switch(0)
 
@@ -93,9 +140,10 @@ class ResidentMlp:
 
     def switch(self, number: int) -> None:
         """Run through another of the sets from now on."""
-        self._current = number
+        # What a compiled caller looks up anew each time: no number that it would take for a constant.
+        self._set, self._reading = self.sets[number], self._readings[number]
         self._loose = None
-        rows = self._readings[number].loose
+        rows = self._reading.loose
         if not (self.copies and self.may_copy and len(rows)):
             return
         if self._filled is None or self._filled[0] != number:
@@ -105,8 +153,12 @@ class ResidentMlp:
     def hidden(self, x: Tensor) -> Tensor:
         """Return the activations of x [..., width], [..., kept] in the order of `order`."""
         if not self.copies:
-            return gathered_hidden(x, self.up, self.sets[self._current], **self._inputs())
-        hidden = self._hidden_in_place(x.reshape(-1, x.shape[-1]))
+            return gathered_hidden(x, self.up, self._set, **self._inputs())
+        flat = x.reshape(-1, x.shape[-1])
+        if torch.compiler.is_compiling():
+            hidden = current_hidden(flat, self._reading.order, self._handle)
+        else:
+            hidden = self.hidden_in_place(flat)
         return hidden.reshape(*x.shape[:-1], hidden.shape[-1])
 
     def down(self, hidden: Tensor) -> Tensor:
@@ -115,11 +167,12 @@ class ResidentMlp:
         On a GPU this gathers the rows at every call; `__call__` does not.
         """
         flat = hidden.reshape(-1, hidden.shape[-1])
-        if self.copies:
-            reading = self._readings[self._current]
-            out = down_in_place(flat, self.down_t, reading, self._threads)
+        if self.copies and torch.compiler.is_compiling():
+            out = current_down(flat, self.down_t.shape[1], self._handle)
+        elif self.copies:
+            out = self.down_in_place(flat)
         else:
-            neurons = self.sets[self._current]
+            neurons = self._set
             out = flat @ self.down_t.index_select(0, neurons.indices[: neurons.count])
         return out.reshape(*hidden.shape[:-1], out.shape[-1])
 
@@ -127,8 +180,7 @@ class ResidentMlp:
         """Run x [..., width] through the current set; [..., width out]."""
         if self.copies:
             return self.down(self.hidden(x))
-        neurons = self.sets[self._current]
-        return gathered_mlp(x, self.up, self.down_t, neurons, **self._inputs())
+        return gathered_mlp(x, self.up, self.down_t, self._set, **self._inputs())
 
     def mixed(self, x: Tensor, batch: NeuronBatch) -> Tensor:
         """Run each row of x through its own set."""
@@ -146,17 +198,22 @@ class ResidentMlp:
             "gate_bias": self.gate_bias,
         }
 
-    def _hidden_in_place(self, x: Tensor) -> Tensor:
+    def hidden_in_place(self, x: Tensor) -> Tensor:
+        """`hidden` of x [rows, width] as a CPU computes it."""
         return hidden_in_place(
             x,
             self.up,
             self.gate,
             self.up_bias,
             self.gate_bias,
-            self._readings[self._current],
+            self._reading,
             self._loose,
             self.activation,
         )
+
+    def down_in_place(self, hidden: Tensor) -> Tensor:
+        """`down` of hidden [rows, kept] as a CPU computes it."""
+        return down_in_place(hidden, self.down_t, self._reading, self._threads)
 
     def take_room(self) -> None:
         """Take the memory for copied rows now, lest the first switch wait for the system to give it."""
