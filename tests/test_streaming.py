@@ -245,6 +245,24 @@ def test_a_budget_below_the_model_streams_and_the_dry_run_says_so(
     assert "streamed" in plan(least).memory
 
 
+def test_the_plan_of_a_model_in_memory_has_room_for_a_layer_as_if_cut(
+    text: Path, tmp_path: Path
+) -> None:
+    checkpoint = Checkpoint.open(save_tiny(tmp_path / "model"))
+    # Of more tokens the activations are all that counts.
+    few = {"tokens": 2, "network_tokens": 2, "networks": 1, "keep_networks": 1}
+    tiny = recipe(checkpoint.path, text, **few)
+    whole = next(iter(possible_plans(tiny, checkpoint, CPU, torch.float32, 48)))
+    located = {name: checkpoint.family.locate(name) for name in checkpoint.tensors}
+    mlp = sum(
+        checkpoint.tensors[name].parameters
+        for name, location in located.items()
+        if location is not None and location.layer == 0
+    )
+    weights = 4 * checkpoint.total_parameters
+    assert whole.stages["perplexity"] >= memory.PROCESS_BYTES + weights + 4 * mlp
+
+
 def test_a_budget_that_nothing_fits_is_refused_with_the_least_that_would(
     text: Path, tmp_path: Path
 ) -> None:
