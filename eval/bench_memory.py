@@ -2,11 +2,13 @@
 
     python eval/bench_memory.py cap --shape 7gb --cap 4GB --budget 3GB
     python eval/bench_memory.py compare --shape 1b
+    python eval/bench_memory.py reads --shape small --budget 1GB
 
 The checkpoints are Llama-shaped, random, in float16, with the tokenizer and the text of the built-in model; they are
 made once in --folder. `cap` runs the dry run, then the main job in a child process whose address space is limited
 (RLIMIT_AS, what `ulimit -v` sets), and prints predicted and measured peak of resident memory and the longest silence
 between two lines of progress. `compare` runs the job twice, whole and streamed, and compares weights, neurons and time.
+`reads` streams it and counts how often each weight is read.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
+import count_reads
 import torch
 import typer
 from safetensors.torch import save_file
@@ -36,6 +39,9 @@ from fbn_prune.recipe import parse_size
 RESULTS = Path(__file__).parent / "results"
 PROGRAM = ("-m", "fbn_prune")
 """What a child's Python runs."""
+
+COUNTING = (str(Path(count_reads.__file__)),)
+"""The same, with the bytes that it reads of each weight in its last line."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +135,45 @@ def compare(
         shutil.rmtree(folder / name)
 
 
+@app.command()
+def reads(
+    folder: Folder,
+    shape: str = "small",
+    budget: Annotated[str, typer.Option(help="Too little for the model in memory.")] = "1GB",
+    tokens: Tokens = 2048,
+    out: Path | None = None,
+) -> None:
+    """Prune streamed; print the bytes of weights read, and how often each kind of weight was read."""
+    model = make_checkpoint(folder / shape, SHAPES[shape])
+    output = ["--memory-budget", budget, "--output", str(folder / "streamed")]
+    flags = _flags(model, tokens)
+    plan = json.loads(run_child([*flags, *output[:2], "--dry-run"], None)[0])["memory"]
+    if "streamed" not in plan:
+        raise SystemExit(f"--budget {budget}: {plan}; give less")
+    heard: list[str] = []
+    ran = measured_run([*flags, *output], None, COUNTING, heard)
+    said = next(line for line in heard if line.startswith(count_reads.SAID))
+    found: dict[str, int] = json.loads(said.removeprefix(count_reads.SAID))
+    tensors = Checkpoint.open(model).tensors
+    times: dict[str, list[float]] = {}
+    for name, info in tensors.items():
+        kind = "layer 0" if ".layers.0." in name else "other layers"
+        kind = kind if ".layers." in name else "embeddings and the rest"
+        kind += ": output weights" if "down_proj" in name else ""
+        times.setdefault(kind, []).append(found.get(name, 0) / info.nbytes)
+    report = {
+        "shape": vars(SHAPES[shape]),
+        "tokens": tokens,
+        "checkpoint_bytes": sum(info.nbytes for info in tensors.values()),
+        "bytes_read": sum(found.values()),
+        "times_read": {kind: sum(each) / len(each) for kind, each in times.items()},
+        "seconds_between_stages": ran["seconds"] - sum(ran["stages"].values()),
+        **ran,
+    }
+    _finish(report, out or RESULTS / f"memory_reads_{shape}.json")
+    shutil.rmtree(folder / "streamed")
+
+
 def make_checkpoint(path: Path, shape: Shape) -> Path:
     """Write a random checkpoint, a layer a shard, unless it is there already."""
     if (path / "config.json").is_file():
@@ -201,13 +246,21 @@ def config_of(shape: Shape) -> dict[str, Any]:
 
 
 def measured_run(
-    flags: list[str], limit: int | None, program: Sequence[str] = PROGRAM
+    flags: list[str],
+    limit: int | None,
+    program: Sequence[str] = PROGRAM,
+    heard: list[str] | None = None,
 ) -> dict[str, Any]:
-    """Run the main job in a child; its peak memory, time, and how it spoke of its progress."""
+    """Run the main job in a child; its peak memory, time, and how it spoke of its progress.
+
+    `heard` gets the lines of its stderr.
+    """
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     printed, said, peak = run_child(flags, limit, program)
     after, seconds = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - start
     result = json.loads(printed)
+    if heard is not None:
+        heard.extend(line for _, line in said)
     times = [0.0, *(moment for moment, _ in said), seconds]
     return {
         "peak_bytes": peak,

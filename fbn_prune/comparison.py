@@ -6,7 +6,6 @@ calibration, model or seed left behind is refused, not mixed in.
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from collections.abc import Sequence
@@ -15,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from fbn_prune.errors import InvalidInput
-from fbn_prune.model.surgery import MlpCut, apply_cut
+from fbn_prune.export.directory import check_room
+from fbn_prune.model.streaming import SpilledCuts
+from fbn_prune.model.surgery import as_if_cut, rounded_cut
 from fbn_prune.perplexity import perplexity
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.allocation import (
@@ -127,7 +128,8 @@ def run_comparison(
     shares = [_share(on, share, budgets[share]) for share in kept]
     missing = [(n, s) for s in shares for n in names if (n, s) not in comparison.cells]
     if missing:
-        cuts = _cuts(on, missing, comparison.widths, order, clock)
+        scratch = on.prepared.memory.scratch if path is None else path.resolve().parent
+        cuts = _cuts(on, missing, comparison.widths, order, scratch, clock)
         held_out = on.data.held_out.batches(on.prepared.batch_tokens)
         with clock.stage("comparison", len(missing), "models") as advance:
             for cell in missing:
@@ -215,10 +217,25 @@ def _cuts(
     cells: Sequence[Cell],
     widths: dict[float, list[int]],
     order: Sequence[int],
+    scratch: Path,
     clock: StageClock,
-) -> dict[Cell, list[MlpCut]]:
-    """The cuts of all layers for each cell, from one pass over the calibration data."""
+) -> dict[Cell, SpilledCuts]:
+    """The cuts of all layers for each cell, from one pass over the calibration data.
+
+    They lie on disk, in a file without a name in `scratch`: those of many cells come to more than the model.
+
+    Raises
+    ------
+    InvalidInput
+        The disk has not the room.
+    FbnPruneError
+        A new output weight does not fit the type that the model is stored in.
+    """
     prepared, recipe = on.prepared, on.prepared.recipe
+    stored = prepared.checkpoint.storage_dtype
+    column = prepared.family.hidden_size(prepared.checkpoint.config) * stored.itemsize
+    room = sum(sum(widths[share]) for _, share in cells) * column
+    check_room(scratch, room, "folder of temporary files")
     kept = list(order[: recipe.keep_networks or len(order)])
     strongest = on.networks.maps[kept].abs().amax(0).double()
     blocks = on.data.calibrating if on.matched is None else on.matched.blocks
@@ -232,25 +249,25 @@ def _cuts(
             damping=recipe.damping,
             refit_damping=recipe.refit_damping,
             seed=recipe.seed,
-            round_to=prepared.checkpoint.storage_dtype,
+            round_to=stored,
         ),
         membership=on.networks.by_layer(strongest),
         clock=clock,
     )
-    cuts: dict[Cell, list[MlpCut]] = {cell: [] for cell in cells}
+    cuts = {cell: SpilledCuts(scratch) for cell in cells}
     notes = DampingNotes()
     for layer in evidence:
         for name, share in cells:
             with notes.heard(layer.layer):
-                cuts[name, share].append(CRITERIA[name](layer, widths[share][layer.layer]))
+                cut = CRITERIA[name](layer, widths[share][layer.layer])
+            cuts[name, share].append(rounded_cut(cut, stored))
     for line in notes.lines():
         clock.note(line)
     return cuts
 
 
-def _perplexity(on: Studied, cuts: Sequence[MlpCut], held_out: Any) -> float:
-    model = copy.deepcopy(on.model)
+def _perplexity(on: Studied, cuts: SpilledCuts, held_out: Any) -> float:
+    """Of the one model there is, as if cut: a second would take as much memory again."""
     dtype = on.prepared.checkpoint.storage_dtype
-    for layer, cut in enumerate(cuts):
-        apply_cut(model, on.prepared.family, layer, cut, round_to=dtype)
-    return perplexity(model, held_out)
+    with as_if_cut(on.model, on.prepared.family, cuts, round_to=dtype):
+        return perplexity(on.model, held_out)

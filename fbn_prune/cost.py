@@ -194,9 +194,9 @@ def operations(model: ModelSizes, job: Job) -> dict[str, Amounts]:
         stages["activations"] = _activations(model, job)
         stages["ica"] = _ica(model, job)
     if job.known_networks:
-        read = 2 * model.nbytes if job.streamed else 0
-        products = 4.0 * model.hidden * model.width * model.layers * job.known_networks
-        stages["rest"] += Amounts(ica=products, read=read)
+        weights = model.hidden * model.width * model.layers
+        read = weights * model.nbytes / model.parameters if job.streamed else 0
+        stages["rest"] += Amounts(ica=2.0 * weights * job.known_networks, read=read)
     if job.matched:
         stages["time courses"] = forward_pass(model, job, job.tokens) + Amounts(
             ica=2.0 * job.tokens * model.width * model.layers * max(job.known_networks, 1)

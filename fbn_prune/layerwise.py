@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,10 @@ Observe = Callable[[int, Tensor], None]
 class _LayerCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+
+_RETURN_TUPLES: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+"""Whether the layers of a model return tuples, of those asked before: a streamed one reads a layer to tell."""
 
 
 class LayerwiseForward:
@@ -71,7 +76,9 @@ class LayerwiseForward:
         self.next_layer = 0
         self.forward_seconds = 0.0
         with torch.inference_mode():
-            self._returns_tuple = self._probe()
+            if model not in _RETURN_TUPLES:
+                _RETURN_TUPLES[model] = self._probe()
+            self._returns_tuple = _RETURN_TUPLES[model]
             start = self._now()
             stream = stream_of(model)
             self.hidden: list[Tensor] | Spilled = []

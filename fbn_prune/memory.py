@@ -248,10 +248,13 @@ class _Sizes:
         held_out = int(tokens * recipe.held_out)
         rows = min(self.context if self.streamed else batch, held_out)
         logits = head + rows * vocabulary * (size + 2 * 4)
+        # Trials of widths, and comparisons, measure a model in memory as if it were cut: a cut layer, one of its
+        # projections on the way there, and the output weights that it is made from.
+        as_if = 0 if self.streamed else (layer + 2 * hidden * width) * size
         stages = {
             "perplexity": base
             + self._hidden(held_out)
-            + max(logits, head + batch * hidden * size, forward)
+            + max(logits, head + batch * hidden * size, forward + as_if)
         }
         if not self.streamed:  # the files are mapped while the weights are made from them
             stages["load"] = base + self.checkpoint.total_bytes

@@ -25,22 +25,22 @@ BASES = {
 """Which measured rate a kind goes with: products in the model's type, in float32, in float64, or bytes moved."""
 
 FACTORS = {
-    "forward": 1.35,
-    "gram": 0.811,
+    "forward": 1.36,
+    "gram": 0.79,
     "token gram": 1.09,
-    "ica": 0.278,
-    "eigen": 14.2,
-    "double": 1.34,
-    "gathered": 20.8,
-    "moved": 2.69,
-    "called": 2.92e-05,
-    "read": 1.49e-09,
-    "written": 7.79e-10,
+    "ica": 0.289,
+    "eigen": 14.1,
+    "double": 1.36,
+    "gathered": 20.7,
+    "moved": 2.64,
+    "called": 3.01e-05,
+    "read": 1.53e-09,
+    "written": 7.86e-10,
     "exchanged": 1e-09,
     "told": 2e-09,
     "tokenised": 9.14e-06,
-    "started": 5.3,
-    "described": 0.723,
+    "started": 5.35,
+    "described": 0.722,
 }
 """How many times as long as at the measured rate an operation of each kind takes; of kinds without one, the seconds.
 What passes between processes (`exchanged`, `told`) is not fitted."""

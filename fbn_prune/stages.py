@@ -138,6 +138,9 @@ def rank_scores(
         assert matched is not None
         return matched.match.vector.abs()
     if rank == "energy":
+        # Networks from a file may have been found on another model, whose weights gave them another energy.
+        if prepared.networks is None and networks.energy is not None:
+            return networks.energy
         return output_energy(networks, down_weights(model, prepared.family))
     few: list[Batch] = []
     for batch in data.calibrating.batches(prepared.batch_tokens):

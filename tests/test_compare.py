@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from tiny_models import save_tiny
 
 from fbn_prune import comparison
 from fbn_prune.cli.main import _exit_code
+from fbn_prune.model.surgery import MlpCut
+from fbn_prune.recipe import CRITERION_NAMES
+from fbn_prune.studies import Studied
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +90,120 @@ def test_a_comparison_goes_on_where_it_stopped(
     assert again == whole
     assert shown(capsys, command) == whole
     assert len(measured) == 1 + len(whole["budgets"][0]["perplexity"])
+
+
+class Watched:
+    """What a comparison does to the model, and what it holds beside it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, interrupted_in: int | None = None) -> None:
+        self.measured, self.beside, self._known = 0, [0], set()
+        self._measure, self._interrupted_in = comparison._perplexity, interrupted_in
+        monkeypatch.setattr(comparison, "_perplexity", self._watched)
+
+    def _watched(self, on: Studied, *rest: Any) -> float:
+        self.on, self.measured = on, self.measured + 1
+        gc.collect()
+        self._known = {id(each) for each in _parameters()}
+        self.before = copy.deepcopy(on.model.state_dict()), on.model.config.to_dict()
+        last = on.prepared.family.output_module(on.model, on.prepared.layers - 1)
+        hooks = [
+            on.prepared.family.output_module(on.model, layer).register_forward_hook(self._look)
+            for layer in range(on.prepared.layers)
+        ]
+        if self.measured == self._interrupted_in:
+            hooks.append(last.register_forward_hook(self._interrupt))
+        try:
+            return self._measure(on, *rest)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _look(self, *_: Any) -> None:
+        own = [each for each in _parameters() if id(each) not in self._known]
+        self.beside.append(sum(each.nbytes for each in own))
+
+    def _interrupt(self, *_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def is_as_before(self) -> bool:
+        model, (weights, config) = self.on.model, self.before
+        now = model.state_dict()
+        same = all(torch.equal(now[name], value) for name, value in weights.items())
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        return (
+            same and now.keys() == weights.keys() and config == model.config.to_dict()
+        ) and not hooked
+
+
+def _parameters() -> list[torch.nn.Parameter]:
+    """All that are alive in the process."""
+    return [each for each in gc.get_objects() if type(each) is torch.nn.Parameter]
+
+
+@pytest.mark.parametrize("interrupted_in", [None, 1, 2])
+def test_a_comparison_leaves_the_model_as_it_was_also_when_it_is_interrupted(
+    interrupted_in: int | None, tiny: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = Watched(monkeypatch, interrupted_in)
+    command = ["compare", *arguments(tiny, text), "--kept", "0.5", "--criteria", "flap,networks"]
+    assert _exit_code(command) == (0 if interrupted_in is None else 130)
+    assert watched.measured == (interrupted_in or 2)
+    assert watched.is_as_before()
+
+
+def test_a_comparison_that_fails_leaves_the_model_as_it_was(
+    tiny: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    watched = Watched(monkeypatch)
+    rounded = comparison.rounded_cut
+
+    def infinite(cut: MlpCut, dtype: torch.dtype) -> MlpCut:
+        return replace(rounded(cut, dtype), down_weight=cut.down_weight.fill_(torch.inf))
+
+    monkeypatch.setattr(comparison, "rounded_cut", infinite)
+    command = ["compare", *arguments(tiny, text), "--kept", "0.5", "--criteria", "flap,networks"]
+    assert _exit_code(command) == 1
+    assert "not finite" in capsys.readouterr().err
+    assert watched.measured == 1
+    assert watched.is_as_before()
+
+
+def test_beside_the_model_a_comparison_holds_one_cut_layer(
+    tiny: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = Watched(monkeypatch)
+    command = ["compare", *arguments(tiny, text), "--kept", "0.9,0.5"]
+    assert _exit_code(command) == 0
+    model, family = watched.on.model, watched.on.prepared.family
+    layer = family.layer_modules(model)[0]
+    of_the_mlp = sum(
+        each.nbytes
+        for projection in family.projections
+        for each in layer.get_submodule(projection.path).parameters()
+    )
+    cells = 2 * len(CRITERION_NAMES)
+    assert watched.measured == cells
+    assert len(watched.beside) == 1 + cells * watched.on.prepared.layers
+    assert 0 < max(watched.beside) <= of_the_mlp  # cut, with the biases that some criteria bring
+    assert max(watched.beside) < sum(each.nbytes for each in model.parameters()) / 4
+
+
+def test_a_comparison_on_a_disk_without_room_says_so_before_it_cuts(
+    tiny: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(
+        "fbn_prune.export.directory.shutil.disk_usage", lambda _: usage._replace(free=10)
+    )
+    more = ["--kept", "0.5", "--output-path", str(tmp_path / "table.json")]
+    assert _exit_code(["compare", *arguments(tiny, text), *more]) == 2
+    error = capsys.readouterr().err
+    assert f"folder of temporary files {tmp_path} needs" in error
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_comparisons_file_is_not_mixed_in(

@@ -119,6 +119,13 @@ def test_what_a_recipe_adds_is_a_stage_of_its_own() -> None:
     assert operations(MODEL, more)["rank"]["forward"] == 1.5 * one
 
 
+def test_the_energy_of_the_networks_reads_the_output_weights_of_a_streamed_model_once() -> None:
+    job = replace(JOB, known_networks=5)
+    rest = operations(MODEL, job)["rest"]
+    assert (rest["ica"], rest["read"]) == (2 * 4 * 6 * 3 * 5, 0)
+    assert operations(MODEL, replace(job, streamed=True))["rest"]["read"] == 4 * 6 * 3 * 2
+
+
 def test_processes_share_tokens_and_layers_and_nothing_else() -> None:
     job = replace(JOB, networks=2, network_tokens=8)
     alone, mine = operations(MODEL, job), of_one_process(operations(MODEL, job), 2, 3)

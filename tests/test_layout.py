@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import CONTEXT, FAMILY_CONFIGS, HIDDEN, LAYERS, make_model, save_tiny
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fbn_prune.budget import ModelSize
 from fbn_prune.calibration import TokenBlocks
 from fbn_prune.cli.main import _exit_code
+from fbn_prune.errors import FbnPruneError
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.families import family_of
 from fbn_prune.model.surgery import MlpCut, apply_cut, as_if_cut
@@ -252,29 +255,99 @@ def test_sizes_are_read_as_they_are_spoken(spelled: str, size: int) -> None:
     assert parse_size(spelled, "x") == size
 
 
+def five_of_each_layer(biased: bool) -> list[MlpCut]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        MlpCut(
+            torch.tensor([1, 4, 5, 9, 20]),
+            torch.randn(HIDDEN, 5, generator=generator, dtype=torch.float64),
+            torch.randn(HIDDEN, generator=generator) if biased else None,
+        )
+        for _ in range(LAYERS)
+    ]
+
+
+def everything(model: PreTrainedModel) -> dict[str, object]:
+    """The parameters themselves, what modules say of their sizes, hooks, and the config."""
+    found: dict[str, object] = {"config": model.config.to_dict()}
+    for name, module in model.named_modules():
+        found |= {f"{name}.{part}": id(each) for part, each in module._parameters.items()}
+        found[f"{name} sizes"] = [getattr(module, key, None) for key in SIZES]
+        found[f"{name} hooks"] = len(module._forward_pre_hooks), len(module._forward_hooks)
+    return found
+
+
+SIZES = ("in_features", "out_features", "nx", "nf")
+
+
 @pytest.mark.parametrize("name", FAMILY_CONFIGS)
 def test_a_model_as_if_cut_is_the_cut_model_and_then_itself_again(name: str) -> None:
     model, other = make_model(name), make_model(name)
     family = family_of(model.config)
     ids = torch.arange(3, 40)[None]
-    generator = torch.Generator().manual_seed(0)
-    bias = family.has_bias(model.config)
-    cuts = [
-        MlpCut(
-            torch.tensor([1, 4, 5, 9, 20]),
-            torch.randn(HIDDEN, 5, generator=generator, dtype=torch.float64),
-            torch.randn(HIDDEN, generator=generator) if bias else None,
-        )
-        for _ in range(LAYERS)
-    ]
+    cuts = five_of_each_layer(family.accepts_bias(model.config))
+    for layer, cut in enumerate(cuts):
+        apply_cut(other, family, layer, cut, round_to=torch.float16)
+    was, weights = everything(model), copy.deepcopy(model.state_dict())
+    with torch.inference_mode():
+        before = model(ids).logits
+        with as_if_cut(model, family, cuts, round_to=torch.float16):
+            for _ in range(2):
+                assert torch.equal(model(ids).logits, other(ids).logits)
+        assert torch.equal(model(ids).logits, before)
+    assert everything(model) == was
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
+@pytest.mark.parametrize("where", ["in the cut", "in the layer", "between layers"])
+def test_a_model_as_if_cut_is_itself_again_wherever_it_breaks_off(name: str, where: str) -> None:
+    model = make_model(name)
+    family = family_of(model.config)
+    ids = torch.arange(3, 40)[None]
+    cuts = five_of_each_layer(family.accepts_bias(model.config))
+    was, weights = everything(model), copy.deepcopy(model.state_dict())
+    before = model(ids).logits
+
+    def breaks_off(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    broken = [*cuts[:1], replace(cuts[1], down_weight=cuts[1].down_weight * 1e300), *cuts[2:]]
+    module = {
+        "in the cut": None,
+        "in the layer": family.output_module(model, 1),
+        "between layers": family.layer_modules(model)[1],
+    }[where]
+    hook = None if module is None else module.register_forward_hook(breaks_off)
+    with (
+        pytest.raises(FbnPruneError if hook is None else KeyboardInterrupt),
+        as_if_cut(model, family, broken if hook is None else cuts),
+    ):
+        model(ids)
+    if hook is not None:
+        hook.remove()
+    assert everything(model) == was
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_a_forward_pass_that_broke_off_does_not_reach_into_the_next() -> None:
+    model, other = make_model("llama"), make_model("llama")
+    family = family_of(model.config)
+    ids = torch.arange(3, 40)[None]
+    cuts = five_of_each_layer(True)
     for layer, cut in enumerate(cuts):
         apply_cut(other, family, layer, cut)
-    with torch.no_grad():
-        before = model(ids).logits
-        with as_if_cut(model, family, cuts):
-            inside = model(ids).logits
-        torch.testing.assert_close(inside, other(ids).logits, rtol=1e-4, atol=1e-4)
-        assert torch.equal(model(ids).logits, before)
+
+    def breaks_off(*_: object) -> None:
+        raise RuntimeError("once")
+
+    with torch.inference_mode(), as_if_cut(model, family, cuts):
+        hook = family.output_module(model, 1).register_forward_hook(breaks_off)
+        with pytest.raises(RuntimeError, match="once"):
+            model(ids)
+        hook.remove()
+        assert torch.equal(model(ids).logits, other(ids).logits)
 
 
 def test_the_blocks_a_trial_is_measured_on_are_not_those_it_is_shaped_by() -> None:

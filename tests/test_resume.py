@@ -132,6 +132,22 @@ def test_what_is_finished_is_not_done_again(
     assert kept == ["layer-00002.safetensors", "pruned.json", "shard-model.safetensors"]
 
 
+def test_networks_found_before_are_put_in_order_without_reading_weights_again(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fbn_prune.prepared.plan_memory", _streamed)
+    run(place, tmp_path / "undisturbed")
+    with pytest.raises(Killed), killed_after(3) as kept:
+        run(place, tmp_path / "out")
+    assert kept[-1] == "networks.safetensors"
+    again = lambda *_: pytest.fail("done again")  # noqa: E731
+    monkeypatch.setattr("fbn_prune.stages.output_energy", again)
+    with killed_after(99) as kept:
+        run(place, tmp_path / "out")
+    assert kept[0] == "ranking.json"
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
 def test_a_finished_run_leaves_no_work_and_a_named_directory_stays(
     place: Path, tmp_path: Path
 ) -> None:

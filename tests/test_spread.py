@@ -14,6 +14,7 @@ from tiny_models import FAMILY_CONFIGS, make_model, save_tiny
 from transformers import PreTrainedModel
 
 from fbn_prune.calibration import TokenBlocks
+from fbn_prune.comparison import run_comparison
 from fbn_prune.job import run_discovery, run_prune
 from fbn_prune.layerwise import LayerwiseForward
 from fbn_prune.memory import MemoryPlan, plan_memory
@@ -252,3 +253,19 @@ def test_discovery_with_recurrence_runs_spread(
     with pretended_devices():
         _, found = run_discovery(recipe(model, text, tmp_path / "spread"), StageClock())
     assert whole.read_bytes() == found.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_criteria_compare_alike_on_a_spread_model(
+    name: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = recipe(save_tiny(tmp_path / "model", name), text, tmp_path).model_copy(
+        update={"output": None}
+    )
+    criteria = ["flap", "networks"]
+    whole = run_comparison(study, criteria, [0.5], None, StageClock())
+    monkeypatch.setattr("fbn_prune.prepared.plan_memory", spread_plan)
+    with pretended_devices():
+        found = run_comparison(study, criteria, [0.5], None, StageClock())
+    assert found.to_json() == whole.to_json()
+    assert set(found.cells) == {(name, 0.5) for name in criteria}

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from count_reads import count_reads
 from safetensors.torch import load_file
 from tiny_models import FAMILY_CONFIGS, save_tiny
 
 from fbn_prune import memory
 from fbn_prune.calibration import TokenBlocks
 from fbn_prune.errors import FbnPruneError, InvalidInput
-from fbn_prune.job import run_prune
+from fbn_prune.job import run_discovery, run_prune
 from fbn_prune.layerwise import LayerwiseForward
 from fbn_prune.memory import possible_plans
 from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.model.streaming import down_weights, stream_model, stream_of
+from fbn_prune.model.streaming import down_weights, have_layer, stream_model, stream_of
 from fbn_prune.networks.interventions import masked
 from fbn_prune.perplexity import mean_loss
 from fbn_prune.plan import plan
@@ -25,6 +28,7 @@ from fbn_prune.prepared import Prepared, prepare
 from fbn_prune.progress import StageClock
 from fbn_prune.recipe import Recipe, build_recipe
 from fbn_prune.spill import Spilled
+from fbn_prune.stages import rank_scores
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -158,11 +162,78 @@ def test_hidden_states_on_disk_are_those_in_memory(tmp_path: Path) -> None:
     assert mean_loss(on_disk, batches) == pytest.approx(mean_loss(whole, batches), rel=1e-6)
 
 
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """The bytes read of each tensor of a checkpoint, until the test ends."""
+    for method in ("tensor", "read"):
+        monkeypatch.setattr(Checkpoint, method, getattr(Checkpoint, method))  # put back at the end
+    return count_reads()
+
+
+@pytest.mark.parametrize(
+    ("changes", "passes", "more"),
+    [
+        # Perplexity before, activations, evidence and cuts, perplexity after, export; and the energy of the networks.
+        ({}, 5, 1),
+        ({"sequential": True}, 6, 1),  # the cut layer reads its inputs too
+        ({"networks_from": "networks.safetensors"}, 4, 1),
+        ({"criterion": "flap", "sparsity": 0.5}, 4, 0),
+        ({"layout": "ragged", "sparsity": 0.5, "widths": "members"}, 5, 1),
+    ],
+    ids=["default", "sequential", "networks_from", "flap", "members"],
+)
+def test_a_streamed_run_reads_a_layer_once_a_pass_and_for_the_energy_its_output_alone(
+    changes: dict[str, object],
+    passes: int,
+    more: int,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = save_tiny(tmp_path / "model")
+    if "networks_from" in changes:
+        run_discovery(recipe(model, text, tmp_path / "found"), StageClock())
+        changes = {"networks_from": str(tmp_path / "found" / "networks.safetensors")}
+
+    def frugal(*args: object) -> memory.MemoryPlan:
+        return next(p for p in possible_plans(*args) if p.streamed)
+
+    monkeypatch.setattr("fbn_prune.prepared.plan_memory", frugal)
+    seen = counted(monkeypatch)
+    run_prune(recipe(model, text, tmp_path / "out", **changes), StageClock())
+    checkpoint = Checkpoint.open(model)
+    family = checkpoint.family
+    for name, info in checkpoint.tensors.items():
+        layer, location = family.layer_of(name), family.locate(name)
+        if layer is None:
+            continue
+        output = location is not None and location.projection is family.output
+        asked = layer == 0  # what layers put out, once
+        assert seen[name] == (passes + more * output + asked) * info.nbytes, name
+
+
+def test_networks_are_ranked_by_the_energy_they_were_found_with_or_have_in_another_model(
+    text: Path, tmp_path: Path
+) -> None:
+    model = save_tiny(tmp_path / "model")
+    networks, file = run_discovery(recipe(model, text, tmp_path / "found"), StageClock())
+    assert networks.energy is not None
+    elsewhere = replace(networks, energy=networks.energy.flip(0))
+    elsewhere.save(file)
+    data: Any = None
+    for changes, given in (({}, networks), ({"networks_from": str(file)}, elsewhere)):
+        prepared = prepared_with(model, text, **changes)
+        for loaded in (prepared.load_model(), opened(model)[2]):
+            scores = rank_scores(prepared, loaded, given, data, None, StageClock())
+            assert torch.equal(scores, networks.energy)
+
+
 def test_interventions_and_weights_reach_a_streamed_model(tmp_path: Path) -> None:
     checkpoint, whole, streamed = opened(save_tiny(tmp_path / "model"))
     family, batches = checkpoint.family, blocks().batches(100)
+    have_layer(streamed, 1)
     for a, b in zip(down_weights(whole, family), down_weights(streamed, family), strict=True):
         assert torch.equal(a, b)
+        assert all(each.is_meta for each in family.layer_modules(streamed).parameters())
     width = family.width(checkpoint.config)
     silent = [torch.arange(width) % 3 == 0 for _ in range(3)]
     losses = []
@@ -243,6 +314,24 @@ def test_a_budget_below_the_model_streams_and_the_dry_run_says_so(
     least = prepared_with(model, text, memory_budget=f"{streamed[-1].peak_bytes}B")
     assert least.memory.streamed
     assert "streamed" in plan(least).memory
+
+
+def test_the_plan_of_a_model_in_memory_has_room_for_a_layer_as_if_cut(
+    text: Path, tmp_path: Path
+) -> None:
+    checkpoint = Checkpoint.open(save_tiny(tmp_path / "model"))
+    # Of more tokens the activations are all that counts.
+    few = {"tokens": 2, "network_tokens": 2, "networks": 1, "keep_networks": 1}
+    tiny = recipe(checkpoint.path, text, **few)
+    whole = next(iter(possible_plans(tiny, checkpoint, CPU, torch.float32, 48)))
+    located = {name: checkpoint.family.locate(name) for name in checkpoint.tensors}
+    mlp = sum(
+        checkpoint.tensors[name].parameters
+        for name, location in located.items()
+        if location is not None and location.layer == 0
+    )
+    weights = 4 * checkpoint.total_parameters
+    assert whole.stages["perplexity"] >= memory.PROCESS_BYTES + weights + 4 * mlp
 
 
 def test_a_budget_that_nothing_fits_is_refused_with_the_least_that_would(

@@ -131,6 +131,12 @@ class WeightStream:
         if isinstance(part, int):
             self._set_sizes(part)
 
+    def down_weight(self, layer: int) -> Tensor:
+        """A layer's output weights, [hidden, neurons], read by themselves: it is a small part of the layer."""
+        name = f"{self._prefixes[layer]}{self.family.output.path}.weight"
+        weight = self._value(name)
+        return weight if self.family.output.neuron_axis == 1 else weight.T
+
     def release(self) -> None:
         """Let go of the part in memory, if there is one."""
         if self._here is None:
@@ -322,11 +328,14 @@ def have_layer(model: PreTrainedModel, layer: int) -> None:
 
 
 def down_weights(model: PreTrainedModel, family: Family) -> Iterator[Tensor]:
-    """The output weights of each layer in order, [hidden, neurons] (see :meth:`Family.down_weight`)."""
-    for layer in range(family.num_layers(model.config)):
-        have_layer(model, layer)
-        yield family.down_weight(model, layer)
+    """The output weights of each layer in order, [hidden, neurons] (see :meth:`Family.down_weight`).
+
+    Of a streamed model nothing else is read.
+    """
     let_go(model)
+    stream = stream_of(model)
+    for layer in range(family.num_layers(model.config)):
+        yield family.down_weight(model, layer) if stream is None else stream.down_weight(layer)
 
 
 def let_go(model: PreTrainedModel) -> None:

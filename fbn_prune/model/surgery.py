@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,50 +120,62 @@ def apply_cut(
     FbnPruneError
         If a new output weight does not fit `round_to`.
     """
-    down = family.output_module(model, layer)
     require_place_for_bias(model, family, [cut])
-    for projection in family.inputs:
-        module = family.projection_module(model, layer, projection)
-        kept = cut.kept.to(module.weight.device)
-        for part, parameter in list(module.named_parameters(recurse=False)):
-            _replace(module, part, _cut_input(projection, part, parameter.detach(), kept))
-        set_features(module)
-    weight = _new_output_weight(family, cut, round_to or down.weight.dtype)
-    _replace(down, "weight", weight)
-    if cut.down_bias is not None:
-        _replace(down, "bias", rounded(cut.down_bias, round_to or down.bias.dtype))
-    set_features(down)
+    _apply_mlp_cut(model, family, layer, cut, round_to)
     if cut.heads is not None:
         _apply_head_cut(model, family, layer, cut.heads, round_to)
     _sync_width(model, family)
 
 
 @contextmanager
-def as_if_cut(model: PreTrainedModel, family: Family, cuts: Sequence[MlpCut]) -> Iterator[None]:
+def as_if_cut(
+    model: PreTrainedModel,
+    family: Family,
+    cuts: Sequence[MlpCut],
+    *,
+    round_to: torch.dtype | None = None,
+) -> Iterator[None]:
     """The live model computes with the MLPs that the cut one would have, inside the context; then it is as it was.
 
-    A neuron whose output weights are zero does what a removed one does, so only these are exchanged.
+    A layer is cut when it is called and whole again when it returns, so that one cut MLP at most is in memory beside
+    the model. The model's own parameters are set aside meanwhile and never written to.
 
     Parameters
     ----------
-    cuts : one a layer.
+    cuts : one a layer, asked for whenever the layer is called; their heads are left out of account.
+    round_to : see :func:`apply_cut`.
+
+    Raises
+    ------
+    InvalidInput, FbnPruneError
+        From the model's forward pass, where :func:`apply_cut` would raise them.
     """
-    before = []
-    for layer in range(len(cuts)):
-        down = family.output_module(model, layer)
-        before.append((down, down.weight, down.bias))
-    try:
-        for (down, weight, _), cut in zip(before, cuts, strict=True):
-            new = torch.zeros_like(weight)
-            columns = new if family.output.neuron_axis == 1 else new.T
-            columns[:, cut.kept.to(new.device)] = cut.down_weight.to(new)
-            down.weight = nn.Parameter(new, requires_grad=False)
-            if cut.down_bias is not None:
-                down.bias = nn.Parameter(cut.down_bias.to(new), requires_grad=False)
+    aside: list[tuple[nn.Linear, dict[str, nn.Parameter | None]]] = []
+
+    def cut(layer: int) -> None:
+        put_back()  # what a forward pass that broke off has left
+        modules = [family.projection_module(model, layer, each) for each in family.projections]
+        aside.extend((module, dict(module._parameters)) for module in modules)
+        if cuts[layer].down_bias is not None and family.down_bias(model, layer) is None:
+            require_bias(family, model.config)
+            _add_biases(model, family, layer)
+        _apply_mlp_cut(model, family, layer, cuts[layer], round_to)
+
+    def put_back() -> None:
+        for module, parameters in aside:
+            for part, parameter in parameters.items():
+                setattr(module, part, parameter)
+            set_features(module)
+        aside.clear()
+
+    with ExitStack() as hooks:
+        hooks.callback(put_back)
+        for layer, module in enumerate(family.layer_modules(model)):
+            before = module.register_forward_pre_hook(lambda _, args, layer=layer: cut(layer))
+            hooks.callback(before.remove)
+            after = module.register_forward_hook(lambda _, args, output: put_back())
+            hooks.callback(after.remove)
         yield
-    finally:
-        for down, weight, bias in before:
-            down.weight, down.bias = weight, bias
 
 
 def pruned_config(
@@ -225,7 +237,10 @@ def require_place_for_bias(model: PreTrainedModel, family: Family, cuts: Iterabl
         cut.down_bias is not None for cut in cuts
     ):
         require_bias(family, model.config)
-        _add_biases(model, family)
+        for layer in range(len(family.layer_modules(model))):
+            _add_biases(model, family, layer)
+        assert family.bias_key is not None
+        setattr(model.config, family.bias_key, True)
 
 
 def rounded_cut(cut: MlpCut, dtype: torch.dtype) -> MlpCut:
@@ -240,6 +255,22 @@ def rounded_cut(cut: MlpCut, dtype: torch.dtype) -> MlpCut:
     if heads is not None:
         heads = HeadCut(heads.kept, rounded(heads.out_weight, dtype), heads.out_bias)
     return MlpCut(cut.kept, rounded(cut.down_weight, dtype), cut.down_bias, heads)
+
+
+def _apply_mlp_cut(
+    model: PreTrainedModel, family: Family, layer: int, cut: MlpCut, round_to: torch.dtype | None
+) -> None:
+    for projection in family.inputs:
+        module = family.projection_module(model, layer, projection)
+        kept = cut.kept.to(module.weight.device)
+        for part, parameter in list(module.named_parameters(recurse=False)):
+            _replace(module, part, _cut_input(projection, part, parameter.detach(), kept))
+        set_features(module)
+    down = family.output_module(model, layer)
+    _replace(down, "weight", _new_output_weight(family, cut, round_to or down.weight.dtype))
+    if cut.down_bias is not None:
+        _replace(down, "bias", rounded(cut.down_bias, round_to or down.bias.dtype))
+    set_features(down)
 
 
 def _apply_head_cut(
@@ -287,15 +318,12 @@ def set_features(module: nn.Linear | Conv1D) -> None:
         module.out_features, module.in_features = first, second
 
 
-def _add_biases(model: PreTrainedModel, family: Family) -> None:
+def _add_biases(model: PreTrainedModel, family: Family, layer: int) -> None:
     """Give every MLP projection a zero bias: the config's flag speaks for all of them at once."""
-    for layer in range(len(family.layer_modules(model))):
-        for projection in family.projections:
-            module = family.projection_module(model, layer, projection)
-            zeros = module.weight.detach().new_zeros(module.out_features)
-            module.bias = nn.Parameter(zeros, requires_grad=module.weight.requires_grad)
-    assert family.bias_key is not None
-    setattr(model.config, family.bias_key, True)
+    for projection in family.projections:
+        module = family.projection_module(model, layer, projection)
+        zeros = module.weight.detach().new_zeros(module.out_features)
+        module.bias = nn.Parameter(zeros, requires_grad=module.weight.requires_grad)
 
 
 def _sync_width(model: PreTrainedModel, family: Family) -> None:
