@@ -578,6 +578,13 @@ def test_two_texts_of_one_id_are_refused(tmp_path: Path) -> None:
         write_gguf(Checkpoint.open(source.path), tmp_path / "m.gguf")
 
 
+def test_special_tokens_read_as_text_are_refused(tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "in", byte_level(), split_special_tokens=True)
+    assert source.load_tokenizer()("<s>")["input_ids"] != [0]
+    with pytest.raises(InvalidInput, match="split_special_tokens"):
+        write_gguf(source, tmp_path / "m.gguf")
+
+
 def test_a_tokenizer_that_is_code_is_refused(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "in", byte_level())
     with pytest.raises(InvalidInput, match=r"is code \(object\)"):

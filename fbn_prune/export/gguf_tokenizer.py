@@ -86,6 +86,11 @@ def gguf_tokenizer(
             f"{folder}: the tokenizer is code ({type(tokenizer).__name__}), whose steps GGUF conversion cannot read; "
             "it reads those of the package tokenizers"
         )
+    if getattr(tokenizer, "split_special_tokens", False):
+        raise InvalidInput(
+            f"{folder}: the tokenizer reads special tokens in a text as text (split_special_tokens in "
+            "tokenizer_config.json), which a GGUF file cannot say"
+        )
     content: dict[str, Any] = json.loads(backend.to_str())
     if isinstance(content["model"].get("vocab"), dict):
         # The text has one piece an id; the tokenizer may know several.
