@@ -160,6 +160,8 @@ def _pruned(prepared: Prepared, work: Work, clock: StageClock) -> PruneResult:
     warning = check_rise(before, after, predicted, family.vocab_size(prepared.checkpoint.config))
     if warning is not None:
         clock.note(f"warning: {warning}")
+    # Said when the checkpoint was opened; who gets the result has not heard it.
+    noted = [line for line in (prepared.checkpoint.oddities(), warning) if line is not None]
     recovery = None
     if recipe.recover:
         cut = replace(cut, trained=recover_model(prepared, model, blocks, work, clock))
@@ -177,7 +179,7 @@ def _pruned(prepared: Prepared, work: Work, clock: StageClock) -> PruneResult:
         perplexity_before=before,
         perplexity_after=after,
         perplexity_expected=predicted.perplexity(before),
-        warning=warning,
+        warning="; ".join(noted) or None,
         neurons_kept=sum(widths),
         neurons_total=prepared.width * prepared.layers,
         heads_kept=prepared.heads_kept,

@@ -29,7 +29,7 @@ class PruneResult:
     perplexity_expected: tuple[float, float]
     """The range that the cuts' own statistics lead to expect."""
     warning: str | None
-    """What the check after pruning found; also in the model card."""
+    """What is odd in the model's configs, and what the check after pruning found; also in the model card."""
     neurons_kept: int
     neurons_total: int
     heads_kept: int

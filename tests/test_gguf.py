@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
-from tiny_models import FAMILY_CONFIGS, HIDDEN, LAYERS, VOCAB, WIDTH, save_tiny
+from tiny_models import FAMILY_CONFIGS, HIDDEN, LAYERS, VOCAB, WIDTH, make_merging_tokenizer
 from transformers import LlamaConfig
 
 from fbn_prune.cli.main import _exit_code
 from fbn_prune.errors import InvalidInput
 from fbn_prune.export.gguf import write_gguf
-from fbn_prune.export.gguf_tokenizer import CONTROL, UNUSED, gguf_tokenizer
+from fbn_prune.export.gguf_tokenizer import CONTROL, UNUSED
 from fbn_prune.export.ragged import write_ragged_checkpoint
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.surgery import MlpCut
@@ -24,6 +25,13 @@ gguf = pytest.importorskip("gguf")
 
 LLAMAS = ("llama", "llama-mlp-bias", "llama-tied")
 CONVERTED = (*LLAMAS, "qwen2", "qwen3")
+
+
+def save_tiny(folder: Path, name: str = "llama", **how: Any) -> Path:
+    """A tiny checkpoint that llama.cpp can load."""
+    tiny_models.save_tiny(folder, name, **how)
+    make_merging_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -146,56 +154,8 @@ def test_the_tokenizer_is_written_token_by_token(tmp_path: Path) -> None:
     assert fields["tokenizer.ggml.model"] == "gpt2"
     assert fields["tokenizer.ggml.pre"] == "gpt-2"
     assert fields["tokenizer.ggml.bos_token_id"] == 256
-    assert fields["tokenizer.ggml.add_bos_token"] is False
-
-
-def sentencepiece_like(folder: Path) -> None:
-    path = folder / "tokenizer.json"
-    content = json.loads(path.read_text())
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
-    content["model"] |= {
-        "vocab": {p: i for i, p in enumerate([*pieces[:3], "▁", "a", "b", "▁a", "ab", "▁ab"])},
-        "merges": [["a", "b"], ["▁", "ab"], ["▁", "a"]],
-        "byte_fallback": True,
-        "unk_token": "<unk>",
-    }
-    content["added_tokens"] = [
-        a | {"id": i} for i, a in zip((1, 2, 0), content["added_tokens"], strict=True)
-    ]
-    content["normalizer"] = {"type": "Prepend", "prepend": "▁"}
-    content["decoder"] = {"type": "Sequence", "decoders": [{"type": "Fuse"}]}
-    content["pre_tokenizer"] = None
-    path.write_text(json.dumps(content))
-
-
-def test_merges_by_rank_become_scores_in_the_same_order(tmp_path: Path) -> None:
-    folder = save_tiny(tmp_path / "in")
-    sentencepiece_like(folder)
-    tokenizer = Checkpoint.open(save_tiny(tmp_path / "other")).load_tokenizer()
-    found = gguf_tokenizer(folder, tokenizer, VOCAB)
-    score = dict(zip(found.tokens, found.scores, strict=True))
-    assert score["ab"] > score["▁ab"] > score["▁a"] > score["a"]
-    assert (found.model, found.split, found.merges) == ("llama", "default", [])
-    assert found.adds_space
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"pre_tokenizer": {"type": "Whitespace"}}, "splits text in a way"),
-        ({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}, "WordLevel"),
-        ({"decoder": {"type": "Fuse"}}, "neither byte-level nor with byte pieces"),
-    ],
-)
-def test_a_tokenizer_llama_cpp_does_not_have_is_refused(
-    change: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    folder = save_tiny(tmp_path / "in")
-    tokenizer = Checkpoint.open(folder).load_tokenizer()
-    path = folder / "tokenizer.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(InvalidInput, match=message):
-        gguf_tokenizer(folder, tokenizer, VOCAB)
+    assert fields["tokenizer.ggml.merges"] == ["a b"]
+    assert fields["tokenizer.ggml.add_bos_token"] is fields["tokenizer.ggml.add_eos_token"] is False
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("f16", torch.float16), ("bf16", torch.bfloat16)])

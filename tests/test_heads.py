@@ -11,7 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import FAMILY_CONFIGS, HIDDEN, LAYERS, make_model, save_tiny
+from tiny_models import (
+    FAMILY_CONFIGS,
+    HIDDEN,
+    LAYERS,
+    make_merging_tokenizer,
+    make_model,
+    save_tiny,
+)
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fbn_prune import memory
@@ -259,9 +266,9 @@ def test_a_task_of_a_shared_model_cannot_lack_heads(text: Path, tmp_path: Path) 
 
 def test_gguf_says_how_large_a_head_is_where_that_can_be_said(text: Path, tmp_path: Path) -> None:
     for name in ("llama", "qwen2"):
-        run_prune(
-            recipe(save_tiny(tmp_path / name, name), text, tmp_path / f"{name}-out"), StageClock()
-        )
+        model = save_tiny(tmp_path / name, name)
+        make_merging_tokenizer().save_pretrained(model)
+        run_prune(recipe(model, text, tmp_path / f"{name}-out"), StageClock())
     write_gguf(Checkpoint.open(tmp_path / "llama-out"), tmp_path / "llama.gguf")
     fields = gguf.GGUFReader(tmp_path / "llama.gguf").fields
     counts = {

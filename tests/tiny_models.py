@@ -134,6 +134,18 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def make_merging_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte and one for two of them: llama.cpp loads no tokenizer without merges."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {text: index for index, text in enumerate([*alphabet, "<s>", "</s>", "ab"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("a", "b")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+
+
 def save_tiny(
     directory: Path,
     name: str = "llama",

@@ -38,12 +38,21 @@ def command(
     from fbn_prune.progress import StageClock
 
     source = Checkpoint.open(model, ragged=True)
-    with StageClock(console.display()).stage("convert", source.total_bytes, "bytes") as advance:
-        arch = write_gguf(source, output, matrices=gguf_type, progress=advance)
+    display, notes = console.display(), list[str]()
+    with StageClock(display).stage("convert", source.total_bytes, "bytes") as advance:
+        arch = write_gguf(source, output, matrices=gguf_type, progress=advance, note=notes.append)
+    for line in notes:
+        display.note(f"note: {line}")
     size = output.stat().st_size
     if json:
         console.print_json(
-            {"output": str(output), "format": to, "architecture": arch, "bytes": size}
+            {
+                "output": str(output),
+                "format": to,
+                "architecture": arch,
+                "bytes": size,
+                "notes": notes,
+            }
         )
     else:
         console.print_line(f"{output}: {console.size(size)}, architecture {arch}")

@@ -26,6 +26,7 @@ from fbn_prune.cli import (
     work,
 )
 from fbn_prune.cli.options import ALL_FLAGS, DryRun, Json, Private, PushToHub, recipe_flags
+from fbn_prune.cli.quiet import quiet_libraries
 from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.launcher import is_first, processes
 
@@ -97,9 +98,13 @@ def _exit_code(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     signal.signal(signal.SIGTERM, _terminated)
-    # Loading bars and advice of the libraries below are noise beside our own progress.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Loading bars of the libraries below are noise beside our own progress.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    with quiet_libraries():
+        return _run(arguments, debug)
+
+
+def _run(arguments: list[str], debug: bool) -> int:
     command = typer.main.get_command(app)
     try:
         code = command.main(args=arguments, prog_name="fbn-prune", standalone_mode=False)

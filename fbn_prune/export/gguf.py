@@ -28,6 +28,9 @@ from fbn_prune.model.families import Gguf, as_config
 GgufType = Literal["auto", "f32", "f16", "bf16"]
 """Type of the matrices; auto keeps the checkpoint's."""
 
+_NAMES_WITH_RULES = ("phi-3", "phi3", "modern-bert")
+"""A model that is named so gets rules of its own for special tokens from llama.cpp, or is not loaded."""
+
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -37,8 +40,14 @@ def write_gguf(
     *,
     matrices: GgufType = "auto",
     progress: Callable[[int], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> str:
     """Write `source` to the file `path`, whole or not at all; returns the architecture's name in GGUF.
+
+    Parameters
+    ----------
+    progress : called with the bytes of each tensor that is written.
+    note : called with a line for each way in which llama.cpp may read rare text differently.
 
     Raises
     ------
@@ -50,10 +59,17 @@ def write_gguf(
     gguf = _package()
     facts, arch = _architecture(source)
     tokenizer = gguf_tokenizer(
-        source.path, source.load_tokenizer(), source.family.vocab_size(source.config)
+        source.path,
+        source.load_tokenizer(),
+        source.family.vocab_size(source.config),
+        source.config,
     )
     config = _OwnAttributes(as_config(source.config))
-    names = _Names(gguf, arch, source)
+    tensors = _plan(source, _Names(gguf, arch, source), matrices)
+    extra = _rope_factors(config)
+    if note is not None:
+        for line in tokenizer.notes:
+            note(line)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     writer = gguf.GGUFWriter(partial, arch)
     try:
@@ -61,8 +77,6 @@ def write_gguf(
             path.parent.mkdir(parents=True, exist_ok=True)
             _add_facts(writer, source, config)
             _add_tokenizer(writer, tokenizer)
-            tensors = _plan(source, names, matrices)
-            extra = _rope_factors(config)
             for name, stored in tensors.items():
                 _add_info(gguf, writer, name, stored.shape, stored.dtype)
             if extra is not None:
@@ -210,7 +224,9 @@ def _add_facts(writer: Any, source: Checkpoint, config: _OwnAttributes) -> None:
     shared = config.num_key_value_heads or heads
     ragged = len(set(widths)) > 1
     head = config.head_dim or config.hidden_size // heads
-    writer.add_name(source.path.resolve().name)
+    name = source.path.resolve().name
+    if not any(word in name.lower() for word in _NAMES_WITH_RULES):
+        writer.add_name(name)
     writer.add_block_count(layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -260,6 +276,7 @@ def _add_tokenizer(writer: Any, tokenizer: GgufTokenizer) -> None:
     for key, index in tokenizer.special.items():
         getattr(writer, f"add_{key}_token_id")(index)
     writer.add_add_bos_token(tokenizer.adds_bos)
+    writer.add_add_eos_token(tokenizer.adds_eos)
     writer.add_add_space_prefix(tokenizer.adds_space)
     if tokenizer.chat_template is not None:
         writer.add_chat_template(tokenizer.chat_template)

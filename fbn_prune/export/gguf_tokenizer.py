@@ -7,27 +7,25 @@ which merges by score. A SentencePiece vocabulary that transformers keeps as ran
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from fbn_prune.errors import InvalidInput
+from fbn_prune.export.gguf_forms import BYTE_PIECES, Form, form_of, pair
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Kinds of pieces, as GGUF numbers them."""
 
+_FOUND_FIRST = frozenset({UNKNOWN, CONTROL, USER_DEFINED})
+"""What is looked for in a text before anything is merged."""
+
 _NEVER = -1e9
 """Score of a piece that no merge makes: it is only ever found whole."""
-
-_SPLITS = {
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+": "llama-bpe",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+": "qwen2",
-}
-"""The regular expression that splits text before merging -> llama.cpp's name for it."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,9 @@ class GgufTokenizer:
     merges : "left right" by rank; empty for "llama".
     scores : empty for "gpt2".
     special : GGUF's key ("bos", "eos", "unk", "pad") -> token id.
+    adds_bos, adds_eos : whether text gets these tokens before and behind it.
+    adds_space : a space is put before text, and before what follows a special token.
+    notes : lines on where llama.cpp may find other tokens, in text that is hardly ever met.
     """
 
     model: str
@@ -51,98 +52,225 @@ class GgufTokenizer:
     merges: list[str]
     special: dict[str, int]
     adds_bos: bool
+    adds_eos: bool
     adds_space: bool
     chat_template: str | None
+    notes: tuple[str, ...] = ()
 
 
 def gguf_tokenizer(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, vocabulary: int
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: int,
+    config: Mapping[str, Any] | None = None,
 ) -> GgufTokenizer:
-    """Read a folder's `tokenizer.json`.
+    """Describe a tokenizer as transformers runs it: not every class takes a folder's `tokenizer.json` at its word.
 
     Parameters
     ----------
+    folder
+        Where it was loaded from.
     vocabulary
         Embeddings of the model; ids that no token has are filled up.
+    config
+        The object in `config.json`, asked for special tokens that the tokenizer does not name.
 
     Raises
     ------
     InvalidInput
-        A tokenizer of a kind that llama.cpp does not have, or that this does not know to name.
+        llama.cpp would find other tokens in a text than the tokenizer does, or would not load the file.
     """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise InvalidInput(f"{folder} has no tokenizer.json, which GGUF conversion reads")
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    model = content["model"]
-    if model.get("type") != "BPE":
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
         raise InvalidInput(
-            f"{path}: a {model.get('type')} tokenizer has no counterpart in GGUF here"
+            f"{folder}: the tokenizer is code ({type(tokenizer).__name__}), whose steps GGUF conversion cannot read; "
+            "it reads those of the package tokenizers"
         )
-    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-    byte_level = (content.get("decoder") or {}).get("type") == "ByteLevel"
-    if not byte_level and not model.get("byte_fallback"):
-        raise InvalidInput(f"{path}: neither byte-level nor with byte pieces, as llama.cpp needs")
-    tokens, types = _pieces(content, vocabulary, byte_level)
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a", add_special_tokens=True)["input_ids"]
+    if getattr(tokenizer, "split_special_tokens", False):
+        raise InvalidInput(
+            f"{folder}: the tokenizer reads special tokens in a text as text (split_special_tokens in "
+            "tokenizer_config.json), which a GGUF file cannot say"
+        )
+    content: dict[str, Any] = json.loads(backend.to_str())
+    if isinstance(content["model"].get("vocab"), dict):
+        # The text has one piece an id; the tokenizer may know several.
+        content["model"]["vocab"] = backend.get_vocab(with_added_tokens=False)
+    form = _form(folder, tokenizer, content)
+    tokens, types = _pieces(folder, content, vocabulary, byte_level=form.model == "gpt2")
+    merges = [pair(merge) for merge in content["model"]["merges"]]
+    adds_bos, adds_eos = _added_around(folder, tokenizer)
     template = tokenizer.chat_template
+    sentencepiece = form.model == "llama"
     return GgufTokenizer(
-        model="gpt2" if byte_level else "llama",
-        split=_split(path, content) if byte_level else "default",
+        model=form.model,
+        split=form.split,
         tokens=tokens,
         types=types,
-        scores=[] if byte_level else _scores(tokens, types, merges),
-        merges=merges if byte_level else [],
-        special={
-            key: int(value)
-            for key in ("bos", "eos", "unk", "pad")
-            if (value := getattr(tokenizer, f"{key}_token_id")) is not None
-        },
-        adds_bos=len(full) > len(plain) and full[0] == tokenizer.bos_token_id,
-        adds_space=not byte_level and '"Prepend"' in json.dumps(content.get("normalizer")),
+        scores=_scores(folder, tokens, types, merges) if sentencepiece else [],
+        merges=[] if sentencepiece else [" ".join(merge) for merge in merges],
+        special=_special(folder, tokenizer, config or {}, form, vocabulary),
+        adds_bos=adds_bos,
+        adds_eos=adds_eos,
+        adds_space=form.adds_space,
         chat_template=template if isinstance(template, str) else None,
+        notes=form.notes,
     )
 
 
+def _form(folder: Path, tokenizer: PreTrainedTokenizerBase, content: dict[str, Any]) -> Form:
+    """The form that transformers gives the tokenizer, held against what its file says."""
+    name = type(tokenizer).__name__
+    path = folder / "tokenizer.json"
+    stored = None
+    if path.is_file():
+        try:
+            stored = form_of(path, json.loads(Tokenizer.from_file(str(path)).to_str()))
+        except (
+            Exception
+        ):  # transformers read it; what tokenizers makes of it alone is no more than a hint
+            stored = None
+    hint = (
+        'with "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json transformers takes '
+        "tokenizer.json at its word"
+    )
+    try:
+        form = form_of(folder, content)
+    except InvalidInput as error:
+        if stored is None:
+            raise
+        raise InvalidInput(
+            f"{error}; that is how transformers loads it ({name}): {hint}, which can be converted"
+        ) from error
+    if stored is not None and (stored.model, stored.split) != (form.model, form.split):
+        note = (
+            f"transformers ({name}) splits text otherwise than tokenizer.json says ({form.split}, not {stored.split}), "
+            f"and the file does as transformers; {hint}"
+        )
+        return Form(form.model, form.split, form.adds_space, (*form.notes, note))
+    return form
+
+
+def _added_around(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
+    """Whether the tokenizer puts its first and its last special token around a text."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a", add_special_tokens=True)["input_ids"]
+    for adds_bos, adds_eos in ((False, False), (True, False), (False, True), (True, True)):
+        before = [tokenizer.bos_token_id] if adds_bos else []
+        after = [tokenizer.eos_token_id] if adds_eos else []
+        if full == [*before, *plain, *after]:
+            return adds_bos, adds_eos
+    around = tokenizer.convert_ids_to_tokens(full)
+    raise InvalidInput(
+        f"{folder}: the tokenizer makes {around} of the text 'a'; llama.cpp puts no more around a text than the tokens "
+        f"of its beginning and end, here {tokenizer.bos_token!r} and {tokenizer.eos_token!r}"
+    )
+
+
+def _special(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Mapping[str, Any],
+    form: Form,
+    vocabulary: int,
+) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for key in ("bos", "eos", "unk", "pad"):
+        index = getattr(tokenizer, f"{key}_token_id")
+        if index is None and key in ("bos", "eos"):
+            index = config.get(f"{key}_token_id")
+            index = index[0] if isinstance(index, list) and index else index
+            if not isinstance(index, int) or not 0 <= index < vocabulary:
+                index = None
+        if index is not None:
+            found[key] = int(index)
+    if "eos" not in found:
+        default = 11 if form.model == "gpt2" else 2
+        raise InvalidInput(
+            f"{folder}: neither the tokenizer nor config.json names a token that ends text (eos_token), and llama.cpp "
+            f"would take the one with the id {default} for it"
+        )
+    return found
+
+
 def _pieces(
-    content: dict[str, Any], vocabulary: int, byte_level: bool
+    folder: Path, content: dict[str, Any], vocabulary: int, *, byte_level: bool
 ) -> tuple[list[str], list[int]]:
-    tokens = [f"[PAD{index}]" for index in range(vocabulary)]
+    named = {index: text for text, index in content["model"]["vocab"].items()}
     types = [UNUSED] * vocabulary
+    added = {token["id"]: token for token in content.get("added_tokens") or []}
+    beyond = sorted(index for index in named | added if index >= vocabulary)
+    if beyond:
+        text = added[beyond[0]]["content"] if beyond[0] in added else named[beyond[0]]
+        raise InvalidInput(
+            f"{folder}: the token {text!r} has the id {beyond[0]}, but the model has {vocabulary} embeddings, which is "
+            "as many as llama.cpp takes tokens"
+        )
+    for index, text in named.items():
+        types[index] = BYTE if not byte_level and text in BYTE_PIECES else NORMAL
     unknown = content["model"].get("unk_token")
+    for index, token in added.items():
+        named[index] = token["content"]
+        types[index] = CONTROL if token["special"] else USER_DEFINED
+        if token["content"] == unknown:
+            types[index] = UNKNOWN
     for text, index in content["model"]["vocab"].items():
-        is_byte = not byte_level and len(text) == 6 and text.startswith("<0x")
-        tokens[index], types[index] = text, BYTE if is_byte else NORMAL
-    for added in content.get("added_tokens") or []:
-        tokens[added["id"]] = added["content"]
-        types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
-        if added["content"] == unknown:
-            types[added["id"]] = UNKNOWN
-    return tokens, types
+        if named[index] != text:
+            raise InvalidInput(
+                f"{folder}: {text!r} and {named[index]!r} are both the token {index}, and GGUF has one text a token"
+            )
+    for index, text in named.items():
+        if not text or "\0" in text:
+            raise InvalidInput(
+                f"{folder}: the token {index} is {text!r}, which llama.cpp cannot read: it ends texts at a null"
+            )
+    taken = set(named.values())
+    if len(taken) < len(named):
+        twice = next(text for text in taken if list(named.values()).count(text) > 1)
+        raise InvalidInput(f"{folder}: two tokens are {twice!r}, and llama.cpp ends at such a file")
+    return [named.get(index) or _filler(index, taken) for index in range(vocabulary)], types
 
 
-def _scores(tokens: list[str], types: list[int], merges: list[str]) -> list[float]:
-    """The rank of the first merge that makes a piece, negated: SentencePiece then merges in the same order."""
+def _filler(index: int, taken: set[str]) -> str:
+    """A name for an id that no token has; llama.cpp wants each once."""
+    name = f"[PAD{index}]"
+    while name in taken:
+        name = f"[{name}]"
+    return name
+
+
+def _scores(
+    folder: Path, tokens: list[str], types: list[int], merges: list[tuple[str, str]]
+) -> list[float]:
+    """The rank of the first merge that makes a piece, negated: SentencePiece then merges in the same order.
+
+    It does if its rule makes the same of every pair: any two neighbours are merged that are a piece together, the
+    better score first, whichever pair makes it.
+    """
+    found = {token for token, kind in zip(tokens, types, strict=True) if kind in _FOUND_FIRST}
     rank: dict[str, int] = {}
-    for index, merge in enumerate(merges):
-        rank.setdefault(merge.replace(" ", ""), index)
+    last = None
+    for index, (left, right) in enumerate(merges):
+        piece = left + right
+        if piece in rank and piece != last and piece not in found:
+            raise InvalidInput(
+                f"{folder}: {piece!r} is merged from {left!r} and {right!r} later than other pieces are that come "
+                "after it otherwise; llama.cpp has one score a piece"
+            )
+        rank.setdefault(piece, index)
+        last = last if piece in found else piece
+    known, pairs = set(tokens), set(merges)
+    for token, kind in zip(tokens, types, strict=True):
+        if kind in _FOUND_FIRST:
+            continue
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            met = (cut == 1 or left in known) and (len(right) == 1 or right in known)
+            if met and (left, right) not in pairs:
+                raise InvalidInput(
+                    f"{folder}: llama.cpp would make {token!r} of {left!r} and {right!r}, which no merge of the "
+                    "tokenizer does"
+                )
     return [
         -float(rank[token]) if token in rank else _NEVER if kind == NORMAL else 0.0
         for token, kind in zip(tokens, types, strict=True)
     ]
-
-
-def _split(path: Path, content: dict[str, Any]) -> str:
-    first = content.get("pre_tokenizer") or {}
-    steps = first.get("pretokenizers", [first])
-    kinds = [step.get("type") for step in steps]
-    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
-        return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
-        return "smollm"
-    if kinds == ["Split", "ByteLevel"]:
-        name = _SPLITS.get(steps[0]["pattern"].get("Regex", ""))
-        if name is not None:
-            return name
-    raise InvalidInput(f"{path}: splits text in a way that llama.cpp has no name for here: {kinds}")

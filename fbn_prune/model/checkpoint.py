@@ -8,6 +8,7 @@ folder.
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from transformers.utils import logging as transformers_logging
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.families import Family, as_config, family_of
 from fbn_prune.model.modeling_ragged import ragged_class
+from fbn_prune.model.oddities import ConfigWarning, oddities
 from fbn_prune.model.shards import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -114,6 +116,11 @@ class Checkpoint:
         ------
         InvalidInput
             If anything is missing, broken, contradictory or not supported.
+
+        Warns
+        -----
+        ConfigWarning
+            If its configs are odd, see :meth:`oddities`.
         """
         path, hub_id = find_folder(
             path_or_hub_id, lambda config: family_of(config, ragged=ragged), trust_remote_code
@@ -123,6 +130,8 @@ class Checkpoint:
         tensors = read_headers(path)
         checkpoint = cls(path, config, family, tensors, hub_id, trust_remote_code)
         checkpoint.check()
+        if (odd := checkpoint.oddities()) is not None:
+            warnings.warn(odd, ConfigWarning, stacklevel=2)
         return checkpoint
 
     def check(self) -> None:
@@ -136,6 +145,10 @@ class Checkpoint:
         _refuse_quantized(self.path, self.tensors)
         _check_mlps(self.path, self.family, self.config, self.tensors)
         _check_tokenizer(self)
+
+    def oddities(self) -> str | None:
+        """One line on what its configs say that the model cannot do, as special tokens that are none; or None."""
+        return oddities(self.path, self.config, self.family.vocab_size(self.config))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -398,7 +411,7 @@ def _quiet_transformers() -> Iterator[None]:
     shown = transformers_logging.is_progress_bar_enabled()
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity(max(verbosity, transformers_logging.ERROR))
     try:
         yield
     finally:

@@ -1,0 +1,384 @@
+"""Which of llama.cpp's two kinds of BPE a tokenizer is, and refusals of what neither would read as transformers does.
+
+llama.cpp does not run a tokenizer's own steps: it has a few fixed ways of splitting text, chosen by name, and of
+merging. What it does is in its `src/llama-vocab.cpp`; every check here stands for a line there that would give other
+ids, abort, or throw.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import models, pre_tokenizers
+
+from fbn_prune.errors import InvalidInput
+
+SPACE = "▁"
+BYTE_PIECES = frozenset(f"<0x{value:02X}>" for value in range(256))
+
+_LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+_QWEN_2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+_TAKEN_FOR_SPECIAL = frozenset(
+    {
+        "<|eot_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<|return|>",
+        "<|call|>",
+        "<|flush|>",
+        "<|calls|>",
+        "<end_of_turn>",
+        "<|endoftext|>",
+        "</s>",
+        "<|eom_id|>",
+        "<EOT>",
+        "_<EOT>",
+        "[EOT]",
+        "[EOS]",
+        "<|end_of_text|>",
+        "<end_of_utterance>",
+        "<eos>",
+        "<turn|>",
+        "<|tool_response>",
+        "<｜end▁of▁sentence｜>",
+        "[e~[",
+        "<|fim_prefix|>",
+        "<fim-prefix>",
+        "<fim_prefix>",
+        "<PRE>",
+        "▁<PRE>",
+        "<|code_prefix|>",
+        "<｜fim▁begin｜>",
+        "<|fim_suffix|>",
+        "<fim-suffix>",
+        "<fim_suffix>",
+        "<SUF>",
+        "▁<SUF>",
+        "<|code_suffix|>",
+        "<｜fim▁hole｜>",
+        "<|fim_middle|>",
+        "<fim-middle>",
+        "<fim_middle>",
+        "<MID>",
+        "▁<MID>",
+        "<|prefix|>",
+        "<|suffix|>",
+        "<|middle|>",
+        "<|code_middle|>",
+        "<｜fim▁end｜>",
+        "<|fim_pad|>",
+        "<fim-pad>",
+        "<fim_pad>",
+        "<PAD>",
+        "[PAD]",
+        "<|fim_repo|>",
+        "<|repo_name|>",
+        "<fim-repo>",
+        "<REPO>",
+        "<reponame>",
+        "<|file_sep|>",
+        "<|channel|>",
+        "<|message|>",
+        "<|start|>",
+        "<|constrain|>",
+    }
+)
+"""Texts that llama.cpp finds whole wherever they stand, because of how they are spelled."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a tokenizer is told to llama.cpp.
+
+    Attributes
+    ----------
+    model : "gpt2" for byte-level BPE, which merges by rank; "llama" for SentencePiece, which merges by score.
+    split : how text is split before merging, by llama.cpp's name; "default" for "llama".
+    adds_space : a space is put before text, and before what follows a special token.
+    notes : what llama.cpp does otherwise, on text that is hardly ever met.
+    """
+
+    model: str
+    split: str
+    adds_space: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def form_of(where: object, content: dict[str, Any]) -> Form:
+    """The form of a tokenizer, described as in `tokenizer.json`.
+
+    Parameters
+    ----------
+    where : what messages begin with.
+
+    Raises
+    ------
+    InvalidInput
+        llama.cpp would find other tokens in a text than the tokenizer, or not load the file.
+    """
+    model = content["model"]
+    if model.get("type") != "BPE":
+        raise InvalidInput(
+            f"{where}: a {model.get('type')} tokenizer has no counterpart in GGUF here"
+        )
+    if model.get("dropout"):
+        raise InvalidInput(
+            f"{where}: leaves merges out by chance (dropout), which llama.cpp does not"
+        )
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise InvalidInput(f"{where}: its {key} {model[key]!r} has no counterpart in llama.cpp")
+    _check_added(where, content)
+    steps = _steps(content.get("pre_tokenizer"), "pretokenizers")
+    if steps and steps[-1].get("type") == "ByteLevel":
+        return _byte_level(where, content, steps)
+    if not model.get("byte_fallback"):
+        raise InvalidInput(f"{where}: neither byte-level nor with byte pieces, as llama.cpp needs")
+    return _sentencepiece(where, content, steps)
+
+
+def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    """Normalizers, pre-tokenizers or decoders in their order, sequences of sequences flattened."""
+    if part is None:
+        return []
+    if part.get("type") != "Sequence":
+        return [part]
+    return [step for inner in part[key] for step in _steps(inner, key)]
+
+
+def _byte_level(where: object, content: dict[str, Any], steps: list[dict[str, Any]]) -> Form:
+    model = content["model"]
+    if not model["merges"]:
+        raise InvalidInput(
+            f"{where}: a byte-level tokenizer without merges, which llama.cpp does not load"
+        )
+    if any(" " in part for merge in model["merges"] for part in pair(merge)):
+        raise InvalidInput(f"{where}: a merge holds a space, which separates its halves in GGUF")
+    if (content.get("decoder") or {}).get("type") != "ByteLevel":
+        raise InvalidInput(
+            f"{where}: splits text by bytes but does not join it so, as llama.cpp does"
+        )
+    notes = [*_byte_level_normalizer(where, content), *_bytes_without_token(where, model)]
+    return Form("gpt2", split_name(where, content, steps), notes=tuple(notes))
+
+
+def _byte_level_normalizer(where: object, content: dict[str, Any]) -> Iterator[str]:
+    for step in _steps(content.get("normalizer"), "normalizers"):
+        if step["type"] != "NFC":
+            raise InvalidInput(
+                f"{where}: changes text before splitting it ({step['type']}), which llama.cpp does not"
+            )
+        yield (
+            "llama.cpp does not compose characters (Unicode NFC) as this tokenizer does: give it composed text, "
+            "as nearly all text is"
+        )
+
+
+def _bytes_without_token(where: object, model: dict[str, Any]) -> Iterator[str]:
+    """Both leave a byte out that no token stands for; what differs is whether merges reach across the gap."""
+    missing = _bytes_of_text() - set(model["vocab"])
+    if not missing:
+        return
+    if model.get("unk_token") is not None:
+        raise InvalidInput(
+            f"{where}: has no token for {len(missing)} of the bytes that text is made of and gives "
+            f"{model['unk_token']!r} for them, where llama.cpp leaves them out"
+        )
+    yield (
+        f"this tokenizer has no token for {len(missing)} of the bytes that text is made of and leaves them out, as "
+        "llama.cpp does, but the pieces beside such a byte may be merged differently there"
+    )
+
+
+def _bytes_of_text() -> set[str]:
+    """The bytes that occur in UTF-8, as byte-level tokenizers write them."""
+    points = [*range(0x800), *range(0x800, 0xD800, 0x40), *range(0xE000, 0x110000, 0x40)]
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return {
+        char for piece, _ in split.pre_tokenize_str("".join(map(chr, points))) for char in piece
+    }
+
+
+def split_name(where: object, content: dict[str, Any], steps: list[dict[str, Any]]) -> str:
+    """llama.cpp's name for how a byte-level tokenizer splits text.
+
+    Raises
+    ------
+    InvalidInput
+        It has none.
+    """
+    kinds = [step.get("type") for step in steps]
+    first, last = steps[0], steps[-1]
+    if last.get("add_prefix_space", True):
+        raise InvalidInput(
+            f"{where}: puts a space before text, which llama.cpp does not for byte-level tokenizers"
+        )
+    whole, name = bool(content["model"].get("ignore_merges")), None
+    if kinds == ["ByteLevel"] and last.get("use_regex", True):
+        name = "gpt-2"
+    elif kinds == ["Digits", "ByteLevel"] and last.get("use_regex", True):
+        name = "smollm" if first.get("individual_digits") else None
+    elif (
+        kinds == ["Split", "ByteLevel"]
+        and not last.get("use_regex", True)
+        and first["behavior"] == "Isolated"
+        and not first.get("invert")
+    ):
+        expression = first["pattern"].get("Regex", "")
+        if expression == _LLAMA_3:  # with a name for either: the first takes words whole
+            return "llama-bpe" if whole else "smaug-bpe"
+        name = "qwen2" if expression == _QWEN_2 else None
+    if name is None:
+        raise InvalidInput(
+            f"{where}: splits text in a way that llama.cpp has no name for here: {kinds}"
+        )
+    if whole and not _merges_reach_all(content):
+        raise InvalidInput(
+            f"{where}: takes words of the vocabulary whole where merges do not make them (ignore_merges), which "
+            f"llama.cpp does not with this way of splitting text ({name})"
+        )
+    return name
+
+
+def _merges_reach_all(content: dict[str, Any]) -> bool:
+    """Whether every piece is what its own text is merged into; then ignoring merges changes nothing."""
+    model = content["model"]
+    bpe = models.BPE(vocab=model["vocab"], merges=[pair(merge) for merge in model["merges"]])
+    added = {token["content"] for token in content.get("added_tokens") or []}
+    return all(
+        [token.value for token in bpe.tokenize(text)] == [text]
+        for text in model["vocab"].keys() - added
+    )
+
+
+def _sentencepiece(where: object, content: dict[str, Any], steps: list[dict[str, Any]]) -> Form:
+    missing = BYTE_PIECES - set(content["model"]["vocab"])
+    if missing:
+        raise InvalidInput(
+            f"{where}: lacks {len(missing)} of the 256 byte pieces, first {min(missing)}, without which llama.cpp "
+            "fails on text"
+        )
+    decoders = {step["type"] for step in _steps(content.get("decoder"), "decoders")}
+    if "ByteFallback" not in decoders or not decoders & {"Replace", "Metaspace"}:
+        raise InvalidInput(
+            f"{where}: joins pieces to text differently from llama.cpp, which makes bytes of byte pieces and spaces of "
+            f"{SPACE}"
+        )
+    normalizers = _steps(content.get("normalizer"), "normalizers")
+    kinds = [step["type"] for step in normalizers]
+    spaces = [step for step in normalizers if step["type"] == "Replace"]
+    swaps = [
+        step["pattern"].get("String") == " " and step.get("content") == SPACE for step in spaces
+    ]
+    if set(kinds) - {"Prepend", "Replace"} or len(set(kinds)) < len(kinds) or not all(swaps):
+        raise InvalidInput(
+            f"{where}: changes text before merging in a way that llama.cpp does not: {kinds}"
+        )
+    prepends = next((step["prepend"] for step in normalizers if step["type"] == "Prepend"), None)
+    if prepends not in (None, SPACE) or (prepends and not spaces):
+        raise InvalidInput(f"{where}: puts {prepends!r} before text, where llama.cpp puts a space")
+    if steps:
+        _check_metaspace(where, content, steps, normalized=bool(normalizers))
+    elif not spaces:
+        raise InvalidInput(f"{where}: does not write spaces as {SPACE}, as llama.cpp does")
+    if prepends:
+        for added in content.get("added_tokens") or []:
+            if added.get("normalized"):
+                raise InvalidInput(
+                    f"{where}: the added token {added['content']!r} is looked for in normalized text, behind a space "
+                    "alone; llama.cpp finds it anywhere"
+                )
+    return Form("llama", "default", adds_space=bool(prepends))
+
+
+def _check_metaspace(
+    where: object, content: dict[str, Any], steps: list[dict[str, Any]], *, normalized: bool
+) -> None:
+    kinds = [step.get("type") for step in steps]
+    if kinds != ["Metaspace"] or steps[0].get("replacement") != SPACE or normalized:
+        raise InvalidInput(
+            f"{where}: splits text in a way that llama.cpp has no name for here: {kinds}"
+        )
+    if steps[0].get("prepend_scheme", "always") != "never":
+        raise InvalidInput(
+            f"{where}: text that begins with a space, or follows a special token, gets no further space before it "
+            f"(Metaspace, prepend_scheme {steps[0].get('prepend_scheme', 'always')!r}), but always does in llama.cpp"
+        )
+    inner = next((text for text in content["model"]["vocab"] if SPACE in text[1:]), None)
+    if steps[0].get("split", True) and inner is not None:
+        raise InvalidInput(
+            f"{where}: splits text at spaces, which llama.cpp does not here, and has pieces that go across one: "
+            f"{inner!r}"
+        )
+
+
+def pair(merge: str | Sequence[str]) -> tuple[str, str]:
+    """The halves of a merge, which files write as "left right" or as two strings."""
+    left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+    return left, right
+
+
+def _check_added(where: object, content: dict[str, Any]) -> None:
+    """Added tokens are found before all else, by both; llama.cpp knows no conditions, and looks for long ones first."""
+    added: list[dict[str, Any]] = [a for a in content.get("added_tokens") or [] if a["content"]]
+    for token in added:
+        text = token["content"]
+        for key, does in (
+            ("lstrip", "takes the spaces before it along"),
+            ("rstrip", "takes the spaces behind it along"),
+            ("single_word", "is found as a word of its own alone"),
+        ):
+            if token.get(key):
+                raise InvalidInput(
+                    f"{where}: the added token {text!r} {does} ({key}), which llama.cpp does not know of"
+                )
+    named = {token["content"] for token in added}
+    taken = sorted((_TAKEN_FOR_SPECIAL & set(content["model"]["vocab"])) - named)
+    if taken:
+        raise InvalidInput(
+            f"{where}: llama.cpp takes {taken[0]!r} for a special token because of its name; here it is a piece of text"
+        )
+    composes = content.get("normalizer") is not None
+    for token in added:
+        if composes and unicodedata.normalize("NFC", token["content"]) != token["content"]:
+            raise InvalidInput(
+                f"{where}: the added token {token['content']!r} is not composed text (Unicode NFC)"
+            )
+    _check_overlaps(where, added)
+
+
+def _check_overlaps(where: object, added: list[dict[str, Any]]) -> None:
+    """Where two added tokens share characters of a text, the tokenizer takes the one that begins first (of those that
+    are looked for in text as it stands, then of the others) and llama.cpp the longer."""
+    starts: dict[str, list[dict[str, Any]]] = {}
+    for token in added:
+        for end in range(1, len(token["content"])):
+            starts.setdefault(token["content"][:end], []).append(token)
+    for one in added:
+        text = one["content"]
+        for begin in range(1, len(text)):
+            for other in starts.get(text[begin:], ()):
+                longer = other["content"]
+                if other is one or len(longer) < len(text) or len(set(text + longer)) == 1:
+                    continue  # runs of one character are found from the left by both
+                raise InvalidInput(
+                    f"{where}: the added tokens {text!r} and {longer!r} overlap, and llama.cpp would take the other "
+                    "one where a text holds both"
+                )
+    late = [token["content"] for token in added if token.get("normalized")]
+    for text in (token["content"] for token in added if not token.get("normalized")):
+        inside = next((longer for longer in late if text in longer and text != longer), None)
+        if inside is not None:
+            raise InvalidInput(
+                f"{where}: the added token {text!r} is looked for before {inside!r}, which holds it; llama.cpp looks "
+                "for the longer one first"
+            )
