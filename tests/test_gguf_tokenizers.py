@@ -442,20 +442,6 @@ REFUSED: dict[str, tuple[Callable[[], Tokenizer], str]] = {
         ),
         "puts 'a' before text",
     ),
-    "metaspace, first": (
-        lambda: sentencepiece(
-            normalizer=None,
-            pre_tokenizer=pre_tokenizers.Metaspace(prepend_scheme="first", split=False),
-        ),
-        "prepend_scheme 'first'",
-    ),
-    "metaspace, always": (
-        lambda: sentencepiece(
-            normalizer=None,
-            pre_tokenizer=pre_tokenizers.Metaspace(prepend_scheme="always", split=False),
-        ),
-        "prepend_scheme 'always'",
-    ),
     "pieces across spaces": (
         lambda: sentencepiece(
             normalizer=None,
@@ -557,15 +543,40 @@ def test_a_class_that_does_not_take_its_file_at_its_word_is_what_counts(tmp_path
     assert len(notes) == 1
 
 
-def test_the_refusal_says_what_makes_a_file_of_its_kind_convertible(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_a_space_before_text_that_has_none_is_carried_over_and_the_rest_is_said(
+    scheme: str, tmp_path: Path
+) -> None:
+    spaces = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    source = checkpoint(tmp_path / "in", sentencepiece(normalizer=None, pre_tokenizer=spaces))
+    notes: list[str] = []
+    write_gguf(source, tmp_path / "m.gguf", note=notes.append)
+    tokenizer, found = source.load_tokenizer(), LlamaCppTokens(tmp_path / "m.gguf")
+    plain = [text for text in TEXTS if text and text[0] not in " <" and "<s>" not in text]
+    assert len(plain) > 5
+    assert {t: tokenizer(t)["input_ids"] for t in plain} == {t: found(t) for t in plain}
+    assert tokenizer(" the cat")["input_ids"] != found(" the cat")
+    (note,) = notes
+    assert "before text that begins with one" in note
+    assert "PreTrainedTokenizerFast" not in note
+
+
+def test_a_llama_2_tokenizer_is_carried_over_and_the_way_to_equal_ids_is_said(
+    tmp_path: Path,
+) -> None:
     source = of_class(checkpoint(tmp_path / "in", sentencepiece()), "LlamaTokenizer")
-    with pytest.raises(InvalidInput, match=r"Metaspace.*PreTrainedTokenizerFast"):
-        write_gguf(source, tmp_path / "m.gguf")
-    assert not (tmp_path / "m.gguf").exists()
+    notes: list[str] = []
+    write_gguf(source, tmp_path / "m.gguf", note=notes.append)
+    tokenizer, found = source.load_tokenizer(), LlamaCppTokens(tmp_path / "m.gguf")
+    assert tokenizer("the cat sat")["input_ids"][-3:] == found("the cat sat")[-3:]
+    (note,) = notes
+    assert "(Metaspace)" in note
+    assert "PreTrainedTokenizerFast" in note
     source = of_class(source, "PreTrainedTokenizerFast")
-    write_gguf(source, tmp_path / "m.gguf")
+    write_gguf(source, tmp_path / "m.gguf", note=notes.append)
     tokenizer, found = source.load_tokenizer(), LlamaCppTokens(tmp_path / "m.gguf")
     assert {t: tokenizer(t)["input_ids"] for t in TEXTS} == {t: found(t) for t in TEXTS}
+    assert len(notes) == 1
 
 
 def test_two_texts_of_one_id_are_refused(tmp_path: Path) -> None:

@@ -27,6 +27,10 @@ _QWEN_2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
+_SPACES_ONCE = (
+    "llama.cpp puts a space before every text and behind every special token; this tokenizer (Metaspace) does not "
+    "before text that begins with one, nor always behind special tokens: there ids may differ by it"
+)
 _TAKEN_FOR_SPECIAL = frozenset(
     {
         "<|eot_id|>",
@@ -286,8 +290,11 @@ def _sentencepiece(where: object, content: dict[str, Any], steps: list[dict[str,
     prepends = next((step["prepend"] for step in normalizers if step["type"] == "Prepend"), None)
     if prepends not in (None, SPACE) or (prepends and not spaces):
         raise InvalidInput(f"{where}: puts {prepends!r} before text, where llama.cpp puts a space")
+    notes: tuple[str, ...] = ()
+    adds_space = bool(prepends)
     if steps:
-        _check_metaspace(where, content, steps, normalized=bool(normalizers))
+        adds_space = _metaspace(where, content, steps, normalized=bool(normalizers))
+        notes = (_SPACES_ONCE,) if adds_space else ()
     elif not spaces:
         raise InvalidInput(f"{where}: does not write spaces as {SPACE}, as llama.cpp does")
     if prepends:
@@ -297,21 +304,17 @@ def _sentencepiece(where: object, content: dict[str, Any], steps: list[dict[str,
                     f"{where}: the added token {added['content']!r} is looked for in normalized text, behind a space "
                     "alone; llama.cpp finds it anywhere"
                 )
-    return Form("llama", "default", adds_space=bool(prepends))
+    return Form("llama", "default", adds_space=adds_space, notes=notes)
 
 
-def _check_metaspace(
+def _metaspace(
     where: object, content: dict[str, Any], steps: list[dict[str, Any]], *, normalized: bool
-) -> None:
+) -> bool:
+    """Whether splitting by Metaspace puts a space before text."""
     kinds = [step.get("type") for step in steps]
     if kinds != ["Metaspace"] or steps[0].get("replacement") != SPACE or normalized:
         raise InvalidInput(
             f"{where}: splits text in a way that llama.cpp has no name for here: {kinds}"
-        )
-    if steps[0].get("prepend_scheme", "always") != "never":
-        raise InvalidInput(
-            f"{where}: text that begins with a space, or follows a special token, gets no further space before it "
-            f"(Metaspace, prepend_scheme {steps[0].get('prepend_scheme', 'always')!r}), but always does in llama.cpp"
         )
     inner = next((text for text in content["model"]["vocab"] if SPACE in text[1:]), None)
     if steps[0].get("split", True) and inner is not None:
@@ -319,6 +322,7 @@ def _check_metaspace(
             f"{where}: splits text at spaces, which llama.cpp does not here, and has pieces that go across one: "
             f"{inner!r}"
         )
+    return bool(steps[0].get("prepend_scheme", "always") != "never")
 
 
 def pair(merge: str | Sequence[str]) -> tuple[str, str]:

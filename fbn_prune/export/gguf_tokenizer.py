@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,11 @@ def _form(folder: Path, tokenizer: PreTrainedTokenizerBase, content: dict[str, A
         raise InvalidInput(
             f"{error}; that is how transformers loads it ({name}): {hint}, which can be converted"
         ) from error
+    if stored is not None and len(stored.notes) < len(form.notes):
+        # The class adds what llama.cpp does not do.
+        form = replace(
+            form, notes=(*form.notes[:-1], f"{form.notes[-1]}; {hint}, and so does llama.cpp")
+        )
     if stored is not None and (stored.model, stored.split) != (form.model, form.split):
         note = (
             f"transformers ({name}) splits text otherwise than tokenizer.json says ({form.split}, not {stored.split}), "
