@@ -317,7 +317,10 @@ def main(
             table.add_row(str(count), f"{budget / total:.1%}", *(f"{v:.2f}" for v in shown))
         console.print(table)
     if output is not None:
-        facts = {"model": model.name, "dense": dense, **common, "blocks": blocks}
+        texts = {"calibrate": calibrate, "evaluate": evaluate}
+        # In their order: the draw goes through them one after the other.
+        named = {key: [file.name for file in files] for key, files in texts.items()}
+        facts = {"model": model.name, "dense": dense, **named, **common, "blocks": blocks}
         output.write_text(
             json.dumps({**facts, "budgets": rows, "dial": dial_rows}, indent=1) + "\n"
         )
