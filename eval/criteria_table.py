@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -163,6 +164,7 @@ class Comparison:
                 self.networks,
                 self.order,
                 roots,
+                Path(tempfile.gettempdir()),
             )
             for budget in budgets:
                 request = LayoutRequest(

@@ -19,7 +19,7 @@ from fbn_prune import ranks
 from fbn_prune.budget import Budget
 from fbn_prune.calibration import Batch, CalibrationData, TokenBlocks
 from fbn_prune.errors import FbnPruneError, InvalidInput
-from fbn_prune.export.directory import atomic_directory
+from fbn_prune.export.directory import atomic_directory, check_room
 from fbn_prune.finite import damage
 from fbn_prune.launcher import is_first
 from fbn_prune.matching import MatchedCalibration, TaskCalibration
@@ -31,7 +31,14 @@ from fbn_prune.prepared import Prepared, prepare
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.allocation import budget_from_networks, member_scores
 from fbn_prune.pruning.evidence import CutOptions
-from fbn_prune.pruning.layout import UNIFORM, Layout, LayoutRequest, Subject, choose_layout
+from fbn_prune.pruning.layout import (
+    UNIFORM,
+    Layout,
+    LayoutRequest,
+    Subject,
+    choose_layout,
+    trial_bytes,
+)
 from fbn_prune.pruning.pipeline import cut_layers
 from fbn_prune.pruning.prediction import check_rise, predicted_rise
 from fbn_prune.publish import publish
@@ -136,10 +143,11 @@ def _pruned(prepared: Prepared, work: Work, clock: StageClock) -> PruneResult:
         networks,
         kept,
         loss_roots,
+        prepared.memory.scratch,
     )
     request = _layout_request(prepared, networks, kept)
     layout = Layout(
-        **work.numbers("layout", lambda: asdict(choose_layout(subject, request, clock)))
+        **work.numbers("layout", lambda: asdict(_chosen_layout(prepared, subject, request, clock)))
     )
     if recipe.layout == "auto":
         clock.note(_verdict(layout))
@@ -315,6 +323,15 @@ def _layout_request(
         multiple=prepared.width_multiple,
         whole=prepared.whole,
     )
+
+
+def _chosen_layout(
+    prepared: Prepared, subject: Subject, request: LayoutRequest, clock: StageClock
+) -> Layout:
+    hidden = prepared.family.hidden_size(prepared.checkpoint.config)
+    tried = trial_bytes(request, hidden, prepared.dtype.itemsize)
+    check_room(subject.scratch, tried, "folder of temporary files")
+    return choose_layout(subject, request, clock)
 
 
 def _verdict(layout: Layout) -> str:

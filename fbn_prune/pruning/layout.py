@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from fbn_prune.calibration import TokenBlocks
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.families import Family
 from fbn_prune.model.streaming import SpilledCuts, down_weights, stream_of
-from fbn_prune.model.surgery import MlpCut, as_if_cut
+from fbn_prune.model.surgery import as_if_cut, rounded_cut
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.perplexity import token_losses
 from fbn_prune.progress import StageClock
@@ -94,7 +95,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Subject:
-    """The dense model and what is known of it when its widths are chosen."""
+    """The dense model, what is known of it when its widths are chosen, and a folder for cuts that are only tried."""
 
     model: PreTrainedModel
     family: Family
@@ -104,6 +105,16 @@ class Subject:
     networks: FunctionalNetworks | None
     kept: Sequence[int]
     loss_roots: Sequence[Tensor] | None
+    scratch: Path
+
+
+def trial_bytes(request: LayoutRequest, hidden: int, itemsize: int) -> int:
+    """What the cuts of a trial take on disk, a neuron's output weights `hidden` values each; 0 without a trial."""
+    rules = _rules(request)
+    if not rules or (request.layout == "ragged" and rules == ["members"]):
+        return 0
+    candidates = 1 + sum(len(_strengths(rule)) for rule in rules)
+    return candidates * request.budget * hidden * itemsize
 
 
 def choose_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -> Layout:
@@ -142,6 +153,10 @@ def _rules(request: LayoutRequest) -> list[str]:
     return ["networks", "loss"] if request.rule == "auto" else [request.rule]
 
 
+def _strengths(rule: str) -> tuple[float, ...]:
+    return (1.0,) if rule == "members" else STRENGTHS
+
+
 def _tried_every(tokens: int) -> int:
     """Each so-many-th block is set aside: of little text a larger share, half of it at most."""
     return max(2, min(MOST_TRIED_EVERY, tokens // TRIAL_TOKENS))
@@ -155,7 +170,7 @@ def _candidates(
     candidates = {UNIFORM: even}
     for rule in rules:
         ranked = _ranked(subject, request, rule, clock)
-        for strength in (1.0,) if rule == "members" else STRENGTHS:
+        for strength in _strengths(rule):
             widths = blended_widths(
                 even, ranked, strength, request.full, request.multiple, request.whole
             )
@@ -240,16 +255,15 @@ def _trials(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The losses [tokens] of the dense model, and of each candidate."""
     stream = stream_of(subject.model)
-    cuts: dict[str, list[MlpCut] | SpilledCuts] = {
-        name: [] if stream is None else SpilledCuts(stream.scratch) for name in candidates
-    }
+    # Together they come to more than the model.
+    cuts = {name: SpilledCuts(subject.scratch) for name in candidates}
     loss_roots = subject.loss_roots if subject.options.loss_aware else None
     for layer in _evidence(subject, loss_roots, clock):
         wanted = {widths[layer.layer] for widths in candidates.values()}
         with DampingNotes().heard(layer.layer):  # the cut itself will say the same
             made = cuts_to_widths(subject.options.criterion, layer, wanted)
         for name, widths in candidates.items():
-            cuts[name].append(made[widths[layer.layer]])
+            cuts[name].append(rounded_cut(made[widths[layer.layer]], subject.model.dtype))
     batches = trying.batches(subject.batch_tokens)
     losses: dict[str, Tensor] = {}
     with clock.stage("trial", len(cuts) + 1, "layouts") as advance:
