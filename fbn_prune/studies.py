@@ -8,7 +8,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from fbn_prune.calibration import CalibrationData
+from fbn_prune.errors import InvalidInput
 from fbn_prune.matching import MatchedCalibration
+from fbn_prune.memory import free_memory
+from fbn_prune.model.placement import layer_bytes
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.networks.ranking import strongest_first
 from fbn_prune.prepared import Prepared, prepare
@@ -64,8 +67,21 @@ class Ranking:
 
 
 def study(recipe: Recipe, clock: StageClock) -> Studied:
-    """Load a recipe's model, and its networks or find them; match the task, if there is one."""
+    """Load a recipe's model, and its networks or find them; match the task, if there is one.
+
+    Raises
+    ------
+    InvalidInput
+        The recipe names what cannot be used, or the model does not fit into memory, where a study has it whole.
+    """
     prepared = prepare(recipe)
+    if prepared.memory.streamed:
+        layers, rest = layer_bytes(prepared.checkpoint, prepared.dtype)
+        free = free_memory(prepared.device)
+        raise InvalidInput(
+            f"this command has the whole model in memory: {recipe.model} takes {(sum(layers) + rest) / 1e9:.1f} GB and "
+            f"more beside it, {free / 1e9:.1f} GB are free (prune and discover read such a model layer by layer)"
+        )
     tokenizer = prepared.checkpoint.load_tokenizer()
     with clock.stage("calibration"):
         data = load_calibration(prepared, tokenizer)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from tiny_models import save_tiny
 
-from fbn_prune import comparison
+from fbn_prune import comparison, memory
 from fbn_prune.cli.main import _exit_code
 from fbn_prune.model.surgery import MlpCut
 from fbn_prune.recipe import CRITERION_NAMES
@@ -282,3 +282,18 @@ def test_a_budget_of_networks_is_that_of_a_run_that_keeps_them(
         alone["perplexity_after"], rel=1e-5
     )
     assert [budget["networks"] for budget in result["budgets"] if budget["kept"] == 0.5] == [None]
+
+
+@pytest.mark.parametrize("command", ["compare", "rank", "ablate"])
+def test_a_model_that_memory_does_not_hold_is_refused_where_it_must_be_whole(
+    command: str,
+    tiny: Path,
+    text: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory, "free_memory", lambda device: 0)
+    capsys.readouterr()
+    given = [*arguments(tiny, text)][:-2]  # no width multiple: only compare cuts
+    assert _exit_code([command, *given]) == 2
+    assert "has the whole model in memory" in capsys.readouterr().err
