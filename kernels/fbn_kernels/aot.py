@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .kernels import down_kernel, hidden_kernel
-from .launch import CUDA_PRECISION, HIP_PRECISION
+from .launch import CHAINS, CUDA_PRECISION, HIP_PRECISION
 from .tuning import DownTile, HiddenTile
 
 
@@ -51,7 +51,7 @@ class Chip:
 
 CHIPS = {
     "sm_80": Chip("sm_80", GPUTarget("cuda", 80, 32), 163 * 1024, CUDA_PRECISION),
-    "sm_90": Chip("sm_90", GPUTarget("cuda", 90, 32), 227 * 1024, CUDA_PRECISION, True),
+    "sm_90": Chip("sm_90", GPUTarget("cuda", 90, 32), 227 * 1024, CUDA_PRECISION, CHAINS),
     "gfx942": Chip("gfx942", GPUTarget("hip", "gfx942", 64), 64 * 1024, HIP_PRECISION),
 }
 

@@ -30,6 +30,9 @@ CUDA_PRECISION = "tf32x3"
 HIP_PRECISION = "ieee"
 """How float32 is multiplied on AMD, whose matrix cores take it as it is."""
 
+CHAINS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 5)
+"""Whether this Triton compiles programmatic dependent launch: 3.4 names it and fails on it."""
+
 _PRECISION = HIP_PRECISION if torch.version.hip else CUDA_PRECISION
 _GROUP_ROWS = 8
 _REDUCE_WIDTH = 128
@@ -130,7 +133,7 @@ def _padded(count: int) -> int:
 @functools.cache
 def chained(device: torch.device) -> bool:
     """Whether the device can start a kernel while the one before it drains (Hopper and later)."""
-    if device.type != "cuda" or torch.version.hip:
+    if device.type != "cuda" or torch.version.hip or not CHAINS:
         return False
     return torch.cuda.get_device_properties(device).major >= 9
 
