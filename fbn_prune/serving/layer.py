@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fbn_kernels import NeuronBatch, NeuronSet, NeuronSets, ResidentMlp, Strategy, vary
+from fbn_kernels import NeuronBatch, NeuronSet, NeuronSets, ResidentMlp, Strategy, mark_varying
 from fbn_prune.model.families import Family
 from fbn_prune.serving.arrangement import inverse, together
 from fbn_prune.serving.tasks import FullDown, OwnDown, TaskSet
@@ -222,11 +222,11 @@ class ServedLayer:
         own: OwnDown
         if isinstance(down, FullDown):
             own = FullDown(down.weight[:, columns].to(like))
-            vary(own.weight, 1)
+            mark_varying(own.weight, 1)
         else:
             own = replace(down, left=down.left.to(like), right=down.right[:, columns].to(like))
-            vary(own.left, 1)
-            vary(own.right, 0, 1)
+            mark_varying(own.left, 1)
+            mark_varying(own.right, 0, 1)
         return _Own(own, order.to(like.device))
 
 

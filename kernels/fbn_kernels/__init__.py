@@ -11,7 +11,7 @@ from .hidden import gathered_hidden
 from .mlp import gathered_mlp
 from .neuron_set import BLOCK, Kind, NeuronSet
 from .reference import reference_mlp
-from .resident import ResidentMlp, vary
+from .resident import ResidentMlp, mark_varying
 from .routing import NeuronBatch, NeuronSets, Strategy
 
 __all__ = [
@@ -26,6 +26,6 @@ __all__ = [
     "compact_cache",
     "gathered_hidden",
     "gathered_mlp",
+    "mark_varying",
     "reference_mlp",
-    "vary",
 ]

@@ -55,7 +55,7 @@ def _(hidden: Tensor, width: int, handle: int) -> Tensor:
     return hidden.new_empty(hidden.shape[0], width)
 
 
-def vary(tensor: Tensor, *dimensions: int) -> None:
+def mark_varying(tensor: Tensor, *dimensions: int) -> None:
     """Tell `torch.compile` that these sizes differ from set to set, lest it compile for one."""
     import torch._dynamo
 
@@ -102,10 +102,10 @@ class ResidentMlp:
         readings = (Reading.of(one.rows().cpu(), row_bytes) for one in self.sets)
         self._readings = tuple(replace(one, position=None) for one in readings)
         for one in self.sets:
-            vary(one.indices, 0)
-            vary(one.listed, 0)
+            mark_varying(one.indices, 0)
+            mark_varying(one.listed, 0)
         for reading in self._readings:
-            vary(reading.order, 0)
+            mark_varying(reading.order, 0)
         self.may_copy = True
         self._handle = next(_handles)
         _residents[self._handle] = self
