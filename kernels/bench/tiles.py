@@ -6,7 +6,10 @@ Each tile of the hidden kernel, apart and interleaved, is compiled ahead of time
 `traffic` is the time that shared memory needs over the time that the arithmetic needs, counted from the
 instructions: a warp group's product of 64 rows, n columns and 16 of the model width reads 64 + n rows of
 32 bytes from shared memory, what it reads has been copied there once for all warp groups, 128 bytes move
-in a cycle, and 2048 multiplications are done in one. Above 1 the arithmetic waits.
+in a cycle, and 2048 multiplications are done in one. Above 1 the arithmetic waits. `L2` is what all programs
+together would read from the second-level cache, in TB/s, to keep the measured peak of matrix products
+(`h200.json`) busy: no form of the product changes it, only larger tiles do, or programs that share what
+they read.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ PRODUCTS_A_CYCLE = 2048
 DEPTH = 16
 ROWS = 64
 ROW_BYTES = 2 * DEPTH
+PEAK = 701e12
+"""Operations a second of a large product on an H200, as `bench/results/h200.json` has it."""
 
 
 def traffic(tile: HiddenTile, columns: int) -> float:
@@ -32,6 +37,13 @@ def traffic(tile: HiddenTile, columns: int) -> float:
     read = products * (ROWS + columns) * ROW_BYTES
     written = (tile.block_rows + 2 * tile.block_neurons) * ROW_BYTES
     return (read + written) / BYTES_A_CYCLE / (products * ROWS * columns * DEPTH / PRODUCTS_A_CYCLE)
+
+
+def cache_reads(tile: HiddenTile) -> float:
+    """Bytes a second from the second-level cache at the measured peak."""
+    columns = 2 * tile.block_neurons
+    read = 2 * (tile.block_rows + columns)
+    return PEAK * read / (2 * tile.block_rows * columns)
 
 
 def main() -> None:
@@ -50,7 +62,7 @@ def main() -> None:
         entries = load_table(options.table).entries
         wide = (one.tile.hidden for one in entries if one.dtype != "float32")
         tiles = list(dict.fromkeys(replace(tile, interleaved=False) for tile in wide))
-    print("rows neurons width warps stages form         registers  shared columns traffic")
+    print("rows neurons width warps stages form         registers  shared columns traffic    L2")
     for tile in tiles:
         for interleaved in (False, True):
             found = compile_hidden(
@@ -60,7 +72,7 @@ def main() -> None:
             print(
                 f"{tile.block_rows:4} {tile.block_neurons:7} {tile.block_width:5} {tile.warps:5} "
                 f"{tile.stages:6} {'interleaved' if interleaved else 'apart':11} "
-                f"{found.registers:10} {found.shared:7} {found.columns:7} {ratio:>7}"
+                f"{found.registers:10} {found.shared:7} {found.columns:7} {ratio:>7} {cache_reads(tile) / 1e12:5.1f}"
             )
 
 
