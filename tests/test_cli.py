@@ -367,3 +367,18 @@ def _refused(capsys: pytest.CaptureFixture[str], args: list[str], message: str) 
     assert len(lines) == 1
     assert message in lines[0]
     assert len(captured.err.splitlines()) == 1, captured.err
+
+
+@pytest.mark.parametrize("given", [None, "ACTIVE"])
+def test_threads_wait_without_spinning_unless_told_to(given: str | None) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    if given is not None:
+        environment["OMP_WAIT_POLICY"] = given
+    done = subprocess.run(
+        [sys.executable, "-m", "fbn_prune", "--dry-run", "--keep-networks", "10"],
+        env=environment | {"OMP_DISPLAY_ENV": "TRUE"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"OMP_WAIT_POLICY = '{given or 'PASSIVE'}'" in done.stderr

@@ -100,6 +100,9 @@ def _exit_code(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, _terminated)
     # Loading bars of the libraries below are noise beside our own progress.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Before torch loads OpenMP: threads that wait for one another by spinning take the cores from the one that is
+    # waited for, as soon as anything else runs on them.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with quiet_libraries():
         return _run(arguments, debug)
 
