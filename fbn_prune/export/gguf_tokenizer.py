@@ -125,9 +125,7 @@ def _form(folder: Path, tokenizer: PreTrainedTokenizerBase, content: dict[str, A
     if path.is_file():
         try:
             stored = form_of(path, json.loads(Tokenizer.from_file(str(path)).to_str()))
-        except (
-            Exception
-        ):  # transformers read it; what tokenizers makes of it alone is no more than a hint
+        except Exception:  # a hint and no more: transformers has read the file
             stored = None
     hint = (
         'with "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json transformers takes '
