@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from fbn_prune.data.text_files import is_text, read_text
 from fbn_prune.errors import InvalidInput
-from fbn_prune.texts import is_text, read_text
 
 MOST_BYTES = 2**20
 """A recipe larger than that is none."""

@@ -22,17 +22,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fbn_prune import builtin
-from fbn_prune.builtin import skills, train
-from fbn_prune.builtin.corpus import Corpus, Document, collect, docstrings, without_docstrings
-from fbn_prune.builtin.dataset import Files, training_rows, write_files
-from fbn_prune.builtin.measure import (
+from builtin_model import skills, train
+from builtin_model.corpus import Corpus, Document, collect, docstrings, without_docstrings
+from builtin_model.dataset import Files, training_rows, write_files
+from builtin_model.measure import (
     exact_share,
     perplexity,
     read_questions,
     read_texts,
     token_rows,
 )
+from fbn_prune.data import builtin
 
 MEGABYTE = 1_000_000
 seeds = st.integers(0, 2**32)
@@ -84,7 +84,7 @@ def generate(
 
 
 def test_importing_the_package_loads_no_tensor_library() -> None:
-    script = "import sys, fbn_prune.builtin; sys.exit('torch' in sys.modules)"
+    script = "import sys, fbn_prune.data.builtin; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
@@ -320,8 +320,8 @@ def test_three_steps_of_the_script_write_a_folder_like_the_packages(
     monkeypatch.setattr(train, "STEPS_A_RECORD", 1)
     monkeypatch.setattr(train, "ROWS_A_STEP", 4)
     monkeypatch.setattr(train, "tokenizer_texts", lambda corpus, seed: ["no text but bytes"])
-    monkeypatch.setattr("fbn_prune.builtin.dataset.GENERATED_HELD_OUT_BYTES", 1_000)
-    monkeypatch.setattr("fbn_prune.builtin.dataset.QUESTIONS", 8)
+    monkeypatch.setattr("builtin_model.dataset.GENERATED_HELD_OUT_BYTES", 1_000)
+    monkeypatch.setattr("builtin_model.dataset.QUESTIONS", 8)
     report = train.run(train.parse(["--output", str(tmp_path), "--steps", "3"]))
     assert report["done"]
     assert [point["step"] for point in report["curve"]] == [1, 2, 3]

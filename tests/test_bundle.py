@@ -15,18 +15,18 @@ from tiny_models import FAMILY_CONFIGS, HIDDEN, LAYERS, save_tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from fbn_prune import builtin
 from fbn_prune.cli.main import _exit_code
+from fbn_prune.data import builtin
 from fbn_prune.errors import InvalidInput
 from fbn_prune.export.ragged import write_ragged_checkpoint
 from fbn_prune.export.writer import write_checkpoint
-from fbn_prune.job import run_prune
 from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.model.kept import KEPT_FILE, KeptNeurons
+from fbn_prune.model.kept_neurons import KEPT_FILE, KeptNeurons
 from fbn_prune.model.surgery import MlpCut
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.progress import StageClock
 from fbn_prune.recipe import build_recipe
+from fbn_prune.runs.prune import run_prune
 from fbn_prune.serving import Bundle, FullDown, Served, load
 from fbn_prune.serving.bundle import TaskSource, write_bundle
 from fbn_prune.serving.tasks import LowRankDown, Refit, task_of_pruned

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import VOCAB, make_tokenizer
 
-from fbn_prune.calibration import (
+from fbn_prune.data.calibration import (
     TokenBlocks,
     calibration_data,
     read_documents,

@@ -15,11 +15,11 @@ import pytest
 import torch
 from tiny_models import save_tiny
 
-from fbn_prune import comparison, memory
 from fbn_prune.cli.main import _exit_code
 from fbn_prune.model.surgery import MlpCut
 from fbn_prune.recipe import CRITERION_NAMES
-from fbn_prune.studies import Studied
+from fbn_prune.runs import compare, memory
+from fbn_prune.runs.study import Studied
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_a_comparison_goes_on_where_it_stopped(
     command = ["compare", *arguments(tiny, text), "--kept", "0.5", "--output-path", str(path)]
     whole = shown(capsys, [*command[:-1], str(tmp_path / "whole.json")])
     measured = []
-    measure = comparison._perplexity
+    measure = compare._perplexity
 
     def fails_at_the_third(*args: Any) -> float:
         measured.append(1)
@@ -81,7 +81,7 @@ def test_a_comparison_goes_on_where_it_stopped(
             raise KeyboardInterrupt
         return measure(*args)
 
-    monkeypatch.setattr(comparison, "_perplexity", fails_at_the_third)
+    monkeypatch.setattr(compare, "_perplexity", fails_at_the_third)
     assert _exit_code(command) == 130
     assert len(json.loads(path.read_text())["budgets"][0]["perplexity"]) == 2
     again = shown(capsys, command)
@@ -97,8 +97,8 @@ class Watched:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, interrupted_in: int | None = None) -> None:
         self.measured, self.beside, self._known = 0, [0], set()
-        self._measure, self._interrupted_in = comparison._perplexity, interrupted_in
-        monkeypatch.setattr(comparison, "_perplexity", self._watched)
+        self._measure, self._interrupted_in = compare._perplexity, interrupted_in
+        monkeypatch.setattr(compare, "_perplexity", self._watched)
 
     def _watched(self, on: Studied, *rest: Any) -> float:
         self.on, self.measured = on, self.measured + 1
@@ -155,12 +155,12 @@ def test_a_comparison_that_fails_leaves_the_model_as_it_was(
     tiny: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     watched = Watched(monkeypatch)
-    rounded = comparison.rounded_cut
+    rounded = compare.rounded_cut
 
     def infinite(cut: MlpCut, dtype: torch.dtype) -> MlpCut:
         return replace(rounded(cut, dtype), down_weight=cut.down_weight.fill_(torch.inf))
 
-    monkeypatch.setattr(comparison, "rounded_cut", infinite)
+    monkeypatch.setattr(compare, "rounded_cut", infinite)
     command = ["compare", *arguments(tiny, text), "--kept", "0.5", "--criteria", "flap,networks"]
     assert _exit_code(command) == 1
     assert "not finite" in capsys.readouterr().err

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fbn_prune import cost
-from fbn_prune.cost import (
+from fbn_prune.networks import eigen, fastica
+from fbn_prune.runs import cost
+from fbn_prune.runs.cost import (
     KINDS,
     Amounts,
     Job,
@@ -20,8 +21,7 @@ from fbn_prune.cost import (
     of_one_process,
     operations,
 )
-from fbn_prune.networks import eigen, fastica
-from fbn_prune.rates import BASES, FACTORS, measured_rates, seconds, seconds_of_each
+from fbn_prune.runs.rates import BASES, FACTORS, measured_rates, seconds, seconds_of_each
 
 MODEL = ModelSizes(
     hidden=4, width=6, layers=3, vocabulary=10, layer_parameters=100, parameters=380, nbytes=760

@@ -14,12 +14,12 @@ from tiny_models import make_tokenizer, save_tiny
 
 pytest.importorskip("lm_eval")
 
-from fbn_eval.card import with_evaluation
-from fbn_eval.harness import Evaluation, Figure, resolve_tasks
-from fbn_eval.task_files import task_from_file
 from fbn_prune.cli.main import _exit_code
+from fbn_prune.data.examples import RECORD_NAME, Example, record
+from fbn_prune.data.harness_files import task_from_file
 from fbn_prune.errors import InvalidInput
-from fbn_prune.task_data import RECORD_NAME, Example, record
+from fbn_prune.runs.evaluate import Evaluation, Figure, resolve_tasks
+from fbn_prune.runs.evaluation_card import with_evaluation
 
 LINES: dict[str, list[dict[str, Any]]] = {
     "published": [

@@ -12,14 +12,16 @@ from fuzz_readers import READERS, fuzz
 from safetensors.torch import save_file
 from tiny_models import save_tiny
 
-from fbn_prune import calibration, task_data, texts
-from fbn_prune.calibration import read_documents
+from fbn_prune.data import calibration
+from fbn_prune.data import examples as task_data
+from fbn_prune.data import text_files as texts
+from fbn_prune.data.calibration import read_documents
+from fbn_prune.data.examples import read_examples
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.families import family_of
 from fbn_prune.networks.functional_networks import METADATA_KEY, FunctionalNetworks
 from fbn_prune.recipe import build_recipe, load_recipe
-from fbn_prune.task_data import read_examples
 
 torch.set_num_threads(1)
 

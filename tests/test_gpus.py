@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import save_tiny
 
-from fbn_prune import memory
-from fbn_prune.job import run_prune
-from fbn_prune.memory import MemoryPlan, plan_memory
-from fbn_prune.prepared import prepare
 from fbn_prune.progress import StageClock
 from fbn_prune.recipe import Recipe, build_recipe
+from fbn_prune.runs import memory
+from fbn_prune.runs.memory import MemoryPlan, plan_memory
+from fbn_prune.runs.prune import run_prune
+from fbn_prune.runs.setup import prepare
 
 if torch.cuda.device_count() < 2:
     pytest.skip("there are no two GPUs", allow_module_level=True)
@@ -46,7 +46,7 @@ def test_the_job_spread_over_two_comes_to_what_one_comes_to(
     def spread(*args: object) -> MemoryPlan:
         return replace(plan_memory(*args), placement=(0, 1, 1))
 
-    monkeypatch.setattr("fbn_prune.prepared.plan_memory", spread)
+    monkeypatch.setattr("fbn_prune.runs.setup.plan_memory", spread)
     two = run_prune(
         recipe(tmp_path, output=tmp_path / "two", device="cuda", **changes), StageClock()
     )

@@ -21,21 +21,21 @@ from tiny_models import (
 )
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from fbn_prune import memory
 from fbn_prune.errors import InvalidInput
 from fbn_prune.export.gguf import write_gguf
-from fbn_prune.job import run_prune
-from fbn_prune.memory import possible_plans
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.families import family_of
 from fbn_prune.model.heads import HeadCut
 from fbn_prune.model.surgery import MlpCut, apply_cut
-from fbn_prune.plan import plan
-from fbn_prune.prepared import prepare
 from fbn_prune.progress import StageClock
-from fbn_prune.pruning.pipeline import FinishedLayer
+from fbn_prune.pruning.cutting import FinishedLayer
 from fbn_prune.pruning.second_order import choose_groups, output_error, refit
 from fbn_prune.recipe import Recipe, build_recipe
+from fbn_prune.runs import memory
+from fbn_prune.runs.dry_run import plan
+from fbn_prune.runs.memory import possible_plans
+from fbn_prune.runs.prune import run_prune
+from fbn_prune.runs.setup import prepare
 from fbn_prune.serving.tasks import task_of_pruned
 
 torch.set_num_threads(1)
@@ -142,8 +142,8 @@ def test_what_is_measured_is_what_stock_transformers_loads(
     written.save_pretrained(again)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(again)), logits(written))
     prepared = prepare(recipe(model, text))
-    from fbn_prune.perplexity import perplexity
-    from fbn_prune.stages import load_calibration
+    from fbn_prune.model.perplexity import perplexity
+    from fbn_prune.runs.stages import load_calibration
 
     held_out = load_calibration(prepared, prepared.checkpoint.load_tokenizer()).held_out
     assert perplexity(written, held_out.batches(400)) == pytest.approx(
@@ -186,7 +186,7 @@ def test_streaming_cuts_the_same_heads(
             return [each for each in plans if each.batch_tokens == 4096][-1]
 
         with monkeypatch.context() as patch:
-            patch.setattr("fbn_prune.prepared.plan_memory", frugal)
+            patch.setattr("fbn_prune.runs.setup.plan_memory", frugal)
             streamed = run_prune(
                 recipe(model, text, folder / "streamed", sequential=sequential), StageClock()
             )

@@ -147,7 +147,7 @@ def test_the_largest_neurons_are_taken_whatever_their_sign() -> None:
 
 
 def test_an_unchanged_model_shows_no_rise() -> None:
-    from fbn_prune.calibration import TokenBlocks
+    from fbn_prune.data.calibration import TokenBlocks
 
     model = make_model("llama")
     family = family_of(model.config)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny_models import CONTEXT, FAMILY_CONFIGS, make_model
 
-from fbn_prune.calibration import TokenBlocks
-from fbn_prune.layerwise import LayerwiseForward
+from fbn_prune.data.calibration import TokenBlocks
 from fbn_prune.model.families import family_of
-from fbn_prune.perplexity import mean_loss
+from fbn_prune.model.layerwise import LayerwiseForward
+from fbn_prune.model.perplexity import mean_loss
 
 torch.set_num_threads(1)
 

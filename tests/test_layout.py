@@ -13,10 +13,8 @@ import torch
 from tiny_models import CONTEXT, FAMILY_CONFIGS, HIDDEN, LAYERS, make_model, save_tiny
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from fbn_prune import job
-from fbn_prune.budget import ModelSize
-from fbn_prune.calibration import TokenBlocks
 from fbn_prune.cli.main import _exit_code
+from fbn_prune.data.calibration import TokenBlocks
 from fbn_prune.errors import FbnPruneError
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.families import family_of
@@ -24,6 +22,8 @@ from fbn_prune.model.streaming import SpilledCuts
 from fbn_prune.model.surgery import MlpCut, apply_cut, as_if_cut
 from fbn_prune.pruning.layout import _surely_less, _tried_every
 from fbn_prune.recipe import parse_count, parse_size
+from fbn_prune.runs import prune
+from fbn_prune.runs.budget import ModelSize
 
 torch.set_num_threads(1)
 
@@ -402,7 +402,7 @@ def test_the_cuts_of_a_trial_lie_on_disk_in_the_room_that_is_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked, written = [], []
-    check, append = job.check_room, SpilledCuts.append
+    check, append = prune.check_room, SpilledCuts.append
 
     def checked(place: Path, needed_bytes: int, what: str) -> None:
         asked.append(needed_bytes)
@@ -412,7 +412,7 @@ def test_the_cuts_of_a_trial_lie_on_disk_in_the_room_that_is_asked_for(
         written.append(cut.down_weight.nbytes)
         append(cuts, cut)
 
-    monkeypatch.setattr(job, "check_room", checked)
+    monkeypatch.setattr(prune, "check_room", checked)
     monkeypatch.setattr(SpilledCuts, "append", appended)
     extra = ["--layout", "ragged", "--widths", rule, "--sparsity", "0.5"]
     run_json(capsys, *arguments(tiny, text, tmp_path / "out", *extra))
@@ -427,7 +427,7 @@ def test_a_trial_without_the_room_for_it_is_refused(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(job, "trial_bytes", lambda *_: 10**18)
+    monkeypatch.setattr(prune, "trial_bytes", lambda *_: 10**18)
     args = arguments(tiny, text, tmp_path / "out", "--layout", "auto", "--sparsity", "0.5")
     assert _exit_code(args) == 2
     assert "the folder of temporary files" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from fbn_kernels import cpu
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.families import family_of
-from fbn_prune.model.kept import KeptNeurons
+from fbn_prune.model.kept_neurons import KeptNeurons
 from fbn_prune.networks.interventions import retained
 from fbn_prune.serving import FullDown, LowRankDown, TaskSet, attach, attachment
 from fbn_prune.serving.arrangement import inverse, together

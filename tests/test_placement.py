@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import FAMILY_CONFIGS, LAYERS, make_model, save_tiny
 
-from fbn_prune import memory
-from fbn_prune.memory import MemoryPlan, plan_memory, possible_plans
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.families import family_of
 from fbn_prune.model.placement import device_map, layer_bytes, place_layers
 from fbn_prune.recipe import Recipe, build_recipe
+from fbn_prune.runs import memory
+from fbn_prune.runs.memory import MemoryPlan, plan_memory, possible_plans
 
 CUDA = torch.device("cuda")
 

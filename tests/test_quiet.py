@@ -18,7 +18,7 @@ from tiny_models import VOCAB, make_merging_tokenizer, save_tiny
 from fbn_prune.cli.main import _exit_code
 from fbn_prune.cli.quiet import VERBOSITY, quiet_libraries
 from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.model.oddities import ConfigWarning
+from fbn_prune.model.config_checks import ConfigWarning
 
 ODD = {"eos_token_id": 99999, "bos_token_id": -5}
 SAID = (
@@ -219,7 +219,7 @@ import torch, huggingface_hub, datasets, accelerate, matplotlib
 before = state()
 import fbn_prune
 for found in pkgutil.walk_packages(fbn_prune.__path__, "fbn_prune."):
-    if not found.name.startswith(("fbn_prune.vllm_plugin", "fbn_prune.__main__")):
+    if not found.name.startswith(("fbn_prune.export.vllm", "fbn_prune.__main__")):
         importlib.import_module(found.name)
 assert state() == before, (before, state())
 """

@@ -11,8 +11,8 @@ import torch
 from tiny_models import FAMILY_CONFIGS, save_tiny
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from fbn_prune import builtin
 from fbn_prune.cli.main import _exit_code
+from fbn_prune.data import builtin
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.recipe import load_recipe

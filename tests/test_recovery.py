@@ -15,18 +15,18 @@ from tiny_models import FAMILY_CONFIGS, LAYERS, make_model, save_tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from fbn_prune.calibration import TokenBlocks
 from fbn_prune.cli.main import _exit_code
+from fbn_prune.data.calibration import TokenBlocks
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.families import family_of
 from fbn_prune.model.surgery import MlpCut, apply_cut
 from fbn_prune.progress import StageClock
-from fbn_prune.recovery import distillation, healing
-from fbn_prune.recovery.distillation import DistillationOptions, _Training, distil
-from fbn_prune.recovery.gain import Recovery
-from fbn_prune.recovery.healing import RecoveryOptions, heal, linear_maps
-from fbn_prune.recovery.matching import _LayerFit, match_layers
-from fbn_prune.work import Work
+from fbn_prune.pruning.recovery import distillation, healing
+from fbn_prune.pruning.recovery.distillation import DistillationOptions, _Training, distil
+from fbn_prune.pruning.recovery.gain import Recovery
+from fbn_prune.pruning.recovery.healing import RecoveryOptions, heal, linear_maps
+from fbn_prune.pruning.recovery.layer_matching import _LayerFit, match_layers
+from fbn_prune.store import Work
 
 torch.set_num_threads(1)
 

@@ -18,9 +18,9 @@ from report_material import HOSTILE, ablation, comparison, evaluation, output_fo
 from tiny_models import save_tiny
 
 from fbn_prune.cli.main import _exit_code
-from fbn_prune.report.facts import read_facts
-from fbn_prune.report.page import report_html
-from fbn_prune.report.text import display_name, visible
+from fbn_prune.export.report.facts import read_facts
+from fbn_prune.export.report.page import report_html
+from fbn_prune.export.report.text import display_name, visible
 
 HEADINGS = {
     "size": "Size",

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from report_material import HOSTILE, ablation, comparison, evaluation, output_folder
 
-from fbn_prune.report.facts import read_facts
-from fbn_prune.report.page import write_report
-from fbn_prune.report.text import visible
+from fbn_prune.export.report.facts import read_facts
+from fbn_prune.export.report.page import write_report
+from fbn_prune.export.report.text import visible
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 SIZES = {1280: 900, 390: 844}

@@ -15,17 +15,17 @@ import pytest
 import torch
 from tiny_models import save_tiny
 
-from fbn_prune import job, work
+from fbn_prune import store
 from fbn_prune.cli.main import _exit_code
 from fbn_prune.errors import FbnPruneError, InvalidInput
-from fbn_prune.job import run_prune
-from fbn_prune.locks import locked, owned
-from fbn_prune.memory import MemoryPlan, plan_memory
-from fbn_prune.prepared import prepare
 from fbn_prune.progress import StageClock
 from fbn_prune.recipe import Recipe, build_recipe
-from fbn_prune.unfinished import clean, unfinished
-from fbn_prune.work import Work, work_in
+from fbn_prune.runs import prune
+from fbn_prune.runs.memory import MemoryPlan, plan_memory
+from fbn_prune.runs.prune import run_prune
+from fbn_prune.runs.setup import prepare
+from fbn_prune.runs.unfinished import clean, unfinished
+from fbn_prune.store import Work, locked, owned, work_in
 
 torch.set_num_threads(1)
 
@@ -103,7 +103,7 @@ def test_killed_again_and_again_it_ends_in_the_same_bytes(
 ) -> None:
     changes = MODES[mode]
     if mode == "streamed":
-        monkeypatch.setattr("fbn_prune.prepared.plan_memory", _streamed)
+        monkeypatch.setattr("fbn_prune.runs.setup.plan_memory", _streamed)
     run(place, tmp_path / "undisturbed", **changes)
     kills = 0
     for step in (3, 3, 2):
@@ -126,7 +126,7 @@ def test_what_is_finished_is_not_done_again(
         run(place, tmp_path / "out")
     assert kept[-1] == "layer-00001.safetensors"
     for stage in ("find_networks", "rank_networks", "choose_layout", "_dense_perplexity"):
-        monkeypatch.setattr(job, stage, lambda *_, **__: pytest.fail("done again"))
+        monkeypatch.setattr(prune, stage, lambda *_, **__: pytest.fail("done again"))
     with killed_after(99) as kept:
         run(place, tmp_path / "out")
     assert kept == ["layer-00002.safetensors", "pruned.json", "shard-model.safetensors"]
@@ -135,13 +135,13 @@ def test_what_is_finished_is_not_done_again(
 def test_networks_found_before_are_put_in_order_without_reading_weights_again(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fbn_prune.prepared.plan_memory", _streamed)
+    monkeypatch.setattr("fbn_prune.runs.setup.plan_memory", _streamed)
     run(place, tmp_path / "undisturbed")
     with pytest.raises(Killed), killed_after(3) as kept:
         run(place, tmp_path / "out")
     assert kept[-1] == "networks.safetensors"
     again = lambda *_: pytest.fail("done again")  # noqa: E731
-    monkeypatch.setattr("fbn_prune.stages.output_energy", again)
+    monkeypatch.setattr("fbn_prune.runs.stages.output_energy", again)
     with killed_after(99) as kept:
         run(place, tmp_path / "out")
     assert kept[0] == "ranking.json"
@@ -197,7 +197,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(
     calls: int, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left = calls
-    put = work.os.replace
+    put = store.os.replace
 
     def full(*names: Any) -> None:
         nonlocal left
@@ -207,7 +207,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(
         put(*names)
 
     with monkeypatch.context() as patch:
-        patch.setattr(work.os, "replace", full)
+        patch.setattr(store.os, "replace", full)
         with pytest.raises(
             FbnPruneError, match="No space left on device; what is finished is kept"
         ):
@@ -273,7 +273,7 @@ def killed_before_it_is_in_place() -> Iterator[None]:
         raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fbn_prune.publish.verify_export", killed)
+        patch.setattr("fbn_prune.runs.output.verify_export", killed)
         yield
 
 
@@ -297,7 +297,7 @@ def test_on_one_file_system_the_shards_take_their_room_once(
             for shard in shards(tmp_path / ".out.work")
         )
 
-    monkeypatch.setattr("fbn_prune.publish.verify_export", look)
+    monkeypatch.setattr("fbn_prune.runs.output.verify_export", look)
     run(place, tmp_path / "out", **SHARDED)
     assert len(seen) > 5
     assert all(seen)
@@ -312,8 +312,8 @@ def test_where_a_file_has_one_name_only_the_shards_are_moved(
     def look(folder: Path) -> None:
         assert not shards(tmp_path / ".out.work")
 
-    monkeypatch.setattr(work.os, "link", refused)
-    monkeypatch.setattr("fbn_prune.publish.verify_export", look)
+    monkeypatch.setattr(store.os, "link", refused)
+    monkeypatch.setattr("fbn_prune.runs.output.verify_export", look)
     run(place, tmp_path / "out", **SHARDED)
     assert contents(tmp_path / "out") == sharded
 
@@ -393,7 +393,7 @@ def test_the_work_directory_may_be_on_another_file_system(
 def test_a_disk_that_fills_up_while_shards_are_copied_leaves_no_half(
     place: Path, tmp_path: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy = work.shutil.copyfile
+    copy = store.shutil.copyfile
 
     def full(source: Path, target: Path) -> None:
         if "00003-of" in target.name:
@@ -402,7 +402,7 @@ def test_a_disk_that_fills_up_while_shards_are_copied_leaves_no_half(
         copy(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(work.shutil, "copyfile", full)
+        patch.setattr(store.shutil, "copyfile", full)
         with pytest.raises(FbnPruneError, match=r"cannot write .*: No space left on device; what"):
             run(place, tmp_path / "out", work_dir=elsewhere, **SHARDED)
     assert not list(tmp_path.iterdir())
@@ -412,7 +412,7 @@ def test_a_disk_that_fills_up_while_shards_are_copied_leaves_no_half(
 def test_a_disk_that_fills_up_in_a_shard_keeps_the_finished_ones(
     place: Path, tmp_path: Path, sharded: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put = work.os.replace
+    put = store.os.replace
 
     def full(source: Path, target: Path) -> None:
         if "00004-of" in target.name:
@@ -420,7 +420,7 @@ def test_a_disk_that_fills_up_in_a_shard_keeps_the_finished_ones(
         put(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(work.os, "replace", full)
+        patch.setattr(store.os, "replace", full)
         with pytest.raises(
             FbnPruneError, match="No space left on device; what is finished is kept"
         ):
@@ -468,8 +468,8 @@ def test_what_a_killed_run_left_half_is_removed(place: Path, tmp_path: Path) -> 
     (folder / "distilled-00000001.safetensors").write_bytes(b"not recorded")
     with killed_after(1), pytest.raises(Killed):
         run(place, tmp_path / "out", **SHARDED)
-    named = json.loads((folder / work.RECORD).read_text())["stages"]
-    assert {file.name for file in folder.iterdir()} == {work.RECORD, work.LOCK, *named}
+    named = json.loads((folder / store.RECORD).read_text())["stages"]
+    assert {file.name for file in folder.iterdir()} == {store.RECORD, store.LOCK, *named}
 
 
 def test_shards_are_listed_and_cleaned(
@@ -515,11 +515,11 @@ def test_the_same_run_is_refused_while_one_is_at_work(place: Path, tmp_path: Pat
         run(place, tmp_path / "out")
     (folder,) = (tmp_path / ".out.work").iterdir()
     with (
-        locked(folder, work.LOCK, "x"),
+        locked(folder, store.LOCK, "x"),
         pytest.raises(InvalidInput, match=r"is in use by process \d+: the same run is at work"),
     ):
         run(place, tmp_path / "out")
-    assert not owned(folder / work.LOCK)
+    assert not owned(folder / store.LOCK)
 
 
 def test_a_lock_ends_with_its_block_and_its_folder_may_be_removed_meanwhile(tmp_path: Path) -> None:
@@ -527,7 +527,7 @@ def test_a_lock_ends_with_its_block_and_its_folder_may_be_removed_meanwhile(tmp_
         assert not first.started
     assert not (tmp_path / "w").exists()
     with work_in(tmp_path / "w", "key", {}):
-        assert owned(tmp_path / "w" / "key" / work.LOCK)
+        assert owned(tmp_path / "w" / "key" / store.LOCK)
 
 
 # The command
@@ -585,10 +585,10 @@ def test_tensors_come_back_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"format": 99}', f'{{"format": {work.FORMAT}}}', "\xff"]
+    "text", ["", "{", "[]", '{"format": 99}', f'{{"format": {store.FORMAT}}}', "\xff"]
 )
 def test_a_damaged_record_is_no_work(text: str, tmp_path: Path) -> None:
     (tmp_path / "key").mkdir()
-    (tmp_path / "key" / work.RECORD).write_text(text, encoding="latin-1")
+    (tmp_path / "key" / store.RECORD).write_text(text, encoding="latin-1")
     assert not Work(tmp_path / "key").started
     assert unfinished(tmp_path) == []

@@ -15,7 +15,6 @@ from tiny_models import save_tiny
 from torch import Tensor
 
 from fbn_prune.errors import FbnPruneError, InvalidInput
-from fbn_prune.job import run_prune
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.surgery import MlpCut
 from fbn_prune.progress import StageClock
@@ -26,6 +25,7 @@ from fbn_prune.pruning.fitting import DampingNotes, fitting_cut
 from fbn_prune.pruning.prediction import PredictedRise, check_rise, predicted_rise, relative_error
 from fbn_prune.pruning.second_order import choose_neurons, output_error, refit
 from fbn_prune.recipe import build_recipe
+from fbn_prune.runs.prune import run_prune
 
 torch.set_num_threads(1)
 
@@ -311,7 +311,9 @@ def test_worse_than_guessing_against_the_prediction_is_no_result() -> None:
 def test_a_warning_is_in_the_result_and_on_the_card(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fbn_prune.job.predicted_rise", lambda errors: PredictedRise(-9.0, -8.0))
+    monkeypatch.setattr(
+        "fbn_prune.runs.prune.predicted_rise", lambda errors: PredictedRise(-9.0, -8.0)
+    )
     model = save_tiny(tmp_path / "model")
     result = run_prune(small_recipe(model, text, tmp_path / "out"), StageClock())
     assert "where the statistics of the cut lead to expect" in str(result.warning)

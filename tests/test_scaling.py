@@ -15,8 +15,8 @@ pytest.importorskip("scipy")
 import scaling
 from bench_memory import PROGRAM, Shape
 
-from fbn_prune.cost import KINDS
-from fbn_prune.rates import BASES, FACTORS, seconds, seconds_of_each
+from fbn_prune.runs.cost import KINDS
+from fbn_prune.runs.rates import BASES, FACTORS, seconds, seconds_of_each
 
 ROOT = Path(__file__).parents[1]
 PLANTED = {kind: factor * (1.5 if kind in BASES else 0.5) for kind, factor in FACTORS.items()}

@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny_models import CONTEXT, FAMILY_CONFIGS, HIDDEN, LAYERS, make_model
 
-from fbn_prune.calibration import TokenBlocks
+from fbn_prune.data.calibration import TokenBlocks
 from fbn_prune.model.families import family_of
 from fbn_prune.progress import StageClock
-from fbn_prune.sensitivity import output_sensitivity
+from fbn_prune.pruning.sensitivity import output_sensitivity
 
 torch.set_num_threads(1)
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fbn_prune import builtin
+from fbn_prune.data import builtin
 from fbn_prune.export.ragged import write_ragged_checkpoint
 from fbn_prune.export.writer import write_checkpoint
 from fbn_prune.model.checkpoint import Checkpoint

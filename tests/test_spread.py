@@ -13,22 +13,23 @@ from safetensors.torch import load_file
 from tiny_models import FAMILY_CONFIGS, make_model, save_tiny
 from transformers import PreTrainedModel
 
-from fbn_prune.calibration import TokenBlocks
-from fbn_prune.comparison import run_comparison
-from fbn_prune.job import run_discovery, run_prune
-from fbn_prune.layerwise import LayerwiseForward
-from fbn_prune.memory import MemoryPlan, plan_memory
+from fbn_prune.data.calibration import TokenBlocks
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.families import family_of
-from fbn_prune.model.kept import KeptNeurons
+from fbn_prune.model.kept_neurons import KeptNeurons
+from fbn_prune.model.layerwise import LayerwiseForward
+from fbn_prune.model.perplexity import mean_loss
 from fbn_prune.model.placement import device_map
 from fbn_prune.model.streaming import compute_device, layer_device, skeleton
 from fbn_prune.model.surgery import MlpCut, apply_cut
 from fbn_prune.networks.interventions import masked
-from fbn_prune.perplexity import mean_loss
 from fbn_prune.progress import StageClock
+from fbn_prune.pruning.sensitivity import output_sensitivity
 from fbn_prune.recipe import Recipe, build_recipe
-from fbn_prune.sensitivity import output_sensitivity
+from fbn_prune.runs.compare import run_comparison
+from fbn_prune.runs.discover import run_discovery
+from fbn_prune.runs.memory import MemoryPlan, plan_memory
+from fbn_prune.runs.prune import run_prune
 from fbn_prune.serving import FullDown, TaskSet, attach
 
 torch.set_num_threads(1)
@@ -233,7 +234,7 @@ def test_the_main_job_spread_writes_the_bytes_of_the_whole_one(
         lines = ['{"text": "7 apples, 21 pence, 0 pears."}', '{"text": "8 apples, 24 pence."}']
         (tmp_path / "task.jsonl").write_text("\n".join(lines) + "\n")
     whole = run_prune(recipe(model, text, tmp_path / "whole", **changes), StageClock())
-    monkeypatch.setattr("fbn_prune.prepared.plan_memory", spread_plan)
+    monkeypatch.setattr("fbn_prune.runs.setup.plan_memory", spread_plan)
     with pretended_devices():
         result = run_prune(recipe(model, text, tmp_path / "spread", **changes), StageClock())
     assert result.lasting() == whole.lasting()
@@ -249,7 +250,7 @@ def test_discovery_with_recurrence_runs_spread(
 ) -> None:
     model = save_tiny(tmp_path / "model")
     _, whole = run_discovery(recipe(model, text, tmp_path / "whole"), StageClock())
-    monkeypatch.setattr("fbn_prune.prepared.plan_memory", spread_plan)
+    monkeypatch.setattr("fbn_prune.runs.setup.plan_memory", spread_plan)
     with pretended_devices():
         _, found = run_discovery(recipe(model, text, tmp_path / "spread"), StageClock())
     assert whole.read_bytes() == found.read_bytes()
@@ -264,7 +265,7 @@ def test_criteria_compare_alike_on_a_spread_model(
     )
     criteria = ["flap", "networks"]
     whole = run_comparison(study, criteria, [0.5], None, StageClock())
-    monkeypatch.setattr("fbn_prune.prepared.plan_memory", spread_plan)
+    monkeypatch.setattr("fbn_prune.runs.setup.plan_memory", spread_plan)
     with pretended_devices():
         found = run_comparison(study, criteria, [0.5], None, StageClock())
     assert found.to_json() == whole.to_json()

@@ -13,22 +13,23 @@ from count_reads import count_reads
 from safetensors.torch import load_file
 from tiny_models import FAMILY_CONFIGS, save_tiny
 
-from fbn_prune import memory
-from fbn_prune.calibration import TokenBlocks
+from fbn_prune.data.calibration import TokenBlocks
 from fbn_prune.errors import FbnPruneError, InvalidInput
-from fbn_prune.job import run_discovery, run_prune
-from fbn_prune.layerwise import LayerwiseForward
-from fbn_prune.memory import possible_plans
 from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.layerwise import LayerwiseForward
+from fbn_prune.model.perplexity import mean_loss
+from fbn_prune.model.spill import Spilled
 from fbn_prune.model.streaming import down_weights, have_layer, stream_model, stream_of
 from fbn_prune.networks.interventions import masked
-from fbn_prune.perplexity import mean_loss
-from fbn_prune.plan import plan
-from fbn_prune.prepared import Prepared, prepare
 from fbn_prune.progress import StageClock
 from fbn_prune.recipe import Recipe, build_recipe
-from fbn_prune.spill import Spilled
-from fbn_prune.stages import rank_scores
+from fbn_prune.runs import memory
+from fbn_prune.runs.discover import run_discovery
+from fbn_prune.runs.dry_run import plan
+from fbn_prune.runs.memory import possible_plans
+from fbn_prune.runs.prune import run_prune
+from fbn_prune.runs.setup import Prepared, prepare
+from fbn_prune.runs.stages import rank_scores
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -74,7 +75,7 @@ def run_both(
         chosen.append(plans[-1].streamed and not plans[-1].keep_hidden)
         return plans[-1]
 
-    monkeypatch.setattr("fbn_prune.prepared.plan_memory", frugal)
+    monkeypatch.setattr("fbn_prune.runs.setup.plan_memory", frugal)
     run_prune(recipe(model, text, folder / "streamed", **changes), StageClock())
     assert chosen == [True]
     return tuple(
@@ -197,7 +198,7 @@ def test_a_streamed_run_reads_a_layer_once_a_pass_and_for_the_energy_its_output_
     def frugal(*args: object) -> memory.MemoryPlan:
         return next(p for p in possible_plans(*args) if p.streamed)
 
-    monkeypatch.setattr("fbn_prune.prepared.plan_memory", frugal)
+    monkeypatch.setattr("fbn_prune.runs.setup.plan_memory", frugal)
     seen = counted(monkeypatch)
     run_prune(recipe(model, text, tmp_path / "out", **changes), StageClock())
     checkpoint = Checkpoint.open(model)

@@ -13,10 +13,10 @@ from tiny_models import save_tiny
 pytest.importorskip("lm_eval")
 
 from fbn_prune.cli.main import _exit_code
+from fbn_prune.data.examples import Example, TestQuestions, fingerprint, recorded_fingerprints
+from fbn_prune.data.harness_tasks import require_known, training_and_test
+from fbn_prune.data.tasks import Task
 from fbn_prune.errors import FbnPruneError, InvalidInput
-from fbn_prune.harness_tasks import require_known, training_and_test
-from fbn_prune.task_data import Example, TestQuestions, fingerprint, recorded_fingerprints
-from fbn_prune.task_sources import Task
 
 STANDARD = [
     "arc_easy",

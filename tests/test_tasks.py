@@ -11,9 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import VOCAB, make_model, make_tokenizer, save_tiny
 
-from fbn_prune.activations import CrossStatistics, GramStatistics
-from fbn_prune.calibration import TokenBlocks
 from fbn_prune.cli.main import _exit_code
+from fbn_prune.data.calibration import TokenBlocks
+from fbn_prune.data.examples import (
+    Example,
+    example_blocks,
+    fingerprint,
+    read_examples,
+    recorded_fingerprints,
+    require_unseen,
+    without_questions,
+)
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.families import family_of
 from fbn_prune.networks import ica
@@ -23,18 +31,10 @@ from fbn_prune.networks.activity import (
     second_moment,
     time_courses,
 )
+from fbn_prune.networks.function_matching import match_documents, mixture_weights, score_weights
 from fbn_prune.networks.functional_networks import FunctionalNetworks
-from fbn_prune.networks.tasks import match_documents, mixture_weights, score_weights
 from fbn_prune.progress import StageClock
-from fbn_prune.task_data import (
-    Example,
-    example_blocks,
-    fingerprint,
-    read_examples,
-    recorded_fingerprints,
-    require_unseen,
-    without_questions,
-)
+from fbn_prune.pruning.statistics import CrossStatistics, GramStatistics
 
 TOKENIZER = make_tokenizer()
 

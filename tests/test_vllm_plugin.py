@@ -1,6 +1,6 @@
 """What vLLM is told of ragged checkpoints, and that its Llama then has the widths; vLLM itself is stood in for.
 
-A real vLLM is compared with transformers by `eval/vllm_vs_transformers.py`.
+A real vLLM is compared with transformers by `eval/robustness/vllm_vs_transformers.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tiny_models import HIDDEN, LAYERS, save_tiny
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from fbn_prune import vllm_plugin
+from fbn_prune.export import vllm as vllm_plugin
 from fbn_prune.export.ragged import write_ragged_checkpoint
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.surgery import MlpCut, apply_cut
@@ -115,7 +115,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
         module = ModuleType(name)
         module.__dict__.update(attributes)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "fbn_prune.vllm_plugin.llama", raising=False)
+    monkeypatch.delitem(sys.modules, "fbn_prune.export.vllm.llama", raising=False)
     return registry
 
 

@@ -24,8 +24,8 @@ from fbn_prune.recipe import build_recipe
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fbn_prune.ablation_study import AblationResult
     from fbn_prune.networks.ablation import TaskMeasure
+    from fbn_prune.runs.ablate import AblationResult
 
 Action = Annotated[
     Literal["mask", "retain", "amplify"],
@@ -83,8 +83,8 @@ def command(
     """Mask, retain alone or amplify networks at run time; perplexity and tasks against random sets of equal size."""
     recipe = build_recipe(flags)
     sizes = _sizes(grow)
-    from fbn_prune.ablation_study import AblationPlan, run_ablation
     from fbn_prune.progress import StageClock
+    from fbn_prune.runs.ablate import AblationPlan, run_ablation
 
     plan = AblationPlan(
         action=action,
@@ -112,7 +112,7 @@ def _on_tasks(
     if not names:
         return None
     try:
-        from fbn_eval.harness import HarnessOptions, measure_on_tasks
+        from fbn_prune.runs.evaluate import HarnessOptions, measure_on_tasks
     except ImportError as error:
         raise FbnPruneError(f"{error}: pip install 'fbn-prune[eval]'") from None
     return measure_on_tasks(names, HarnessOptions(limit, fewshot, batch_size))

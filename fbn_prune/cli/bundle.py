@@ -48,7 +48,7 @@ def command(
     overwrite: Overwrite = False,
 ) -> None:
     """Put a whole model and several tasks' neurons into one folder; `fbn_prune.serving.load` serves them."""
-    from fbn_prune import builtin
+    from fbn_prune.data import builtin
     from fbn_prune.export.directory import check_output
     from fbn_prune.model.checkpoint import Checkpoint
     from fbn_prune.progress import StageClock

@@ -51,8 +51,8 @@ def command(
             f"--kept {kept}: write shares, as 0.7,0.5,0.3, or numbers of networks"
         ) from None
     names = [name.strip() for name in criteria.split(",")] if criteria else []
-    from fbn_prune.comparison import run_comparison
     from fbn_prune.progress import StageClock
+    from fbn_prune.runs.compare import run_comparison
 
     clock = StageClock(console.display())
     comparison = run_comparison(recipe, names, shares, output_path, clock)

@@ -25,7 +25,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from fbn_prune.launcher import is_first
+from fbn_prune.distributed import is_first
 from fbn_prune.progress import Advance, Display, SilentDisplay
 
 LINE_SECONDS = 10.0

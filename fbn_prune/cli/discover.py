@@ -23,8 +23,8 @@ def command(*, json: Json = False, flags: dict[str, Any]) -> None:
     recipe = build_recipe({"keep_networks": 1, **flags})
     if recipe.output is None:
         raise InvalidInput("--output is missing: name the folder to write")
-    from fbn_prune.job import run_discovery
     from fbn_prune.progress import StageClock
+    from fbn_prune.runs.discover import run_discovery
 
     clock = StageClock(console.display())
     networks, path = run_discovery(recipe, clock)

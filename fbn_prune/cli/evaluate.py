@@ -28,7 +28,7 @@ from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.recipe import build_recipe
 
 if TYPE_CHECKING:
-    from fbn_eval.harness import Evaluation
+    from fbn_prune.runs.evaluate import Evaluation
 
 Compare = Annotated[str | None, typer.Option("--compare", help="A second model, for comparison.")]
 OutputPath = Annotated[
@@ -67,7 +67,7 @@ def command(
     if card and not readme.is_file():
         raise InvalidInput(f"--card: there is no {readme}")
     try:
-        from fbn_eval.harness import HarnessOptions, evaluate, resolve_tasks
+        from fbn_prune.runs.evaluate import HarnessOptions, evaluate, resolve_tasks
     except ImportError as error:
         raise FbnPruneError(f"{error}: pip install 'fbn-prune[eval]'") from None
     import torch
@@ -96,7 +96,7 @@ def command(
         text = json_text.dumps(raw, indent=1, default=str, ensure_ascii=False)
         output_path.write_text(text + "\n", encoding="utf-8")
     if card:
-        from fbn_eval.card import with_evaluation
+        from fbn_prune.runs.evaluation_card import with_evaluation
 
         text = with_evaluation(readme.read_text(encoding="utf-8"), evaluations)
         readme.write_text(text, encoding="utf-8")
@@ -107,7 +107,7 @@ def command(
 
 
 def _show(evaluations: list[Evaluation]) -> None:
-    from fbn_eval.card import rows
+    from fbn_prune.runs.evaluation_card import rows
 
     headings, body = rows(evaluations)
     table = Table(title=" beside ".join(one.model for one in evaluations), title_justify="left")

@@ -27,8 +27,8 @@ from fbn_prune.cli import (
 )
 from fbn_prune.cli.options import ALL_FLAGS, DryRun, Json, Private, PushToHub, recipe_flags
 from fbn_prune.cli.quiet import quiet_libraries
+from fbn_prune.distributed import is_first, processes
 from fbn_prune.errors import FbnPruneError, InvalidInput
-from fbn_prune.launcher import is_first, processes
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")]
 Version = Annotated[bool, typer.Option("--version", help="Print the version and leave.")]

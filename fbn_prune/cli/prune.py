@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from fbn_prune.cli import console
+from fbn_prune.distributed import is_first
 from fbn_prune.errors import InvalidInput
-from fbn_prune.launcher import is_first
+from fbn_prune.pruning.recovery.gain import Recovery
 from fbn_prune.recipe import Recipe, build_recipe
-from fbn_prune.recovery.gain import Recovery
 
 if TYPE_CHECKING:
-    from fbn_prune.result import PruneResult
+    from fbn_prune.runs.result import PruneResult
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ def execute(recipe: Recipe, *, json: bool, dry_run: bool, to: Destination) -> No
         return
     if recipe.output is None:
         raise InvalidInput("--output is missing: name the folder to write, or add --dry-run")
-    from fbn_prune.job import (
+    from fbn_prune.progress import StageClock
+    from fbn_prune.runs.prune import (
         run_prune,  # torch takes seconds to import, and --help needs none of it
     )
-    from fbn_prune.progress import StageClock
 
     if to.repo is not None and is_first():
         from fbn_prune.export.hub import check_push
@@ -61,7 +61,7 @@ def execute(recipe: Recipe, *, json: bool, dry_run: bool, to: Destination) -> No
         _print_result(recipe, result)
     if to.repo is not None:
         from fbn_prune.export.hub import push
-        from fbn_prune.result import tool_version
+        from fbn_prune.runs.result import tool_version
 
         address = push(
             recipe.output,
@@ -124,14 +124,14 @@ def _widths(widths: list[int], rule: str) -> str:
 
 def print_version() -> None:
     """Print the installed version."""
-    from fbn_prune.result import tool_version
+    from fbn_prune.runs.result import tool_version
 
     console.print_line(tool_version())
 
 
 def _predict(recipe: Recipe, *, json: bool) -> None:
-    from fbn_prune.plan import plan
-    from fbn_prune.prepared import prepare
+    from fbn_prune.runs.dry_run import plan
+    from fbn_prune.runs.setup import prepare
 
     predicted = plan(prepare(recipe))
     if json:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-from fbn_prune.launcher import is_first
+from fbn_prune.distributed import is_first
 
 VERBOSITY = "TRANSFORMERS_VERBOSITY"
 """Who sets this variable wants to hear transformers, and does."""

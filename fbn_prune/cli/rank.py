@@ -22,7 +22,7 @@ def command(*, json: Json = False, flags: dict[str, Any]) -> None:
     """Order the networks of a model: by output energy, by knock-out, or by a task."""
     recipe = build_recipe(flags)
     from fbn_prune.progress import StageClock
-    from fbn_prune.studies import run_rank
+    from fbn_prune.runs.study import run_rank
 
     ranking = run_rank(recipe, StageClock(console.display()))
     if json:

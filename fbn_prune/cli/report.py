@@ -38,8 +38,8 @@ def command(
         raise InvalidInput(f"the output {output} exists; give another, or --overwrite")
     if not output.resolve().parent.is_dir():
         raise InvalidInput(f"{output}: there is no folder {output.resolve().parent}")
-    from fbn_prune.report.facts import read_facts
-    from fbn_prune.report.page import write_report
+    from fbn_prune.export.report.facts import read_facts
+    from fbn_prune.export.report.page import write_report
 
     facts = read_facts(folder, compare=compare, ablate=ablate, evaluate=evaluate)
     write_report(facts, output)

@@ -23,7 +23,7 @@ app = typer.Typer(help="List or remove what unfinished runs have left to go on f
 @app.command("list")
 def list_runs(folder: Folder = Path("."), *, json: Json = False) -> None:
     """List the unfinished runs in a work directory, or beside the outputs in a folder."""
-    from fbn_prune.unfinished import unfinished
+    from fbn_prune.runs.unfinished import unfinished
 
     runs = unfinished(folder)
     if json:
@@ -48,7 +48,7 @@ def list_runs(folder: Folder = Path("."), *, json: Json = False) -> None:
 @app.command("clean")
 def clean_runs(folder: Folder = Path(".")) -> None:
     """Remove the unfinished runs that no process is at work on."""
-    from fbn_prune.unfinished import clean
+    from fbn_prune.runs.unfinished import clean
 
     removed, left = clean(folder)
     size = console.size(sum(run.bytes for run in removed))

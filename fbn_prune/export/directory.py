@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fbn_prune.errors import FbnPruneError, InvalidInput
-from fbn_prune.locks import owned, try_lock
+from fbn_prune.store import owned, try_lock
 
 logger = logging.getLogger(__name__)
 

@@ -31,9 +31,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from fbn_prune.errors import InvalidInput
+from fbn_prune.model.config_checks import ConfigWarning, oddities
 from fbn_prune.model.families import Family, as_config, family_of
 from fbn_prune.model.modeling_ragged import ragged_class
-from fbn_prune.model.oddities import ConfigWarning, oddities
 from fbn_prune.model.shards import (
     INDEX_FILE,
     SINGLE_FILE,

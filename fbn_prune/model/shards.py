@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from fbn_prune.data.text_files import read_text
 from fbn_prune.errors import InvalidInput
-from fbn_prune.texts import read_text
 
 MOST_JSON_BYTES = 100 * 2**20
 """What safetensors allows a header; the index of a checkpoint of a million tensors is as large."""

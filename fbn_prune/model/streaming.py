@@ -3,7 +3,7 @@
 The parts are the decoder layers, the input embedding and the output embedding; norms and other small things stay.
 The model itself is the architecture's own, on the meta device, with tables such as the rotary ones in place. When
 a part is about to run, its tensors are read from the safetensors, and those of the part before are let go: running
-all data through one layer before the next (:mod:`fbn_prune.layerwise`) reads each weight once.
+all data through one layer before the next (:mod:`fbn_prune.model.layerwise`) reads each weight once.
 
 A cut layer is not kept either: it is read anew and cut again, by the function that also makes the tensors of the
 written checkpoint.
@@ -27,6 +27,7 @@ from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.families import Family, as_config
 from fbn_prune.model.heads import cut_heads
 from fbn_prune.model.modeling_ragged import ragged_class
+from fbn_prune.model.spill import Spilled
 from fbn_prune.model.surgery import (
     MlpCut,
     cut_of_parts,
@@ -36,7 +37,6 @@ from fbn_prune.model.surgery import (
     rounded_cut,
     set_features,
 )
-from fbn_prune.spill import Spilled
 
 Part = int | str
 """A decoder layer's number, or the name of an embedding."""

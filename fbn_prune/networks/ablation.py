@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fbn_prune.calibration import Batch
+from fbn_prune.data.calibration import Batch
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.families import Family
+from fbn_prune.model.perplexity import exp_or_infinite, summed_loss
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.networks.interventions import amplified, masked, retained
-from fbn_prune.perplexity import exp_or_infinite, summed_loss
 from fbn_prune.progress import Advance
 
 ActionName = Literal["mask", "retain", "amplify"]

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fbn_prune.calibration import Batch, TokenBlocks
-from fbn_prune.layerwise import LayerwiseForward
+from fbn_prune.data.calibration import Batch, TokenBlocks
 from fbn_prune.model.families import Family
+from fbn_prune.model.layerwise import LayerwiseForward
 from fbn_prune.model.streaming import layer_device, let_go
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.progress import StageClock

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fbn_prune.calibration import TokenBlocks
+from fbn_prune.data.calibration import TokenBlocks
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.families import Family
 from fbn_prune.networks import ica

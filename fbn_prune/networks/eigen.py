@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fbn_prune.errors import InvalidInput
-from fbn_prune.gram import fast_products, quick_products
+from fbn_prune.networks.gram import fast_products, quick_products
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fbn_prune.errors import InvalidInput
-from fbn_prune.gram import quick_products
 from fbn_prune.networks.eigen import IcaConvergenceWarning
+from fbn_prune.networks.gram import quick_products
 
 _ROWS_PER_CHUNK = 4096
 _PATIENCE = 20

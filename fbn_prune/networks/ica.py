@@ -23,9 +23,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from fbn_prune.errors import InvalidInput
-from fbn_prune.gram import quick_products
 from fbn_prune.networks.eigen import IcaConvergenceWarning, TokenGram, top_eigenvectors
 from fbn_prune.networks.fastica import Unmixing, fastica, seeded_start
+from fbn_prune.networks.gram import quick_products
 
 __all__ = [
     "IcaConvergenceWarning",

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fbn_prune.calibration import Batch
+from fbn_prune.data.calibration import Batch
 from fbn_prune.model.families import Family
+from fbn_prune.model.perplexity import mean_loss
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.networks.interventions import masked
-from fbn_prune.perplexity import mean_loss
 from fbn_prune.progress import StageClock
 
 

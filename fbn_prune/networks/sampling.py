@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fbn_prune import ranks
-from fbn_prune.calibration import Batch, TokenBlocks
+from fbn_prune import distributed
+from fbn_prune.data.calibration import Batch, TokenBlocks
 from fbn_prune.errors import InvalidInput
-from fbn_prune.layerwise import LayerwiseForward
 from fbn_prune.model.families import Family
+from fbn_prune.model.layerwise import LayerwiseForward
+from fbn_prune.model.spill import Spilled
 from fbn_prune.model.streaming import layer_device, let_go, stream_of
 from fbn_prune.networks import ica
 from fbn_prune.progress import Advance, StageClock
-from fbn_prune.spill import Spilled
 
 LEAST_BLOCKS = 32
 """Networks are found on tokens of at least this many blocks, where there are: tokens of one context are alike."""
@@ -52,7 +52,7 @@ class SampledActivations:
     ) -> None:
         self._model, self._family, self._clock = model, family, clock
         self._batches: list[Batch] = _sampled_blocks(blocks, tokens).batches(
-            max(1, batch_tokens // ranks.world())
+            max(1, batch_tokens // distributed.world())
         )
         available = sum(batch.tokens for batch in self._batches)
         self.tokens = min(tokens, available)
@@ -72,7 +72,7 @@ class SampledActivations:
             yield from self._kept
             return
         first = not self.mean
-        mine = ranks.share(self._batches)
+        mine = distributed.share(self._batches)
         stream = LayerwiseForward(self._model, self._family, mine)
         total = sum(batch.tokens for batch in mine)
         with self._clock.stage("activations", total * self.layers, "tokens x layers") as advance:
@@ -90,13 +90,13 @@ class SampledActivations:
         self, stream: LayerwiseForward, layer: int, advance: Advance
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows: list[Tensor] = []
-        positions = ranks.share(self._positions)
+        positions = distributed.share(self._positions)
         stream.advance(
             lambda index, x: rows.append(x[positions[index].to(x.device)].float()),
             on_batch=advance,
         )
         none = torch.empty(0, self.width, device=layer_device(self._model, self._family, layer))
-        x = ranks.joined_rows(torch.cat([none, *rows]))
+        x = distributed.joined_rows(torch.cat([none, *rows]))
         if not bool(torch.isfinite(x.sum())):
             raise InvalidInput(
                 f"NaN or Inf among the MLP activations of layer {layer}: the checkpoint is "

@@ -30,7 +30,7 @@ OUTLIER_SHARE = 0.01
 """More outliers than this share of the neurons (and more than one) are no outliers, but what the layer does."""
 
 TOKENS_PER_NEURON = 16
-"""From so many tokens for each neuron on, the refit's damping is as asked for (`eval/few_tokens.py`)."""
+"""From so many tokens for each neuron on, the refit's damping is as asked for (`eval/quality/few_tokens.py`)."""
 
 LARGEST_SHARE = 1.0
 """No refit is damped more than by the mean energy itself for want of tokens."""

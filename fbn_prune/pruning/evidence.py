@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fbn_prune import ranks
-from fbn_prune.activations import CrossStatistics, GramStatistics
-from fbn_prune.calibration import Batch
+from fbn_prune import distributed
+from fbn_prune.data.calibration import Batch
 from fbn_prune.errors import InvalidInput
-from fbn_prune.layerwise import LayerwiseForward, Observe
 from fbn_prune.model.families import Family
+from fbn_prune.model.layerwise import LayerwiseForward, Observe
 from fbn_prune.model.streaming import have_layer, let_go
 from fbn_prune.progress import Advance, StageClock
 from fbn_prune.pruning.criteria import HeadEvidence, LayerEvidence
+from fbn_prune.pruning.statistics import CrossStatistics, GramStatistics
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class EvidencePass:
             for layer in range(self._done):
                 self._again(layer)
             return
-        self._mine = ranks.share(self._batches)
+        self._mine = distributed.share(self._batches)
         dense = LayerwiseForward(model, family, self._mine)
         pruned = None
         if self._options.sequential:

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fbn_prune.calibration import TokenBlocks
+from fbn_prune.data.calibration import TokenBlocks
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.families import Family
+from fbn_prune.model.perplexity import token_losses
 from fbn_prune.model.streaming import SpilledCuts, down_weights, stream_of
 from fbn_prune.model.surgery import as_if_cut, rounded_cut
 from fbn_prune.networks.functional_networks import FunctionalNetworks
-from fbn_prune.perplexity import token_losses
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.allocation import (
     at_most,

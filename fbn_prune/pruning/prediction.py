@@ -3,7 +3,7 @@
 A layer's relative error is the share of its MLP output's mean square that the cut MLP misses on the calibration text,
 and a third of the same share of its attention's output. The loss on held-out text rises by about the sum of these over
 the layers: of 114 cuts of four models, by five criteria to five widths and of heads, one lies outside the range below
-(`eval/predicted_rise.py`). To lie outside is no proof of a fault, but it is always said.
+(`eval/quality/predicted_rise.py`). To lie outside is no proof of a fault, but it is always said.
 """
 
 from __future__ import annotations

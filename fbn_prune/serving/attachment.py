@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from fbn_kernels.activations import canonical_activation
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.families import Family, family_of
-from fbn_prune.model.kept import KeptNeurons
+from fbn_prune.model.kept_neurons import KeptNeurons
 from fbn_prune.serving.layer import Routing, ServedLayer, arrangement, batch_on, lay_out
 from fbn_prune.serving.tasks import TaskSet
 

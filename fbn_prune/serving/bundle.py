@@ -24,7 +24,7 @@ from fbn_prune.errors import InvalidInput
 from fbn_prune.export.directory import atomic_directory, disk_errors
 from fbn_prune.export.writer import copy_companions, write_json
 from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.model.kept import KEPT_FILE, KeptNeurons
+from fbn_prune.model.kept_neurons import KEPT_FILE, KeptNeurons
 from fbn_prune.model.shards import INDEX_FILE, one_line, read_object
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.serving.attachment import Served, attach

@@ -1,1 +1,0 @@
-"""Evaluation of pruned checkpoints beside their dense originals, with lm-evaluation-harness."""

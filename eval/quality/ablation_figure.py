@@ -1,0 +1,134 @@
+"""Draw what `fbn-prune ablate --json` measured: every network, growing sets, and what each of the strongest is for.
+
+    fbn-prune ablate --rank knockout --text builtin --grow 1,2,4,8,16,32 --components --json > RESULT.json
+    python eval/quality/ablation_figure.py RESULT.json FIGURE.svg
+
+Needs growing sets and components in the result. The same result gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib
+import typer
+from matplotlib.axes import Axes
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+
+NETWORKS, RANDOM, COMPONENTS = "#1f5fa8", "#8a8a8a", "#c4622d"
+SHOWN = 10
+"""Networks of which the texts are shown apart."""
+
+
+def draw_each(axes: Axes, facts: dict[str, Any]) -> None:
+    """Perplexity with each network masked, strongest first, over the band of random sets."""
+    for entries, colour, label in (
+        (facts["networks"], NETWORKS, "a network"),
+        (
+            facts["components"],
+            COMPONENTS,
+            "a principal component, as many neurons as the strongest network",
+        ),
+    ):
+        values = sorted((entry["perplexity"] for entry in entries), reverse=True)
+        axes.plot(range(1, len(values) + 1), values, ".-", color=colour, label=label)
+    band = facts["random"]
+    axes.axhspan(band["mean"] - band["std"], band["mean"] + band["std"], color=RANDOM, alpha=0.35)
+    axes.axhline(band["mean"], color=RANDOM, label=f"{band['n']} random sets, mean ± deviation")
+    axes.axhline(facts["dense"], color="black", linestyle=":", label="unchanged")
+    axes.set(xlabel="place", ylabel="perplexity", title="one masked")
+    axes.legend(fontsize=7, frameon=False)
+
+
+def draw_growing(axes: Axes, facts: dict[str, Any], name: str) -> None:
+    """Perplexity with the top n masked, or with nothing but them, and both controls of equal size."""
+    steps = facts["growing"][name]
+    sizes = [step["n"] for step in steps]
+    share = [step["neurons"] for step in steps]
+    mean = [step["random"]["mean"] for step in steps]
+    low = [max(s["random"]["mean"] - s["random"]["std"], facts["dense"] / 2) for s in steps]
+    high = [s["random"]["mean"] + s["random"]["std"] for s in steps]
+    axes.fill_between(sizes, low, high, color=RANDOM, alpha=0.35, linewidth=0)
+    axes.plot(sizes, mean, color=RANDOM, label="random sets")
+    control = [step["components"]["perplexity"] for step in steps]
+    axes.plot(sizes, control, ".-", color=COMPONENTS, label="principal components")
+    own = [step["perplexity"] for step in steps]
+    axes.plot(sizes, own, ".-", color=NETWORKS, label="networks")
+    axes.axhline(facts["dense"], color="black", linestyle=":", label="unchanged")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(sizes, [f"{n}\n({count})" for n, count in zip(sizes, share, strict=True)])
+    axes.set(
+        xlabel="top n networks (their neurons)", ylabel="perplexity", title=f"{name} the top n"
+    )
+    axes.legend(fontsize=7, frameon=False)
+
+
+def draw_texts(axes: Axes, facts: dict[str, Any]) -> None:
+    """How far the loss of every text rises with each of the strongest networks masked."""
+    strongest = _strongest(facts["networks"])
+    texts = list(facts["tokens"])
+    rises = [[entry["rise_by_text"][text] for text in texts] for entry in strongest]
+    top = max(max(row) for row in rises)
+    axes.imshow(rises, cmap="Blues", vmin=0, vmax=top, aspect="auto")
+    for row, values in enumerate(rises):
+        for column, value in enumerate(values):
+            dark = value > 0.6 * top
+            axes.text(
+                column, row, f"{value:+.2f}", ha="center", va="center", fontsize=7,
+                color="white" if dark else "black",
+            )  # fmt: skip
+    axes.set_xticks(range(len(texts)), texts)
+    axes.set_yticks(range(len(strongest)), [str(entry["id"]) for entry in strongest])
+    shares = [f"{on_one_text(facts[of]):.0%}" for of in ("networks", "components")]
+    title = f"loss rise by text, nats: {shares[0]} on one text (components {shares[1]})"
+    axes.set(ylabel="network masked", title=title)
+
+
+def on_one_text(entries: list[dict[str, Any]]) -> float:
+    """How much of the rise falls on the text that suffers most: the mean over the strongest entries."""
+    rises = [
+        [max(0.0, rise) for rise in one["rise_by_text"].values()] for one in _strongest(entries)
+    ]
+    return statistics.fmean(max(rise) / sum(rise) for rise in rises if sum(rise) > 0)
+
+
+def _strongest(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(entries, key=lambda entry: -entry["rise"])[:SHOWN]
+
+
+def main(
+    result: Annotated[Path, typer.Argument(help="What `ablate --json` printed.")],
+    figure: Annotated[Path, typer.Argument(help="SVG to write.")],
+) -> None:
+    facts = json.loads(result.read_text(encoding="utf-8"))
+    matplotlib.rcParams.update(
+        {
+            "svg.hashsalt": "fbn-prune",
+            "svg.fonttype": "none",
+            "font.family": "sans-serif",
+            "font.size": 9,
+        }
+    )
+    drawing, ((each, texts), (mask, retain)) = plt.subplots(
+        2, 2, figsize=(10, 7.2), layout="constrained"
+    )
+    draw_each(each, facts)
+    draw_texts(texts, facts)
+    draw_growing(mask, facts, "mask")
+    draw_growing(retain, facts, "retain")
+    tokens = sum(facts["tokens"].values())
+    drawing.suptitle(
+        f"{Path(facts['model']).name}: networks with neurons of |z| ≥ {facts['z']:g}, ranked by "
+        f"{facts['rank']}; {tokens:,} tokens"
+    )
+    drawing.savefig(figure, format="svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    typer.run(main)

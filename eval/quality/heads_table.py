@@ -1,0 +1,185 @@
+"""Print what attention heads cost a model, by how they are chosen, and what the same parameters cost among its neurons.
+
+    python eval/quality/heads_table.py --model DIR --calibrate a.txt --calibrate b.txt --evaluate c.txt
+
+MLPs stay whole. Columns: the second order with its refit (`--head-sparsity`), one-shot and `--sequential`; the same
+heads without a refit; heads by the variance of what they put out times the weights that read it (FLAP's score), with
+no refit; chance, the mean of several draws; and `neurons instead`, where the attention stays whole and as many
+parameters go from the MLPs by `--criterion networks`. A live model can have any number of heads; counts that the
+architecture's stock config accepts, and that can be exported, have a star. Text and blocks as in criteria_table.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from criteria_table import BATCH_TOKENS, first_blocks
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from fbn_prune.data.calibration import TokenBlocks
+from fbn_prune.errors import InvalidInput
+from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.heads import HeadCut
+from fbn_prune.model.perplexity import perplexity
+from fbn_prune.model.surgery import MlpCut, apply_cut
+from fbn_prune.progress import StageClock
+from fbn_prune.pruning.criteria import CRITERIA, HeadEvidence, head_cut
+from fbn_prune.pruning.cutting import cut_layers
+from fbn_prune.pruning.damping import centred
+from fbn_prune.pruning.evidence import CutOptions, EvidencePass
+
+DRAWS = 5
+Chosen = Callable[[HeadEvidence, int], HeadCut]
+
+
+def as_they_are(evidence: HeadEvidence, kept: Tensor) -> HeadCut:
+    """The groups `kept` with the output weights that they have."""
+    channels = (kept[:, None] * evidence.group + torch.arange(evidence.group)).flatten()
+    return HeadCut(kept, evidence.weight[:, channels], evidence.bias)
+
+
+def without_refit(evidence: HeadEvidence, groups: int) -> HeadCut:
+    """The second order's heads as they are."""
+    return as_they_are(evidence, head_cut(evidence, groups).kept)
+
+
+def by_variance(evidence: HeadEvidence, groups: int) -> HeadCut:
+    """FLAP's score, summed over a group's channels."""
+    variance = centred(evidence.gram, evidence.mean).diagonal()
+    score = (variance * evidence.weight.square().sum(0)).view(-1, evidence.group).sum(1)
+    return as_they_are(evidence, score.argsort(descending=True)[:groups].sort().values)
+
+
+def by_chance(seed: int) -> Chosen:
+    """A uniform draw in each layer."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def choose(evidence: HeadEvidence, groups: int) -> HeadCut:
+        count = evidence.weight.shape[1] // evidence.group
+        order = torch.randperm(count, generator=draw)
+        return as_they_are(evidence, order[:groups].sort().values)
+
+    return choose
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="Checkpoint folder.")],
+    calibrate: Annotated[list[Path], typer.Option(help="Calibration text; repeat for several.")],
+    evaluate: Annotated[list[Path], typer.Option(help="Evaluation text; repeat for several.")],
+    context: Annotated[int, typer.Option()] = 256,
+    blocks: Annotated[int, typer.Option(help="Calibration blocks of each text.")] = 32,
+    evaluation_blocks: Annotated[int, typer.Option(help="First blocks of each text.")] = 32,
+    first: Annotated[int, typer.Option(help="Calibration blocks are drawn from these.")] = 400,
+    seed: Annotated[int, typer.Option()] = 0,
+    output: Annotated[Path | None, typer.Option(help="Also write JSON here.")] = None,
+) -> None:
+    checkpoint = Checkpoint.open(model)
+    family, config = checkpoint.family, checkpoint.config
+    dense = checkpoint.load_model("cpu", torch.float32)
+    tokenizer = checkpoint.load_tokenizer()
+    draw = random.Random(seed)
+    sample: list[Tensor] = []
+    for file in calibrate:
+        found = first_blocks(file, tokenizer, context, first)
+        sample += draw.sample(found, min(blocks, len(found)))
+    draw.shuffle(sample)
+    held = [
+        block
+        for file in evaluate
+        for block in first_blocks(file, tokenizer, context, evaluation_blocks)
+    ]
+    batches = TokenBlocks(tuple(sample), context, tuple(map(str, calibrate))).batches(BATCH_TOKENS)
+    held_out = TokenBlocks(tuple(held), context, tuple(map(str, evaluate))).batches(BATCH_TOKENS)
+    shape, layers = family.head_shape(config), family.num_layers(config)
+    width, hidden = family.width(config), family.hidden_size(config)
+    counts = list(range(shape.groups - 1, 0, -1))
+    plain = CutOptions("networks", False, 1e-2, 1e-3, seed, torch.float32)
+    options = {groups: replace(plain, head_groups=groups) for groups in counts}
+    ways: dict[str, list[Chosen]] = {
+        "second order": [head_cut],
+        "no refit": [without_refit],
+        "variance": [by_variance],
+        "chance": [by_chance(number) for number in range(DRAWS)],
+    }
+
+    def fewer_neurons(groups: int) -> int:
+        """Width at which the MLPs have lost as many parameters as the attention would."""
+        gone = (shape.groups - groups) * 2 * hidden * shape.size * (shape.queries + 1)
+        return max(1, round(width - gone / (3 * hidden)))
+
+    cuts: dict[tuple[str, int, int], list[MlpCut]] = {}
+    evidence = EvidencePass(
+        dense, family, batches, options[counts[0]], membership=None, clock=StageClock()
+    )
+    for layer in evidence:
+        assert layer.heads is not None
+        whole = MlpCut(torch.arange(width), layer.weight)
+        for groups in counts:
+            for name, draws in ways.items():
+                for number, choose in enumerate(draws):
+                    cut = replace(whole, heads=choose(layer.heads, groups))
+                    cuts.setdefault((name, groups, number), []).append(cut)
+            instead = fewer_neurons(groups)
+            if instead < width:
+                cuts.setdefault(("neurons instead", groups, 0), []).append(
+                    CRITERIA["networks"](layer, instead)
+                )
+
+    def measured(parts: list[MlpCut]) -> float:
+        cut = copy.deepcopy(dense)
+        for number, part in enumerate(parts):
+            apply_cut(cut, family, number, part)
+        return perplexity(cut, held_out)
+
+    def sequential(groups: int) -> float:
+        cut = copy.deepcopy(dense)
+        chosen = replace(options[groups], sequential=True)
+        cut_layers(
+            cut, family, batches, [width] * layers, chosen, membership=None, clock=StageClock()
+        )
+        return perplexity(cut, held_out)
+
+    headings = ["second order", "sequential", "no refit", "variance", "chance", "neurons instead"]
+    before = perplexity(dense, held_out)
+    table = Table("heads kept", *headings, title=f"{model.name}: perplexity, dense {before:.2f}")
+    rows: list[dict[str, Any]] = []
+    for groups in counts:
+        found_: dict[str, list[float]] = {"sequential": [sequential(groups)]}
+        for (name, kept, _), parts in cuts.items():
+            if kept == groups:
+                found_.setdefault(name, []).append(measured(parts))
+        row: dict[str, Any] = {name: statistics.mean(values) for name, values in found_.items()}
+        row |= {"groups": groups, "exports": accepted(checkpoint, groups)}
+        row["neurons_instead_width"] = fewer_neurons(groups)
+        rows.append(row)
+        star = "*" if row["exports"] else ""
+        shown = [f"{row[name]:.2f}" if name in row else "" for name in headings]
+        table.add_row(f"{groups} of {shape.groups}{star}", *shown)
+    Console(width=120).print(table)
+    if output is not None:
+        facts = {"model": model.name, "dense": before, "context": context, "blocks": blocks}
+        output.write_text(json.dumps({**facts, "seed": seed, "rows": rows}, indent=1) + "\n")
+
+
+def accepted(checkpoint: Checkpoint, groups: int) -> bool:
+    """Whether the architecture's stock config can say that there are so many."""
+    try:
+        checkpoint.family.with_head_groups(checkpoint.config, groups)
+    except InvalidInput:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    typer.run(main)

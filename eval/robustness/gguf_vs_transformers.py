@@ -1,0 +1,131 @@
+"""Check converted models in llama.cpp itself: the same tokens of a text, the same logits, the same greedy answer.
+
+    pip install gguf llama-cpp-python      # the latter builds llama.cpp: minutes
+    python eval/robustness/gguf_vs_transformers.py --model DIR --model DIR ... [--results FILE.json]
+
+Each checkpoint, of one width or of many, is converted with float32 matrices; llama.cpp keeps its keys and values in
+float32 too, so that only the order of additions differs. Prints what was found, and leaves with 1 where greedy tokens
+or the tokens of a text differ, or a logit is off by more than `--tolerance` of their standard deviation.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+
+from fbn_prune.data import builtin
+from fbn_prune.export.gguf import write_gguf
+from fbn_prune.model.checkpoint import Checkpoint
+
+TEXTS = (
+    "Once upon a time, there was a little girl named Lily. She loved to play outside",
+    "In this first year , he was praised by the Senate for",
+    "import os\n\n\ndef read(path):\n    with open(path) as file:\n",
+    "Q: 7 + 11 = ? A: 18\nQ: 46 - 21 = ? A:",
+)
+GGML_TYPE_F32 = 0
+
+
+def greedy(model: Any, ids: list[int], count: int) -> list[int]:
+    """The `count` tokens that follow `ids`, the most probable each time."""
+    answer = list(ids)
+    for _ in range(count):
+        logits = model(torch.tensor([answer]), use_cache=False).logits[0, -1]
+        answer.append(int(logits.argmax()))
+    return answer[len(ids) :]
+
+
+def greedy_llama_cpp(llama: Any, ids: list[int], count: int) -> list[int]:
+    llama.reset()
+    llama.eval(ids)
+    answer: list[int] = []
+    for _ in range(count):
+        answer.append(int(np.argmax(llama.scores[llama.n_tokens - 1])))
+        llama.eval(answer[-1:])
+    return answer
+
+
+def equal_tokens(ours: list[int], theirs: list[int]) -> int:
+    """How many tokens agree before the first that does not."""
+    pairs = enumerate(zip(ours, theirs, strict=True))
+    return next((index for index, (one, other) in pairs if one != other), len(ours))
+
+
+def compare(checkpoint: Checkpoint, gguf: Path, tokens: int) -> dict[str, Any]:
+    from llama_cpp import Llama
+
+    reference = checkpoint.load_model("cpu", torch.float32)
+    tokenizer = checkpoint.load_tokenizer()
+    texts = {text: tokenizer(text)["input_ids"] for text in TEXTS}
+    llama = Llama(
+        str(gguf),
+        n_ctx=max(len(ids) for ids in texts.values()) + tokens + 1,
+        logits_all=True,
+        verbose=False,
+        n_threads=1,
+        type_k=GGML_TYPE_F32,
+        type_v=GGML_TYPE_F32,
+    )
+    found = []
+    for text, ids in texts.items():
+        expected = reference(torch.tensor([ids]), use_cache=False).logits[0].numpy()
+        llama.reset()
+        llama.eval(ids)
+        logits = np.array(llama.scores[: len(ids)])[:, : expected.shape[1]]
+        ours, theirs = greedy(reference, ids, tokens), greedy_llama_cpp(llama, ids, tokens)
+        found.append(
+            {
+                "text": text,
+                "same_token_ids": llama.tokenize(text.encode(), special=False) == ids,
+                "largest_logit_difference": float(np.abs(logits - expected).max()),
+                "logit_standard_deviation": float(expected.std()),
+                "greedy_tokens_equal": equal_tokens(ours, theirs),
+            }
+        )
+    return {
+        "architecture": llama.metadata["general.architecture"],
+        "widths": checkpoint.family.widths(checkpoint.config),
+        "greedy_tokens": tokens,
+        "texts": found,
+    }
+
+
+@torch.inference_mode()
+def main(
+    model: Annotated[
+        list[Path], typer.Option(help="A checkpoint or `builtin`; repeat for several.")
+    ],
+    tokens: Annotated[int, typer.Option(help="Tokens that both write.")] = 100,
+    tolerance: Annotated[float, typer.Option(help="Largest difference of a logit.")] = 1e-3,
+    results: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    table: dict[str, Any] = {}
+    good = True
+    for folder in model:
+        source = builtin.model_path() if str(folder) == "builtin" else folder
+        checkpoint = Checkpoint.open(str(source), ragged=True)
+        with tempfile.TemporaryDirectory() as temporary:
+            gguf = Path(temporary, "model.gguf")
+            write_gguf(checkpoint, gguf, matrices="f32")
+            table[folder.name] = facts = compare(checkpoint, gguf, tokens)
+        good &= all(
+            one["same_token_ids"]
+            and one["greedy_tokens_equal"] == tokens
+            and one["largest_logit_difference"] <= tolerance * one["logit_standard_deviation"]
+            for one in facts["texts"]
+        )
+        print(json.dumps({folder.name: facts}, indent=1))
+    if results is not None:
+        results.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    if not good:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

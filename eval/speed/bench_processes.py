@@ -1,0 +1,117 @@
+"""One process against several on the same job: the same neurons, the weights, and how much sooner each stage ends.
+
+    python eval/speed/bench_processes.py --model MODEL --calibrate FILE ... [--processes 2 4] [--float32]
+
+Every process computes with one thread, so that two of them on two cores have twice one's means. The calibration stage
+is what runs tokens through the model for the cut (`prune`), its second order included, and for the networks
+(`activations`). Weights are compared as stored: a checkpoint of float16 can differ by one last place where one of
+float32 differs by 1e-7; `--float32` prunes a copy stored so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fbn_prune.data import builtin
+
+STAGES = ("activations", "prune")
+
+
+def run(processes: int, arguments: list[str], output: Path) -> dict[str, Any]:
+    """The job's result as its `--json` says it."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone"]
+        launcher += ["--nproc-per-node", str(processes)]
+    command = [*launcher, "-m", "fbn_prune", *arguments, "--json", "--output", str(output)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def in_float32(model: str, folder: Path) -> str:
+    """A copy of a model, stored in float32."""
+    source = str(builtin.model_path()) if model == "builtin" else model
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return str(folder)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, float64."""
+    found = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        found |= {name: tensor.double() for name, tensor in load_file(file).items()}
+    return found
+
+
+def main() -> None:
+    """Run, compare, print, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="builtin")
+    parser.add_argument("--calibrate", nargs="+", default=["builtin"], metavar="FILE")
+    parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--tokens", type=int, default=131072)
+    parser.add_argument("--float32", action="store_true", help="prune a copy stored in float32")
+    parser.add_argument("--keep-networks", type=int, default=10)
+    parser.add_argument("--output", type=Path, default=Path("processes.json"))
+    args = parser.parse_args()
+    job = ["--tokens", str(args.tokens)]
+    job += ["--keep-networks", str(args.keep_networks)]
+    job += [word for file in args.calibrate for word in ("--calibration", file)]
+    with tempfile.TemporaryDirectory() as scratch:
+        model = in_float32(args.model, Path(scratch) / "model") if args.float32 else args.model
+        job += ["--model", model]
+        one = run(1, job, Path(scratch) / "1")
+        before = weights(Path(scratch) / "1")
+        neurons = load_file(Path(scratch) / "1" / "kept_neurons.safetensors")
+        rows = []
+        for processes in args.processes:
+            folder = Path(scratch) / str(processes)
+            many = run(processes, job, folder)
+            after, kept = weights(folder), load_file(folder / "kept_neurons.safetensors")
+            same = all(torch.equal(kept[name], neurons[name]) for name in neurons)
+            spent = [sum(result["stages"][stage] for stage in STAGES) for result in (one, many)]
+            row = {
+                "processes": processes,
+                "same_neurons": same,
+                "largest_difference": max(
+                    float((after[name] - before[name]).abs().max()) for name in before
+                )
+                if same
+                else None,
+                "stages": many["stages"],
+                "calibration_speed_up": spent[0] / spent[1],
+                "total_speed_up": sum(one["stages"].values()) / sum(many["stages"].values()),
+                "peak_memory_bytes_first": many["peak_memory_bytes"],
+            }
+            rows.append(row)
+            print(
+                f"{processes} processes: same neurons {same}, largest difference "
+                f"{row['largest_difference']}, calibration {row['calibration_speed_up']:.2f} times as fast, "
+                f"all stages {row['total_speed_up']:.2f}",
+                flush=True,
+            )
+    report = {
+        "model": Path(args.model).name,
+        "float32": args.float32,
+        "tokens": args.tokens,
+        "cores": os.cpu_count(),
+    }
+    args.output.write_text(json.dumps(report | {"one": one["stages"], "many": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

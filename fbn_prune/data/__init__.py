@@ -1,0 +1,1 @@
+"""Text: calibration sources, task examples, harness tasks, and the embedded data."""

@@ -1,0 +1,171 @@
+"""Tasks of lm-evaluation-harness, by name or from a YAML file: loaded, and read as examples and test questions.
+
+The harness is an optional dependency; it is imported when a task is named. A document's question is what in it is asked
+whatever prompt stands around it, so that a task read here and the same questions in a local file are known to be the
+same.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from fbn_prune.data.examples import Example, question_of
+from fbn_prune.errors import FbnPruneError, InvalidInput
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+
+TaskConfig = dict[str, Any]
+"""What the harness takes for a task: the content of one of its YAML files."""
+
+_MISSING = "lm-evaluation-harness is missing: pip install 'fbn-prune[eval]'"
+
+
+def task_from_yaml(path: Path) -> TaskConfig:
+    """The task of a YAML file, with what it includes.
+
+    Raises
+    ------
+    InvalidInput
+        The file is missing, is no YAML, or names no task.
+    FbnPruneError
+        lm-evaluation-harness is not installed.
+    """
+    try:
+        from lm_eval.tasks._yaml_loader import load_yaml
+    except ImportError:
+        raise FbnPruneError(_MISSING) from None
+    if not path.is_file():
+        raise InvalidInput(f"task file {path} does not exist")
+    try:
+        config = load_yaml(path, resolve_func=True)
+    except (yaml.YAMLError, OSError, ValueError) as error:
+        line = " ".join(str(error).split())
+        raise InvalidInput(f"task file {path} cannot be read: {line}") from None
+    if not isinstance(config, dict) or "task" not in config:
+        raise InvalidInput(f"task file {path} names no task")
+    return dict(config)
+
+
+def require_known(names: Sequence[str]) -> None:
+    """Refuse names that the installed harness does not know; loads no data.
+
+    Raises
+    ------
+    InvalidInput
+        A name is no task, group or tag of the harness.
+    FbnPruneError
+        lm-evaluation-harness is not installed.
+    """
+    known = set(task_manager(defaults=True).all_tasks) if names else set()
+    for name in names:
+        if name not in known:
+            raise InvalidInput(f"the harness knows no task {name!r}, and there is no such file")
+
+
+def load_tasks(tasks: Sequence[str | TaskConfig]) -> dict[str, Any]:
+    """Tasks with their data: `tasks` by name, and the `groups` that they were named by.
+
+    Raises
+    ------
+    InvalidInput
+        A name that the harness does not know.
+    FbnPruneError
+        The data of a task cannot be loaded, or lm-evaluation-harness is not installed.
+    """
+    names = [task for task in tasks if isinstance(task, str)]
+    require_known(names)
+    manager = task_manager(defaults=bool(names))
+    try:
+        return dict(manager.load(list(tasks)))
+    except Exception as error:  # the hub, the network and a data set's own files fail in many ways
+        line = " ".join(str(error).split())
+        shown = ", ".join(task if isinstance(task, str) else task["task"] for task in tasks)
+        raise FbnPruneError(f"cannot load {shown}: {line[:300]}") from error
+
+
+@cache
+def task_manager(*, defaults: bool) -> Any:
+    """The harness's index of tasks: its own (`defaults`, which takes seconds to read) or an empty one.
+
+    Raises
+    ------
+    FbnPruneError
+        lm-evaluation-harness is not installed.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise FbnPruneError(_MISSING) from None
+    # Its advice on how to write tasks is none for users of ready ones.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return TaskManager(include_defaults=defaults)
+
+
+def training_and_test(name: str) -> tuple[list[Example], list[Example]]:
+    """The examples of a task's training split, and the questions of all its other splits.
+
+    Parameters
+    ----------
+    name
+        What the harness calls the task, or a YAML file.
+
+    Raises
+    ------
+    InvalidInput
+        The task is unknown, is a group, or has no training split.
+    FbnPruneError
+        Its data cannot be loaded, or lm-evaluation-harness is not installed.
+    """
+    of_file = Path(name).suffix in (".yaml", ".yml")
+    loaded = load_tasks([task_from_yaml(Path(name)) if of_file else name])["tasks"]
+    if len(loaded) != 1:
+        shown = ", ".join(sorted(loaded)[:5])
+        raise InvalidInput(f"{name!r} stands for {len(loaded)} tasks: name one of them ({shown})")
+    (task,) = loaded.values()
+    if not task.has_training_docs():
+        raise InvalidInput(f"task {name!r} has no training split: give examples in a file")
+    training = _examples(task, task.training_docs())
+    if not training:
+        raise InvalidInput(f"the training split of task {name!r} is empty")
+    test: list[Example] = []
+    if task.has_validation_docs():
+        test += _examples(task, task.validation_docs())
+    if task.has_test_docs():
+        test += _examples(task, task.test_docs())
+    return training, test
+
+
+def document_question(task: Task, doc: Any) -> str:
+    """What a document asks: the field that holds it, or the whole prompt where none is known."""
+    known = question_of(doc) if isinstance(doc, dict) else None
+    if known is not None:
+        return known
+    prompt = task.doc_to_text(doc)
+    # In a task like WinoGrande the prompt is the number of a choice.
+    return prompt if isinstance(prompt, str) and prompt.strip() else example_text(task, doc)
+
+
+def example_text(task: Task, doc: Any) -> str:
+    """A document as the harness would show it in a prompt: question, delimiter, right answer, end of line."""
+    prompt, target = task.doc_to_text(doc), task.doc_to_target(doc)
+    given = getattr(task.config, "doc_to_choice", None) is not None
+    choices = task.doc_to_choice(doc) if given else None
+    delimiter = getattr(task.config, "target_delimiter", "")
+    if isinstance(target, list):
+        target = target[0]
+    if choices is not None and isinstance(prompt, int):
+        return f"{choices[prompt]}{delimiter}{target}\n"
+    if choices is not None and isinstance(target, int):
+        target = choices[target]
+    return f"{prompt}{delimiter if prompt else ''}{target}\n"
+
+
+def _examples(task: Task, docs: Iterable[Any]) -> list[Example]:
+    return [Example(example_text(task, doc), document_question(task, doc)) for doc in docs]

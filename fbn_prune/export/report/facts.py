@@ -1,0 +1,269 @@
+"""What a report is drawn from: the files of an output folder, and what `compare`, `ablate` and `evaluate` print.
+
+Everything is read back from files, so that the page a run writes and the page made later of the same folder are one
+and the same. Files are checked as they are read: a file of another kind is refused in one line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from fbn_prune.errors import InvalidInput
+from fbn_prune.export.report.text import display_name
+from fbn_prune.networks.functional_networks import FunctionalNetworks
+from fbn_prune.networks.ranking import strongest_first
+
+RESULT_NAME = "result.json"
+"""The file of an output folder that says what the run did."""
+PLACES = ("output", "overwrite", "work_dir")
+"""Recipe keys that say where a result is put and not what it is."""
+
+
+class Recovered(BaseModel):
+    """See :class:`fbn_prune.pruning.recovery.gain.Recovery`."""
+
+    perplexity_cut: float
+    gap_closed: float | None
+
+
+class RunResult(BaseModel):
+    """`result.json`: see :class:`fbn_prune.runs.result.PruneResult`."""
+
+    model: str
+    criterion: str
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    perplexity_before: float
+    perplexity_after: float
+    neurons_kept: int
+    neurons_total: int
+    heads_kept: int = 0
+    heads_total: int = 0
+    widths: list[int] = Field(min_length=1)
+    width_rule: str
+    kept_networks: list[int]
+    ranked_networks: list[int] = []
+    calibration_tokens: int
+    held_out_tokens: int
+    calibration_fingerprint: str
+    task: dict[str, Any] | None = None
+    warning: str | None = None
+    recovery: Recovered | None = None
+
+    @property
+    def width_before(self) -> int:
+        """Neurons of every layer of the model that was cut."""
+        return self.neurons_total // len(self.widths)
+
+
+class Budget(BaseModel):
+    """One budget of a comparison: the share of neurons kept, and each criterion's perplexity."""
+
+    kept: float
+    networks: int | None = None
+    perplexity: dict[str, float]
+
+
+class Comparison(BaseModel):
+    """What `compare --json` prints."""
+
+    model: str
+    facts: dict[str, Any] = {}
+    dense: float
+    budgets: list[Budget]
+
+    @property
+    def criteria(self) -> list[str]:
+        """Every criterion that was measured, the best at the smallest budget first."""
+        by_budget = sorted(self.budgets, key=lambda budget: budget.kept)
+        names = dict.fromkeys(name for budget in by_budget for name in budget.perplexity)
+        hardest = by_budget[0].perplexity if by_budget else {}
+        return sorted(names, key=lambda name: (hardest.get(name, float("inf")), name))
+
+
+class Ablated(BaseModel):
+    """A set of neurons and the model without them; `id` is a network's, where it is one's."""
+
+    id: int | None = None
+    neurons: int
+    perplexity: float
+    rise_by_text: dict[str, float] = {}
+    tasks: dict[str, dict[str, float]] = {}
+
+
+class Spread(BaseModel):
+    """A figure over random draws."""
+
+    mean: float
+    std: float
+
+
+class RandomBand(BaseModel):
+    """The mean and spread of random sets of equal size."""
+
+    neurons: int
+    mean: float
+    std: float
+    n: int
+    rise_by_text: dict[str, float] = {}
+    tasks: dict[str, dict[str, Spread]] = {}
+
+
+class GrowingStep(Ablated):
+    """The first `n` networks, and random sets and principal components' neurons as many as they are."""
+
+    n: int
+    random: RandomBand
+    components: Ablated | None = None
+
+
+class Ablation(BaseModel):
+    """What `ablate --json` prints."""
+
+    model: str
+    action: str
+    rank: str = ""
+    dense: float
+    tokens: dict[str, int] = {}
+    dense_tasks: dict[str, dict[str, float]] = {}
+    networks: list[Ablated] = Field(min_length=1)
+    ratio_to_random: float | None = None
+    random: RandomBand
+    components: list[Ablated] = []
+    growing: dict[str, list[GrowingStep]] = {}
+
+    @property
+    def strongest_first(self) -> list[Ablated]:
+        sign = 1 if self.action == "retain" else -1
+        return sorted(self.networks, key=lambda one: sign * one.perplexity)
+
+
+class Figure(BaseModel):
+    """One metric of one task."""
+
+    value: float
+    stderr: float | None = None
+
+
+class Evaluation(BaseModel):
+    """What `evaluate --json` prints; `compare` is the model beside it."""
+
+    model: str
+    tasks: dict[str, dict[str, Figure]]
+    compare: Evaluation | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ReportFacts:
+    """All that is known; what is None is left out of the page.
+
+    Attributes
+    ----------
+    order
+        All networks as they were ranked, strongest first; empty without networks.
+    """
+
+    name: str
+    result: RunResult | None
+    networks: FunctionalNetworks | None
+    order: list[int]
+    recipe: str | None
+    comparison: Comparison | None = None
+    ablation: Ablation | None = None
+    evaluation: Evaluation | None = None
+
+    @property
+    def members_kept(self) -> list[int]:
+        """Neurons that are members of at least one of the first K networks, for K = 1, 2, ..."""
+        if self.networks is None:
+            return []
+        counts, union = [], self.networks.union([])
+        for network in self.order:
+            union |= self.networks.members(network)
+            counts.append(int(union.sum()))
+        return counts
+
+
+def read_facts(
+    folder: Path,
+    *,
+    compare: Path | None = None,
+    ablate: Path | None = None,
+    evaluate: Path | None = None,
+) -> ReportFacts:
+    """Read an output folder of the main job or of `discover`, and results beside it.
+
+    Raises
+    ------
+    InvalidInput
+        There is neither a result nor networks in the folder, or a file is damaged or of another kind.
+    """
+    result = _read(folder / RESULT_NAME, RunResult) if (folder / RESULT_NAME).exists() else None
+    artifact = folder / "networks.safetensors"
+    networks = FunctionalNetworks.load(artifact) if artifact.exists() else None
+    if result is None and networks is None:
+        raise InvalidInput(
+            f"{folder} holds neither {RESULT_NAME} nor networks.safetensors: name the output of a run or of discover"
+        )
+    return ReportFacts(
+        name=display_name(_model(result, networks)),
+        result=result,
+        networks=networks,
+        order=[] if networks is None else _order(networks, result),
+        recipe=_recipe(folder / "recipe.yaml"),
+        comparison=None if compare is None else _read(compare, Comparison),
+        ablation=None if ablate is None else _read(ablate, Ablation),
+        evaluation=None if evaluate is None else _read(evaluate, Evaluation),
+    )
+
+
+def _model(result: RunResult | None, networks: FunctionalNetworks | None) -> str:
+    if result is not None:
+        return result.model
+    assert networks is not None
+    return str(networks.header.get("model", "a model"))
+
+
+def _order(networks: FunctionalNetworks, result: RunResult | None) -> list[int]:
+    """As the run ranked them; without a run, by energy, or else as they were found."""
+    every = list(range(len(networks.maps)))
+    if result is not None and sorted(result.ranked_networks) == every:
+        return result.ranked_networks
+    return every if networks.energy is None else strongest_first(networks.energy)
+
+
+def _recipe(path: Path) -> str | None:
+    """The recipe without the places, which differ where the result does not."""
+    if not path.exists():
+        return None
+    try:
+        keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise InvalidInput(f"{path} is no recipe: {' '.join(str(error).split())}") from None
+    if not isinstance(keys, dict):
+        raise InvalidInput(f"{path} is no recipe: it must be a mapping of keys to values")
+    kept = {key: value for key, value in keys.items() if key not in PLACES}
+    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+
+
+_Kind = TypeVar("_Kind", bound=BaseModel)
+
+
+def _read(path: Path, kind: type[_Kind]) -> _Kind:
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise InvalidInput(f"cannot read {path}: {error.strerror or error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise InvalidInput(
+            f"{path} is no JSON of a {kind.__name__.lower()}: {place or 'the file'}: {first['msg']}"
+        ) from None

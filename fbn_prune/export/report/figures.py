@@ -1,0 +1,305 @@
+"""The report's figures, drawn with matplotlib as SVG text that is the same whenever it is drawn.
+
+Figures are narrow, so that their letters can be read on a phone, where they are shown at about the size they are
+drawn at.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from fbn_prune.export.report.facts import Ablation, Comparison, GrowingStep, RunResult
+from fbn_prune.export.report.text import visible
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH = 4.6
+"""Inches: at 96 pixels an inch a little more than a phone is wide."""
+INK, MUTED, PALE, KEPT, ALARM = "#22303c", "#6b7a88", "#d4dbe2", "#0b6e8e", "#c2412d"
+OTHER = "#e08e0b"
+"""Of the control that is not chance: principal components."""
+_LINES = ("#0b6e8e", "#c2412d", "#7a5195", "#e08e0b", "#3c8d5a", "#8a6a4f", "#6b7a88")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Our style alone, whatever the user's is, and nothing in the file that changes from run to run."""
+    import matplotlib
+
+    logger = logging.getLogger("matplotlib")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # of its caches, which are no business of the run
+    try:
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            matplotlib.rcParams.update(
+                {
+                    "svg.fonttype": "none",
+                    "text.parse_math": False,
+                    "font.family": "sans-serif",
+                    "font.size": 9,
+                    "axes.spines.top": False,
+                    "axes.spines.right": False,
+                    "axes.edgecolor": MUTED,
+                    "axes.labelcolor": INK,
+                    "axes.titlesize": 9,
+                    "xtick.color": INK,
+                    "ytick.color": INK,
+                    "text.color": INK,
+                    "legend.frameon": False,
+                    "legend.fontsize": 8,
+                    "lines.linewidth": 1.6,
+                    "lines.markersize": 4,
+                }
+            )
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def widths_figure(result: RunResult) -> str:
+    """Neurons of every layer, before and after."""
+    figure, axes = _figure(1.9)
+    layers = range(len(result.widths))
+    axes.bar(layers, [result.width_before] * len(result.widths), color=PALE, label="before")
+    axes.bar(layers, result.widths, color=KEPT, label="after")
+    axes.set(xlabel="layer", ylabel="MLP neurons", xlim=(-0.6, len(result.widths) - 0.4))
+    _whole_numbers(axes)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    return _svg(figure, "widths")
+
+
+def dial_figure(members_kept: Sequence[int], neurons: int, kept: int | None) -> str:
+    """How many neurons are members of the strongest K networks, in percent; `kept` marks the run's K."""
+    figure, axes = _figure(1.9)
+    numbers = range(1, len(members_kept) + 1)
+    shares = [100 * count / neurons for count in members_kept]
+    axes.plot(numbers, shares, color=KEPT)
+    if kept is not None and 1 <= kept <= len(shares):
+        axes.plot([kept], [shares[kept - 1]], "o", color=ALARM, markersize=6)
+        axes.annotate(
+            f"{kept} networks: {shares[kept - 1]:.0f} %",
+            (kept, shares[kept - 1]),
+            xytext=(8, -4),
+            textcoords="offset points",
+            va="top",
+        )
+    axes.set(xlabel="K, networks kept", ylabel="members, % of neurons", ylim=(0, None))
+    axes.set_xlim(left=0)
+    return _svg(figure, "dial")
+
+
+def quality_figure(
+    comparison: Comparison, *, run: RunResult | None, networks: Sequence[float | None] | None = None
+) -> str:
+    """Perplexity of every criterion against size.
+
+    Parameters
+    ----------
+    run
+        The run to mark, where it stands on the same text.
+    networks
+        For each budget the K networks that it is worth: draw against K instead of against the share of neurons.
+    """
+    figure, axes = _figure(2.9)
+    _quality(axes, comparison, run, networks)
+    return _svg(figure, "quality" if networks is None else "quality by K")
+
+
+def comparison_svg(comparison: Comparison) -> str:
+    """The plot of `compare`, as a file of its own."""
+    with drawing():
+        figure, axes = _figure(3.2)
+        _quality(axes, comparison, None, None)
+        axes.set_title(f"{len(comparison.criteria)} criteria on one calibration sample", pad=34)
+        return _file(figure, "comparison")
+
+
+def _quality(
+    axes: Axes,
+    comparison: Comparison,
+    run: RunResult | None,
+    networks: Sequence[float | None] | None,
+) -> None:
+    places = [
+        100 * budget.kept if networks is None else networks[i]
+        for i, budget in enumerate(comparison.budgets)
+    ]
+    highest = 0.0
+    for i, name in enumerate(comparison.criteria):
+        points = sorted(
+            (place, value)
+            for place, budget in zip(places, comparison.budgets, strict=True)
+            if place is not None and math.isfinite(value := budget.perplexity.get(name, math.nan))
+        )
+        if not points:
+            continue
+        x, y = zip(*points, strict=True)
+        highest = max(highest, *y)
+        look = {"color": _LINES[i % len(_LINES)], "marker": _MARKERS[i % len(_MARKERS)]}
+        axes.plot(x, y, label=visible(name), linewidth=2.2 if name == "networks" else 1.2, **look)  # type: ignore[arg-type]
+    axes.axhline(comparison.dense, color=MUTED, linestyle="--", linewidth=1, label="dense")
+    if run is not None and networks is None:
+        share = 100 * run.neurons_kept / run.neurons_total
+        axes.plot(
+            [share], [run.perplexity_after], "*", color=ALARM, markersize=11, label="this run"
+        )
+    _log_scale(axes, comparison.dense, highest)
+    _whole_numbers(axes)
+    axes.set_xlabel("MLP neurons kept, %" if networks is None else "K, networks kept")
+    axes.set_ylabel("perplexity")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=3)
+
+
+def knockout_figure(ablation: Ablation) -> str:
+    """Perplexity with each network ablated, strongest first, above random sets as large as the strongest."""
+    figure, axes = _figure(2.4)
+    values = [one.perplexity for one in ablation.strongest_first]
+    places = np.arange(1, len(values) + 1)
+    shown = [value if math.isfinite(value) else math.nan for value in values]
+    wide = max(1.0, 140 / len(values))
+    axes.vlines(places, ablation.dense, shown, color=KEPT, linewidth=wide, label="networks")
+    if ablation.components:
+        others = sorted(
+            (one.perplexity for one in ablation.components), reverse=ablation.action != "retain"
+        )
+        axes.plot(
+            np.arange(1, len(others) + 1),
+            others,
+            ".",
+            color=OTHER,
+            label="principal components",
+        )
+    mean, std = ablation.random.mean, ablation.random.std
+    axes.axhspan(mean - std, mean + std, color=ALARM, alpha=0.25, linewidth=0)
+    axes.axhline(
+        mean, color=ALARM, linewidth=1.2, label=f"random, {ablation.random.n} draws, ± 1 s.d."
+    )
+    axes.axhline(ablation.dense, color=MUTED, linestyle="--", linewidth=1, label="unchanged")
+    _log_scale(axes, ablation.dense, max((v for v in values if math.isfinite(v)), default=1.0))
+    axes.set(xlabel="networks, by effect", ylabel="perplexity", xlim=(0, len(values) + 1))
+    axes.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=2)
+    return _svg(figure, "knockout")
+
+
+def growing_figure(name: str, steps: Sequence[GrowingStep], dense: float) -> str:
+    """Perplexity with the first n networks masked, or retained alone, beside random sets."""
+    figure, axes = _figure(2.1)
+    numbers = [step.n for step in steps]
+    mean = np.array([step.random.mean for step in steps])
+    std = np.array([step.random.std for step in steps])
+    values = [step.perplexity for step in steps]
+    axes.fill_between(
+        numbers, np.maximum(mean - std, 1), mean + std, color=ALARM, alpha=0.25, linewidth=0
+    )
+    axes.plot(numbers, mean, "s-", color=ALARM, label="random, ± 1 s.d.")
+    axes.plot(numbers, values, "o-", color=KEPT, label=f"{name} the top n")
+    others = [(step.n, step.components.perplexity) for step in steps if step.components is not None]
+    if others:
+        axes.plot(*zip(*others, strict=True), ".:", color=OTHER, label="principal components")
+    axes.axhline(dense, color=MUTED, linestyle="--", linewidth=1, label="unchanged")
+    finite = [v for v in (*values, *mean, *(y for _, y in others)) if math.isfinite(v)]
+    _log_scale(axes, dense, max(finite, default=1.0))
+    _whole_numbers(axes)
+    axes.set(xlabel="n, networks", ylabel="perplexity")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=2)
+    return _svg(figure, f"growing {name}")
+
+
+def connectivity_figure(matrix: Tensor) -> str:
+    """Correlations of time courses, [k, k], networks that go together side by side."""
+    values = matrix.double().numpy()
+    order = _side_by_side(values)
+    figure, axes = _figure(3.6)
+    shown = values[np.ix_(order, order)].copy()
+    np.fill_diagonal(shown, np.nan)  # each with itself says nothing, and would drown the rest
+    bound = max(0.1, float(np.nanmax(np.abs(shown), initial=0.0)))
+    image = axes.imshow(shown, cmap="RdBu_r", vmin=-bound, vmax=bound)
+    step = max(1, len(order) // 16)
+    axes.set_xticks(range(0, len(order), step), [str(i) for i in order[::step]], rotation=90)
+    axes.set_yticks(range(0, len(order), step), [str(i) for i in order[::step]])
+    axes.tick_params(labelsize=7, length=2)
+    bar = figure.colorbar(image, ax=axes, shrink=0.8)
+    bar.set_label("correlation of time courses")
+    bar.outline.set_visible(False)
+    return _svg(figure, "connectivity")
+
+
+def _side_by_side(values: np.ndarray) -> list[int]:
+    """An order of networks by average-linkage clustering, leaves turned so that neighbours are alike."""
+    if len(values) < 3:
+        return list(range(len(values)))
+    from scipy.cluster.hierarchy import leaves_list, linkage
+    from scipy.spatial.distance import squareform
+
+    distance = 1 - np.abs(values)
+    distance = np.clip((distance + distance.T) / 2, 0, None)
+    np.fill_diagonal(distance, 0)
+    tree = linkage(squareform(distance, checks=False), "average", optimal_ordering=True)
+    return [int(i) for i in leaves_list(tree)]
+
+
+def _figure(height: float) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _whole_numbers(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+
+
+def _log_scale(axes: Axes, low: float, high: float) -> None:
+    """Logarithmic above a factor of three, with plain numbers at the ticks."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    if not high > 3 * low:
+        return
+    axes.set_yscale("log")
+    few = high > 100 * low
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if few else (1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 10 else f"{value:g}")
+    )
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _file(figure: Figure, name: str) -> str:
+    """The drawing as a whole SVG file; `name` keeps its ids apart from another drawing's."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    nothing: dict[str, Any] = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    with matplotlib.rc_context({"svg.hashsalt": f"fbn-prune {name}"}):
+        figure.savefig(buffer, format="svg", metadata=nothing)
+    return buffer.getvalue()
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """The drawing as an element to stand in a page beside others."""
+    return _embedded(_file(figure, name))
+
+
+def _embedded(text: str) -> str:
+    """The `svg` element, as wide as its place; ids that nothing refers to go, as a page holds several drawings."""
+    text = text[text.index("<svg") :]
+    head, rest = text.split(">", 1)
+    head = re.sub(r' (?:width|height)="[^"]*"', "", head)
+    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', rest))
+    rest = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", rest)
+    return f'{head} aria-hidden="true">{rest}'.rstrip()

@@ -1,0 +1,305 @@
+"""`report.html`: one file that needs nothing beside it, for a screen, a phone or paper.
+
+Whatever comes from text (tokens, contexts, names) is escaped by the template engine, and signs that no page can hold
+are shown by their pictures; a content policy in the page forbids scripts and the network besides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from fbn_prune.export.report import figures
+from fbn_prune.export.report.facts import (
+    Ablation,
+    Comparison,
+    Evaluation,
+    ReportFacts,
+    RunResult,
+)
+from fbn_prune.export.report.text import display_name, visible
+from fbn_prune.networks.cards import network_cards
+
+REPORT_NAME = "report.html"
+FIGURES = (
+    "widths",
+    "dial",
+    "connectivity",
+    "quality",
+    "quality_by_k",
+    "knockout",
+    "growing_mask",
+    "growing_retain",
+)
+CONTEXTS_SHOWN = 3
+CARDS_SHOWN = 12
+"""Cards that are open where no run says which networks matter."""
+SELECTIVE_SHOWN = 16
+"""Networks in the table of what each text loses."""
+
+
+def write_report(facts: ReportFacts, path: Path) -> None:
+    """Write the page as UTF-8."""
+    path.write_text(report_html(facts), encoding="utf-8")
+
+
+def report_html(facts: ReportFacts) -> str:
+    """The page; the same facts give the same text."""
+    environment = Environment(
+        loader=PackageLoader("fbn_prune.export.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["visible"] = visible
+    with figures.drawing():
+        drawn: dict[str, Markup | None] = dict.fromkeys(FIGURES)
+        drawn |= {name: Markup(svg) for name, svg in _figures(facts).items()}
+    return environment.get_template("page.html.jinja").render(
+        name=facts.name,
+        figures=drawn,
+        headline=None if facts.result is None else _headline(facts.result),
+        result=facts.result,
+        dial=facts.members_kept,
+        comparison=None if facts.comparison is None else _comparison(facts),
+        ablation=None if facts.ablation is None else _ablation(facts.ablation),
+        evaluation=None if facts.evaluation is None else _evaluation(facts.evaluation),
+        cards=_cards(facts),
+        recipe=facts.recipe,
+    )
+
+
+def _figures(facts: ReportFacts) -> dict[str, str]:
+    drawn: dict[str, str] = {}
+    result, networks = facts.result, facts.networks
+    if result is not None:
+        drawn["widths"] = figures.widths_figure(result)
+    members = facts.members_kept
+    if networks is not None and len(members) > 1:
+        kept = None if result is None or _budget_of_its_own(facts) else len(result.kept_networks)
+        drawn["dial"] = figures.dial_figure(members, sum(networks.widths), kept)
+    if networks is not None and networks.connectivity is not None and len(members) > 1:
+        drawn["connectivity"] = figures.connectivity_figure(networks.connectivity)
+    if (comparison := facts.comparison) is not None:
+        run = result if _same_text(result, comparison) else None
+        drawn["quality"] = figures.quality_figure(comparison, run=run)
+        worth = _networks_worth(facts, comparison)
+        if any(value is not None for value in worth):
+            drawn["quality_by_k"] = figures.quality_figure(comparison, run=None, networks=worth)
+    if (ablation := facts.ablation) is not None:
+        drawn["knockout"] = figures.knockout_figure(ablation)
+        for name, steps in ablation.growing.items():
+            if name in ("mask", "retain") and steps:
+                drawn[f"growing_{name}"] = figures.growing_figure(name, steps, ablation.dense)
+    return drawn
+
+
+def _budget_of_its_own(facts: ReportFacts) -> bool:
+    """The size was stated and not set by the kept networks."""
+    result = facts.result
+    return result is None or not 0 < len(result.kept_networks) < len(facts.order)
+
+
+def _same_text(result: RunResult | None, comparison: Comparison) -> bool:
+    fingerprint = comparison.facts.get("calibration_fingerprint")
+    return result is not None and fingerprint == result.calibration_fingerprint
+
+
+def _networks_worth(facts: ReportFacts, comparison: Comparison) -> list[float | None]:
+    """For each budget the K whose members are as many neurons; None where no K is."""
+    members = facts.members_kept
+    worth: list[float | None] = []
+    for budget in comparison.budgets:
+        if budget.networks is not None:
+            worth.append(float(budget.networks))
+        elif facts.networks is None or not members:
+            worth.append(None)
+        else:
+            neurons = budget.kept * sum(facts.networks.widths)
+            inside = members[0] <= neurons <= members[-1]
+            numbers = np.arange(1, len(members) + 1)
+            worth.append(float(np.interp(neurons, members, numbers)) if inside else None)
+    return worth
+
+
+def _headline(result: RunResult) -> list[dict[str, str]]:
+    def row(name: str, before: float, after: float, form: str) -> dict[str, str]:
+        change = f"{100 * (after / before - 1):+.1f} %" if before else ""
+        cells = {"before": form.format(before), "after": form.format(after)}
+        return {"name": name, **cells, "change": change}
+
+    rows = [
+        row("parameters", result.parameters_before, result.parameters_after, "{:,}"),
+        row("MLP neurons", result.neurons_total, result.neurons_kept, "{:,}"),
+        row("weights, MB", result.bytes_before / 1e6, result.bytes_after / 1e6, "{:,.1f}"),
+        row("perplexity", result.perplexity_before, result.perplexity_after, "{:,.3f}"),
+    ]
+    if result.heads_kept < result.heads_total:
+        rows.insert(2, row("attention heads", result.heads_total, result.heads_kept, "{:,}"))
+    if result.recovery is not None:
+        healed, closed = result.recovery, result.recovery.gap_closed
+        gap = "" if closed is None else f"{100 * closed:.0f} % of the loss healed"
+        cut = {"before": f"{healed.perplexity_cut:,.3f} when cut"}
+        rows.append(
+            {"name": "perplexity, healed", "after": rows[-1]["after"], **cut, "change": gap}
+        )
+    task = result.task or {}
+    if task.get("test_perplexity_before") is not None:
+        before, after = task["test_perplexity_before"], task["test_perplexity_after"]
+        rows.append(row("perplexity, task's questions", before, after, "{:,.3f}"))
+    return rows
+
+
+def _comparison(facts: ReportFacts) -> dict[str, Any]:
+    comparison = facts.comparison
+    assert comparison is not None
+    rows = []
+    for budget in sorted(comparison.budgets, key=lambda budget: -budget.kept):
+        values = [budget.perplexity.get(name) for name in comparison.criteria]
+        best = min((v for v in values if v is not None), default=None)
+        cells = [
+            {"text": "" if v is None else f"{v:,.2f}", "best": v is not None and v == best}
+            for v in values
+        ]
+        rows.append({"kept": f"{budget.kept:.1%}", "networks": budget.networks, "cells": cells})
+    return {
+        "model": display_name(comparison.model),
+        "dense": f"{comparison.dense:,.2f}",
+        "criteria": comparison.criteria,
+        "rows": rows,
+        "same_text": _same_text(facts.result, comparison),
+    }
+
+
+def _ablation(ablation: Ablation) -> dict[str, Any]:
+    texts = list(ablation.tokens)
+    tasks = [(task, metric) for task, metrics in ablation.dense_tasks.items() for metric in metrics]
+    few = ablation.strongest_first[:SELECTIVE_SHOWN]
+    most = max((abs(v) for one in few for v in one.rise_by_text.values()), default=0.0)
+
+    def cells(rises: dict[str, float]) -> list[dict[str, str]]:
+        return [
+            {"text": f"{rises[name]:+.3f}", "tint": _tint(rises[name], most)}
+            if name in rises
+            else {"text": "", "tint": "0"}
+            for name in texts
+        ]
+
+    rows = [
+        {
+            "name": "" if one.id is None else str(one.id),
+            "neurons": one.neurons,
+            "perplexity": f"{one.perplexity:,.3f}",
+            "cells": cells(one.rise_by_text),
+            "tasks": [f"{one.tasks[task][metric]:.3f}" for task, metric in tasks],
+        }
+        for one in few
+    ]
+    band = ablation.random
+    random = {
+        "name": f"{band.n} random",
+        "neurons": band.neurons,
+        "perplexity": f"{band.mean:,.3f} ± {band.std:.3f}",
+        "cells": cells(band.rise_by_text),
+        "tasks": [
+            f"{band.tasks[task][metric].mean:.3f} ± {band.tasks[task][metric].std:.3f}"
+            for task, metric in tasks
+        ],
+    }
+    unchanged = {
+        "name": "unchanged",
+        "neurons": 0,
+        "perplexity": f"{ablation.dense:,.3f}",
+        "cells": cells({}),
+        "tasks": [f"{ablation.dense_tasks[task][metric]:.3f}" for task, metric in tasks],
+    }
+    ratio = ablation.ratio_to_random
+    return {
+        "model": display_name(ablation.model),
+        "action": {"mask": "silenced", "retain": "kept alone"}.get(ablation.action, "amplified"),
+        "dense": f"{ablation.dense:,.3f}",
+        "rank": f" by {ablation.rank}" if ablation.rank else "",
+        "texts": texts,
+        "tasks": [f"{task}, {metric}" for task, metric in tasks],
+        "rows": [*rows, random, unchanged],
+        "left_out": len(ablation.networks) - len(few),
+        "ratio": None if ratio is None else f"{ratio:,.1f}",
+        "components": bool(ablation.components),
+    }
+
+
+def _tint(value: float, most: float) -> str:
+    """Opacity of a cell's colour, for rises alone."""
+    return f"{0.6 * min(max(value / most, 0.0), 1.0):.2f}" if most > 0 else "0"
+
+
+def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
+    beside = evaluation.compare
+    rows = []
+    for task, metrics in evaluation.tasks.items():
+        for metric, figure in metrics.items():
+            other = None if beside is None else beside.tasks.get(task, {}).get(metric)
+            rows.append(
+                {
+                    "task": task,
+                    "metric": metric,
+                    "value": _with_error(figure.value, figure.stderr),
+                    "other": "" if other is None else _with_error(other.value, other.stderr),
+                    "difference": "" if other is None else f"{figure.value - other.value:+.4f}",
+                }
+            )
+    return {
+        "model": display_name(evaluation.model),
+        "other": None if beside is None else display_name(beside.model),
+        "rows": rows,
+    }
+
+
+def _with_error(value: float, stderr: float | None) -> str:
+    return f"{value:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
+
+
+def _cards(facts: ReportFacts) -> dict[str, Any]:
+    """Network cards in the networks' order: those that the run kept, or else the strongest, and the others."""
+    if facts.networks is None:
+        return {"title": "", "first": [], "others": []}
+    first = set(facts.order[:CARDS_SHOWN])
+    title = "The strongest networks"
+    if facts.result is not None and not _budget_of_its_own(facts):
+        first, title = set(facts.result.kept_networks), "Networks kept"
+    drawn = [
+        (network in first, _card(facts, card))
+        for network, card in _by_place(facts.order, network_cards(facts.networks))
+    ]
+    return {
+        "title": title,
+        "first": [card for shown, card in drawn if shown],
+        "others": [card for shown, card in drawn if not shown],
+    }
+
+
+def _by_place(
+    order: list[int], cards: list[dict[str, Any]]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    for place, network in enumerate(order, 1):
+        yield network, {**cards[network], "place": place}
+
+
+def _card(facts: ReportFacts, card: dict[str, Any]) -> dict[str, Any]:
+    most = max(*card["members_by_layer"], 1)
+    ablated = [] if facts.ablation is None else facts.ablation.networks
+    alone = [one.perplexity for one in ablated if one.id == card["id"]]
+    dense = 0.0 if facts.ablation is None else facts.ablation.dense
+    return {
+        **card,
+        "variance": f"{100 * card['explained_variance']:.2f} %",
+        "change": f"{alone[0] - dense:+,.3f}" if alone else None,
+        "bars": [round(100 * n / most) for n in card["members_by_layer"]],
+        "contexts": card["contexts"][:CONTEXTS_SHOWN],
+    }

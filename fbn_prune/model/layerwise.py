@@ -1,0 +1,219 @@
+"""Run token blocks through a causal LM one decoder layer at a time.
+
+Statistics of a layer need that layer's activations for all tokens, and nothing else: with the hidden states between
+layers kept, one layer's statistics are in memory at a time, every layer runs once, and a layer can be changed before
+the next one sees its output.
+
+A decoder layer is called with more than its hidden states (rotary tables, masks, positions), and what it is called
+with differs by architecture. Instead of rebuilding that here, the model's own forward pass is run with every layer
+replaced by a recorder, which costs no more than the embedding.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fbn_prune.data.calibration import Batch
+from fbn_prune.model.families import Family
+from fbn_prune.model.spill import Spilled
+from fbn_prune.model.streaming import compute_device, layer_device, stream_of
+
+Observe = Callable[[int, Tensor], None]
+"""Called with (batch index, activations x [valid tokens, neurons]) while a layer runs."""
+
+
+@dataclass(frozen=True)
+class _LayerCall:
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+_RETURN_TUPLES: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+"""Whether the layers of a model return tuples, of those asked before: a streamed one reads a layer to tell."""
+
+
+class LayerwiseForward:
+    """The hidden states of all batches, at the border between two layers.
+
+    Parameters
+    ----------
+    model
+        A model in evaluation mode; a streamed one reads each layer once for all batches, and each layer of one that
+        is spread over devices leaves what it puts out on its own.
+    batches
+        Right-padded blocks; causal attention keeps padding from reaching valid tokens.
+
+    Attributes
+    ----------
+    hidden
+        One tensor [blocks, length, d] a batch: the input of layer `next_layer`; on disk if the model's
+        stream says so.
+    next_layer
+        The layer that :meth:`advance` runs next.
+    forward_seconds
+        Wall time of the model's own work, without that of the observers.
+    """
+
+    def __init__(self, model: PreTrainedModel, family: Family, batches: Sequence[Batch]) -> None:
+        self._model = model
+        self._family = family
+        self._layers = family.layer_modules(model)
+        self._device = compute_device(model)
+        layers = range(family.num_layers(model.config))
+        self._devices = {layer_device(model, family, layer) for layer in layers} | {self._device}
+        self._valid = [batch.valid.to(self._device) for batch in batches]
+        self._calls: dict[torch.Size, list[_LayerCall]] = {}
+        self._shapes = [batch.input_ids.shape for batch in batches]
+        self.next_layer = 0
+        self.forward_seconds = 0.0
+        with torch.inference_mode():
+            if model not in _RETURN_TUPLES:
+                _RETURN_TUPLES[model] = self._probe()
+            self._returns_tuple = _RETURN_TUPLES[model]
+            start = self._now()
+            stream = stream_of(model)
+            self.hidden: list[Tensor] | Spilled = []
+            if stream is not None and stream.spill_hidden:
+                self.hidden = Spilled(stream.scratch)
+            for batch in batches:
+                self.hidden.append(self._embed(batch.input_ids.to(self._device)))
+            self.forward_seconds += self._now() - start
+
+    def advance(
+        self,
+        observe: Observe | None = None,
+        observe_heads: Observe | None = None,
+        *,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> None:
+        """Run the next layer on every batch and replace `hidden` by its outputs.
+
+        Parameters
+        ----------
+        observe
+            Sees the input of the MLP's output projection, valid tokens only.
+        observe_heads
+            Sees the input of the attention's, what the heads put out: [valid tokens, heads * size].
+        on_batch
+            Called with the number of valid tokens after each batch.
+        """
+        for index in range(len(self.hidden)):
+            self.hidden[index] = self.run(index, observe, observe_heads)
+            if on_batch is not None:
+                on_batch(int(self._valid[index].sum()))
+        self.next_layer += 1
+
+    def run(
+        self, index: int, observe: Observe | None = None, observe_heads: Observe | None = None
+    ) -> Tensor:
+        """Output of the next layer on batch `index`, [blocks, length, d]; `hidden` stays as it is."""
+        call = self._calls[self._shapes[index]][self.next_layer]
+        watched = 0.0
+
+        def hook(seen: Observe) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            def watch(module: nn.Module, args: tuple[Any, ...]) -> None:
+                nonlocal watched
+                start = self._now()
+                valid = self._valid[index].flatten().to(args[0].device)
+                seen(index, args[0].flatten(0, -2)[valid])
+                watched += self._now() - start
+
+            return watch
+
+        handles = []
+        if observe is not None:
+            down = self._family.output_module(self._model, self.next_layer)
+            handles.append(down.register_forward_pre_hook(hook(observe)))
+        if observe_heads is not None:
+            out = self._family.attention_output(self._model, self.next_layer)
+            handles.append(out.register_forward_pre_hook(hook(observe_heads)))
+        start = self._now()
+        try:
+            with torch.inference_mode():
+                output = self._layers[self.next_layer](
+                    self.hidden[index], *call.args, **call.kwargs
+                )
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.forward_seconds += self._now() - start - watched
+        return output[0] if isinstance(output, tuple) else output
+
+    def run_with_gradients(self, index: int) -> Tensor:
+        """As :meth:`run`, in the graph of those of the layer's weights that require gradients."""
+        call = self._calls[self._shapes[index]][self.next_layer]
+        hidden = self.hidden[index].clone()  # what inference mode made cannot be in a graph
+        output = self._layers[self.next_layer](hidden, *call.args, **call.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [blocks, length, vocabulary] of what the last layer put out, [blocks, length, d]."""
+        size = int(self._model.get_input_embeddings().weight.shape[1])  # type: ignore[index]
+        embedded = hidden.new_zeros(*hidden.shape[:2], size)
+        output = (hidden,) if self._returns_tuple else hidden
+        with _forward_replaced(self._layers, lambda *args, **kwargs: output):
+            return self._model(inputs_embeds=embedded, use_cache=False).logits
+
+    def _now(self) -> float:
+        for device in self._devices:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    def _probe(self) -> bool:
+        """Whether a layer returns a tuple, which the recorder must imitate."""
+        found: list[Any] = []
+        handle = self._layers[0].register_forward_hook(
+            lambda module, args, output: found.append(output)
+        )
+        try:
+            ids = torch.zeros(1, 2, dtype=torch.int64, device=self._device)
+            with _forward_replaced(self._layers[1:], lambda *args, **kwargs: found[0]):
+                self._model.base_model(input_ids=ids, use_cache=False)
+        finally:
+            handle.remove()
+        return isinstance(found[0], tuple)
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        entered: list[Tensor] = []
+        calls: list[_LayerCall] = []
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            kwargs = dict(kwargs)
+            if args:
+                hidden, args = args[0], args[1:]
+            else:
+                hidden = kwargs.pop("hidden_states")
+            entered.append(hidden)
+            calls.append(_LayerCall(args, kwargs))
+            return (hidden,) if self._returns_tuple else hidden
+
+        with _forward_replaced(self._layers, record):
+            self._model.base_model(input_ids=input_ids, use_cache=False)
+        self._calls.setdefault(input_ids.shape, calls)
+        return entered[0]
+
+
+@contextmanager
+def _forward_replaced(layers: Iterable[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    layers = list(layers)
+    before = [layer.__dict__.get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = forward
+    try:
+        yield
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            del layer.forward
+            if own is not None:
+                layer.forward = own

@@ -1,0 +1,116 @@
+"""Token-level perplexity of a causal LM on token blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from fbn_prune import distributed
+from fbn_prune.data.calibration import Batch
+from fbn_prune.errors import FbnPruneError
+from fbn_prune.model.layerwise import LayerwiseForward
+from fbn_prune.model.streaming import compute_device, stream_of
+
+
+class NonFiniteLogits(FbnPruneError):
+    """A model computes NaN or Inf."""
+
+
+def mean_loss(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    on_batch: Callable[[int], None] | None = None,
+) -> float:
+    """Mean next-token loss in nats over all valid tokens of all blocks but each block's first."""
+    total, count = summed_loss(model, batches, on_batch)
+    return total / count
+
+
+@torch.inference_mode()
+def token_losses(model: PreTrainedModel, batches: Sequence[Batch]) -> Tensor:
+    """Next-token loss in nats of every token that :func:`mean_loss` is the mean of, float64 [tokens]."""
+    losses: list[Tensor] = []
+    for logits, targets in _predictions(model, batches, lambda tokens: None):
+        targets = targets.flatten()
+        loss = cross_entropy(logits.flatten(0, 1).float(), targets, reduction="none")
+        losses.append(loss[targets != -100].double().cpu())
+    return torch.cat(losses)
+
+
+@torch.inference_mode()
+def summed_loss(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    on_batch: Callable[[int], None] | None = None,
+) -> tuple[float, int]:
+    """Next-token loss in nats, summed over the tokens that :func:`mean_loss` is the mean of, and their number.
+
+    Raises
+    ------
+    NonFiniteLogits
+        A logit is NaN or Inf.
+    """
+    total, count = 0.0, 0
+    for logits, targets in _predictions(
+        model, distributed.share(batches), on_batch or (lambda tokens: None)
+    ):
+        finite = torch.isfinite(logits).all(dim=-1)
+        if not bool((finite | (targets == -100)).all()):
+            raise NonFiniteLogits("the model gives NaN or Inf as logits")
+        loss = cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum"
+        )
+        total += float(loss)
+        count += int((targets != -100).sum())
+    total, tokens = distributed.total(total, count)
+    return total, int(tokens)
+
+
+def _predictions(
+    model: PreTrainedModel, batches: Sequence[Batch], on_batch: Callable[[int], None]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits [blocks, length - 1, vocabulary] and what they should predict [blocks, length - 1], -100 for nothing."""
+    stream, device = stream_of(model), compute_device(model)
+    if stream is None:
+        for batch in batches:
+            ids = batch.input_ids.to(device)
+            logits = model(input_ids=ids, use_cache=False).logits
+            yield logits[:, :-1], _targets(batch, ids)
+            on_batch(batch.tokens)
+        return
+    forward = LayerwiseForward(model, stream.family, batches)
+    layers = stream.family.num_layers(model.config)
+    said, total = 0, sum(batch.tokens for batch in batches)
+    for layer in range(layers):
+        forward.advance()
+        on_batch(total * (layer + 1) // layers - said)
+        said = total * (layer + 1) // layers
+    for index, batch in enumerate(batches):
+        targets = _targets(batch, batch.input_ids.to(device))
+        # Block by block: the logits of a batch can be larger than all else.
+        for hidden, expected in zip(forward.hidden[index].split(1), targets.split(1), strict=True):
+            yield forward.logits(hidden)[:, :-1], expected
+    stream.release()
+
+
+def _targets(batch: Batch, ids: Tensor) -> Tensor:
+    return ids[:, 1:].masked_fill(~batch.valid[:, 1:].to(ids.device), -100)
+
+
+def perplexity(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    on_batch: Callable[[int], None] | None = None,
+) -> float:
+    """exp of :func:`mean_loss`; infinite where that overflows."""
+    return exp_or_infinite(mean_loss(model, batches, on_batch))
+
+
+def exp_or_infinite(loss: float) -> float:
+    """exp of a mean loss; infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf

@@ -1,0 +1,113 @@
+"""Function-matched calibration: generic text weighed by how alike a task's few examples it uses the networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fbn_prune.data.calibration import CalibrationData, TokenBlocks
+from fbn_prune.data.examples import example_blocks, without_questions
+from fbn_prune.data.tasks import Task
+from fbn_prune.model.families import Family
+from fbn_prune.networks.activity import block_activity
+from fbn_prune.networks.function_matching import FunctionMatch, match_documents, mixture_weights
+from fbn_prune.networks.functional_networks import FunctionalNetworks
+from fbn_prune.progress import StageClock
+
+TEST_TOKENS = 32768
+"""Test questions are measured on up to this many tokens of them; all of them are kept out of calibration."""
+
+
+@dataclass(frozen=True)
+class TaskCalibration:
+    """Calibration for a task.
+
+    Attributes
+    ----------
+    data
+        The generic data, without the blocks that hold a test question.
+    examples
+        The examples' blocks.
+    test
+        The test questions' blocks, the first ones where there are many, or None.
+    left_out
+        Generic blocks that held a test question.
+    """
+
+    task: Task
+    data: CalibrationData
+    examples: TokenBlocks
+    test: TokenBlocks | None
+    left_out: int
+
+
+@dataclass(frozen=True)
+class MatchedCalibration:
+    """Generic blocks and examples together, weighed; and the match that gave the weights."""
+
+    blocks: TokenBlocks
+    match: FunctionMatch
+
+    @property
+    def effective_documents(self) -> float:
+        """How many generic documents of equal weight would vary as little: (sum w)² / sum w²."""
+        weights = self.match.weights
+        return float(weights.sum().square() / weights.square().sum())
+
+
+def task_calibration(
+    task: Task, data: CalibrationData, tokenizer: Any, *, context: int, vocabulary: int
+) -> TaskCalibration:
+    """Tokenize a task and take its test questions out of the generic data."""
+    examples = example_blocks(
+        task.examples, tokenizer, context=context, vocabulary=vocabulary, source=task.source
+    )
+    if not task.test:
+        return TaskCalibration(task, data, examples, None, 0)
+    test = example_blocks(
+        task.test, tokenizer, context=context, vocabulary=vocabulary, source=task.test_source
+    ).subset(TEST_TOKENS)
+    calibrating, left_out = without_questions(data.calibrating, task.test, tokenizer)
+    return TaskCalibration(
+        task, CalibrationData(calibrating, data.held_out), examples, test, left_out
+    )
+
+
+def match_calibration(
+    model: PreTrainedModel,
+    family: Family,
+    networks: FunctionalNetworks,
+    generic: TokenBlocks,
+    examples: TokenBlocks,
+    *,
+    matched_on: int,
+    batch_tokens: int,
+    clock: StageClock,
+    keep: Callable[[Callable[[], Tensor]], Tensor] = lambda compute: compute(),
+) -> MatchedCalibration:
+    """Weigh `generic` for the task of `examples` by the `matched_on` networks on which the task stands out most.
+
+    `keep` gives the documents' activity, by computing it or, where that was done before, by reading it.
+    """
+    together = TokenBlocks(generic.blocks + examples.blocks, generic.context, generic.sources)
+    activity = keep(
+        lambda: block_activity(
+            model, family, networks, together, batch_tokens=batch_tokens, clock=clock
+        )
+    )
+    count = len(generic.blocks)
+    match = match_documents(activity[:count], activity[count:], matched_on)
+    of_generic, of_examples = mixture_weights(
+        match.weights,
+        [len(block) for block in generic.blocks],
+        [len(block) for block in examples.blocks],
+    )
+    weights = (*of_generic.tolist(), *of_examples.tolist())
+    sources = (*generic.sources, *examples.sources)
+    return MatchedCalibration(
+        TokenBlocks(together.blocks, generic.context, sources, weights), match
+    )

@@ -1,0 +1,119 @@
+"""Healing a cut model on its calibration text: first layer by layer, then as a whole, against the dense model.
+
+Both steps train linear maps of the decoder layers alone, so the result is the stock architecture with other weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fbn_prune.data.calibration import TokenBlocks
+from fbn_prune.errors import FbnPruneError
+from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.families import Family
+from fbn_prune.progress import StageClock
+from fbn_prune.pruning.recovery.distillation import DistillationOptions, distil
+from fbn_prune.pruning.recovery.layer_matching import match_layers
+from fbn_prune.pruning.recovery.store import RecoveryStore
+
+BATCH_TOKENS = 2048
+"""Tokens of one training step."""
+
+
+@dataclass(frozen=True)
+class RecoveryOptions:
+    """`passes` over the blocks in each of the two steps, the `rank` of the adapters, and the seed of the order."""
+
+    passes: int
+    rank: int
+    seed: int
+
+
+def heal(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    family: Family,
+    blocks: TokenBlocks,
+    options: RecoveryOptions,
+    clock: StageClock,
+    *,
+    store: RecoveryStore | None = None,
+) -> None:
+    """Train `model` in place towards `dense`, on `blocks` alone.
+
+    Parameters
+    ----------
+    model, dense
+        The cut model and the one it was cut from, on one device.
+    store
+        Where what an earlier run of the same training finished comes from, and what is finished goes.
+    """
+    match_layers(
+        model,
+        dense,
+        family,
+        blocks.batches(BATCH_TOKENS),
+        passes=options.passes,
+        seed=options.seed,
+        clock=clock,
+        store=store,
+    )
+    distil(
+        model,
+        dense,
+        list(linear_maps(model, family)),
+        blocks,
+        replace(
+            DistillationOptions.for_width(family.hidden_size(model.config)),
+            rank=options.rank,
+            passes=options.passes,
+            step_tokens=BATCH_TOKENS,
+            seed=options.seed,
+        ),
+        clock,
+        store=store,
+    )
+
+
+def linear_maps(model: PreTrainedModel, family: Family) -> dict[str, nn.Module]:
+    """Every linear map of the decoder layers, by its name in the live model: what healing may change."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name.startswith(f"{family.layers}.") and isinstance(module, nn.Linear | Conv1D)
+    }
+
+
+def healed_tensors(
+    model: PreTrainedModel, family: Family, checkpoint: Checkpoint
+) -> dict[str, Tensor]:
+    """The live parameters of all linear maps by the names that the checkpoint gives them.
+
+    They take the values that they have in the checkpoint's dtypes, so that what is measured is what is written.
+
+    Raises
+    ------
+    FbnPruneError
+        A value is not finite in its dtype.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, module in linear_maps(model, family).items():
+        weight = f"{name}.weight"
+        if weight not in checkpoint.tensors:  # saved from the base model
+            weight = weight.partition(".")[2]
+        for part, parameter in module.named_parameters(recurse=False):
+            rounded = parameter.detach().to(checkpoint.dtype(weight))
+            if not bool(rounded.isfinite().all()):
+                raise FbnPruneError(
+                    f"{name}.{part} is not finite in {rounded.dtype} after recovery: leave out --recover, "
+                    "or compute in --dtype float32"
+                )
+            with torch.no_grad():
+                parameter.copy_(rounded)
+            tensors[weight.removesuffix("weight") + part] = parameter.detach()
+    return tensors

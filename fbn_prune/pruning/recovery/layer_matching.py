@@ -1,0 +1,150 @@
+"""Layer-wise output matching: the MLPs of a cut model are fitted, layer by layer, to what the dense layers put out.
+
+No labels and no loss through the whole model: the dense layer's output on the calibration tokens is the target, the
+cut layer runs on what the layers already fitted give it, and all weights of its MLP move. So each layer also makes up
+for what the layers before it lost. The closed form of this step, over the output weights alone, is the refit
+(:mod:`fbn_prune.pruning.second_order`); the weights into the neurons have none.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fbn_prune.data.calibration import Batch
+from fbn_prune.model.families import Family
+from fbn_prune.model.layerwise import LayerwiseForward
+from fbn_prune.progress import StageClock
+from fbn_prune.pruning.recovery.store import KeepsNothing, RecoveryStore
+
+STEP = 0.04
+"""First step of each weight in units of its matrix's root mean square, so that it fits models of every size; it falls
+to nothing along a cosine."""
+
+
+def match_layers(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    family: Family,
+    batches: Sequence[Batch],
+    *,
+    passes: int,
+    seed: int,
+    clock: StageClock,
+    store: RecoveryStore | None = None,
+) -> None:
+    """Fit the MLP weights of `model` in place; everything else of it stays.
+
+    Parameters
+    ----------
+    model, dense
+        The cut model and the one it was cut from, on one device, evaluation mode.
+    batches
+        One step each, in an order drawn by `seed` anew in each pass.
+    passes
+        How often each layer sees every batch.
+    store
+        Where layers fitted by an earlier run come from, and fitted layers go.
+    """
+    store = store or KeepsNothing()
+    layers = family.num_layers(model.config)
+    target = LayerwiseForward(dense, family, batches)
+    stream = LayerwiseForward(model, family, batches)
+    total = sum(batch.tokens for batch in batches) * (layers * (passes + 2) - 1)
+    draw = random.Random(seed)
+    with _frozen(model), clock.stage("layer matching", total, "tokens x layers") as advance:
+
+        def fitted(layer: int, order: Sequence[int]) -> dict[str, Tensor]:
+            # The streams come here only now: layers that were kept are in place by then, and are run just once.
+            while stream.next_layer < layer:
+                stream.advance(on_batch=advance)
+            while target.next_layer <= layer:
+                target.advance(on_batch=advance)
+            fit = _LayerFit(model, family, layer, steps=passes * len(batches))
+            for index in order:
+                output = stream.run_with_gradients(index)
+                fit.step(_relative_error(output, target.hidden[index], batches[index]))
+                advance(batches[index].tokens)
+            fit.finish()
+            return _mlp_parameters(model, family, layer)
+
+        for layer in range(layers):
+            every = range(len(batches))
+            order = [index for _ in range(passes) for index in draw.sample(every, len(every))]
+            kept = store.tensors(f"match-{layer:05d}", partial(fitted, layer, order))
+            with torch.no_grad():
+                for name, parameter in _mlp_parameters(model, family, layer).items():
+                    parameter.copy_(kept[name])
+
+
+@contextmanager
+def _frozen(model: PreTrainedModel) -> Iterator[None]:
+    """No parameter requires gradients, inside; afterwards those that did do so again."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _mlp_parameters(model: PreTrainedModel, family: Family, layer: int) -> dict[str, Tensor]:
+    return {
+        f"{projection.path} {part}": parameter.detach()
+        for projection in family.projections
+        for part, parameter in family.projection_module(model, layer, projection).named_parameters()
+    }
+
+
+class _LayerFit:
+    """Adam on float32 copies of one layer's MLP weights."""
+
+    def __init__(self, model: PreTrainedModel, family: Family, layer: int, steps: int) -> None:
+        modules = [family.projection_module(model, layer, p) for p in family.projections]
+        self._parameters = [p for module in modules for p in module.parameters()]
+        self._copies = [p.detach().float().clone() for p in self._parameters]
+        groups = [{"params": [copy], "lr": STEP * _scale(copy)} for copy in self._copies]
+        self._optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            self._optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps))
+        )
+        for parameter in self._parameters:
+            parameter.requires_grad_(True)
+
+    def step(self, error: Tensor) -> None:
+        gradients = torch.autograd.grad(error, self._parameters)
+        for copy, gradient in zip(self._copies, gradients, strict=True):
+            copy.grad = gradient.float()
+        self._optimizer.step()
+        self._schedule.step()
+        with torch.no_grad():
+            for copy, parameter in zip(self._copies, self._parameters, strict=True):
+                parameter.copy_(copy)
+
+    def finish(self) -> None:
+        for parameter in self._parameters:
+            parameter.requires_grad_(False)
+
+
+def _scale(parameter: Tensor) -> float:
+    """Root mean square; of a bias that is zero still, that of a small weight."""
+    return float(parameter.detach().square().mean().sqrt()) or 0.02
+
+
+def _relative_error(output: Tensor, target: Tensor, batch: Batch) -> Tensor:
+    """Squared error of each token over the target's square, averaged: the next layer normalises its input, and a few
+    tokens are many times as large as the others."""
+    valid = batch.valid.to(output.device)
+    wanted = target[valid].float()
+    error = (output[valid].float() - wanted).square().sum(-1) / wanted.square().sum(-1)
+    weights = batch.token_weights
+    return error.mean() if weights is None else (error * weights.to(error)).mean()

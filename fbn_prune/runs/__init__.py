@@ -1,0 +1,1 @@
+"""A run as its user asks for it: prune, discover, compare, ablate, evaluate."""

@@ -1,0 +1,273 @@
+"""Every criterion at several budgets on one calibration sample: one pass over the model serves them all.
+
+Each cell is written as soon as it is measured, and the same command goes on from what is written; a file that another
+calibration, model or seed left behind is refused, not mixed in.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fbn_prune.errors import InvalidInput
+from fbn_prune.export.directory import check_room
+from fbn_prune.model.perplexity import perplexity
+from fbn_prune.model.streaming import SpilledCuts
+from fbn_prune.model.surgery import as_if_cut, rounded_cut
+from fbn_prune.progress import StageClock
+from fbn_prune.pruning.allocation import (
+    budget_from_networks,
+    budget_from_sparsity,
+    uniform_widths,
+)
+from fbn_prune.pruning.criteria import CRITERIA
+from fbn_prune.pruning.evidence import CutOptions, EvidencePass
+from fbn_prune.pruning.fitting import DampingNotes
+from fbn_prune.recipe import CRITERION_NAMES, Recipe
+from fbn_prune.runs.stages import rank_networks
+from fbn_prune.runs.study import Studied, study
+
+Cell = tuple[str, float]
+"""A criterion and the share of neurons it keeps."""
+
+
+@dataclass
+class Comparison:
+    """Perplexity on the held-out share, dense and in each cell."""
+
+    model: str
+    facts: dict[str, Any]
+    dense: float
+    widths: dict[float, list[int]]
+    cells: dict[Cell, float] = field(default_factory=dict)
+    networks: dict[float, int] = field(default_factory=dict)
+    """How many networks set a share, where they did."""
+
+    def to_json(self) -> dict[str, Any]:
+        shares = sorted(self.widths, reverse=True)
+        return {
+            "model": self.model,
+            "facts": self.facts,
+            "dense": self.dense,
+            "budgets": [
+                {
+                    "kept": share,
+                    "networks": self.networks.get(share),
+                    "widths": self.widths[share],
+                    "perplexity": {
+                        name: value for (name, of), value in self.cells.items() if of == share
+                    },
+                }
+                for share in shares
+            ],
+        }
+
+    def save(self, path: Path) -> None:
+        """Write the JSON whole or not at all."""
+        _replace(path, json.dumps(self.to_json(), indent=1) + "\n")
+
+
+def plot_path(path: Path) -> Path:
+    """Where the plot of the results in `path` goes."""
+    return path.with_suffix(".svg")
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def run_comparison(
+    recipe: Recipe,
+    criteria: Sequence[str],
+    kept: Sequence[float],
+    path: Path | None,
+    clock: StageClock,
+) -> Comparison:
+    """The `compare` command.
+
+    Parameters
+    ----------
+    criteria
+        Names of criteria; empty for all.
+    kept
+        Shares of neurons to keep, each between 0 and 1; or, from 1 on, numbers of networks, whose members say how many.
+    path
+        File of the results, written after each cell and read at the start; the plot goes beside it.
+
+    Raises
+    ------
+    InvalidInput
+        An unknown criterion, an impossible share, or a file of another comparison.
+    """
+    names = list(criteria) or list(CRITERION_NAMES)
+    for name in names:
+        if name not in CRITERIA:
+            raise InvalidInput(f"criterion {name!r}: choose from {', '.join(CRITERION_NAMES)}")
+    for share in kept:
+        if not 0 < share < 1 and not (share >= 1 and share == int(share)):
+            raise InvalidInput(
+                f"kept = {share}: the share of neurons kept lies between 0 and 1; whole numbers are of networks"
+            )
+    if path is not None and not path.resolve().parent.is_dir():
+        raise InvalidInput(f"{path}: there is no folder {path.resolve().parent}")
+    if path is not None and path == plot_path(path):
+        raise InvalidInput(f"{path}: the plot gets that name; name a .json file for the results")
+    on = study(recipe, clock)
+    order = rank_networks(on.prepared, on.model, on.networks, on.data, on.matched, clock)
+    budgets = {share: _budget(on, share, order) for share in kept}
+    comparison = _begin(on, budgets, path, clock)
+    shares = [_share(on, share, budgets[share]) for share in kept]
+    missing = [(n, s) for s in shares for n in names if (n, s) not in comparison.cells]
+    if missing:
+        scratch = on.prepared.memory.scratch if path is None else path.resolve().parent
+        cuts = _cuts(on, missing, comparison.widths, order, scratch, clock)
+        held_out = on.data.held_out.batches(on.prepared.batch_tokens)
+        with clock.stage("comparison", len(missing), "models") as advance:
+            for cell in missing:
+                comparison.cells[cell] = _perplexity(on, cuts.pop(cell), held_out)
+                if path is not None:
+                    comparison.save(path)
+                advance(1)
+    if path is not None:
+        from fbn_prune.export.report.facts import Comparison as Compared
+        from fbn_prune.export.report.figures import comparison_svg
+
+        _replace(plot_path(path), comparison_svg(Compared.model_validate(comparison.to_json())))
+    wanted = {(name, share) for name in names for share in shares}
+    comparison.cells = {cell: comparison.cells[cell] for cell in sorted(wanted)}
+    return comparison
+
+
+def _budget(on: Studied, kept: float, order: Sequence[int]) -> int:
+    """Neurons to keep: of a share, or of the strongest networks' members."""
+    prepared = on.prepared
+    if kept < 1:
+        return budget_from_sparsity(prepared.width * prepared.layers, 1 - kept)
+    if kept > len(order):
+        raise InvalidInput(f"kept = {int(kept)} networks: there are {len(order)}")
+    return budget_from_networks(on.networks, order[: int(kept)])
+
+
+def _share(on: Studied, kept: float, budget: int) -> float:
+    return kept if kept < 1 else budget / (on.prepared.width * on.prepared.layers)
+
+
+def _begin(
+    on: Studied, budgets: dict[float, int], path: Path | None, clock: StageClock
+) -> Comparison:
+    """What is known before any cut: from the file, or measured."""
+    prepared = on.prepared
+    blocks = on.data.calibrating if on.matched is None else on.matched.blocks
+    facts: dict[str, Any] = {
+        "calibration_fingerprint": blocks.fingerprint,
+        "held_out_fingerprint": on.data.held_out.fingerprint,
+        "seed": prepared.recipe.seed,
+        "networks": len(on.networks.maps),
+        "keep_networks": prepared.recipe.keep_networks,
+        "width_multiple": prepared.width_multiple,
+    }
+    full = [prepared.width] * prepared.layers
+    widths = {
+        _share(on, kept, budget): uniform_widths(budget, full, prepared.width_multiple)
+        for kept, budget in budgets.items()
+    }
+    networks = {_share(on, k, budget): int(k) for k, budget in budgets.items() if k >= 1}
+    if path is not None and path.exists():
+        before = _read(path)
+        if (before.model, before.facts) != (prepared.recipe.model, facts):
+            raise InvalidInput(
+                f"{path} holds a comparison of another model, calibration or seed: name another file"
+            )
+        before.widths |= widths
+        before.networks |= networks
+        return before
+    held_out = on.data.held_out.batches(prepared.batch_tokens)
+    with clock.stage("dense perplexity", on.data.held_out.tokens, "tokens") as advance:
+        dense = perplexity(on.model, held_out, advance)
+    return Comparison(prepared.recipe.model, facts, dense, widths, networks=networks)
+
+
+def _read(path: Path) -> Comparison:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        budgets = content["budgets"]
+        return Comparison(
+            content["model"],
+            content["facts"],
+            content["dense"],
+            {entry["kept"]: entry["widths"] for entry in budgets},
+            {(n, e["kept"]): v for e in budgets for n, v in e["perplexity"].items()},
+            {e["kept"]: e["networks"] for e in budgets if e["networks"] is not None},
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise InvalidInput(f"{path} exists and is no comparison: name another file") from None
+
+
+def _cuts(
+    on: Studied,
+    cells: Sequence[Cell],
+    widths: dict[float, list[int]],
+    order: Sequence[int],
+    scratch: Path,
+    clock: StageClock,
+) -> dict[Cell, SpilledCuts]:
+    """The cuts of all layers for each cell, from one pass over the calibration data.
+
+    They lie on disk, in a file without a name in `scratch`: those of many cells come to more than the model.
+
+    Raises
+    ------
+    InvalidInput
+        The disk has not the room.
+    FbnPruneError
+        A new output weight does not fit the type that the model is stored in.
+    """
+    prepared, recipe = on.prepared, on.prepared.recipe
+    stored = prepared.checkpoint.storage_dtype
+    column = prepared.family.hidden_size(prepared.checkpoint.config) * stored.itemsize
+    room = sum(sum(widths[share]) for _, share in cells) * column
+    check_room(scratch, room, "folder of temporary files")
+    kept = list(order[: recipe.keep_networks or len(order)])
+    strongest = on.networks.maps[kept].abs().amax(0).double()
+    blocks = on.data.calibrating if on.matched is None else on.matched.blocks
+    evidence = EvidencePass(
+        on.model,
+        prepared.family,
+        blocks.batches(prepared.batch_tokens),
+        CutOptions(
+            criterion="networks",
+            sequential=False,
+            damping=recipe.damping,
+            refit_damping=recipe.refit_damping,
+            seed=recipe.seed,
+            round_to=stored,
+        ),
+        membership=on.networks.by_layer(strongest),
+        clock=clock,
+    )
+    cuts = {cell: SpilledCuts(scratch) for cell in cells}
+    notes = DampingNotes()
+    for layer in evidence:
+        for name, share in cells:
+            with notes.heard(layer.layer):
+                cut = CRITERIA[name](layer, widths[share][layer.layer])
+            cuts[name, share].append(rounded_cut(cut, stored))
+    for line in notes.lines():
+        clock.note(line)
+    return cuts
+
+
+def _perplexity(on: Studied, cuts: SpilledCuts, held_out: Any) -> float:
+    """Of the one model there is, as if cut: a second would take as much memory again."""
+    dtype = on.prepared.checkpoint.storage_dtype
+    with as_if_cut(on.model, on.prepared.family, cuts, round_to=dtype):
+        return perplexity(on.model, held_out)

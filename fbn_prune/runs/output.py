@@ -1,0 +1,140 @@
+"""Writing the pruned checkpoint with what belongs to it: networks, kept neurons, recipe, task record, card, report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fbn_prune.data.examples import RECORD_NAME, record
+from fbn_prune.export.card import CardFacts, model_card, source_license
+from fbn_prune.export.ragged import write_ragged_checkpoint
+from fbn_prune.export.report.facts import RESULT_NAME, read_facts
+from fbn_prune.export.report.page import REPORT_NAME, write_report
+from fbn_prune.export.shards import ShardStore
+from fbn_prune.export.writer import (
+    atomic_directory,
+    verify_export,
+    write_checkpoint,
+    write_json,
+)
+from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.kept_neurons import KEPT_FILE, KeptNeurons
+from fbn_prune.networks.functional_networks import FunctionalNetworks
+from fbn_prune.progress import StageClock
+from fbn_prune.pruning.cutting import CutModel
+from fbn_prune.recipe import parse_size
+from fbn_prune.runs.result import PruneResult, tool_version
+from fbn_prune.runs.setup import Prepared
+
+
+def publish(
+    prepared: Prepared,
+    cut: CutModel,
+    networks: FunctionalNetworks | None,
+    result: PruneResult,
+    clock: StageClock,
+    *,
+    shards: ShardStore | None = None,
+) -> None:
+    """Write everything into the recipe's output, which appears when it is whole.
+
+    Parameters
+    ----------
+    shards : keeps finished shards for a run that has to start again.
+
+    Raises
+    ------
+    FbnPruneError
+        The disk cannot be written to, or the checkpoint does not fit its config.
+    """
+    recipe = prepared.recipe
+    assert recipe.output is not None
+    with (
+        clock.stage("export", prepared.checkpoint.total_bytes, "bytes") as advance,
+        atomic_directory(recipe.output, recipe.overwrite) as folder,
+    ):
+        write = write_checkpoint if len(set(result.widths)) == 1 else write_ragged_checkpoint
+        write(
+            prepared.checkpoint,
+            prepared.family,
+            cut.cuts,
+            folder,
+            trained=cut.trained,
+            max_shard_size=parse_size(recipe.max_shard_size, "max_shard_size"),
+            progress=advance,
+            store=shards,
+        )
+        verify_export(folder)
+        written = Checkpoint.open(folder, ragged=True)
+        result.parameters_after = written.total_parameters
+        result.bytes_after = written.total_bytes
+        if networks is not None:
+            networks.save(folder / "networks.safetensors")
+        full = prepared.family.widths(prepared.checkpoint.config)
+        KeptNeurons(tuple(full), tuple(one.kept.cpu() for one in cut.cuts)).save(folder / KEPT_FILE)
+        (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        if prepared.task is not None and result.task is not None:
+            seen = record(
+                prepared.task.examples,
+                source=prepared.task.source,
+                tokens=result.task["tokens"],
+                networks=result.task["matched_networks"],
+            )
+            (folder / RECORD_NAME).write_text(seen, encoding="utf-8")
+        (folder / "README.md").write_text(
+            _card(prepared, networks, result.kept_networks, result), encoding="utf-8"
+        )
+        write_json(folder / RESULT_NAME, result.lasting())
+        write_report(read_facts(folder), folder / REPORT_NAME)
+
+
+_CRITERION_WORDS = {
+    "networks": "second-order cost, each layer's remaining output weights refitted",
+    "second-order": "second-order cost, each layer's remaining output weights refitted",
+    "flap": "FLAP (output variance, mean moved into a bias)",
+    "wanda": "Wanda (weight times activation norm)",
+    "membership": "membership in the kept networks, without a refit",
+    "membership-bias": "membership in the kept networks, the removed ones' mean output moved into a bias",
+    "magnitude": "weight norm",
+    "random": "chance",
+}
+
+
+def _card(
+    prepared: Prepared,
+    networks: FunctionalNetworks | None,
+    kept: Sequence[int],
+    result: PruneResult,
+) -> str:
+    recipe = prepared.recipe
+    sources = ", ".join(recipe.calibration)
+    for_task = ""
+    if result.task is not None:
+        for_task = (
+            f", weighed to match {result.task['examples']} examples of {result.task['file']} "
+            f"(with them in) by {len(result.task['matched_networks'])} functional networks"
+        )
+    facts = CardFacts(
+        base_name=recipe.model,
+        base_hub_id=prepared.checkpoint.hub_id,
+        criterion=_CRITERION_WORDS[recipe.criterion],
+        widths=tuple(result.widths),
+        neurons_before=prepared.width,
+        heads_before=result.heads_total,
+        heads_after=result.heads_kept,
+        parameters_before=result.parameters_before,
+        parameters_after=result.parameters_after,
+        bytes_before=result.bytes_before,
+        bytes_after=result.bytes_after,
+        calibration=f"{result.calibration_tokens:,} tokens of {sources}{for_task}",
+        held_out=f"{result.held_out_tokens:,} tokens of {sources} that calibrated nothing",
+        command="fbn-prune run recipe.yaml --output NEW_FOLDER",
+        version=tool_version(),
+        kept_networks=len(kept) if recipe.stated_budget is None else None,
+        total_networks=None if networks is None else len(networks.maps),
+        perplexity_before=result.perplexity_before,
+        perplexity_after=result.perplexity_after,
+        perplexity_cut=None if result.recovery is None else result.recovery.perplexity_cut,
+        warning=result.warning,
+        license=source_license(prepared.checkpoint.path / "README.md"),
+    )
+    return model_card(facts)

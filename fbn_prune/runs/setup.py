@@ -1,0 +1,206 @@
+"""What a recipe names, opened and checked before any work: everything that can be refused is refused here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from fbn_prune import distributed
+from fbn_prune.data import builtin
+from fbn_prune.data.tasks import Task
+from fbn_prune.errors import InvalidInput
+from fbn_prune.export.directory import check_output, check_room, on_one_disk
+from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.families import Family
+from fbn_prune.model.placement import device_map
+from fbn_prune.model.streaming import skeleton, stream_model
+from fbn_prune.model.surgery import require_bias
+from fbn_prune.networks.functional_networks import FunctionalNetworks
+from fbn_prune.pruning.allocation import default_multiple
+from fbn_prune.recipe import Recipe
+from fbn_prune.runs.budget import Budget, kept_head_groups, stated_budget, whole_layers
+from fbn_prune.runs.memory import MemoryPlan, plan_memory
+from fbn_prune.runs.unfinished import shard_bytes
+from fbn_prune.store import default_place
+
+MAX_CONTEXT = 2048
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a recipe names, opened and checked, and nothing loaded yet."""
+
+    recipe: Recipe
+    checkpoint: Checkpoint
+    device: torch.device
+    dtype: torch.dtype
+    context: int
+    width_multiple: int
+    networks: FunctionalNetworks | None
+    budget: Budget | None
+    """None where the kept networks set it."""
+    whole: frozenset[int]
+    """Layers that keep every neuron."""
+    memory: MemoryPlan
+    task: Task | None = None
+    head_groups: int | None = None
+    """Groups of attention heads that stay in every layer; None where none go."""
+
+    @property
+    def family(self) -> Family:
+        return self.checkpoint.family
+
+    @property
+    def width(self) -> int:
+        return self.family.width(self.checkpoint.config)
+
+    @property
+    def layers(self) -> int:
+        return self.family.num_layers(self.checkpoint.config)
+
+    @property
+    def heads_total(self) -> int:
+        """Attention heads (query heads) of all layers."""
+        return self.family.head_shape(self.checkpoint.config).heads * self.layers
+
+    @property
+    def heads_kept(self) -> int:
+        """Those of them that stay."""
+        if self.head_groups is None:
+            return self.heads_total
+        shape = self.family.head_shape(self.checkpoint.config)
+        return self.head_groups * shape.queries * self.layers
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of one forward batch: enough to fill the device, few enough to stay in its caches."""
+        return self.memory.batch_tokens
+
+    def load_model(self) -> PreTrainedModel:
+        """The model, in memory or streamed as the memory plan says."""
+        if not self.memory.streamed:
+            return self.load_whole_model()
+        return stream_model(
+            self.checkpoint,
+            self.device,
+            self.dtype,
+            scratch=self.memory.scratch,
+            spill_hidden=not self.memory.keep_hidden,
+        )
+
+    def load_whole_model(self) -> PreTrainedModel:
+        """The model in memory, whatever the plan: on one device, or spread over those that the plan names."""
+        places = None
+        if self.memory.placement is not None:
+            first, *layers = (
+                torch.device(self.device.type, index) for index in (0, *self.memory.placement)
+            )
+            bare = skeleton(self.checkpoint, self.dtype)
+            places = device_map(bare, self.family, layers, first)
+        return self.checkpoint.load_model(self.device, self.dtype, places)
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Open and check everything that a recipe names.
+
+    Raises
+    ------
+    InvalidInput
+        The checkpoint, the output place, the device, the context or the networks cannot be used.
+    """
+    source = str(builtin.model_path()) if recipe.model == "builtin" else recipe.model
+    checkpoint = Checkpoint.open(source, trust_remote_code=recipe.trust_remote_code)
+    if recipe.output is not None:
+        _check_places(recipe, recipe.output, checkpoint)
+    family = checkpoint.family
+    longest = family.context_length(checkpoint.config)
+    if recipe.context is not None and recipe.context > longest:
+        raise InvalidInput(f"context = {recipe.context}: the model was made for {longest} at most")
+    width = family.width(checkpoint.config)
+    layers = family.num_layers(checkpoint.config)
+    multiple = recipe.width_multiple or min(default_multiple(width), width)
+    if multiple > width:
+        raise InvalidInput(f"width_multiple = {multiple}: a layer has only {width} neurons")
+    if recipe.networks > width * layers - 1:
+        raise InvalidInput(f"networks = {recipe.networks}: the model has {width * layers} neurons")
+    networks = None
+    if recipe.networks_from is not None:
+        networks = FunctionalNetworks.load(recipe.networks_from)
+        if list(networks.widths) != [width] * layers:
+            raise InvalidInput(
+                f"{recipe.networks_from} was found on layers of {networks.widths}, "
+                f"the model has {layers} of {width}"
+            )
+        if recipe.kept_networks_or_default > len(networks.maps):
+            raise InvalidInput(
+                f"keep_networks = {recipe.kept_networks_or_default}: {recipe.networks_from} holds "
+                f"{len(networks.maps)} networks"
+            )
+    if recipe.criterion == "membership-bias":
+        require_bias(family, checkpoint.config)
+    device = _device(recipe.device)
+    dtype = _dtype(recipe.dtype, device, checkpoint)
+    context = recipe.context or min(longest, MAX_CONTEXT)
+    whole = whole_layers(recipe, layers)
+    least = len(whole) * width + (layers - len(whole)) * multiple
+    head_groups = kept_head_groups(recipe, checkpoint)
+    budget = stated_budget(recipe, checkpoint, least, head_groups)
+    memory = plan_memory(recipe, checkpoint, device, dtype, context)
+    task = (
+        None
+        if recipe.task is None
+        else Task.read(recipe.task, recipe.task_test, drawn=recipe.task_examples, seed=recipe.seed)
+    )
+    return Prepared(
+        recipe,
+        checkpoint,
+        device,
+        dtype,
+        context,
+        multiple,
+        networks,
+        budget,
+        whole,
+        memory,
+        task,
+        head_groups,
+    )
+
+
+def _check_places(recipe: Recipe, output: Path, checkpoint: Checkpoint) -> None:
+    """The output and the work directory; shards that an unfinished run has there need no room again."""
+    place = default_place(output) if recipe.work_dir is None else recipe.work_dir
+    whole = checkpoint.total_bytes
+    missing = max(0, whole - shard_bytes(place.expanduser(), output))
+    together = on_one_disk(place, output)
+    needed = missing if together else whole
+    check_output(output, recipe.overwrite, checkpoint.path, needed_bytes=needed)
+    if not together:
+        check_room(place, missing, "work directory")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return distributed.local_device(
+            torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        )
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InvalidInput(f"device = {name!r}: write auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InvalidInput(f"device = {name!r}: write auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InvalidInput(f"device = {name!r}: {torch.cuda.device_count()} CUDA devices are here")
+    return distributed.local_device(device)
+
+
+def _dtype(name: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
+    if name != "auto":
+        return _DTYPES[name]
+    return torch.float32 if device.type == "cpu" else checkpoint.storage_dtype

@@ -1,0 +1,215 @@
+"""Several processes on one job come to what one comes to, and the first of them alone writes and speaks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tiny_models import save_tiny
+
+from fbn_prune import distributed
+from fbn_prune.cli.main import _exit_code
+
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+SCRIPT = """
+import torch
+from fbn_prune import distributed
+with distributed.joined(torch.device("cpu")):
+    me = distributed.rank()
+    assert distributed.world() == 3
+    assert distributed.total(me, 1.5) == [3.0, 4.5]
+    rows = torch.full((me * 2, 2), float(me))
+    assert distributed.joined_rows(rows)[:, 0].tolist() == [1, 1, 2, 2, 2, 2]
+    assert distributed.broadcast(b"from the second" if me == 1 else b"other", source=1) == b"from the second"
+    assert distributed.broadcast(b"" if me == 0 else None) == b""
+    assert distributed.broadcast(None) is None
+    mine = list(distributed.share(range(7)))
+    seen = torch.zeros(7)
+    seen[mine] += 1
+    distributed.add_up(seen)
+    assert seen.tolist() == [1] * 7
+    distributed.wait()
+"""
+
+
+@given(st.integers(0, 40), st.integers(1, 9))
+def test_every_item_is_one_processs_and_in_order(items: int, processes: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "world", lambda: processes)
+        shares = []
+        for place in range(processes):
+            patch.setattr(distributed, "rank", lambda place=place: place)
+            shares.append(list(distributed.share(range(items))))
+    assert [item for part in shares for item in part] == list(range(items))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_a_process_alone_keeps_what_it_has() -> None:
+    rows = torch.ones(2, 3)
+    assert distributed.joined_rows(rows) is rows
+    assert distributed.broadcast(b"data") == b"data"
+    assert distributed.total(2.5, 1) == [2.5, 1.0]
+    assert distributed.owner(5) == distributed.rank() == 0
+
+
+def test_commands_that_processes_cannot_share_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert _exit_code(["discover", "--output", str(tmp_path / "found")]) == 2
+    assert "start `discover` without a launcher" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    assert _exit_code(["discover", "--output", str(tmp_path / "found")]) == 2
+    assert capsys.readouterr().err == ""
+    assert not (tmp_path / "found").exists()
+
+
+@pytest.mark.slow
+def test_three_processes_hear_of_one_another(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    done = launched(3, [str(script)])
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    text = "".join(f"{i} apples, {i * 3} pence, {i % 7} pears. " for i in range(400))
+    (folder / "text.txt").write_text(text)
+    save_tiny(folder / "model")
+    return folder
+
+
+def job(place: Path, output: str, *more: str) -> list[str]:
+    """The arguments of a small job."""
+    flags: dict[str, Any] = {"tokens": 1000, "network-tokens": 300, "networks": 5}
+    flags |= {"keep-networks": 3, "width-multiple": 4, "context": 48}
+    flags |= {"model": place / "model", "calibration": place / "text.txt"}
+    flags |= {"output": place / output}
+    return ["--json", *(f"--{name}={value}" for name, value in flags.items()), *more]
+
+
+def launched(processes: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*LAUNCHER, str(processes), *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def warnings_of(said: str) -> list[str]:
+    return [line for line in said.splitlines() if line.startswith("warning: layer")]
+
+
+def alone(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fbn_prune", *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+
+
+MODES = {
+    "one-shot": [],
+    "sequential": ["--sequential"],
+    # so few tokens that the damping is adapted, and said
+    "heads": ["--head-sparsity=0.5", "--tokens=300"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "mode"), [(2, "one-shot"), (2, "sequential"), (4, "one-shot"), (2, "heads")]
+)
+def test_several_processes_end_in_the_weights_of_one(
+    place: Path, processes: int, mode: str
+) -> None:
+    more = MODES[mode]
+    if not (place / mode).exists():
+        said = alone(job(place, mode, *more)).stderr
+        (place / f"{mode}.said").write_text("\n".join(warnings_of(said)))
+    many = f"{mode}-{processes}"
+    done = launched(processes, ["-m", "fbn_prune", *job(place, many, *more)])
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["output"] == str(place / many)
+    said = (place / f"{mode}.said").read_text().splitlines()
+    assert warnings_of(done.stderr) == said  # of all layers, whoever fitted them
+    assert bool(said) == (mode == "heads")
+    expected, found = (load_file(place / name / "model.safetensors") for name in (mode, many))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)
+    kept = [load_file(place / name / "kept_neurons.safetensors") for name in (mode, many)]
+    assert all(torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
+
+
+@pytest.mark.slow
+def test_a_refusal_is_said_once(place: Path) -> None:
+    done = launched(2, ["-m", "fbn_prune", *job(place, "refused", "--sparsity=2")])
+    assert done.returncode != 0
+    assert done.stderr.count("fbn-prune: error:") == 1
+    assert not (place / "refused").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("moment", "more"),
+    [
+        ("dense.json", []),
+        ("match-00001.safetensors", ["--recover"]),
+        ("distilled-*", ["--recover", "--max-shard-size=6KB"]),
+    ],
+)
+def test_a_lost_process_ends_the_job_and_the_rest_can_be_gone_on_with(
+    place: Path, tmp_path: Path, moment: str, more: list[str]
+) -> None:
+    lost, whole = tmp_path / "lost", tmp_path / "whole"
+    flags = ["--tokens=4000", *more]
+    arguments = ["-m", "fbn_prune", *job(place, str(lost), *flags)]
+    running = subprocess.Popen(
+        [*LAUNCHER, "2", *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    work = tmp_path / ".lost.work"
+    deadline = time.monotonic() + 120
+    while not list(work.glob(f"*/{moment}")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(children(running.pid)[-1], signal.SIGKILL)
+    running.communicate(timeout=120)
+    assert running.returncode != 0
+    assert not lost.exists()
+    assert list(work.glob("*/dense.json")), "what was finished is kept"
+    done = launched(2, arguments)
+    assert done.returncode == 0, done.stderr
+    assert "going on from" in done.stderr
+    undisturbed = launched(2, ["-m", "fbn_prune", *job(place, str(whole), *flags)])
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    weights = {path.name: path.read_bytes() for path in whole.glob("model*.safetensors")}
+    assert {path.name: path.read_bytes() for path in lost.glob("model*.safetensors")} == weights
+
+
+def children(pid: int) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=True)
+    return sorted(int(line) for line in found.stdout.split())
