@@ -150,17 +150,6 @@ def test_discover_inspect_and_reuse(
     assert abs(result["neurons_kept"] - int(kept)) <= 3
 
 
-def test_the_dry_run_predicts_exactly_what_sparsity_fixes(
-    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    args = arguments(tiny, text, tmp_path / "out", "--sparsity", "0.5")
-    predicted = run_json(capsys, *args, "--dry-run")
-    assert not (tmp_path / "out").exists()
-    result = run_json(capsys, *args)
-    for key in ("parameters_before", "parameters_after", "bytes_after", "widths", "neurons_kept"):
-        assert predicted[key] == result[key], key
-
-
 def _missing(m: Path) -> None:
     shutil.rmtree(m)
 

@@ -36,12 +36,16 @@ from fbn_prune.data import builtin
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.recipe import parse_size
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 PROGRAM = ("-m", "fbn_prune")
 """What a child's Python runs."""
 
 COUNTING = (str(Path(count_reads.__file__)),)
 """The same, with the bytes that it reads of each weight in its last line."""
+
+COPIED = ("stages", "forward_seconds", "perplexity_before", "perplexity_after", "calibration_tokens",
+          "held_out_tokens", "neurons_kept", "neurons_total")  # fmt: skip
+"""What is kept of a run's own result."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ def cap(
         "budget_bytes": parse_size(budget, "--budget"),
         "tokens": tokens,
         "predicted_peak_bytes": predicted["peak_memory_bytes"],
+        "predicted_seconds": [predicted["seconds_low"], predicted["seconds_high"]],
         "plan": predicted["memory"],
         **ran,
         "measured_over_predicted": ran["peak_bytes"] / predicted["peak_memory_bytes"],
@@ -118,6 +123,7 @@ def compare(
         runs[name] = {
             "plan": predicted["memory"],
             "predicted_peak_bytes": predicted["peak_memory_bytes"],
+            "predicted_seconds": [predicted["seconds_low"], predicted["seconds_high"]],
             **measured_run([*flags, *output], None),
         }
     difference, neurons = _differences(folder / "whole", folder / "streamed")
@@ -195,8 +201,8 @@ def make_checkpoint(path: Path, shape: Shape) -> Path:
         weight_map |= dict.fromkeys(part, file)
     index_file = {"metadata": {}, "weight_map": weight_map}
     (path / "model.safetensors.index.json").write_text(json.dumps(index_file))
-    for file in builtin.model_path().glob("*token*"):
-        shutil.copyfile(file, path / file.name)
+    for given in builtin.model_path().glob("*token*"):
+        shutil.copyfile(given, path / given.name)
     (path / "config.json").write_text(json.dumps(config_of(shape)))
     return path
 
@@ -266,14 +272,7 @@ def measured_run(
         "peak_bytes": peak,
         "seconds": seconds,
         "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-        "stages": result["stages"],
-        "forward_seconds": result["forward_seconds"],
-        "perplexity_before": result["perplexity_before"],
-        "perplexity_after": result["perplexity_after"],
-        "calibration_tokens": result["calibration_tokens"],
-        "held_out_tokens": result["held_out_tokens"],
-        "neurons_kept": result["neurons_kept"],
-        "neurons_total": result["neurons_total"],
+        **{key: result[key] for key in COPIED},
         "progress_lines": sum("s left" in line for _, line in said),
         "longest_silence_seconds": max(b - a for a, b in pairwise(times)),
     }

@@ -166,5 +166,11 @@ def _predict(recipe: Recipe, *, json: bool) -> None:
         table.add_row(f"  as --{key.replace('_', '-')}", "", about("same_budget", words))
     table.add_row("peak memory", "", f"about {console.size(predicted.peak_memory_bytes)}")
     table.add_row("", "", predicted.memory)
-    table.add_row("time", "", f"about {predicted.seconds:.0f} s")
+    low, high = predicted.seconds_low, predicted.seconds_high
+    known = low is not None and high is not None
+    table.add_row(
+        "time",
+        "",
+        f"roughly {low:.0f} to {high:.0f} s" if known else "unknown: no layer of it runs here",
+    )
     console.print_table(table)

@@ -1,19 +1,25 @@
 """What a run will take and give, predicted from the checkpoint's headers alone: the dry run.
 
 Counts are exact where the recipe fixes them. Two things are estimates and are said to be: how many neurons ten
-networks cover before the networks are known, and time, from operation counts (:mod:`fbn_prune.runs.cost`) and rates measured
-in less than a second (:mod:`fbn_prune.runs.rates`).
+networks cover before the networks are known, and time, a rough range that one decoder layer with random weights gives
+in well under a second.
 """
 
 from __future__ import annotations
 
+import copy
+import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fbn_prune.distributed import processes
 from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.families import as_config
 from fbn_prune.pruning.allocation import (
     at_most,
     budget_from_networks,
@@ -24,28 +30,35 @@ from fbn_prune.pruning.allocation import (
 from fbn_prune.pruning.layout import MOST_TRIED_EVERY, STRENGTHS, TRIAL_TOKENS
 from fbn_prune.pruning.sensitivity import GRADIENT_TOKENS
 from fbn_prune.runs.budget import Budget, ModelSize
-from fbn_prune.runs.cost import (
-    HeadWork,
-    Job,
-    ModelSizes,
-    held_out_tokens,
-    of_one_process,
-    operations,
-)
-from fbn_prune.runs.rates import measured_rates, seconds, seconds_of_each
+from fbn_prune.runs.memory import free_memory
 from fbn_prune.runs.setup import Prepared
+from fbn_prune.runs.stages import KNOCKOUT_TOKENS
 
 MEMBERS_PER_NETWORK = 0.041
 """Share of all neurons that one network of 64 has as members on trained models; sets of K networks overlap as if
 drawn independently, to within two points (17 % of the neurons for 5, 35 % for 10, 55 % for 20, 84 % for 40)."""
+
+RECOVERY_PASSES = 8
+"""Forward passes that one pass of the recovery over the text is worth: the dense and the cut model forward, layer by
+layer and as a whole, and the cut one backward."""
+
+HIGH_MULTIPLE, START_SECONDS = 3, 10
+"""The upper bound of the time: three times the forward passes, the cuts and the ICA, and ten seconds for the start of
+the process. In tokens that pass through a layer of N neurons, choosing and refitting its neurons is taken to cost 2 N,
+and its share of an ICA on t tokens t² / 2 N. `eval/speed/bench_memory.py` prints the bounds beside what runs took."""
+
+MEASURED_TOKENS = {"cpu": 512, "cuda": 4096}
+MEASURED_OPERATIONS = {"cpu": 1e10, "cuda": 1e13}
+MEASURED_SECONDS = 0.2
+"""The layer is measured on at most so many tokens and operations a pass, repeated for so long."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """Prediction of a run. Bytes, seconds; `estimated` names the fields that are no exact counts.
 
-    `same_budget` says what the budget is in each of the other keys that could have set it; `stages` are the parts of
-    `seconds`, by the names that the result gives them, `rest` what is in none.
+    `same_budget` says what the budget is in each of the other keys that could have set it; `seconds_low` and
+    `seconds_high` are None where no layer of the model could be run to measure it.
     """
 
     parameters_before: int
@@ -60,8 +73,8 @@ class Plan:
     same_budget: dict[str, float]
     peak_memory_bytes: int
     memory: str
-    seconds: float
-    stages: dict[str, float]
+    seconds_low: float | None
+    seconds_high: float | None
     estimated: list[str]
 
     def to_json(self) -> dict[str, Any]:
@@ -72,7 +85,7 @@ def plan(prepared: Prepared) -> Plan:
     """Predict size, memory and time of a prepared run; reads no weights."""
     recipe, checkpoint = prepared.recipe, prepared.checkpoint
     total = prepared.width * prepared.layers
-    estimated = ["peak_memory_bytes", "seconds"]
+    estimated = ["peak_memory_bytes", "seconds_low", "seconds_high"]
     sizes = ["parameters_after", "bytes_after", "neurons_kept", "widths", "same_budget"]
     if prepared.budget is not None:
         budget = prepared.budget
@@ -91,7 +104,7 @@ def plan(prepared: Prepared) -> Plan:
         estimated.append("widths")
     size = ModelSize.of(checkpoint, prepared.head_groups)
     neurons = sum(widths)
-    stages = predicted_seconds(prepared, neurons / prepared.layers)
+    low, high = seconds_range(prepared) or (None, None)
     return Plan(
         parameters_before=checkpoint.total_parameters,
         parameters_after=size.parameters_with(neurons),
@@ -109,8 +122,8 @@ def plan(prepared: Prepared) -> Plan:
         },
         peak_memory_bytes=prepared.memory.peak_bytes,
         memory=prepared.memory.words,
-        seconds=sum(stages.values()),
-        stages=stages,
+        seconds_low=low,
+        seconds_high=high,
         estimated=estimated,
     )
 
@@ -129,75 +142,106 @@ def _widths(prepared: Prepared, budget: Budget) -> list[int]:
     return uniform_widths(neurons, full, multiple)
 
 
-def predicted_seconds(prepared: Prepared, kept: float) -> dict[str, float]:
-    """Seconds of each stage of a run that keeps `kept` neurons of a layer on average; for one of several processes."""
-    counts = operations(model_sizes(prepared.checkpoint, prepared.dtype), job_of(prepared, kept))
-    mine = of_one_process(
-        counts, processes(), prepared.layers, sequential=prepared.recipe.sequential
-    )
-    each = seconds_of_each(measured_rates(prepared.device, prepared.dtype))
-    return seconds(mine, each)
+def seconds_range(prepared: Prepared) -> tuple[float, float] | None:
+    """Rough bounds of a run's seconds, from one decoder layer run for a moment on the device.
 
+    The lower bound counts the forward passes alone; :data:`HIGH_MULTIPLE` says what the upper adds. Neither includes
+    reading a streamed model from a slow disk.
 
-def model_sizes(checkpoint: Checkpoint, dtype: torch.dtype) -> ModelSizes:
-    """A checkpoint's sizes, from its headers; `dtype` is what the model computes in."""
-    family, config = checkpoint.family, checkpoint.config
-    vocabulary, layers = family.vocab_size(config), family.num_layers(config)
-    inner = (info for info in checkpoint.tensors.values() if info.shape[:1] != (vocabulary,))
-    return ModelSizes(
-        hidden=family.hidden_size(config),
-        width=family.width(config),
-        layers=layers,
-        vocabulary=vocabulary,
-        layer_parameters=sum(info.parameters for info in inner) // layers,
-        parameters=checkpoint.total_parameters,
-        nbytes=checkpoint.total_bytes,
-        itemsize=dtype.itemsize,
-    )
-
-
-def job_of(prepared: Prepared, kept: float) -> Job:
-    """The facts of a prepared recipe that decide its work."""
-    recipe, memory = prepared.recipe, prepared.memory
-    discovering = recipe.needs_networks and prepared.networks is None
-    by_loss = recipe.layout != "uniform" and recipe.widths in ("loss", "auto")
-    tried = recipe.layout == "auto" or (recipe.layout == "ragged" and recipe.widths != "members")
-    rules = 2 if recipe.widths == "auto" else 1
-    apart = max(2, min(MOST_TRIED_EVERY, recipe.tokens // TRIAL_TOKENS))
-    known = recipe.networks if recipe.needs_networks else 0
-    if prepared.networks is not None:
-        known = len(prepared.networks.maps)
-    return Job(
-        tokens=recipe.tokens,
-        held_out=held_out_tokens(recipe.tokens, recipe.held_out, prepared.context),
-        context=prepared.context,
-        batch_tokens=prepared.batch_tokens,
-        kept=kept,
-        networks=recipe.networks if discovering else 0,
-        network_tokens=recipe.network_tokens,
-        layerwise=recipe.scope == "layer",
-        passes_for_ica=1 if memory.streamed or memory.keep_activations else 3,
-        streamed=memory.streamed,
-        second_order=recipe.criterion in ("networks", "second-order"),
-        sequential=recipe.sequential,
-        known_networks=known,
-        knocked_out=known if recipe.rank_or_default == "knockout" else 0,
-        matched=recipe.task is not None,
-        gradient_tokens=min(recipe.tokens, GRADIENT_TOKENS) if recipe.needs_gradients else 0,
-        width_passes=int(by_loss) + int(tried),
-        trial_widths=1 + rules * len(STRENGTHS) if tried else 0,
-        trial_tokens=recipe.tokens // apart,
-        recovery_passes=recipe.recover_passes if recipe.recover else 0,
-        heads=_head_work(prepared),
-    )
-
-
-def _head_work(prepared: Prepared) -> HeadWork | None:
-    if prepared.head_groups is None:
+    Returns
+    -------
+    tuple or None
+        None where a layer cannot be built, run, or held in memory.
+    """
+    each = _layer_token_seconds(prepared)
+    if each is None:
         return None
-    checkpoint, family = prepared.checkpoint, prepared.family
-    shape = family.head_shape(checkpoint.config)
-    whole = ModelSize.of(checkpoint).parameters
-    gone = whole - ModelSize.of(checkpoint, prepared.head_groups).parameters
-    removed = (shape.groups - prepared.head_groups) * prepared.layers
-    return HeadWork(shape.groups, prepared.head_groups, shape.width, gone // removed)
+    passed, more = (each * prepared.layers * tokens for tokens in token_passes(prepared))
+    low = passed / processes()
+    return low, HIGH_MULTIPLE * (low + more) + START_SECONDS
+
+
+def token_passes(prepared: Prepared) -> tuple[float, float]:
+    """Tokens that a run passes through the model, and the tokens that its cuts and its ICA are worth."""
+    recipe = prepared.recipe
+    shaped = recipe.layout != "uniform"
+    by_loss = shaped and recipe.widths in ("loss", "auto")
+    tried = recipe.layout == "auto" or (recipe.layout == "ragged" and recipe.widths != "members")
+    passed = recipe.tokens * ((3 if recipe.sequential else 1) + by_loss + tried)
+    passed += 2 * round(recipe.tokens * recipe.held_out)
+    more: float = 2 * prepared.width * (1 + by_loss + tried)
+    if recipe.needs_networks and prepared.networks is None:
+        sampled = min(recipe.network_tokens, recipe.tokens)
+        once = prepared.memory.streamed or prepared.memory.keep_activations
+        passed += sampled * (1 if once else 3)
+        more += sampled**2 / (2 * prepared.width)
+    if recipe.rank_or_default == "knockout":
+        passed += min(recipe.tokens, KNOCKOUT_TOKENS) * (recipe.networks + 1)
+    if recipe.task is not None:
+        passed += recipe.tokens
+    if recipe.needs_gradients:
+        passed += 3 * min(recipe.tokens, GRADIENT_TOKENS)  # backward is twice forward
+    if tried:
+        rules = 2 if recipe.widths == "auto" else 1
+        apart = max(2, min(MOST_TRIED_EVERY, recipe.tokens // TRIAL_TOKENS))
+        passed += recipe.tokens // apart * (2 + rules * len(STRENGTHS))
+    if recipe.recover:
+        passed += RECOVERY_PASSES * recipe.recover_passes * recipe.tokens
+    return passed, more
+
+
+def _layer_token_seconds(prepared: Prepared) -> float | None:
+    """Seconds that one token takes in one decoder layer; None where none can be run."""
+    device = prepared.device
+    try:
+        model = _one_layer(prepared.checkpoint, prepared.dtype)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        # Twice: what it computes with its weights has to have room too.
+        if 2 * parameters * prepared.dtype.itemsize > free_memory(device):
+            return None
+        _fill(model, device)
+        most = min(MEASURED_TOKENS[device.type], prepared.context)
+        tokens = max(16, min(most, int(MEASURED_OPERATIONS[device.type] / (2 * parameters))))
+        ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
+        with torch.inference_mode():
+            _timed(model, ids)  # the first run sets libraries up
+            took = [_timed(model, ids)]
+            while sum(took) < MEASURED_SECONDS:
+                took.append(_timed(model, ids))
+    except Exception:  # a strange config or a full device: the rest of the plan still holds
+        return None
+    return min(took) / tokens
+
+
+def _one_layer(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    """The checkpoint's architecture with one decoder layer and next to no vocabulary, without weights."""
+    config = copy.deepcopy(as_config(checkpoint.config))
+    for key, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == config.num_hidden_layers:  # one entry a layer
+            setattr(config, key, value[:1])
+    config.num_hidden_layers, config.vocab_size, config.use_cache = 1, 8, False
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = None
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=False
+        )
+    return model.eval()
+
+
+def _fill(model: PreTrainedModel, device: torch.device) -> None:
+    """Give the model random weights on the device."""
+    generator = torch.Generator(device).manual_seed(0)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            value = torch.empty_like(parameter, device=device).uniform_(
+                -0.02, 0.02, generator=generator
+            )
+            setattr(module, name, nn.Parameter(value, requires_grad=False))
+    model.to(device)  # type: ignore[arg-type]
+
+
+def _timed(model: PreTrainedModel, ids: torch.Tensor) -> float:
+    """Seconds of one forward pass."""
+    start = time.perf_counter()
+    model(ids).logits.sum().item()  # waits for a GPU
+    return time.perf_counter() - start
