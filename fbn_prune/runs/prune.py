@@ -41,9 +41,10 @@ from fbn_prune.pruning.prediction import check_rise, predicted_rise
 from fbn_prune.pruning.recovery.gain import Recovery
 from fbn_prune.recipe import Recipe
 from fbn_prune.runs.budget import Budget
+from fbn_prune.runs.kept import artifact, numbers, tensors
 from fbn_prune.runs.output import publish
 from fbn_prune.runs.result import PruneResult, peak_memory_bytes
-from fbn_prune.runs.resume import work_of
+from fbn_prune.runs.resume import store_of
 from fbn_prune.runs.setup import Prepared, prepare
 from fbn_prune.runs.stages import (
     find_networks,
@@ -54,7 +55,7 @@ from fbn_prune.runs.stages import (
     rank_networks,
     recover_model,
 )
-from fbn_prune.store import Work
+from fbn_prune.store import Store
 
 
 def run_prune(recipe: Recipe, clock: StageClock) -> PruneResult:
@@ -73,11 +74,11 @@ def run_prune(recipe: Recipe, clock: StageClock) -> PruneResult:
         The pruned model does not work, or its checkpoint does not fit its config.
     """
     prepared = prepare(recipe)
-    with distributed.joined(prepared.device), work_of(prepared) as work:
-        return _pruned(prepared, work, clock)
+    with distributed.joined(prepared.device), store_of(prepared) as store:
+        return _pruned(prepared, store, clock)
 
 
-def _pruned(prepared: Prepared, work: Work, clock: StageClock) -> PruneResult:
+def _pruned(prepared: Prepared, store: Store, clock: StageClock) -> PruneResult:
     """The stages of the main job; those finished before are not done again."""
     recipe, family = prepared.recipe, prepared.family
     tokenizer = prepared.checkpoint.load_tokenizer()
@@ -86,24 +87,24 @@ def _pruned(prepared: Prepared, work: Work, clock: StageClock) -> PruneResult:
         task = load_task(prepared, tokenizer, data)
         data = data if task is None else task.data
         held_out = data.held_out.batches(prepared.batch_tokens)
-    if work.bind(_fingerprint(data, task)):
+    if store.bind(_fingerprint(data, task)):
         clock.note("the calibration text has changed: all stages are done anew")
-    if work.started:
-        clock.note(f"going on from {work.words}")
+    if store.started:
+        clock.note(f"going on from {store.words}")
     with clock.stage("load"):
         model = prepared.load_model()
-    before = work.numbers("dense", lambda: _dense_perplexity(model, family, held_out, clock))
-    on_task = work.numbers("dense-task", lambda: _test_perplexity(prepared, model, task, clock))
+    before = numbers(store, "dense", lambda: _dense_perplexity(model, family, held_out, clock))
+    on_task = numbers(store, "dense-task", lambda: _test_perplexity(prepared, model, task, clock))
     networks = prepared.networks
     if networks is None and recipe.needs_networks:
-        networks = work.networks(lambda: find_networks(prepared, model, tokenizer, data, clock))
+        networks = artifact(store, lambda: find_networks(prepared, model, tokenizer, data, clock))
     matched = None
     if task is not None:
-        matched = match_to_task(prepared, model, networks, task, clock, work)
+        matched = match_to_task(prepared, model, networks, task, clock, store)
     blocks = data.calibrating if matched is None else matched.blocks
     calibrating = blocks.batches(prepared.batch_tokens)
-    order = work.numbers(
-        "ranking", lambda: rank_networks(prepared, model, networks, data, matched, clock)
+    order = numbers(
+        store, "ranking", lambda: rank_networks(prepared, model, networks, data, matched, clock)
     )
     kept = _kept_networks(recipe, order)
     options = CutOptions(
@@ -116,7 +117,7 @@ def _pruned(prepared: Prepared, work: Work, clock: StageClock) -> PruneResult:
         loss_aware=recipe.loss_aware,
         head_groups=prepared.head_groups,
     )
-    loss_roots = _kept_loss_roots(prepared, model, blocks, work, clock)
+    loss_roots = _kept_loss_roots(prepared, model, blocks, store, clock)
     subject = Subject(
         model,
         family,
@@ -130,7 +131,9 @@ def _pruned(prepared: Prepared, work: Work, clock: StageClock) -> PruneResult:
     )
     request = _layout_request(prepared, networks, kept)
     layout = Layout(
-        **work.numbers("layout", lambda: asdict(_chosen_layout(prepared, subject, request, clock)))
+        **numbers(
+            store, "layout", lambda: asdict(_chosen_layout(prepared, subject, request, clock))
+        )
     )
     if recipe.layout == "auto":
         clock.note(_verdict(layout))
@@ -144,9 +147,9 @@ def _pruned(prepared: Prepared, work: Work, clock: StageClock) -> PruneResult:
         membership=None if networks is None else member_scores(networks, kept),
         loss_roots=loss_roots if recipe.loss_aware else None,
         clock=clock,
-        store=work,
+        store=store,
     )
-    after = work.numbers("pruned", lambda: _pruned_perplexity(model, held_out, clock))
+    after = numbers(store, "pruned", lambda: _pruned_perplexity(model, held_out, clock))
     predicted = predicted_rise(cut.relative_errors)
     warning = check_rise(before, after, predicted, family.vocab_size(prepared.checkpoint.config))
     if warning is not None:
@@ -155,8 +158,8 @@ def _pruned(prepared: Prepared, work: Work, clock: StageClock) -> PruneResult:
     noted = [line for line in (prepared.checkpoint.oddities(), warning) if line is not None]
     recovery = None
     if recipe.recover:
-        cut = replace(cut, trained=recover_model(prepared, model, blocks, work, clock))
-        healed = work.numbers("recovered", lambda: _pruned_perplexity(model, held_out, clock))
+        cut = replace(cut, trained=recover_model(prepared, model, blocks, store, clock))
+        healed = numbers(store, "recovered", lambda: _pruned_perplexity(model, held_out, clock))
         recovery = Recovery.measured(before, after, healed, recipe.recover_passes, blocks.tokens)
         after = healed
     result = PruneResult(
@@ -191,12 +194,12 @@ def _pruned(prepared: Prepared, work: Work, clock: StageClock) -> PruneResult:
     if result.task is not None and on_task is not None:
         result.task |= {
             "test_perplexity_before": on_task,
-            "test_perplexity_after": work.numbers(
-                "pruned-task", lambda: _test_perplexity(prepared, model, task, clock)
+            "test_perplexity_after": numbers(
+                store, "pruned-task", lambda: _test_perplexity(prepared, model, task, clock)
             ),
         }
     if recipe.output is not None and is_first():
-        publish(prepared, cut, networks, result, clock, shards=work)
+        publish(prepared, cut, networks, result, clock, store=store)
     result.stages = dict(clock.seconds)
     result.peak_memory_bytes = peak_memory_bytes()
     return result
@@ -248,7 +251,7 @@ def _fingerprint(data: CalibrationData, task: TaskCalibration | None) -> str:
 
 
 def _kept_loss_roots(
-    prepared: Prepared, model: PreTrainedModel, blocks: TokenBlocks, work: Work, clock: StageClock
+    prepared: Prepared, model: PreTrainedModel, blocks: TokenBlocks, store: Store, clock: StageClock
 ) -> list[Tensor] | None:
     if not prepared.recipe.needs_gradients:
         return None
@@ -258,7 +261,7 @@ def _kept_loss_roots(
         assert roots is not None
         return {f"{layer:05d}": root for layer, root in enumerate(roots)}
 
-    kept = work.tensors("loss-roots", compute)
+    kept = tensors(store, "loss-roots", compute)
     return [
         kept[name].to(layer_device(model, prepared.family, layer))
         for layer, name in enumerate(sorted(kept))

@@ -15,17 +15,17 @@ import transformers
 from fbn_prune.distributed import is_first
 from fbn_prune.runs.result import tool_version
 from fbn_prune.runs.setup import Prepared
-from fbn_prune.store import Work, default_place, fingerprint, work_in
+from fbn_prune.store import Store, default_place, fingerprint, store_in
 
 PLACES = frozenset({"output", "overwrite", "work_dir", "max_shard_size", "memory_budget"})
 """Recipe keys that say where and how to write, and not what."""
 
 
 @contextmanager
-def work_of(prepared: Prepared) -> Iterator[Work]:
-    """The work of a prepared run in its work directory; a run without an output keeps nothing.
+def store_of(prepared: Prepared) -> Iterator[Store]:
+    """The store of a prepared run, in its work directory; a run without an output keeps nothing.
 
-    Of several processes on one job the first keeps it, and tells the others.
+    Of several processes on one job the first keeps it; what it reads goes to the others.
 
     Raises
     ------
@@ -36,13 +36,15 @@ def work_of(prepared: Prepared) -> Iterator[Work]:
     """
     recipe = prepared.recipe
     if recipe.output is None or not is_first():
-        yield Work(None)
+        yield Store()
         return
     place = default_place(recipe.output) if recipe.work_dir is None else recipe.work_dir
-    told = {"model": recipe.model, "output": str(recipe.output.expanduser().resolve())}
+    about = {"model": recipe.model, "output": str(recipe.output.expanduser().resolve())}
     named = recipe.work_dir is not None
-    with work_in(place.expanduser(), fingerprint(facts(prepared)), told, keep_place=named) as work:
-        yield work
+    with store_in(
+        place.expanduser(), fingerprint(facts(prepared)), about, keep_place=named
+    ) as store:
+        yield store
 
 
 def facts(prepared: Prepared) -> dict[str, Any]:

@@ -24,9 +24,10 @@ from fbn_prune.networks.task_matching import (
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.second_order import loss_root
 from fbn_prune.pruning.sensitivity import GRADIENT_TOKENS, output_sensitivity
+from fbn_prune.runs.kept import tensors
 from fbn_prune.runs.result import tool_version
 from fbn_prune.runs.setup import Prepared
-from fbn_prune.store import Work
+from fbn_prune.store import Store
 
 KNOCKOUT_TOKENS = 8192
 """Calibration tokens on which knock-outs are measured: one pass a network must stay cheap."""
@@ -102,14 +103,15 @@ def match_to_task(
     networks: FunctionalNetworks | None,
     task: TaskCalibration,
     clock: StageClock,
-    work: Work | None = None,
+    store: Store | None = None,
 ) -> MatchedCalibration:
     """Weigh the generic data by the networks that the recipe keeps."""
     assert networks is not None
-    kept = work or Work(None)
 
     def keep(compute: Callable[[], Tensor]) -> Tensor:
-        return kept.tensors("activity", lambda: {"activity": compute().cpu()})["activity"]
+        return tensors(store or Store(), "activity", lambda: {"activity": compute().cpu()})[
+            "activity"
+        ]
 
     return match_calibration(
         model,
@@ -164,7 +166,7 @@ def rank_networks(
 
 
 def recover_model(
-    prepared: Prepared, model: PreTrainedModel, blocks: TokenBlocks, work: Work, clock: StageClock
+    prepared: Prepared, model: PreTrainedModel, blocks: TokenBlocks, store: Store, clock: StageClock
 ) -> dict[str, Tensor]:
     """Train the cut model in place towards the dense one; its new weights by their names in the checkpoint."""
     from fbn_prune.pruning.recovery.healing import (  # peft is slow
@@ -177,7 +179,7 @@ def recover_model(
     with clock.stage("load"):
         dense = prepared.load_model()
     options = RecoveryOptions(recipe.recover_passes, recipe.recover_rank, recipe.seed)
-    heal(model, dense, family, blocks, options, clock, store=work)
+    heal(model, dense, family, blocks, options, clock, store=store)
     return healed_tensors(model, family, prepared.checkpoint)
 
 
