@@ -1,4 +1,8 @@
-"""Which unfinished work belongs to a run: a fingerprint of everything that decides the bytes of its result."""
+"""Opening a run, which every command begins with: the recipe checked, its texts tokenized, its model loaded.
+
+A run that writes an output has a store beside it, in a folder named by a fingerprint of all that decides the bytes of
+the result: the same command finds what an earlier, unfinished run of it has left.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +10,98 @@ import hashlib
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 
+from fbn_prune.data.calibration import CalibrationData, calibration_data
 from fbn_prune.distributed import is_first
+from fbn_prune.networks.task_matching import TaskCalibration, task_calibration
+from fbn_prune.progress import StageClock
 from fbn_prune.runs.result import tool_version
 from fbn_prune.runs.setup import Prepared
 from fbn_prune.store import Store, default_place, fingerprint, store_in
 
 PLACES = frozenset({"output", "overwrite", "work_dir", "max_shard_size", "memory_budget"})
 """Recipe keys that say where and how to write, and not what."""
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A prepared run with its text and its model, and the clock that times its stages.
+
+    Attributes
+    ----------
+    data
+        The calibrating and the held-out blocks, without those that hold a test question of the task.
+    task
+        The task's own blocks; None without a task.
+    """
+
+    prepared: Prepared
+    tokenizer: Any
+    data: CalibrationData
+    task: TaskCalibration | None
+    model: PreTrainedModel
+    clock: StageClock
+
+    @property
+    def texts(self) -> str:
+        """Fingerprints of all text that is read: for calibration, held out, and the task's examples and test."""
+        blocks = [self.data.calibrating, self.data.held_out]
+        if self.task is not None:
+            blocks += [self.task.examples]
+            blocks += [] if self.task.test is None else [self.task.test]
+        return " ".join(each.fingerprint for each in blocks)
+
+
+def open_run(prepared: Prepared, clock: StageClock, *, whole: bool = False) -> OpenRun:
+    """Read a prepared run's texts and load its model.
+
+    Parameters
+    ----------
+    whole
+        Have the whole model in memory, whatever the memory plan says.
+
+    Raises
+    ------
+    InvalidInput
+        A text cannot be read or is too short, see :func:`fbn_prune.data.calibration.calibration_data`.
+    """
+    tokenizer = prepared.checkpoint.load_tokenizer()
+    task = None
+    with clock.stage("calibration"):
+        data = load_calibration(prepared, tokenizer)
+        if prepared.task is not None:
+            task = task_calibration(
+                prepared.task,
+                data,
+                tokenizer,
+                context=prepared.context,
+                vocabulary=prepared.family.vocab_size(prepared.checkpoint.config),
+            )
+            data = task.data
+    with clock.stage("load"):
+        model = prepared.load_whole_model() if whole else prepared.load_model()
+    return OpenRun(prepared, tokenizer, data, task, model, clock)
+
+
+def load_calibration(prepared: Prepared, tokenizer: Any) -> CalibrationData:
+    """The calibrating and the held-out blocks of a prepared run."""
+    recipe = prepared.recipe
+    return calibration_data(
+        recipe.calibration,
+        tokenizer,
+        tokens=recipe.tokens,
+        context=prepared.context,
+        held_out=recipe.held_out,
+        seed=recipe.seed,
+        vocabulary=prepared.family.vocab_size(prepared.checkpoint.config),
+    )
 
 
 @contextmanager
