@@ -1,10 +1,9 @@
-"""What a run has finished, kept beside its output until that stands: the same command goes on from there.
+"""A store of bytes beside a run's output: what the run has finished, until the output stands.
 
-A work directory holds a folder for each unfinished run, named by a fingerprint of all that decides the run's result:
-recipe, checkpoint (headers, sizes and times of its files), versions, device, threads. In it lie the finished stages,
-each a safetensors or JSON file, put in place whole and recorded with its SHA-256; what does not match its record is
-computed again. Tensors are kept as they were computed, so that a resumed run ends in the same bytes as an undisturbed
-one. The output's shards lie there too, until all are finished and the output gets them.
+A work directory holds a folder for each unfinished run, named by a fingerprint of all that decides the run's result.
+In it lie finished parts, each put in place whole and recorded with its SHA-256: the same command goes on from them, and
+what does not match its record is made again. Callers turn their values into bytes and back without loss, so that a
+resumed run ends in the same bytes as an undisturbed one.
 """
 
 from __future__ import annotations
@@ -15,27 +14,26 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-import safetensors.torch
-from torch import Tensor
+from typing import Any, TypeVar
 
 from fbn_prune import distributed
 from fbn_prune.errors import FbnPruneError, InvalidInput
-from fbn_prune.export.shards import Put
-from fbn_prune.networks.functional_networks import FunctionalNetworks
-from fbn_prune.pruning.cutting import FinishedLayer
 
-FORMAT = 2
+FORMAT = 3
 RECORD = "work.json"
 LOCK = "lock"
 
-KINDS = {"layers": "layer-", "matched layers": "match-", "shards": "shard-"}
-"""What there are many of in a run, and what the names of their files begin with; all others are stages."""
+LAYERS, MATCHED_LAYERS, SHARDS = "layer-", "match-", "shard-"
+KINDS = {"layers": LAYERS, "matched layers": MATCHED_LAYERS, "shards": SHARDS}
+"""What there are many of in a run, and what their names begin with; all others are stages."""
+
+Put = Callable[[bytes | memoryview], object]
+"""Takes the next bytes of a file."""
+
+Value = TypeVar("Value")
 
 
 def default_place(output: Path) -> Path:
@@ -50,21 +48,29 @@ def fingerprint(facts: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-class Work:
-    """Finished stages of one run; without a folder nothing is kept, and every stage is computed."""
+class Store:
+    """Finished parts of one run, by name; without a folder nothing is kept, and every part is made.
 
-    def __init__(self, folder: Path | None, told: dict[str, Any] | None = None) -> None:
+    Of several processes on one job the first has the folder, and the others have stores without one.
+
+    Parameters
+    ----------
+    folder
+        The run's own folder, which exists.
+    about
+        What a listing of unfinished runs says of this one.
+    """
+
+    def __init__(self, folder: Path | None = None, about: dict[str, Any] | None = None) -> None:
         self._folder = folder
-        self._record: dict[str, Any] = {"format": FORMAT, **(told or {}), "stages": {}}
+        self._record: dict[str, Any] = {"format": FORMAT, **(about or {}), "stages": {}}
         if folder is not None:
-            before = read_record(folder)
-            if before is not None:
-                self._record = before
+            self._record = read_record(folder) or self._record
 
     @property
     def started(self) -> bool:
-        """Whether there is a finished stage to go on from."""
-        return self._folder is not None and bool(self._record["stages"])
+        """Whether there is a finished part to go on from."""
+        return bool(self._record["stages"])
 
     @property
     def words(self) -> str:
@@ -83,151 +89,117 @@ class Work:
                         file.unlink()
 
     def bind(self, calibration: str) -> bool:
-        """Say what the calibration text is; what was finished on another is forgotten. Whether that was so."""
+        """Record the calibration text's fingerprint, and forget what was made from another text.
+
+        Returns
+        -------
+        bool
+            Whether anything was forgotten.
+        """
         before = self._record.get("calibration")
         if before == calibration:
             return False
-        stale = bool(self._record["stages"])
+        stale = self.started
         self._record |= {"calibration": calibration, "stages": {}}
         self._save_record()
         self.tidy()
         return stale
 
-    def numbers(self, stage: str, compute: Callable[[], Any]) -> Any:
-        """A stage whose result is JSON: as kept, or computed and kept."""
-        data = self._load(f"{stage}.json")
-        if data is not None:
-            return json.loads(data)
-        value = compute()
-        self._save(f"{stage}.json", lambda put: put(json.dumps(value).encode()))
-        return value
+    def names(self, prefix: str) -> list[str]:
+        """Names of this process's parts that begin with `prefix`, in order."""
+        return sorted(name for name in self._record["stages"] if name.startswith(prefix))
 
-    def tensors(self, stage: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """A stage whose result is tensors; kept ones come back on the CPU."""
-        data = self._load(f"{stage}.safetensors")
-        if data is not None:
-            return safetensors.torch.load(data)
-        value = compute()
-        self._save(f"{stage}.safetensors", lambda put: put(_packed(value)))
-        return value
+    def read(self, name: str) -> bytes | None:
+        """A part as it was written; None where there is none, or where it is damaged.
 
-    def state(self, stage: str) -> dict[str, Tensor] | None:
-        """The last state that a stage kept on its way, on the CPU; None where there is none."""
-        kept = (self._read(name) for name in sorted(self._named(f"{stage}-"), reverse=True))
-        data = distributed.broadcast(next((data for data in kept if data is not None), None))
-        return None if data is None else safetensors.torch.load(data)
-
-    def keep_state(self, stage: str, number: int, compute: Callable[[], dict[str, Tensor]]) -> None:
-        """Keep a stage's state, higher in number than those before, in their place.
-
-        Of several processes the first decides when: the others need not call.
+        All processes call it and get what the first one finds, so that all go on from the same place.
         """
-        self._save(
-            f"{stage}-{number:08d}.safetensors",
-            lambda put: put(_packed(compute())),
-            instead_of=self._named(f"{stage}-"),
-        )
+        return distributed.broadcast(self._read(name))
 
-    def networks(self, compute: Callable[[], FunctionalNetworks]) -> FunctionalNetworks:
-        """The networks, as their artifact."""
-        name = "networks.safetensors"
-        data = self._load(name)
-        if data is not None:
-            with tempfile.NamedTemporaryFile(suffix=f"-{name}") as file:
-                file.write(data)
-                file.flush()
-                return FunctionalNetworks.load(file.name)
-        value = compute()
-        self._save(name, lambda put: put(value.to_bytes()))
-        return value
+    def read_last(self, prefix: str) -> bytes | None:
+        """The last undamaged part, by name, that begins with `prefix`; otherwise as :meth:`read`."""
+        found = (self._read(name) for name in reversed(self.names(prefix)))
+        return distributed.broadcast(next((data for data in found if data is not None), None))
 
-    def layers(self) -> int:
-        """How many layers, from the first on, are finished."""
-        count = 0
-        while self._load(_layer_file(count)) is not None:
-            count += 1
-        return count
+    def write(
+        self, name: str, write: Callable[[Put], object], *, replaces: Iterable[str] = ()
+    ) -> None:
+        """Keep what `write` puts, once all of it is on the disk. It is not called where nothing is kept.
 
-    def layer(self, layer: int) -> FinishedLayer:
-        """A finished layer.
+        Parameters
+        ----------
+        replaces
+            Names of parts that are forgotten in the same moment.
 
         Raises
         ------
         FbnPruneError
-            Its file has been damaged since :meth:`layers` counted it.
+            The folder cannot be written to.
         """
-        data = self._load(_layer_file(layer))
-        if data is None:
-            raise FbnPruneError(f"{self._folder} changed during the run: start it again")
-        return FinishedLayer.from_bytes(data)
+        if self._folder is None:
+            return
+        if not name.startswith(SHARDS):
+            # Shards are made from the parts before them, and a part made again may differ.
+            replaces = {*replaces, *self.names(SHARDS)}
+        with suppress(OSError):  # what is there is damaged, and takes room
+            (self._folder / name).unlink()
+        self._record["stages"][name] = self._write(name, write)
+        self._save_record(without=set(replaces) - {name})
 
-    def keep(self, layer: int, finished: FinishedLayer) -> None:
-        """Keep a layer that is finished."""
-        self._save(_layer_file(layer), lambda put: put(finished.to_bytes()))
+    def kept(
+        self,
+        name: str,
+        compute: Callable[[], Value],
+        encode: Callable[[Value], bytes],
+        decode: Callable[[bytes], Value],
+    ) -> Value:
+        """A part's value: decoded where it was kept, otherwise computed and kept. All processes call it."""
+        data = self.read(name)
+        if data is not None:
+            return decode(data)
+        value = compute()
+        self.write(name, lambda put: put(encode(value)))
+        return value
 
-    # Shards (fbn_prune.export.shards.ShardStore): too large to be read whole, and the first process's alone.
+    # Shards: too large to be read whole, and the first process's alone.
 
-    def only_shards(self, names: Collection[str]) -> None:
-        """Let go of all shards but these, which a run with another shard size has left."""
-        wanted = {KINDS["shards"] + name for name in names}
-        for name in self._named(KINDS["shards"]):
-            if name not in wanted:
-                del self._record["stages"][name]
-        self.tidy()
+    def keep_only(self, prefix: str, names: Collection[str]) -> None:
+        """Forget the parts that begin with `prefix` and are not among `names`."""
+        if others := set(self.names(prefix)) - set(names):
+            self._save_record(without=others)
 
-    def has_shard(self, name: str, head: bytes, size: int) -> bool:
-        """Whether that shard is kept and undamaged, starts with `head` and is of `size` bytes."""
-        expected = self._record["stages"].get(KINDS["shards"] + name)
-        if expected is None:
+    def holds(self, name: str, head: bytes, size: int) -> bool:
+        """Whether a part is kept and undamaged, starts with `head` and has `size` bytes."""
+        expected = self._record["stages"].get(name)
+        if self._folder is None or expected is None:
             return False
-        try:
-            with self._shard(name).open("rb") as file:
-                start = file.read(len(head))
-                if start != head or os.fstat(file.fileno()).st_size != size:
-                    return False
+        with suppress(OSError), (self._folder / name).open("rb") as file:
+            start = file.read(len(head))
+            if start == head and os.fstat(file.fileno()).st_size == size:
                 digest = hashlib.sha256(start)
                 while chunk := file.read(2**20):
                     digest.update(chunk)
-        except OSError:
-            return False
-        return digest.hexdigest() == expected
+                return digest.hexdigest() == expected
+        return False
 
-    def keep_shard(self, name: str, write: Callable[[Put], object]) -> None:
-        """Keep what `write` puts, when all of it is on the disk."""
-        with suppress(OSError):  # what is there is damaged, and takes room
-            self._shard(name).unlink()
-        self._save(KINDS["shards"] + name, write)
-
-    def put_shard(self, name: str, target: Path) -> None:
-        """Have a kept shard at `target` too: the same file by a second name where the file system knows such names, so
-        that nothing is lost if the run is killed before the output stands; else moved there, or from another file
-        system copied.
+    def put(self, name: str, target: Path) -> None:
+        """Have a part at `target` too: by a hard link where the file system has them, so that nothing is lost if the
+        run is killed before the output stands; else moved there, or copied from another file system.
 
         Raises
         ------
         FbnPruneError
             There is no room for a copy.
         """
+        assert self._folder is not None
         for put in (os.link, os.rename):
             with suppress(OSError):
-                put(self._shard(name), target)
+                put(self._folder / name, target)
                 return
         try:
-            shutil.copyfile(self._shard(name), target)
+            shutil.copyfile(self._folder / name, target)
         except OSError as error:
             raise _unwritable(target.parent, error) from error
-
-    def _shard(self, name: str) -> Path:
-        assert self._folder is not None
-        return self._folder / (KINDS["shards"] + name)
-
-    def _named(self, start: str) -> list[str]:
-        """Names of what is kept that begin so."""
-        return [name for name in self._record["stages"] if name.startswith(start)]
-
-    def _load(self, name: str) -> bytes | None:
-        # Of several processes the first reads and the others are told, or they would not do the same stages.
-        return distributed.broadcast(self._read(name))
 
     def _read(self, name: str) -> bytes | None:
         expected = self._record["stages"].get(name)
@@ -237,29 +209,15 @@ class Work:
             data = (self._folder / name).read_bytes()
         except OSError:
             return None
-        if hashlib.sha256(data).hexdigest() != expected:
-            return None
-        return data
+        return data if hashlib.sha256(data).hexdigest() == expected else None
 
-    def _save(
-        self, name: str, write: Callable[[Put], object], *, instead_of: Iterable[str] = ()
-    ) -> None:
-        """Keep what `write` puts, and no longer what it stands for."""
-        if self._folder is None:
-            return
-        if not name.startswith(KINDS["shards"]):
-            # Shards hold what the stages before them came to: a stage done again might come to something else.
-            instead_of = {*instead_of, *self._named(KINDS["shards"])}
-        stages = self._record["stages"]
-        stages[name] = self._write(name, write)
-        gone = [old for old in instead_of if old != name and stages.pop(old, None) is not None]
-        self._save_record()
-        if gone:
-            self.tidy()
-
-    def _save_record(self) -> None:
+    def _save_record(self, *, without: Collection[str] = ()) -> None:
+        """Save the record without these parts, then remove their files."""
+        gone = [name for name in without if self._record["stages"].pop(name, None) is not None]
         if self._folder is not None:
             self._write(RECORD, lambda put: put(json.dumps(self._record, indent=1).encode()))
+            if gone:
+                self.tidy()
 
     def _write(self, name: str, write: Callable[[Put], object]) -> str:
         """Write a file and put it in place when it is on the disk; its SHA-256."""
@@ -287,7 +245,7 @@ class Work:
 
 
 def counted(names: Collection[str]) -> dict[str, int]:
-    """How many stages, and how many of each of :data:`KINDS`, these names of kept files are."""
+    """How many stages, and how many of each of :data:`KINDS`, these names of parts are."""
     kinds = {kind: sum(name.startswith(start) for name in names) for kind, start in KINDS.items()}
     return {"stages": len(names) - sum(kinds.values()), **kinds}
 
@@ -297,14 +255,6 @@ def _unwritable(folder: Path, error: OSError) -> FbnPruneError:
         f"cannot write {folder}: {error.strerror or error}; what is finished is kept: make room, or "
         "repair what is wrong, and run the same command again"
     )
-
-
-def _packed(tensors: dict[str, Tensor]) -> bytes:
-    return safetensors.torch.save({k: t.detach().cpu().contiguous() for k, t in tensors.items()})
-
-
-def _layer_file(layer: int) -> str:
-    return f"layer-{layer:05d}.safetensors"
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -318,18 +268,18 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 @contextmanager
-def work_in(
-    place: Path, key: str, told: dict[str, Any], *, keep_place: bool = False
-) -> Iterator[Work]:
-    """The work of the run `key` in the work directory `place`; this process alone has it inside the block.
+def store_in(
+    place: Path, key: str, about: dict[str, Any], *, keep_place: bool = False
+) -> Iterator[Store]:
+    """The store of the run `key` in the work directory `place`; this process alone has it inside the block.
 
-    The folder goes when the block ends well, or when nothing in it would help another run: where no stage was
+    The folder goes when the block ends well, or when nothing in it would help another run: where no part was
     finished, or the input was refused.
 
     Parameters
     ----------
-    told
-        What a listing should say of the run.
+    about
+        What a listing says of the run.
     keep_place
         Leave `place` itself when it is empty.
 
@@ -343,12 +293,12 @@ def work_in(
     folder = place / key
     made = [parent for parent in place.resolve().parents if not parent.exists()]
     with locked(folder, LOCK, "the same run is at work there: wait for it to end"):
-        work = Work(folder, told)
-        work.tidy()
+        store = Store(folder, about)
+        store.tidy()
         try:
-            yield work
+            yield store
         except BaseException as error:
-            if isinstance(error, InvalidInput) or not work.started:
+            if isinstance(error, InvalidInput) or not store.started:
                 remove(folder, place, keep_place)
                 for parent in made:
                     with suppress(OSError):

@@ -15,8 +15,8 @@ from fbn_prune.cli.main import _exit_code
 from fbn_prune.data import builtin
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.recipe import load_recipe
+from fbn_prune.runs.opening import load_calibration
 from fbn_prune.runs.setup import prepare
-from fbn_prune.runs.stages import load_calibration
 
 torch.set_num_threads(1)
 NETWORKS, LAYERS, WIDTH, CUT = 8, 6, 768, 3

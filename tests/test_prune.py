@@ -20,9 +20,9 @@ from fbn_prune.pruning.cutting import cut_layers
 from fbn_prune.pruning.evidence import CutOptions, EvidencePass
 from fbn_prune.pruning.second_order import choose_neurons, output_error, refit
 from fbn_prune.recipe import Recipe, build_recipe
+from fbn_prune.runs.opening import load_calibration
 from fbn_prune.runs.prune import run_prune
 from fbn_prune.runs.setup import Prepared, prepare
-from fbn_prune.runs.stages import load_calibration
 
 torch.set_num_threads(1)
 

@@ -26,7 +26,7 @@ from fbn_prune.pruning.recovery.distillation import DistillationOptions, _Traini
 from fbn_prune.pruning.recovery.gain import Recovery
 from fbn_prune.pruning.recovery.healing import RecoveryOptions, heal, linear_maps
 from fbn_prune.pruning.recovery.layer_matching import _LayerFit, match_layers
-from fbn_prune.store import Work
+from fbn_prune.store import Store
 
 torch.set_num_threads(1)
 
@@ -161,12 +161,12 @@ def assert_healed_alike(
     for interruption in interruptions:
         broken = copy.deepcopy(cut)
         with interrupted_at(*interruption), pytest.raises(Interrupted):
-            heal(broken, dense, family, sample(), OPTIONS, StageClock(), store=Work(folder))
+            heal(broken, dense, family, sample(), OPTIONS, StageClock(), store=Store(folder))
     with (
         interrupted_at(_LayerFit, "step", 0) as matching,
         interrupted_at(_Training, "step", 0) as distilling,
     ):
-        heal(cut, dense, family, sample(), OPTIONS, StageClock(), store=Work(folder))
+        heal(cut, dense, family, sample(), OPTIONS, StageClock(), store=Store(folder))
     for name, value in parameters(cut).items():
         assert torch.equal(value, parameters(whole)[name]), name
     return len(matching), len(distilling)
@@ -249,7 +249,7 @@ def test_a_damaged_layer_and_a_damaged_state_are_made_anew(
             sample(),
             OPTIONS,
             StageClock(),
-            store=Work(tmp_path),
+            store=Store(tmp_path),
         )
     for name in ("match-00001.safetensors", f"distilled-{whole:08d}.safetensors"):
         data = (tmp_path / name).read_bytes()

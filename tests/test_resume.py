@@ -21,11 +21,12 @@ from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.progress import StageClock
 from fbn_prune.recipe import Recipe, build_recipe
 from fbn_prune.runs import prune
+from fbn_prune.runs.kept import numbers, tensors
 from fbn_prune.runs.memory import MemoryPlan, plan_memory
 from fbn_prune.runs.prune import run_prune
 from fbn_prune.runs.setup import prepare
 from fbn_prune.runs.unfinished import clean, unfinished
-from fbn_prune.store import Work, locked, owned, work_in
+from fbn_prune.store import Store, locked, owned, store_in
 
 torch.set_num_threads(1)
 
@@ -80,16 +81,16 @@ def contents(output: Path) -> dict[str, bytes]:
 def killed_after(writes: int) -> Iterator[list[str]]:
     """The run is killed when it has kept so many stages."""
     kept: list[str] = []
-    save = Work._save
+    write = Store.write
 
-    def count(self: Work, name: str, *others: Any, **more: Any) -> None:
-        save(self, name, *others, **more)
+    def count(self: Store, name: str, *others: Any, **more: Any) -> None:
+        write(self, name, *others, **more)
         kept.append(name)
         if len(kept) == writes:
             raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Work, "_save", count)
+        patch.setattr(Store, "write", count)
         yield kept
 
 
@@ -492,19 +493,14 @@ def test_shards_are_listed_and_cleaned(
 
 
 def test_of_a_stages_states_the_last_undamaged_one_is_kept(tmp_path: Path) -> None:
-    def one(number: int) -> dict[str, torch.Tensor]:
-        return {"steps": torch.tensor(number)}
-
-    kept = Work(tmp_path)
-    assert kept.state("x") is None
-    for number in (1, 2, 10):
-        kept.keep_state("x", number, lambda number=number: one(number))
-    assert {file.name for file in tmp_path.glob("x-*")} == {"x-00000010.safetensors"}
-    found = Work(tmp_path).state("x")
-    assert found is not None
-    assert int(found["steps"]) == 10
-    (tmp_path / "x-00000010.safetensors").write_bytes(b"")
-    assert Work(tmp_path).state("x") is None
+    kept = Store(tmp_path)
+    assert kept.read_last("x-") is None
+    for number in (b"01", b"02", b"10"):
+        kept.write(f"x-{number.decode()}", lambda put: put(number), replaces=kept.names("x-"))  # noqa: B023
+    assert {file.name for file in tmp_path.glob("x-*")} == {"x-10"}
+    assert Store(tmp_path).read_last("x-") == b"10"
+    (tmp_path / "x-10").write_bytes(b"")
+    assert Store(tmp_path).read_last("x-") is None
 
 
 # Two runs
@@ -523,10 +519,10 @@ def test_the_same_run_is_refused_while_one_is_at_work(place: Path, tmp_path: Pat
 
 
 def test_a_lock_ends_with_its_block_and_its_folder_may_be_removed_meanwhile(tmp_path: Path) -> None:
-    with work_in(tmp_path / "w", "key", {}) as first:
+    with store_in(tmp_path / "w", "key", {}) as first:
         assert not first.started
     assert not (tmp_path / "w").exists()
-    with work_in(tmp_path / "w", "key", {}):
+    with store_in(tmp_path / "w", "key", {}):
         assert owned(tmp_path / "w" / "key" / store.LOCK)
 
 
@@ -551,12 +547,12 @@ def test_unfinished_runs_are_listed_and_cleaned(
 
 
 def test_a_run_at_work_is_not_cleaned_away(tmp_path: Path) -> None:
-    with work_in(tmp_path / "w", "key", {"model": "m", "output": "o"}) as mine:
+    with store_in(tmp_path / "w", "key", {"model": "m", "output": "o"}) as mine:
         mine.bind("text")
-        mine.numbers("dense", lambda: 1.5)
+        numbers(mine, "dense", lambda: 1.5)
         removed, left = clean(tmp_path / "w")
         assert (removed, [run.in_use for run in left]) == ([], [True])
-        assert mine.numbers("dense", lambda: pytest.fail("done again")) == 1.5
+        assert numbers(mine, "dense", lambda: pytest.fail("done again")) == 1.5
     assert unfinished(tmp_path) == []
 
 
@@ -569,8 +565,8 @@ def test_where_there_is_no_folder_nothing_is_listed(tmp_path: Path) -> None:
 def test_numbers_come_back_as_they_were(value: Any, tmp_path: Path) -> None:
     folder = tmp_path / "key"
     folder.mkdir()
-    Work(folder).numbers("x", lambda: value)
-    assert Work(folder).numbers("x", lambda: pytest.fail("done again")) == value
+    numbers(Store(folder), "x", lambda: value)
+    assert numbers(Store(folder), "x", lambda: pytest.fail("done again")) == value
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64])
@@ -578,8 +574,8 @@ def test_tensors_come_back_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> No
     folder = tmp_path / "key"
     folder.mkdir()
     tensor = (torch.randn(5, 3, dtype=torch.float64) * 100).to(dtype).T
-    Work(folder).tensors("x", lambda: {"x": tensor})
-    again = Work(folder).tensors("x", lambda: pytest.fail("done again"))["x"]
+    tensors(Store(folder), "x", lambda: {"x": tensor})
+    again = tensors(Store(folder), "x", lambda: pytest.fail("done again"))["x"]
     assert again.dtype == dtype
     assert again.equal(tensor)
 
@@ -590,5 +586,5 @@ def test_tensors_come_back_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> No
 def test_a_damaged_record_is_no_work(text: str, tmp_path: Path) -> None:
     (tmp_path / "key").mkdir()
     (tmp_path / "key" / store.RECORD).write_text(text, encoding="latin-1")
-    assert not Work(tmp_path / "key").started
+    assert not Store(tmp_path / "key").started
     assert unfinished(tmp_path) == []

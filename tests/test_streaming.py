@@ -27,6 +27,7 @@ from fbn_prune.runs import memory
 from fbn_prune.runs.discover import run_discovery
 from fbn_prune.runs.dry_run import plan
 from fbn_prune.runs.memory import possible_plans
+from fbn_prune.runs.opening import OpenRun
 from fbn_prune.runs.prune import run_prune
 from fbn_prune.runs.setup import Prepared, prepare
 from fbn_prune.runs.stages import rank_scores
@@ -224,7 +225,9 @@ def test_networks_are_ranked_by_the_energy_they_were_found_with_or_have_in_anoth
     for changes, given in (({}, networks), ({"networks_from": str(file)}, elsewhere)):
         prepared = prepared_with(model, text, **changes)
         for loaded in (prepared.load_model(), opened(model)[2]):
-            scores = rank_scores(prepared, loaded, given, data, None, StageClock())
+            scores = rank_scores(
+                OpenRun(prepared, None, data, None, loaded, StageClock()), given, None
+            )
             assert torch.equal(scores, networks.energy)
 
 

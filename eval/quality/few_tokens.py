@@ -22,8 +22,8 @@ from fbn_prune.pruning.damping import DampingWarning, refit_share
 from fbn_prune.pruning.evidence import CutOptions, EvidencePass
 from fbn_prune.pruning.second_order import choose_neurons, refit
 from fbn_prune.recipe import build_recipe
+from fbn_prune.runs.opening import load_calibration
 from fbn_prune.runs.setup import prepare
-from fbn_prune.runs.stages import load_calibration
 
 TOKENS_PER_NEURON = (0.5, 1, 4, 16)
 DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)

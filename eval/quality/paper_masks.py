@@ -28,9 +28,9 @@ from fbn_prune.data.calibration import TokenBlocks
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.progress import StageClock
 from fbn_prune.recipe import load_recipe
+from fbn_prune.runs.opening import load_calibration
 from fbn_prune.runs.prune import run_prune
 from fbn_prune.runs.setup import prepare
-from fbn_prune.runs.stages import load_calibration
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "paper-layerwise.yaml"
 

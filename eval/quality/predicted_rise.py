@@ -31,8 +31,8 @@ from fbn_prune.pruning.prediction import (
     relative_head_error,
 )
 from fbn_prune.recipe import build_recipe
+from fbn_prune.runs.opening import load_calibration
 from fbn_prune.runs.setup import prepare
-from fbn_prune.runs.stages import load_calibration
 
 TOKENS, HELD_OUT_TOKENS = 8192, 2048
 CRITERIA_TRIED = ("second-order", "flap", "wanda", "magnitude", "random")

@@ -42,8 +42,9 @@ from fbn_prune.model.quantized_values import plain
 from fbn_prune.model.shards import INDEX_FILE, SINGLE_FILE, read_headers, read_index
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.recipe import Recipe, load_recipe
+from fbn_prune.runs.kept import numbers
 from fbn_prune.runs.unfinished import unfinished
-from fbn_prune.store import FORMAT, RECORD, Work
+from fbn_prune.store import FORMAT, RECORD, Store
 
 MEMORY_LIMIT = 3 * 2**30
 """Bytes that a fuzzing process may take beyond what it holds at the start."""
@@ -333,9 +334,10 @@ def _read_work(data: bytes, folder: Path) -> object:
     run.mkdir()
     (run / RECORD).write_bytes(data)
     (run / "dense.json").write_text("1.5")
-    work = Work(run)
-    work.bind("text")
-    return unfinished(folder), work.words, work.numbers("dense", lambda: 2.5), work.layers()
+    store = Store(run)
+    store.bind("text")
+    dense = numbers(store, "dense", lambda: 2.5)
+    return unfinished(folder), store.words, dense, store.read("layer-00000.safetensors")
 
 
 _WORK = {

@@ -16,12 +16,13 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from fbn_prune.export.directory import disk_errors
-from fbn_prune.export.shards import ShardStore, write_json
+from fbn_prune.export.shards import write_json
 from fbn_prune.export.writer import copy_companions, write_tensors
 from fbn_prune.model import modeling_ragged
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.families import Family, as_config
 from fbn_prune.model.surgery import MlpCut, kept_head_groups, pruned_config
+from fbn_prune.store import Store
 
 
 def write_ragged_checkpoint(
@@ -33,7 +34,7 @@ def write_ragged_checkpoint(
     trained: Mapping[str, Tensor] | None = None,
     max_shard_size: int | str = "5GB",
     progress: Callable[[int], None] | None = None,
-    store: ShardStore | None = None,
+    store: Store | None = None,
 ) -> None:
     """Write the cut model, its layers of any widths, with its config, code file, tokenizer and licence.
 

@@ -2,15 +2,15 @@
 
 So the memory needed is one tensor's, and a checkpoint larger than RAM can be written. That is why the safetensors
 layout (header length, JSON header, data) is written here: the library's writer takes a whole file's tensors at once.
-A shard that is finished can be kept, see :class:`ShardStore`; it stays as it is when the writing starts again.
+A finished shard can be kept in a :class:`fbn_prune.store.Store`, and stays as it is when the writing starts again.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -18,28 +18,10 @@ from torch import Tensor
 
 from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.model.shards import DTYPES, INDEX_FILE, TensorInfo
-
-Put = Callable[[bytes | memoryview], object]
-"""Takes the next bytes of a file."""
+from fbn_prune.store import SHARDS, Put, Store
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT = 8
-
-
-class ShardStore(Protocol):
-    """Keeps finished shards for a run that has to start again."""
-
-    def only_shards(self, names: Collection[str]) -> None:
-        """Let go of all shards but these."""
-
-    def has_shard(self, name: str, head: bytes, size: int) -> bool:
-        """Whether that shard is kept and undamaged, starts with `head` and is of `size` bytes."""
-
-    def keep_shard(self, name: str, write: Callable[[Put], object]) -> None:
-        """Keep what `write` puts, when all of it is on the disk."""
-
-    def put_shard(self, name: str, target: Path) -> None:
-        """Have a kept shard at `target`, without a copy where the file system allows it."""
 
 
 def write_shards(
@@ -49,7 +31,7 @@ def write_shards(
     *,
     max_shard_size: int | str = "5GB",
     progress: Callable[[int], None] | None = None,
-    store: ShardStore | None = None,
+    store: Store | None = None,
 ) -> None:
     """Write tensors as safetensors with an index.
 
@@ -91,14 +73,15 @@ def write_shards(
             with (directory / file).open("wb") as handle:
                 shard.write(handle.write)
     else:
-        store.only_shards(shards)
-        for file, shard in shards.items():
-            if store.has_shard(file, shard.head, len(shard.head) + shard.nbytes):
+        kept = {f"{SHARDS}{file}": shard for file, shard in shards.items()}
+        store.keep_only(SHARDS, kept)  # an earlier run may have had another shard size
+        for name, shard in kept.items():
+            if store.holds(name, shard.head, len(shard.head) + shard.nbytes):
                 shard.progress(shard.nbytes)
             else:
-                store.keep_shard(file, shard.write)
-        for file in shards:
-            store.put_shard(file, directory / file)
+                store.write(name, shard.write)
+        for name in kept:
+            store.put(name, directory / name.removeprefix(SHARDS))
     index = {
         "metadata": {
             "total_parameters": sum(info.parameters for info in plan.values()),

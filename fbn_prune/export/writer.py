@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.export.directory import atomic_directory, check_output, disk_errors
-from fbn_prune.export.shards import ShardStore, write_json, write_shards
+from fbn_prune.export.shards import write_json, write_shards
 from fbn_prune.model.checkpoint import COMPANION_FILES, TOKENIZER_FILES, Checkpoint
 from fbn_prune.model.families import Family, Location
 from fbn_prune.model.heads import HeadCut, HeadLocation, cut_heads, head_tensor_shape
@@ -25,6 +25,7 @@ from fbn_prune.model.surgery import (
     pruned_config,
     require_bias,
 )
+from fbn_prune.store import Store
 
 __all__ = [
     "atomic_directory",
@@ -46,7 +47,7 @@ def write_checkpoint(
     trained: Mapping[str, Tensor] | None = None,
     max_shard_size: int | str = "5GB",
     progress: Callable[[int], None] | None = None,
-    store: ShardStore | None = None,
+    store: Store | None = None,
 ) -> None:
     """Write the cut model with its config, generation config, tokenizer and licence.
 
@@ -98,7 +99,7 @@ def write_tensors(
     trained: Mapping[str, Tensor] | None = None,
     max_shard_size: int | str = "5GB",
     progress: Callable[[int], None] | None = None,
-    store: ShardStore | None = None,
+    store: Store | None = None,
 ) -> None:
     """Write the safetensors alone, and their index.
 

@@ -7,6 +7,7 @@ against its file, this module checks the index against the headers.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path, PureWindowsPath
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
 
 from fbn_prune.data.text_files import read_text
 from fbn_prune.errors import InvalidInput
@@ -41,6 +44,11 @@ DTYPES: dict[str, torch.dtype] = {
 """safetensors' dtype names."""
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def packed(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """Tensors on any device as a safetensors file holds them; `safetensors.torch.load` reads them."""
+    return save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, metadata)
 
 
 @dataclass(frozen=True)

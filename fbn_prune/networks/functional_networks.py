@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load
 from torch import Tensor
 
 from fbn_prune.errors import InvalidInput
+from fbn_prune.model.shards import packed
 
 MEMBER_Z = 2.0
 HUB_Z = 3.0
@@ -159,7 +160,7 @@ class FunctionalNetworks:
             As there.
         """
         tensors = {
-            name: tensor.detach().cpu().contiguous()
+            name: tensor
             for name in ("maps", *_ON_NEURONS, *_ON_NETWORKS, "connectivity")
             if (tensor := getattr(self, name)) is not None
         }
@@ -168,7 +169,14 @@ class FunctionalNetworks:
             metadata = {METADATA_KEY: json.dumps(content, sort_keys=True, allow_nan=False)}
         except (TypeError, ValueError) as error:
             raise InvalidInput(f"header is not plain JSON: {error}") from error
-        return save(tensors, metadata=metadata)
+        return packed(tensors, metadata)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> FunctionalNetworks:
+        """What :meth:`to_bytes` gave, on the CPU."""
+        tensors: dict[str, Any] = load(data)  # checks the header
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        return cls(**tensors, **_described(header["__metadata__"][METADATA_KEY]))
 
     @classmethod
     def load(cls, path: str | Path) -> FunctionalNetworks:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import safetensors.torch
 import torch
@@ -14,7 +13,9 @@ from transformers import PreTrainedModel
 
 from fbn_prune import distributed
 from fbn_prune.data.calibration import Batch
+from fbn_prune.errors import FbnPruneError
 from fbn_prune.model.families import Family
+from fbn_prune.model.shards import packed
 from fbn_prune.model.streaming import stream_of
 from fbn_prune.model.surgery import MlpCut, apply_cut, cut_of_parts, cut_parts, rounded_cut
 from fbn_prune.progress import StageClock
@@ -22,6 +23,7 @@ from fbn_prune.pruning.criteria import LayerEvidence
 from fbn_prune.pruning.evidence import CutOptions, EvidencePass
 from fbn_prune.pruning.fitting import DampingNotes, fitting_cut, fitting_head_cut
 from fbn_prune.pruning.prediction import HEAD_WEIGHT, relative_error, relative_head_error
+from fbn_prune.store import LAYERS, Store
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def cut_layers(
     membership: Sequence[Tensor] | None,
     loss_roots: Sequence[Tensor] | None = None,
     clock: StageClock,
-    store: CutStore | None = None,
+    store: Store | None = None,
 ) -> CutModel:
     """Cut the layers of `model` in place to `widths` and return the cuts.
 
@@ -63,7 +65,10 @@ def cut_layers(
     ------
     InvalidInput
         A layer's activations are NaN or Inf; the layer is named.
+    FbnPruneError
+        The store cannot be written to, or a layer in it was damaged during the run.
     """
+    store = store or Store()
     cuts: list[MlpCut] = []
     errors: list[float] = []
     notes = DampingNotes()
@@ -78,9 +83,15 @@ def cut_layers(
         else:
             stream.cut(finished.cut)
 
+    def keep(layer: int, finished: FinishedLayer) -> None:
+        store.write(_name(layer), lambda put: put(finished.to_bytes()))
+        apply(layer, finished)
+
     def again(layer: int) -> None:
-        assert store is not None
-        apply(layer, store.layer(layer))
+        data = store.read(_name(layer))
+        if data is None:
+            raise FbnPruneError(f"{_name(layer)} changed during the run: start it again")
+        apply(layer, FinishedLayer.from_bytes(data))
 
     evidence = EvidencePass(
         model,
@@ -90,7 +101,7 @@ def cut_layers(
         membership=membership,
         loss_roots=loss_roots,
         clock=clock,
-        done=0 if store is None else store.layers(),
+        done=_finished_layers(store),
         again=again,
     )
     group: list[int] = []
@@ -111,9 +122,7 @@ def cut_layers(
         for number in group:
             known = finished if distributed.owner(number) == distributed.rank() else None
             one = FinishedLayer.shared(known, distributed.owner(number))
-            if store is not None:
-                store.keep(number, one)
-            apply(number, one)
+            keep(number, one)
         group.clear()
     for line in notes.lines():
         clock.note(line)
@@ -148,10 +157,8 @@ class FinishedLayer:
         """As a safetensors file holds it."""
         parts = cut_parts(self.cut)
         parts["relative_error"] = torch.tensor(self.relative_error, dtype=torch.float64)
-        return safetensors.torch.save(
-            {name: part.detach().cpu().contiguous() for name, part in parts.items()}
-            | {"notes": torch.tensor(list(json.dumps(self.notes).encode()), dtype=torch.uint8)}
-        )
+        parts["notes"] = torch.tensor(list(json.dumps(self.notes).encode()), dtype=torch.uint8)
+        return packed(parts)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> FinishedLayer:
@@ -170,12 +177,14 @@ class FinishedLayer:
         return finished or cls.from_bytes(data)
 
 
-class CutStore(Protocol):
-    """Keeps finished layers for a run that has to start again."""
+def _name(layer: int) -> str:
+    """Of a finished layer in the store."""
+    return f"{LAYERS}{layer:05d}.safetensors"
 
-    def layers(self) -> int:
-        """How many layers, from the first on, are finished."""
 
-    def layer(self, layer: int) -> FinishedLayer: ...
-
-    def keep(self, layer: int, finished: FinishedLayer) -> None: ...
+def _finished_layers(store: Store) -> int:
+    """How many layers, from the first on, an earlier run finished."""
+    count = 0
+    while store.read(_name(count)) is not None:
+        count += 1
+    return count

@@ -158,7 +158,7 @@ def run_ablation(
     for network in plan.networks:
         networks.members(network)  # refuses one that does not exist
     texts = _texts(on, plan)
-    scores = rank_scores(on.prepared, on.model, networks, on.data, on.matched, clock)
+    scores = rank_scores(on, networks, on.matched)
     order = strongest_first(scores)
     chosen = [n for n in order if n in plan.networks] if plan.networks else order
     components = _components(on, clock) if plan.components else None
@@ -213,11 +213,10 @@ def _components(on: Studied, clock: StageClock) -> Tensor:
     few = on.data.calibrating.subset(MOMENT_TOKENS).batches(on.prepared.batch_tokens)
     moment = second_moment(time_courses(on.model, on.prepared.family, on.networks, few, clock))
     control = principal_networks(on.networks, moment)
-    prepared = on.prepared
-    if prepared.recipe.rank_or_default == "task":
-        by_energy = prepared.recipe.model_copy(update={"rank": "energy"})
-        prepared = replace(prepared, recipe=by_energy)
-    scores = rank_scores(prepared, on.model, control, on.data, on.matched, clock)
+    if on.prepared.recipe.rank_or_default == "task":
+        by_energy = on.prepared.recipe.model_copy(update={"rank": "energy"})
+        on = replace(on, prepared=replace(on.prepared, recipe=by_energy))
+    scores = rank_scores(on, control, on.matched)
     return control.maps[strongest_first(scores)]
 
 

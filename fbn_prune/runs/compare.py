@@ -122,7 +122,7 @@ def run_comparison(
     if path is not None and path == plot_path(path):
         raise InvalidInput(f"{path}: the plot gets that name; name a .json file for the results")
     on = study(recipe, clock)
-    order = rank_networks(on.prepared, on.model, on.networks, on.data, on.matched, clock)
+    order = rank_networks(on, on.networks, on.matched)
     budgets = {share: _budget(on, share, order) for share in kept}
     comparison = _begin(on, budgets, path, clock)
     shares = [_share(on, share, budgets[share]) for share in kept]

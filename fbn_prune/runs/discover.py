@@ -8,19 +8,14 @@ from fbn_prune.export.directory import atomic_directory
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.progress import StageClock
 from fbn_prune.recipe import Recipe
+from fbn_prune.runs.opening import open_run
 from fbn_prune.runs.setup import prepare
-from fbn_prune.runs.stages import find_networks, load_calibration
+from fbn_prune.runs.stages import find_networks
 
 
 def run_discovery(recipe: Recipe, clock: StageClock) -> tuple[FunctionalNetworks, Path]:
     """The `discover` command: find the networks, with their recurrence, and write the artifact into `output`."""
-    prepared = prepare(recipe)
-    tokenizer = prepared.checkpoint.load_tokenizer()
-    with clock.stage("calibration"):
-        data = load_calibration(prepared, tokenizer)
-    with clock.stage("load"):
-        model = prepared.load_model()
-    networks = find_networks(prepared, model, tokenizer, data, clock, recurrence=True)
+    networks = find_networks(open_run(prepare(recipe), clock), recurrence=True)
     assert recipe.output is not None
     with atomic_directory(recipe.output, recipe.overwrite) as folder:
         networks.save(folder / "networks.safetensors")

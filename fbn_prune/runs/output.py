@@ -9,7 +9,6 @@ from fbn_prune.export.card import CardFacts, model_card, source_license
 from fbn_prune.export.ragged import write_ragged_checkpoint
 from fbn_prune.export.report.facts import RESULT_NAME, read_facts
 from fbn_prune.export.report.page import REPORT_NAME, write_report
-from fbn_prune.export.shards import ShardStore
 from fbn_prune.export.writer import (
     atomic_directory,
     verify_export,
@@ -24,6 +23,7 @@ from fbn_prune.pruning.cutting import CutModel
 from fbn_prune.recipe import parse_size
 from fbn_prune.runs.result import PruneResult, tool_version
 from fbn_prune.runs.setup import Prepared
+from fbn_prune.store import Store
 
 
 def publish(
@@ -33,13 +33,13 @@ def publish(
     result: PruneResult,
     clock: StageClock,
     *,
-    shards: ShardStore | None = None,
+    store: Store | None = None,
 ) -> None:
     """Write everything into the recipe's output, which appears when it is whole.
 
     Parameters
     ----------
-    shards : keeps finished shards for a run that has to start again.
+    store : keeps finished shards for a run that has to start again.
 
     Raises
     ------
@@ -61,7 +61,7 @@ def publish(
             trained=cut.trained,
             max_shard_size=parse_size(recipe.max_shard_size, "max_shard_size"),
             progress=advance,
-            store=shards,
+            store=store,
         )
         verify_export(folder)
         written = Checkpoint.open(folder, ragged=True)

@@ -11,23 +11,20 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from fbn_prune import distributed
-from fbn_prune.data.calibration import Batch, CalibrationData, TokenBlocks
+from fbn_prune.data.calibration import Batch, TokenBlocks
 from fbn_prune.distributed import is_first
 from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.export.directory import check_room
-from fbn_prune.model.families import Family
 from fbn_prune.model.non_finite import damage
 from fbn_prune.model.perplexity import NonFiniteLogits, perplexity
-from fbn_prune.model.streaming import layer_device
 from fbn_prune.networks.functional_networks import FunctionalNetworks
-from fbn_prune.networks.task_matching import MatchedCalibration, TaskCalibration
+from fbn_prune.networks.task_matching import MatchedCalibration
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.allocation import budget_from_networks, member_scores
-from fbn_prune.pruning.cutting import cut_layers
+from fbn_prune.pruning.cutting import CutModel, cut_layers
 from fbn_prune.pruning.evidence import CutOptions
 from fbn_prune.pruning.layout import (
     UNIFORM,
@@ -41,20 +38,19 @@ from fbn_prune.pruning.prediction import check_rise, predicted_rise
 from fbn_prune.pruning.recovery.gain import Recovery
 from fbn_prune.recipe import Recipe
 from fbn_prune.runs.budget import Budget
+from fbn_prune.runs.kept import artifact, numbers
+from fbn_prune.runs.opening import OpenRun, open_run, store_of
 from fbn_prune.runs.output import publish
 from fbn_prune.runs.result import PruneResult, peak_memory_bytes
-from fbn_prune.runs.resume import work_of
 from fbn_prune.runs.setup import Prepared, prepare
 from fbn_prune.runs.stages import (
     find_networks,
-    load_calibration,
-    load_task,
     loss_roots_of,
     match_to_task,
     rank_networks,
     recover_model,
 )
-from fbn_prune.store import Work
+from fbn_prune.store import Store
 
 
 def run_prune(recipe: Recipe, clock: StageClock) -> PruneResult:
@@ -73,133 +69,211 @@ def run_prune(recipe: Recipe, clock: StageClock) -> PruneResult:
         The pruned model does not work, or its checkpoint does not fit its config.
     """
     prepared = prepare(recipe)
-    with distributed.joined(prepared.device), work_of(prepared) as work:
-        return _pruned(prepared, work, clock)
+    with distributed.joined(prepared.device), store_of(prepared) as store:
+        return PruneRun(open_run(prepared, clock), store).run()
 
 
-def _pruned(prepared: Prepared, work: Work, clock: StageClock) -> PruneResult:
-    """The stages of the main job; those finished before are not done again."""
-    recipe, family = prepared.recipe, prepared.family
-    tokenizer = prepared.checkpoint.load_tokenizer()
-    with clock.stage("calibration"):
-        data = load_calibration(prepared, tokenizer)
-        task = load_task(prepared, tokenizer, data)
-        data = data if task is None else task.data
-        held_out = data.held_out.batches(prepared.batch_tokens)
-    if work.bind(_fingerprint(data, task)):
-        clock.note("the calibration text has changed: all stages are done anew")
-    if work.started:
-        clock.note(f"going on from {work.words}")
-    with clock.stage("load"):
-        model = prepared.load_model()
-    before = work.numbers("dense", lambda: _dense_perplexity(model, family, held_out, clock))
-    on_task = work.numbers("dense-task", lambda: _test_perplexity(prepared, model, task, clock))
-    networks = prepared.networks
-    if networks is None and recipe.needs_networks:
-        networks = work.networks(lambda: find_networks(prepared, model, tokenizer, data, clock))
-    matched = None
-    if task is not None:
-        matched = match_to_task(prepared, model, networks, task, clock, work)
-    blocks = data.calibrating if matched is None else matched.blocks
-    calibrating = blocks.batches(prepared.batch_tokens)
-    order = work.numbers(
-        "ranking", lambda: rank_networks(prepared, model, networks, data, matched, clock)
-    )
-    kept = _kept_networks(recipe, order)
-    options = CutOptions(
-        criterion=recipe.criterion,
-        sequential=recipe.sequential,
-        damping=recipe.damping,
-        refit_damping=recipe.refit_damping,
-        seed=recipe.seed,
-        round_to=prepared.checkpoint.storage_dtype,
-        loss_aware=recipe.loss_aware,
-        head_groups=prepared.head_groups,
-    )
-    loss_roots = _kept_loss_roots(prepared, model, blocks, work, clock)
-    subject = Subject(
-        model,
-        family,
-        blocks,
-        prepared.batch_tokens,
-        options,
-        networks,
-        kept,
-        loss_roots,
-        prepared.memory.scratch,
-    )
-    request = _layout_request(prepared, networks, kept)
-    layout = Layout(
-        **work.numbers("layout", lambda: asdict(_chosen_layout(prepared, subject, request, clock)))
-    )
-    if recipe.layout == "auto":
-        clock.note(_verdict(layout))
-    widths = layout.widths
-    cut = cut_layers(
-        model,
-        family,
-        calibrating,
-        widths,
-        options,
-        membership=None if networks is None else member_scores(networks, kept),
-        loss_roots=loss_roots if recipe.loss_aware else None,
-        clock=clock,
-        store=work,
-    )
-    after = work.numbers("pruned", lambda: _pruned_perplexity(model, held_out, clock))
-    predicted = predicted_rise(cut.relative_errors)
-    warning = check_rise(before, after, predicted, family.vocab_size(prepared.checkpoint.config))
-    if warning is not None:
-        clock.note(f"warning: {warning}")
-    # Said when the checkpoint was opened; who gets the result has not heard it.
-    noted = [line for line in (prepared.checkpoint.oddities(), warning) if line is not None]
-    recovery = None
-    if recipe.recover:
-        cut = replace(cut, trained=recover_model(prepared, model, blocks, work, clock))
-        healed = work.numbers("recovered", lambda: _pruned_perplexity(model, held_out, clock))
-        recovery = Recovery.measured(before, after, healed, recipe.recover_passes, blocks.tokens)
-        after = healed
-    result = PruneResult(
-        model=recipe.model,
-        output=None if recipe.output is None else str(recipe.output),
-        criterion=recipe.criterion,
-        parameters_before=prepared.checkpoint.total_parameters,
-        parameters_after=prepared.checkpoint.total_parameters,
-        bytes_before=prepared.checkpoint.total_bytes,
-        bytes_after=prepared.checkpoint.total_bytes,
-        perplexity_before=before,
-        perplexity_after=after,
-        perplexity_expected=predicted.perplexity(before),
-        warning="; ".join(noted) or None,
-        neurons_kept=sum(widths),
-        neurons_total=prepared.width * prepared.layers,
-        heads_kept=prepared.heads_kept,
-        heads_total=prepared.heads_total,
-        widths=widths,
-        width_rule=layout.rule,
-        layout_trials=layout.trials,
-        kept_networks=kept,
-        ranked_networks=order,
-        calibration_tokens=blocks.tokens,
-        held_out_tokens=data.held_out.tokens,
-        calibration_fingerprint=blocks.fingerprint,
-        task=None if task is None or matched is None else _task_facts(task, matched),
-        forward_seconds=cut.forward_seconds,
-        peak_memory_bytes=0,
-        recovery=recovery,
-    )
-    if result.task is not None and on_task is not None:
-        result.task |= {
-            "test_perplexity_before": on_task,
-            "test_perplexity_after": work.numbers(
-                "pruned-task", lambda: _test_perplexity(prepared, model, task, clock)
-            ),
+class PruneRun:
+    """The stages of the main job, one method each; what an earlier run finished is taken from the store."""
+
+    networks: FunctionalNetworks | None
+    matched: MatchedCalibration | None
+    blocks: TokenBlocks
+    """What the statistics are taken of: the calibrating blocks, or those matched to a task."""
+    ranked: list[int]
+    kept: list[int]
+    """The strongest of the ranked networks."""
+    subject: Subject
+    widths: Layout
+    pruned: CutModel
+    recovery: Recovery | None = None
+
+    def __init__(self, on: OpenRun, store: Store) -> None:
+        self.on, self.store, self.clock = on, store, on.clock
+        self.prepared, self.recipe, self.model = on.prepared, on.prepared.recipe, on.model
+        self.held_out = on.data.held_out.batches(on.prepared.batch_tokens)
+
+    def run(self) -> PruneResult:
+        """All stages, in their order."""
+        self.go_on()
+        self.measure_dense()
+        self.find()
+        self.match()
+        self.rank()
+        self.lay_out()
+        self.cut()
+        self.measure()
+        self.recover()
+        return self.publish()
+
+    def go_on(self) -> None:
+        """Find out what an earlier run has left, if it read the same text."""
+        if self.store.bind(self.on.texts):
+            self.clock.note("the calibration text has changed: all stages are done anew")
+        if self.store.started:
+            self.clock.note(f"going on from {self.store.words}")
+
+    def measure_dense(self) -> None:
+        self.before = numbers(
+            self.store, "dense", lambda: _dense_perplexity(self.on, self.held_out)
+        )
+        self.before_on_task = numbers(self.store, "dense-task", lambda: _test_perplexity(self.on))
+
+    def find(self) -> None:
+        """Networks from the recipe's file, or discovered."""
+        self.networks = self.prepared.networks
+        if self.networks is None and self.recipe.needs_networks:
+            self.networks = artifact(self.store, lambda: find_networks(self.on))
+
+    def match(self) -> None:
+        self.matched = match_to_task(self.on, self.networks, self.store)
+        self.blocks = self.on.data.calibrating if self.matched is None else self.matched.blocks
+
+    def rank(self) -> None:
+        self.ranked = numbers(
+            self.store, "ranking", lambda: rank_networks(self.on, self.networks, self.matched)
+        )
+        self.kept = _kept_networks(self.recipe, self.ranked)
+
+    def lay_out(self) -> None:
+        """How many neurons each layer keeps."""
+        prepared, recipe = self.prepared, self.recipe
+        options = CutOptions(
+            criterion=recipe.criterion,
+            sequential=recipe.sequential,
+            damping=recipe.damping,
+            refit_damping=recipe.refit_damping,
+            seed=recipe.seed,
+            round_to=prepared.checkpoint.storage_dtype,
+            loss_aware=recipe.loss_aware,
+            head_groups=prepared.head_groups,
+        )
+        self.subject = Subject(
+            self.model,
+            prepared.family,
+            self.blocks,
+            prepared.batch_tokens,
+            options,
+            self.networks,
+            self.kept,
+            loss_roots_of(self.on, self.blocks, self.store),
+            prepared.memory.scratch,
+        )
+        request = _layout_request(prepared, self.networks, self.kept)
+        chosen = numbers(
+            self.store,
+            "layout",
+            lambda: asdict(_chosen_layout(prepared, self.subject, request, self.clock)),
+        )
+        self.widths = Layout(**chosen)
+        if recipe.layout == "auto":
+            self.clock.note(_verdict(self.widths))
+
+    def cut(self) -> None:
+        networks, subject = self.networks, self.subject
+        self.pruned = cut_layers(
+            self.model,
+            self.prepared.family,
+            self.blocks.batches(self.prepared.batch_tokens),
+            self.widths.widths,
+            subject.options,
+            membership=None if networks is None else member_scores(networks, self.kept),
+            loss_roots=subject.loss_roots if self.recipe.loss_aware else None,
+            clock=self.clock,
+            store=self.store,
+        )
+
+    def measure(self) -> None:
+        """The cut model's perplexity, held beside what the cuts' errors lead to expect."""
+        checkpoint = self.prepared.checkpoint
+        self.after = self._pruned_perplexity("pruned")
+        self.expected = predicted_rise(self.pruned.relative_errors)
+        vocabulary = self.prepared.family.vocab_size(checkpoint.config)
+        warning = check_rise(self.before, self.after, self.expected, vocabulary)
+        if warning is not None:
+            self.clock.note(f"warning: {warning}")
+        # The first was noted when the checkpoint was opened; the result repeats it for those who read that alone.
+        self.warnings = [line for line in (checkpoint.oddities(), warning) if line is not None]
+
+    def recover(self) -> None:
+        if not self.recipe.recover:
+            return
+        trained = recover_model(self.on, self.blocks, self.store)
+        self.pruned = replace(self.pruned, trained=trained)
+        cut, self.after = self.after, self._pruned_perplexity("recovered")
+        self.recovery = Recovery.measured(
+            self.before, cut, self.after, self.recipe.recover_passes, self.blocks.tokens
+        )
+
+    def publish(self) -> PruneResult:
+        """The result, and the output that goes with it where the recipe names one."""
+        result = self._result()
+        if self.recipe.output is not None and is_first():
+            publish(self.prepared, self.pruned, self.networks, result, self.clock, store=self.store)
+        result.stages = dict(self.clock.seconds)
+        result.peak_memory_bytes = peak_memory_bytes()
+        return result
+
+    def _pruned_perplexity(self, name: str) -> float:
+        return numbers(
+            self.store, name, lambda: _pruned_perplexity(self.model, self.held_out, self.clock)
+        )
+
+    def _result(self) -> PruneResult:
+        """Parameters and bytes are those before until the output is there to be counted."""
+        prepared, recipe, checkpoint = self.prepared, self.recipe, self.prepared.checkpoint
+        return PruneResult(
+            model=recipe.model,
+            output=None if recipe.output is None else str(recipe.output),
+            criterion=recipe.criterion,
+            parameters_before=checkpoint.total_parameters,
+            parameters_after=checkpoint.total_parameters,
+            bytes_before=checkpoint.total_bytes,
+            bytes_after=checkpoint.total_bytes,
+            perplexity_before=self.before,
+            perplexity_after=self.after,
+            perplexity_expected=self.expected.perplexity(self.before),
+            warning="; ".join(self.warnings) or None,
+            neurons_kept=sum(self.widths.widths),
+            neurons_total=prepared.width * prepared.layers,
+            heads_kept=prepared.heads_kept,
+            heads_total=prepared.heads_total,
+            widths=self.widths.widths,
+            width_rule=self.widths.rule,
+            layout_trials=self.widths.trials,
+            kept_networks=self.kept,
+            ranked_networks=self.ranked,
+            calibration_tokens=self.blocks.tokens,
+            held_out_tokens=self.on.data.held_out.tokens,
+            calibration_fingerprint=self.blocks.fingerprint,
+            task=self._task_facts(),
+            forward_seconds=self.pruned.forward_seconds,
+            peak_memory_bytes=0,
+            recovery=self.recovery,
+        )
+
+    def _task_facts(self) -> dict[str, Any] | None:
+        task, matched = self.on.task, self.matched
+        if task is None or matched is None:
+            return None
+        facts = {
+            "file": task.task.source,
+            "examples": len(task.task.examples),
+            "tokens": task.examples.tokens,
+            "matched_networks": matched.match.networks,
+            "effective_documents": matched.effective_documents,
+            "documents": len(matched.match.weights),
+            "left_out": task.left_out,
+            "passed_over": task.task.passed_over,
+            "test_questions": len(task.task.test),
         }
-    if recipe.output is not None and is_first():
-        publish(prepared, cut, networks, result, clock, shards=work)
-    result.stages = dict(clock.seconds)
-    result.peak_memory_bytes = peak_memory_bytes()
-    return result
+        if self.before_on_task is not None:
+            after = numbers(self.store, "pruned-task", lambda: _test_perplexity(self.on))
+            facts |= {
+                "test_perplexity_before": self.before_on_task,
+                "test_perplexity_after": after,
+            }
+        return facts
 
 
 def _perplexity(
@@ -209,13 +283,11 @@ def _perplexity(
         return perplexity(model, batches, advance)
 
 
-def _dense_perplexity(
-    model: PreTrainedModel, family: Family, batches: Sequence[Batch], clock: StageClock
-) -> float:
+def _dense_perplexity(on: OpenRun, batches: Sequence[Batch]) -> float:
     try:
-        return _perplexity(model, batches, clock, "dense perplexity")
+        return _perplexity(on.model, batches, on.clock, "dense perplexity")
     except NonFiniteLogits:
-        raise damage(model, family, batches) from None
+        raise damage(on.model, on.prepared.family, batches) from None
 
 
 def _pruned_perplexity(
@@ -231,52 +303,11 @@ def _pruned_perplexity(
     return after
 
 
-def _test_perplexity(
-    prepared: Prepared, model: PreTrainedModel, task: TaskCalibration | None, clock: StageClock
-) -> float | None:
-    if task is None or task.test is None:
+def _test_perplexity(on: OpenRun) -> float | None:
+    if on.task is None or on.task.test is None:
         return None
-    return _perplexity(model, task.test.batches(prepared.batch_tokens), clock, "task perplexity")
-
-
-def _fingerprint(data: CalibrationData, task: TaskCalibration | None) -> str:
-    """Of all text that a run reads: what calibrates, what is held out, the task's examples and its test."""
-    blocks = [data.calibrating, data.held_out]
-    if task is not None:
-        blocks += [task.examples] if task.test is None else [task.examples, task.test]
-    return " ".join(each.fingerprint for each in blocks)
-
-
-def _kept_loss_roots(
-    prepared: Prepared, model: PreTrainedModel, blocks: TokenBlocks, work: Work, clock: StageClock
-) -> list[Tensor] | None:
-    if not prepared.recipe.needs_gradients:
-        return None
-
-    def compute() -> dict[str, Tensor]:
-        roots = loss_roots_of(prepared, model, blocks, clock)
-        assert roots is not None
-        return {f"{layer:05d}": root for layer, root in enumerate(roots)}
-
-    kept = work.tensors("loss-roots", compute)
-    return [
-        kept[name].to(layer_device(model, prepared.family, layer))
-        for layer, name in enumerate(sorted(kept))
-    ]
-
-
-def _task_facts(task: TaskCalibration, matched: MatchedCalibration) -> dict[str, Any]:
-    return {
-        "file": task.task.source,
-        "examples": len(task.task.examples),
-        "tokens": task.examples.tokens,
-        "matched_networks": matched.match.networks,
-        "effective_documents": matched.effective_documents,
-        "documents": len(matched.match.weights),
-        "left_out": task.left_out,
-        "passed_over": task.task.passed_over,
-        "test_questions": len(task.task.test),
-    }
+    batches = on.task.test.batches(on.prepared.batch_tokens)
+    return _perplexity(on.model, batches, on.clock, "task perplexity")
 
 
 def _kept_networks(recipe: Recipe, order: list[int]) -> list[int]:

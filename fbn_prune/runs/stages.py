@@ -1,61 +1,33 @@
-"""The stages of a run that several commands share: data, networks, their order, what the loss feels."""
+"""The stages of an open run that several commands share: networks, their order, what the loss feels."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from fbn_prune.data.calibration import Batch, CalibrationData, TokenBlocks, calibration_data
-from fbn_prune.model.streaming import down_weights
+from fbn_prune.data.calibration import Batch, TokenBlocks
+from fbn_prune.model.streaming import down_weights, layer_device
 from fbn_prune.networks.discovery import DiscoveryOptions, discover
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.networks.ranking import knockout_rise, output_energy, strongest_first
-from fbn_prune.networks.task_matching import (
-    MatchedCalibration,
-    TaskCalibration,
-    match_calibration,
-    task_calibration,
-)
-from fbn_prune.progress import StageClock
+from fbn_prune.networks.task_matching import MatchedCalibration, match_calibration
 from fbn_prune.pruning.second_order import loss_root
 from fbn_prune.pruning.sensitivity import GRADIENT_TOKENS, output_sensitivity
+from fbn_prune.runs.kept import tensors
+from fbn_prune.runs.opening import OpenRun
 from fbn_prune.runs.result import tool_version
-from fbn_prune.runs.setup import Prepared
-from fbn_prune.store import Work
+from fbn_prune.store import Store
 
 KNOCKOUT_TOKENS = 8192
 """Calibration tokens on which knock-outs are measured: one pass a network must stay cheap."""
 
 
-def load_calibration(prepared: Prepared, tokenizer: Any) -> CalibrationData:
-    """The calibrating and the held-out blocks of a prepared run."""
-    recipe = prepared.recipe
-    return calibration_data(
-        recipe.calibration,
-        tokenizer,
-        tokens=recipe.tokens,
-        context=prepared.context,
-        held_out=recipe.held_out,
-        seed=recipe.seed,
-        vocabulary=prepared.family.vocab_size(prepared.checkpoint.config),
-    )
-
-
-def find_networks(
-    prepared: Prepared,
-    model: PreTrainedModel,
-    tokenizer: Any,
-    data: CalibrationData,
-    clock: StageClock,
-    *,
-    recurrence: bool = False,
-) -> FunctionalNetworks:
-    """Discover the networks of a loaded model, with their output energy filled in."""
+def find_networks(run: OpenRun, *, recurrence: bool = False) -> FunctionalNetworks:
+    """Discover the networks of a run's model, with their output energy filled in."""
+    prepared, model = run.prepared, run.model
     recipe, family = prepared.recipe, prepared.family
     header = {
         "tool": f"fbn-prune {tool_version()}",
@@ -63,7 +35,7 @@ def find_networks(
         "model": recipe.model,
         "model_type": prepared.checkpoint.config.get("model_type"),
         "calibration": list(recipe.calibration),
-        "calibration_fingerprint": data.calibrating.fingerprint,
+        "calibration_fingerprint": run.data.calibrating.fingerprint,
         "dtype": str(prepared.dtype).removeprefix("torch."),
     }
     options = DiscoveryOptions(
@@ -72,67 +44,47 @@ def find_networks(
     networks = discover(
         model,
         family,
-        data.calibrating,
+        run.data.calibrating,
         options,
-        tokenizer=tokenizer,
+        tokenizer=run.tokenizer,
         batch_tokens=prepared.batch_tokens,
         keep=prepared.memory.keep_activations,
         header=header,
-        clock=clock,
+        clock=run.clock,
     )
     return replace(networks, energy=output_energy(networks, down_weights(model, family)))
 
 
-def load_task(prepared: Prepared, tokenizer: Any, data: CalibrationData) -> TaskCalibration | None:
-    """The task's blocks beside the generic data, without its test questions; None without a task."""
-    if prepared.task is None:
-        return None
-    return task_calibration(
-        prepared.task,
-        data,
-        tokenizer,
-        context=prepared.context,
-        vocabulary=prepared.family.vocab_size(prepared.checkpoint.config),
-    )
-
-
 def match_to_task(
-    prepared: Prepared,
-    model: PreTrainedModel,
-    networks: FunctionalNetworks | None,
-    task: TaskCalibration,
-    clock: StageClock,
-    work: Work | None = None,
-) -> MatchedCalibration:
-    """Weigh the generic data by the networks that the recipe keeps."""
+    run: OpenRun, networks: FunctionalNetworks | None, store: Store
+) -> MatchedCalibration | None:
+    """Weigh the generic data by the networks that the recipe keeps; None without a task."""
+    prepared, task = run.prepared, run.task
+    if task is None:
+        return None
     assert networks is not None
-    kept = work or Work(None)
 
     def keep(compute: Callable[[], Tensor]) -> Tensor:
-        return kept.tensors("activity", lambda: {"activity": compute().cpu()})["activity"]
+        return tensors(store, "activity", lambda: {"activity": compute().cpu()})["activity"]
 
     return match_calibration(
-        model,
+        run.model,
         prepared.family,
         networks,
         task.data.calibrating,
         task.examples,
         matched_on=prepared.recipe.kept_networks_or_default,
         batch_tokens=prepared.batch_tokens,
-        clock=clock,
+        clock=run.clock,
         keep=keep,
     )
 
 
 def rank_scores(
-    prepared: Prepared,
-    model: PreTrainedModel,
-    networks: FunctionalNetworks,
-    data: CalibrationData,
-    matched: MatchedCalibration | None,
-    clock: StageClock,
+    run: OpenRun, networks: FunctionalNetworks, matched: MatchedCalibration | None
 ) -> Tensor:
     """What the recipe's `rank` orders networks by, float64 [networks]: energy, nats, or standard deviations."""
+    prepared, model = run.prepared, run.model
     rank = prepared.recipe.rank_or_default
     if rank == "task":
         assert matched is not None
@@ -143,29 +95,22 @@ def rank_scores(
             return networks.energy
         return output_energy(networks, down_weights(model, prepared.family))
     few: list[Batch] = []
-    for batch in data.calibrating.batches(prepared.batch_tokens):
+    for batch in run.data.calibrating.batches(prepared.batch_tokens):
         if sum(other.tokens for other in few) < KNOCKOUT_TOKENS:
             few.append(batch)
-    return knockout_rise(model, prepared.family, networks, few, clock)
+    return knockout_rise(model, prepared.family, networks, few, run.clock)
 
 
 def rank_networks(
-    prepared: Prepared,
-    model: PreTrainedModel,
-    networks: FunctionalNetworks | None,
-    data: CalibrationData,
-    matched: MatchedCalibration | None,
-    clock: StageClock,
+    run: OpenRun, networks: FunctionalNetworks | None, matched: MatchedCalibration | None
 ) -> list[int]:
     """Networks, strongest first; empty without networks."""
     if networks is None:
         return []
-    return strongest_first(rank_scores(prepared, model, networks, data, matched, clock))
+    return strongest_first(rank_scores(run, networks, matched))
 
 
-def recover_model(
-    prepared: Prepared, model: PreTrainedModel, blocks: TokenBlocks, work: Work, clock: StageClock
-) -> dict[str, Tensor]:
+def recover_model(run: OpenRun, blocks: TokenBlocks, store: Store) -> dict[str, Tensor]:
     """Train the cut model in place towards the dense one; its new weights by their names in the checkpoint."""
     from fbn_prune.pruning.recovery.healing import (  # peft is slow
         RecoveryOptions,
@@ -173,22 +118,28 @@ def recover_model(
         healed_tensors,
     )
 
+    prepared, model = run.prepared, run.model
     recipe, family = prepared.recipe, prepared.family
-    with clock.stage("load"):
+    with run.clock.stage("load"):
         dense = prepared.load_model()
     options = RecoveryOptions(recipe.recover_passes, recipe.recover_rank, recipe.seed)
-    heal(model, dense, family, blocks, options, clock, store=work)
+    heal(model, dense, family, blocks, options, run.clock, store=store)
     return healed_tensors(model, family, prepared.checkpoint)
 
 
-def loss_roots_of(
-    prepared: Prepared, model: PreTrainedModel, blocks: TokenBlocks, clock: StageClock
-) -> list[Tensor] | None:
+def loss_roots_of(run: OpenRun, blocks: TokenBlocks, store: Store) -> list[Tensor] | None:
     """R of each layer, where errors are to be scored as the loss feels them."""
+    prepared, model = run.prepared, run.model
     if not prepared.recipe.needs_gradients:
         return None
-    batches = blocks.subset(GRADIENT_TOKENS).batches(prepared.batch_tokens // 4)
+
+    def compute() -> dict[str, Tensor]:
+        batches = blocks.subset(GRADIENT_TOKENS).batches(prepared.batch_tokens // 4)
+        sensitivities = output_sensitivity(model, prepared.family, batches, run.clock)
+        return {f"{layer:05d}": loss_root(one) for layer, one in enumerate(sensitivities)}
+
+    roots = tensors(store, "loss-roots", compute)
     return [
-        loss_root(sensitivity)
-        for sensitivity in output_sensitivity(model, prepared.family, batches, clock)
+        roots[name].to(layer_device(model, prepared.family, layer))
+        for layer, name in enumerate(sorted(roots))
     ]

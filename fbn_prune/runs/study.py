@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedModel
-
-from fbn_prune.data.calibration import CalibrationData
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.placement import layer_bytes
 from fbn_prune.networks.functional_networks import FunctionalNetworks
@@ -16,24 +13,16 @@ from fbn_prune.networks.task_matching import MatchedCalibration
 from fbn_prune.progress import StageClock
 from fbn_prune.recipe import Recipe
 from fbn_prune.runs.memory import free_memory
-from fbn_prune.runs.setup import Prepared, prepare
-from fbn_prune.runs.stages import (
-    find_networks,
-    load_calibration,
-    load_task,
-    match_to_task,
-    rank_scores,
-)
+from fbn_prune.runs.opening import OpenRun, open_run
+from fbn_prune.runs.setup import prepare
+from fbn_prune.runs.stages import find_networks, match_to_task, rank_scores
+from fbn_prune.store import Store
 
 
 @dataclass(frozen=True)
-class Studied:
-    """A loaded model with its networks, ready to be looked at."""
+class Studied(OpenRun):
+    """An open run with its networks, ready to be looked at."""
 
-    prepared: Prepared
-    model: PreTrainedModel
-    tokenizer: Any
-    data: CalibrationData
     networks: FunctionalNetworks
     matched: MatchedCalibration | None
 
@@ -82,23 +71,15 @@ def study(recipe: Recipe, clock: StageClock) -> Studied:
             f"this command has the whole model in memory: {recipe.model} takes {(sum(layers) + rest) / 1e9:.1f} GB and "
             f"more beside it, {free / 1e9:.1f} GB are free (prune and discover read such a model layer by layer)"
         )
-    tokenizer = prepared.checkpoint.load_tokenizer()
-    with clock.stage("calibration"):
-        data = load_calibration(prepared, tokenizer)
-        task = load_task(prepared, tokenizer, data)
-        data = data if task is None else task.data
-    with clock.stage("load"):
-        model = prepared.load_whole_model()
-    networks = prepared.networks
-    if networks is None:
-        networks = find_networks(prepared, model, tokenizer, data, clock)
-    matched = None if task is None else match_to_task(prepared, model, networks, task, clock)
-    return Studied(prepared, model, tokenizer, data, networks, matched)
+    run = open_run(prepared, clock, whole=True)
+    networks = prepared.networks or find_networks(run)
+    matched = match_to_task(run, networks, Store())
+    return Studied(**vars(run), networks=networks, matched=matched)
 
 
 def run_rank(recipe: Recipe, clock: StageClock) -> Ranking:
     """The `rank` command: every network with its score, strongest first."""
     on = study(recipe, clock)
-    scores = rank_scores(on.prepared, on.model, on.networks, on.data, on.matched, clock)
+    scores = rank_scores(on, on.networks, on.matched)
     order = strongest_first(scores)
     return Ranking(recipe.model, recipe.rank_or_default, order, on.networks, scores.tolist())

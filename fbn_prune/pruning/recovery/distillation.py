@@ -17,13 +17,15 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 from transformers import PreTrainedModel
 
 from fbn_prune.data.calibration import Batch, TokenBlocks
+from fbn_prune.model.shards import packed
 from fbn_prune.progress import StageClock
-from fbn_prune.pruning.recovery.store import KeepsNothing, RecoveryStore
+from fbn_prune.store import Store
 
 LOGIT_BYTES = 2**28
 """Largest float32 logits of a forward pass; a step of more tokens adds up the gradients of several."""
@@ -40,7 +42,8 @@ RATE_TIMES_WIDTH = 0.5
 KEEPING_SHARE = 0.05
 """Share of the time that may go into keeping states: often where that costs little, seldom where they are large."""
 
-STATE = "distilled"
+STATES = "distilled-"
+"""What the names of kept states begin with; the number of steps done follows, so that the last one is the latest."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def distil(
     options: DistillationOptions,
     clock: StageClock,
     *,
-    store: RecoveryStore | None = None,
+    store: Store | None = None,
 ) -> None:
     """Train adapters on `model` and merge them into it, in place.
 
@@ -92,11 +95,11 @@ def distil(
     store
         Where the state comes from that an earlier run was in, and states go, the last one among them.
     """
-    store = store or KeepsNothing()
+    store = store or Store()
     training = _Training(model, dense, maps, blocks, options)
-    before = store.state(STATE)
+    before = store.read_last(STATES)
     if before is not None:
-        training.go_on_from(before)
+        training.go_on_from(load(before))
     with clock.stage("distillation", blocks.tokens * options.passes, "tokens") as advance:
         kept, cost = time.perf_counter(), 0.0
         for done, step in enumerate(training.steps(), 1):
@@ -104,7 +107,11 @@ def distil(
                 training.step(step)
                 start = time.perf_counter()
                 if done == training.total or (start - kept) * KEEPING_SHARE >= cost:
-                    store.keep_state(STATE, done, training.state)
+                    store.write(
+                        f"{STATES}{done:08d}.safetensors",
+                        lambda put: put(packed(training.state())),
+                        replaces=store.names(STATES),
+                    )
                     kept = time.perf_counter()
                     cost = kept - start
             advance(step.tokens)

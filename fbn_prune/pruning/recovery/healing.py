@@ -19,7 +19,7 @@ from fbn_prune.model.families import Family
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.recovery.distillation import DistillationOptions, distil
 from fbn_prune.pruning.recovery.layer_matching import match_layers
-from fbn_prune.pruning.recovery.store import RecoveryStore
+from fbn_prune.store import Store
 
 BATCH_TOKENS = 2048
 """Tokens of one training step."""
@@ -42,7 +42,7 @@ def heal(
     options: RecoveryOptions,
     clock: StageClock,
     *,
-    store: RecoveryStore | None = None,
+    store: Store | None = None,
 ) -> None:
     """Train `model` in place towards `dense`, on `blocks` alone.
 

@@ -15,14 +15,16 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
+from safetensors.torch import load
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from fbn_prune.data.calibration import Batch
 from fbn_prune.model.families import Family
 from fbn_prune.model.layerwise import LayerwiseForward
+from fbn_prune.model.shards import packed
 from fbn_prune.progress import StageClock
-from fbn_prune.pruning.recovery.store import KeepsNothing, RecoveryStore
+from fbn_prune.store import MATCHED_LAYERS, Store
 
 STEP = 0.04
 """First step of each weight in units of its matrix's root mean square, so that it fits models of every size; it falls
@@ -38,7 +40,7 @@ def match_layers(
     passes: int,
     seed: int,
     clock: StageClock,
-    store: RecoveryStore | None = None,
+    store: Store | None = None,
 ) -> None:
     """Fit the MLP weights of `model` in place; everything else of it stays.
 
@@ -53,7 +55,7 @@ def match_layers(
     store
         Where layers fitted by an earlier run come from, and fitted layers go.
     """
-    store = store or KeepsNothing()
+    store = store or Store()
     layers = family.num_layers(model.config)
     target = LayerwiseForward(dense, family, batches)
     stream = LayerwiseForward(model, family, batches)
@@ -78,7 +80,8 @@ def match_layers(
         for layer in range(layers):
             every = range(len(batches))
             order = [index for _ in range(passes) for index in draw.sample(every, len(every))]
-            kept = store.tensors(f"match-{layer:05d}", partial(fitted, layer, order))
+            name = f"{MATCHED_LAYERS}{layer:05d}.safetensors"
+            kept = store.kept(name, partial(fitted, layer, order), packed, load)
             with torch.no_grad():
                 for name, parameter in _mlp_parameters(model, family, layer).items():
                     parameter.copy_(kept[name])
