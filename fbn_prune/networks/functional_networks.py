@@ -59,7 +59,7 @@ class FunctionalNetworks:
     Raises
     ------
     InvalidInput
-        If shapes, dtypes or values do not fit together.
+        If shapes, dtypes or values do not fit together; from the methods, if there is no such network or layer.
     """
 
     maps: Tensor
@@ -100,14 +100,14 @@ class FunctionalNetworks:
             raise InvalidInput(f"{name} holds NaN or infinite values")
 
     def layer_slice(self, layer: int) -> slice:
-        """Where a layer's neurons are among all N."""
+        """The columns of a layer's neurons among all N."""
         if not 0 <= layer < len(self.widths):
             raise InvalidInput(f"no layer {layer}: there are {len(self.widths)}, counted from 0")
         start = sum(self.widths[:layer])
         return slice(start, start + self.widths[layer])
 
     def by_layer(self, values: Tensor) -> list[Tensor]:
-        """Values over all neurons [..., N], apart for each layer."""
+        """Split values over all neurons [..., N] into one tensor [..., neurons] for each layer."""
         return list(torch.split(values, self.widths, dim=-1))
 
     def members(self, network: int, z: float = MEMBER_Z) -> Tensor:
@@ -119,15 +119,15 @@ class FunctionalNetworks:
         return self.members(network, HUB_Z)
 
     def members_by_layer(self, network: int, z: float = MEMBER_Z) -> list[int]:
-        """How many members a network has in each layer."""
+        """The number of members that a network has in each layer."""
         return [int(part.sum()) for part in self.by_layer(self.members(network, z))]
 
     def layers_spanned(self, network: int, z: float = HUB_Z) -> list[int]:
-        """Layers that hold at least one hub of a network."""
+        """Layers with at least one neuron whose abs(z-score) in a network is at least ``z``; hubs by default."""
         return [layer for layer, n in enumerate(self.members_by_layer(network, z)) if n > 0]
 
     def union(self, networks: Sequence[int], z: float = MEMBER_Z) -> Tensor:
-        """[N] bool: members of at least one of some networks."""
+        """[N] bool: neurons that are members of at least one of the ``networks``."""
         mask = torch.zeros(self.maps.shape[1], dtype=torch.bool, device=self.maps.device)
         for network in networks:
             mask |= self.members(network, z)
