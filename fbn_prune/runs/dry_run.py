@@ -178,7 +178,7 @@ def job_of(prepared: Prepared, kept: float) -> Job:
         layerwise=recipe.scope == "layer",
         passes_for_ica=1 if memory.streamed or memory.keep_activations else 3,
         streamed=memory.streamed,
-        second_order=recipe.criterion in ("networks", "second-order"),
+        second_order=recipe.criterion == "second-order",
         sequential=recipe.sequential,
         known_networks=known,
         knocked_out=known if recipe.rank_or_default == "knockout" else 0,

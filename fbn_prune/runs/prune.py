@@ -73,6 +73,8 @@ def run_prune(recipe: Recipe, clock: StageClock) -> PruneResult:
         The pruned model does not work, or its checkpoint does not fit its config.
     """
     prepared = prepare(recipe)
+    for line in recipe.notes:
+        clock.note(line)
     with distributed.joined(prepared.device), work_of(prepared) as work:
         return _pruned(prepared, work, clock)
 

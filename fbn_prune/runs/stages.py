@@ -104,7 +104,7 @@ def match_to_task(
     clock: StageClock,
     work: Work | None = None,
 ) -> MatchedCalibration:
-    """Weigh the generic data by the networks that the recipe keeps."""
+    """Weigh the generic data by the networks on which the task stands out most."""
     assert networks is not None
     kept = work or Work(None)
 
@@ -117,7 +117,7 @@ def match_to_task(
         networks,
         task.data.calibrating,
         task.examples,
-        matched_on=prepared.recipe.kept_networks_or_default,
+        matched_on=prepared.recipe.task_networks_or_default,
         batch_tokens=prepared.batch_tokens,
         clock=clock,
         keep=keep,
