@@ -5,27 +5,22 @@ from __future__ import annotations
 import difflib
 import re
 import reprlib
+from collections.abc import Collection
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from fbn_prune.data.text_files import is_text, read_text
+from fbn_prune.data.text_files import is_text, read_text, read_yaml
 from fbn_prune.errors import InvalidInput
 
 MOST_BYTES = 2**20
 """A recipe larger than that is none."""
 
 CriterionName = Literal[
-    "networks",
-    "second-order",
-    "flap",
-    "wanda",
-    "membership",
-    "membership-bias",
-    "magnitude",
-    "random",
+    "second-order", "flap", "wanda", "membership", "membership-bias", "magnitude", "random"
 ]
 RankName = Literal["energy", "knockout", "task"]
 Scope = Literal["global", "layer"]
@@ -39,133 +34,125 @@ BUDGET_KEYS = ("sparsity", "target_params", "target_size")
 
 CRITERION_NAMES: tuple[str, ...] = get_args(CriterionName)
 
+MODEL, CALIBRATION, CUT = "Model and output", "Calibration", "What to cut"
+QUALITY, MACHINE = "Quality", "Machine"
+
+
+def _key(group: str, default: Any = None, *, more: bool = False, **limits: Any) -> Any:
+    """A recipe key and the panel that its flag stands in, of `--help` or only of `--help-all`."""
+    return Field(default, json_schema_extra={"group": group, "advanced": more}, **limits)
+
+
+_more = partial(_key, more=True)
+
 
 class Recipe(BaseModel):
     """Everything that decides the result of a run. Each field is a recipe key and, with dashes, a flag."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
-    model: str = Field("builtin", description="Checkpoint folder, hub id, or `builtin`.")
-    output: Path | None = Field(None, description="Folder to write; it must not exist.")
-    calibration: tuple[str, ...] = Field(
-        ("builtin",),
-        description="Text: FILE.txt, FILE.jsonl[:field], a folder, "
-        "hf:dataset[:config[:split[:field]]] or `builtin`. Repeat for several.",
-    )
-    tokens: int = Field(
-        131072, ge=1, le=10**12, description="Calibration tokens, shared evenly by sources."
-    )
-    context: int | None = Field(
-        None, ge=8, description="Tokens of a block. Default: the model's, at most 2048."
-    )
-    held_out: float = Field(
-        0.1, gt=0, lt=1, description="Share of text kept from calibration for before/after figures."
-    )
-    networks: int = Field(64, ge=1, le=10**6, description="Functional networks to discover.")
-    network_tokens: int = Field(
-        8192, ge=2, le=10**9, description="Tokens that the networks are found on."
-    )
-    scope: Scope = Field("global", description="One ICA over all layers, or one for each layer.")
-    networks_from: Path | None = Field(
-        None, description="A networks.safetensors to use instead of discovering anew."
-    )
-    keep_networks: int | None = Field(
-        None, description="Networks to keep: the size dial. Default 10."
-    )
-    sparsity: float | None = Field(
-        None, description="Share of MLP neurons to remove, instead of --keep-networks's budget."
-    )
-    head_sparsity: float | None = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="Share of attention heads to remove besides, the same number in every layer; key-value heads go "
-        "with the query heads that read them. Default: none.",
-    )
-    rank: RankName | None = Field(
-        None,
-        description="Order of networks: output energy, loss rise when knocked out, or how far they "
-        "stand out on the task. Default: task with --task, else energy.",
-    )
-    task: str | None = Field(
-        None,
-        description="The task to keep: a few examples in FILE.jsonl (text, or question and answer), the training split "
-        "of a task of lm-evaluation-harness (lm_eval:NAME or lm_eval:FILE.yaml), or builtin:SKILL.",
-    )
-    task_examples: int = Field(
-        64,
-        ge=1,
-        description="Examples to draw of lm_eval: and builtin: tasks; a file is used whole.",
-    )
-    task_test: Path | None = Field(
-        None,
-        description="Questions of the task, as in a FILE.jsonl, that must not calibrate; measured on. "
-        "lm_eval: and builtin: tasks bring their own.",
-    )
-    criterion: CriterionName = Field("networks", description="Which neurons go.")
-    target_params: str | None = Field(
-        None, description="Parameters of the result, as 5000000, 350M or 1.5B: sets the budget."
-    )
-    target_size: str | None = Field(
-        None, description="Largest size of the result's weights, as 2GB or 900MB: sets the budget."
-    )
-    layout: LayoutName = Field(
-        "uniform",
-        description="The same width in every layer, which every loader takes; or widths of their own (ragged: better, "
-        "loads with trust_remote_code); or ragged only where a trial shows that it gains enough (auto).",
-    )
-    widths: WidthRule = Field(
-        "networks",
-        description="Ragged widths by all networks, by the loss's removal curves, by membership in the kept networks, "
-        "or the best of the first two and an even split in a trial (auto).",
-    )
-    loss_aware: bool = Field(
-        False, description="Score errors as the loss feels them (takes a backward pass)."
-    )
-    keep_layers: str | None = Field(
-        None, description="Layers to leave whole, as 0,1,-1. Needs --layout ragged."
-    )
-    width_multiple: int | None = Field(
-        None, ge=1, description="Widths are multiples of this. Default: 64, or 8 below width 2048."
-    )
-    sequential: bool = Field(
-        False, description="Fit each layer on the output of the layers already pruned."
-    )
-    recover: bool = Field(
-        False,
-        description="Train the cut model towards the dense one on the calibration text: its layers' outputs, then its "
-        "predictions (low-rank adapters, merged).",
-    )
-    recover_passes: int = Field(
-        2, ge=1, description="Passes over the calibration text in each of the two steps."
-    )
-    recover_rank: int = Field(32, ge=1, description="Rank of the adapters.")
-    damping: float = Field(1e-2, gt=0, description="Share of mean diag(H) added while choosing.")
-    refit_damping: float = Field(
-        1e-3, gt=0, description="The same share while refitting; more where tokens are few."
-    )
-    max_shard_size: str = Field("5GB", description="Largest safetensors shard to write.")
-    seed: int = Field(0, ge=0, lt=2**32, description="Seed of every random choice.")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
-    dtype: DtypeName = Field("auto", description="Compute type. The checkpoint keeps its own.")
-    memory_budget: str | None = Field(
-        None,
-        description="Most memory to take, as 4GB: a model that does not fit is read layer by layer, and what else "
-        "does not fit goes to disk. Default: what is free.",
-    )
-    trust_remote_code: bool = Field(
-        False, description="Let the tokenizer be code from the checkpoint; the model never is."
-    )
-    overwrite: bool = Field(False, description="Replace an existing output folder.")
-    work_dir: Path | None = Field(
-        None,
-        description="Where finished stages lie until the output stands: a run that died goes on from there. "
-        "Default: .NAME.work beside the output.",
-    )
+    model: str = _key(MODEL, "builtin")
+    """Checkpoint folder, hub id, or `builtin`."""
+    output: Path | None = _key(MODEL)
+    """Folder to write; it must not exist."""
+    calibration: tuple[str, ...] = _key(CALIBRATION, ("builtin",))
+    """Text: FILE.txt, FILE.jsonl[:field], a folder, hf:dataset[:config[:split[:field]]] or `builtin`. Repeat for
+    several."""
+    tokens: int = _key(CALIBRATION, 131072, ge=1, le=10**12)
+    """Calibration tokens, shared evenly by sources."""
+    context: int | None = _more(CALIBRATION, ge=8)
+    """Tokens of a block. Default: the model's, at most 2048."""
+    held_out: float = _more(CALIBRATION, 0.1, gt=0, lt=1)
+    """Share of text kept from calibration for before/after figures."""
+    networks: int = _more(CUT, 64, ge=1, le=10**6)
+    """Functional networks to discover."""
+    network_tokens: int = _more(CUT, 8192, ge=2, le=10**9)
+    """Tokens that the networks are found on."""
+    scope: Scope = _more(CUT, "global")
+    """One ICA over all layers, or one for each layer."""
+    networks_from: Path | None = _more(CUT)
+    """A networks.safetensors to use instead of discovering anew."""
+    report_networks: bool = _more(CUT, False)
+    """Discover the networks for the report, even where the result does not depend on them."""
+    keep_networks: int | None = _key(CUT)
+    """Keep as many neurons as belong to this many networks: the size dial. Default: 10."""
+    sparsity: float | None = _key(CUT)
+    """Share of MLP neurons to remove, instead of --keep-networks."""
+    head_sparsity: float | None = _more(CUT, gt=0, lt=1)
+    """Share of attention heads to remove besides, the same number in every layer; key-value heads go with the
+    query heads that read them. Default: none."""
+    rank: RankName | None = _more(CUT)
+    """Order of networks: output energy, loss rise when knocked out, or how far they stand out on the task.
+    Default: task with --task, else energy."""
+    task: str | None = _key(CALIBRATION)
+    """The task to keep: a few examples in FILE.jsonl (text, or question and answer), the training split of a task
+    of lm-evaluation-harness (lm_eval:NAME or lm_eval:FILE.yaml), or builtin:SKILL."""
+    task_examples: int = _more(CALIBRATION, 64, ge=1)
+    """Examples to draw of lm_eval: and builtin: tasks; a file is used whole."""
+    task_networks: int | None = _more(CALIBRATION, ge=1)
+    """Networks on which calibration text is matched to the task. Default: as many as --keep-networks, or 10."""
+    task_test: Path | None = _more(CALIBRATION)
+    """Questions of the task, as in a FILE.jsonl, that must not calibrate; measured on. lm_eval: and builtin: tasks
+    bring their own."""
+    criterion: CriterionName = _more(CUT, "second-order")
+    """Which neurons go."""
+    target_params: str | None = _key(CUT)
+    """Parameters of the result, as 5000000, 350M or 1.5B: sets the budget."""
+    target_size: str | None = _key(CUT)
+    """Largest size of the result's weights, as 2GB or 900MB: sets the budget."""
+    layout: LayoutName = _key(CUT, "uniform")
+    """The same width in every layer, which every loader takes; or widths of their own (ragged: better, loads with
+    trust_remote_code); or ragged only where a trial shows that it gains enough (auto)."""
+    widths: WidthRule = _more(CUT, "networks")
+    """Ragged widths by all networks, by the loss's removal curves, by membership in the kept networks, or the
+    best of the first two and an even split in a trial (auto)."""
+    loss_aware: bool = _key(QUALITY, False)
+    """Score errors as the loss feels them (takes a backward pass)."""
+    keep_layers: str | None = _more(CUT)
+    """Layers to leave whole, as 0,1,-1. Needs --layout ragged."""
+    width_multiple: int | None = _more(CUT, ge=1)
+    """Widths are multiples of this. Default: 64, or 8 below width 2048."""
+    sequential: bool = _key(QUALITY, False)
+    """Fit each layer on the output of the layers already pruned."""
+    recover: bool = _key(QUALITY, False)
+    """Train the cut model towards the dense one on the calibration text: its layers' outputs, then its
+    predictions (low-rank adapters, merged)."""
+    recover_passes: int = _more(QUALITY, 2, ge=1)
+    """Passes over the calibration text in each of the two steps."""
+    recover_rank: int = _more(QUALITY, 32, ge=1)
+    """Rank of the adapters."""
+    damping: float = _more(QUALITY, 1e-2, gt=0)
+    """Share of mean diag(H) added while choosing."""
+    refit_damping: float = _more(QUALITY, 1e-3, gt=0)
+    """The same share while refitting; more where tokens are few."""
+    max_shard_size: str = _more(MODEL, "5GB")
+    """Largest safetensors shard to write."""
+    seed: int = _key(MACHINE, 0, ge=0, lt=2**32)
+    """Seed of every random choice."""
+    device: str = _key(MACHINE, "auto")
+    """auto, cpu, cuda or cuda:N."""
+    dtype: DtypeName = _more(MACHINE, "auto")
+    """Compute type. The checkpoint keeps its own."""
+    memory_budget: str | None = _key(MACHINE)
+    """Most memory to take, as 4GB: a model that does not fit is read layer by layer, and what else does not fit
+    goes to disk. Default: what is free."""
+    trust_remote_code: bool = _more(MODEL, False)
+    """Let the tokenizer be code from the checkpoint; the model never is."""
+    overwrite: bool = _key(MODEL, False)
+    """Replace an existing output folder."""
+    work_dir: Path | None = _more(MACHINE)
+    """Where finished stages lie until the output stands: a run that died goes on from there. Default: .NAME.work
+    beside the output."""
 
     @property
     def kept_networks_or_default(self) -> int:
         return 10 if self.keep_networks is None else self.keep_networks
+
+    @property
+    def task_networks_or_default(self) -> int:
+        return self.task_networks or self.kept_networks_or_default
 
     @field_validator(
         "model", "output", "calibration", "task", "task_test", "networks_from", "work_dir"
@@ -176,6 +163,13 @@ class Recipe(BaseModel):
         for name in value if isinstance(value, tuple) else (value,):
             if name is not None and not is_text(str(name)):
                 raise ValueError("a name cannot hold a NUL or half a character")
+        return value
+
+    @field_validator("criterion", mode="before")
+    @classmethod
+    def _former_names(cls, value: Any) -> Any:
+        if value == "networks":
+            raise ValueError("this criterion is called second-order")
         return value
 
     @field_validator("target_params", "target_size", "keep_layers", mode="before")
@@ -196,13 +190,35 @@ class Recipe(BaseModel):
 
     @property
     def needs_networks(self) -> bool:
-        """Whether the result depends on the networks at all."""
+        """Whether the result depends on the networks, or a report of them is asked for."""
         return (
-            self.task is not None
+            self.report_networks
+            or self.task is not None
             or self.stated_budget is None
-            or self.criterion in ("networks", "membership", "membership-bias")
+            or self._cuts_by_kept_networks
             or (self.layout != "uniform" and self.widths != "loss")
         )
+
+    @property
+    def _cuts_by_kept_networks(self) -> bool:
+        """Whether it matters which networks are kept, beside how many neurons they have."""
+        by_members = self.layout != "uniform" and self.widths == "members"
+        return by_members or self.criterion in ("membership", "membership-bias")
+
+    @property
+    def notes(self) -> list[str]:
+        """What its user should know of keys that do not change the result, a line each."""
+        lines, budget = [], self.stated_budget
+        matched = self.task is not None and self.task_networks is None
+        if self.keep_networks and budget and not (matched or self._cuts_by_kept_networks):
+            kept = f"keep_networks = {self.keep_networks}"
+            lines.append(f"{kept} does not change the model: {budget} sets its size")
+        if not self.needs_networks and self.networks_from is None:
+            remedy = "--report-networks discovers them for the report"
+            lines.append(
+                f"no networks are discovered: the result does not depend on them ({remedy})"
+            )
+        return lines
 
     @property
     def needs_gradients(self) -> bool:
@@ -220,6 +236,22 @@ class Recipe(BaseModel):
         return yaml.safe_dump(self.model_dump(mode="json", exclude={"work_dir"}), sort_keys=False)
 
 
+def recipe_key(name: object, known: Collection[str], where: str) -> str:
+    """The one of the `known` keys that `name` spells, with dashes or underscores.
+
+    Raises
+    ------
+    InvalidInput
+        There is none.
+    """
+    key = str(name).replace("-", "_")
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        raise InvalidInput(f"{where}: unknown key {key!r}; {hint}")
+    return key
+
+
 def build_recipe(values: dict[str, Any], *, where: str = "command line") -> Recipe:
     """Validate `values` (keys with dashes or underscores) and check what one field alone cannot show.
 
@@ -228,14 +260,7 @@ def build_recipe(values: dict[str, Any], *, where: str = "command line") -> Reci
     InvalidInput
         One line that names the key, the offending value and what is accepted.
     """
-    keys = {str(key).replace("-", "_"): value for key, value in values.items()}
-    for key in keys:
-        if key not in Recipe.model_fields:
-            near = difflib.get_close_matches(key, Recipe.model_fields, n=1)
-            hint = (
-                f"did you mean {near[0]!r}?" if near else f"known: {', '.join(Recipe.model_fields)}"
-            )
-            raise InvalidInput(f"{where}: unknown key {key!r}; {hint}")
+    keys = {recipe_key(key, Recipe.model_fields, where): value for key, value in values.items()}
     if isinstance(keys.get("calibration"), str):
         keys["calibration"] = (keys["calibration"],)
     try:
@@ -249,76 +274,63 @@ def build_recipe(values: dict[str, Any], *, where: str = "command line") -> Reci
     return recipe
 
 
+def _refuse(recipe: Recipe, where: str, key: str, why: str) -> NoReturn:
+    raise InvalidInput(f"{where}: {key} = {getattr(recipe, key)}: {why}")
+
+
 def _check(recipe: Recipe, where: str) -> None:
+    refuse = partial(_refuse, recipe, where)
     if recipe.keep_networks is not None and recipe.keep_networks < 1:
-        raise InvalidInput(
-            f"{where}: keep_networks = {recipe.keep_networks}: at least one network must be kept"
-        )
-    discovered = recipe.networks if recipe.networks_from is None else None
-    if (
-        recipe.keep_networks is not None
-        and discovered is not None
-        and recipe.scope == "global"
-        and recipe.keep_networks > discovered
-    ):
-        raise InvalidInput(
-            f"{where}: keep_networks = {recipe.keep_networks}: only {discovered} networks "
-            "are discovered; keep fewer or raise networks"
-        )
+        refuse("keep_networks", "at least one network must be kept")
+    if recipe.networks_from is None and recipe.scope == "global":
+        for key in ("keep_networks", "task_networks"):
+            if (getattr(recipe, key) or 0) > recipe.networks:
+                why = f"only {recipe.networks} networks are discovered; lower it or raise networks"
+                refuse(key, why)
     if recipe.sparsity is not None and not 0 < recipe.sparsity < 1:
-        raise InvalidInput(
-            f"{where}: sparsity = {recipe.sparsity}: the share of neurons to remove lies between 0 and 1"
-        )
-    parse_size(recipe.max_shard_size, f"{where}: max_shard_size")
-    _check_budget(recipe, where)
+        refuse("sparsity", "the share of neurons to remove lies between 0 and 1")
+    _check_sizes(recipe, where)
     _check_layout(recipe, where)
     if recipe.rank == "task" and recipe.task is None:
-        raise InvalidInput(f"{where}: rank = task: name the task's examples with task")
-    if recipe.task_test is not None and recipe.task is None:
-        raise InvalidInput(f"{where}: task_test = {recipe.task_test}: there is no task to test")
+        refuse("rank", "name the task's examples with task")
+    for key, verb in (("task_test", "test"), ("task_networks", "match")):
+        if getattr(recipe, key) is not None and recipe.task is None:
+            refuse(key, f"there is no task to {verb}")
     if not recipe.calibration:
         raise InvalidInput(f"{where}: calibration is empty: name at least one source of text")
-    if recipe.networks > recipe.network_tokens - 1 or recipe.networks > recipe.tokens - 1:
-        raise InvalidInput(
-            f"{where}: networks = {recipe.networks}: "
-            f"{min(recipe.network_tokens, recipe.tokens)} tokens allow fewer than that many; "
-            "lower networks or raise tokens and network_tokens"
+    tokens = min(recipe.network_tokens, recipe.tokens)
+    if recipe.needs_networks and recipe.networks >= tokens:
+        refuse(
+            "networks",
+            f"{tokens} tokens allow fewer than that many; lower networks or raise tokens and network_tokens",
         )
 
 
-def _check_budget(recipe: Recipe, where: str) -> None:
+def _check_sizes(recipe: Recipe, where: str) -> None:
     stated = [key for key in BUDGET_KEYS if getattr(recipe, key) is not None]
     if len(stated) > 1:
         raise InvalidInput(f"{where}: {' and '.join(stated)} both set the budget: give one of them")
     if recipe.target_params is not None:
         parse_count(recipe.target_params, f"{where}: target_params")
-    if recipe.target_size is not None:
-        parse_size(recipe.target_size, f"{where}: target_size")
-    if recipe.memory_budget is not None:
-        parse_size(recipe.memory_budget, f"{where}: memory_budget")
+    for key in ("max_shard_size", "target_size", "memory_budget"):
+        if (text := getattr(recipe, key)) is not None:
+            parse_size(text, f"{where}: {key}")
 
 
 def _check_layout(recipe: Recipe, where: str) -> None:
+    refuse = partial(_refuse, recipe, where)
     if recipe.layout == "uniform" and recipe.widths != "networks":
-        raise InvalidInput(
-            f"{where}: widths = {recipe.widths}: uniform layers have no widths of their own: "
-            "add layout = ragged or auto"
-        )
+        why = "uniform layers have no widths of their own: add layout = ragged or auto"
+        refuse("widths", why)
     if recipe.keep_layers is not None:
         if recipe.layout != "ragged":
-            raise InvalidInput(
-                f"{where}: keep_layers = {recipe.keep_layers}: whole layers beside cut ones need layout = ragged"
-            )
+            refuse("keep_layers", "whole layers beside cut ones need layout = ragged")
         parse_layers(recipe.keep_layers, f"{where}: keep_layers")
         if recipe.head_sparsity is not None:
-            raise InvalidInput(
-                f"{where}: keep_layers = {recipe.keep_layers}: head_sparsity takes heads from every layer alike: "
-                "give one of the two"
-            )
-    if recipe.loss_aware and recipe.criterion not in ("networks", "second-order"):
-        raise InvalidInput(
-            f"{where}: loss_aware = true: criterion {recipe.criterion} scores no errors"
-        )
+            why = "head_sparsity takes heads from every layer alike: give one of the two"
+            refuse("keep_layers", why)
+    if recipe.loss_aware and recipe.criterion != "second-order":
+        refuse("loss_aware", f"criterion {recipe.criterion} scores no errors")
 
 
 def parse_count(text: str, name: str) -> int:
@@ -371,14 +383,8 @@ def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
     InvalidInput
         The file is missing, is not YAML, is not a mapping, or holds an unknown key or a bad value.
     """
-    text = read_text(path, f"recipe {path}", most_bytes=MOST_BYTES)
-    try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise InvalidInput(f"recipe {path} refers back to its own parts (*): write them out")
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        line = " ".join(str(error).split())
-        raise InvalidInput(f"recipe {path} is not YAML: {line}") from None
+    name = f"recipe {path}"
+    values = read_yaml(read_text(path, name, most_bytes=MOST_BYTES), name)
     if not isinstance(values, dict):
-        raise InvalidInput(f"recipe {path} must be a mapping of keys to values")
+        raise InvalidInput(f"{name} must be a mapping of keys to values")
     return build_recipe({**values, **(overrides or {})}, where=str(path))

@@ -74,7 +74,7 @@ def output_folder(folder: Path, *, contexts: tuple[str, ...] = HOSTILE) -> Path:
     order = list(range(NETWORKS))[::-1]
     result = {
         "model": "/home/someone/models/made-up",
-        "criterion": "networks",
+        "criterion": "second-order",
         "parameters_before": 7_300_000,
         "parameters_after": 5_100_000,
         "bytes_before": 14_600_000,
@@ -109,7 +109,7 @@ def output_folder(folder: Path, *, contexts: tuple[str, ...] = HOSTILE) -> Path:
 
 
 def comparison(fingerprint: str = "f00d") -> dict[str, Any]:
-    criteria = ("networks", "flap", "wanda", "membership", "magnitude", "random", "second-order")
+    criteria = ("second-order", "flap", "wanda", "membership", "magnitude", "random")
     budgets = [
         {
             "kept": share,

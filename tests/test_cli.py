@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fbn_prune.cli.main import _exit_code
+from fbn_prune.cli.main import EXAMPLES, _exit_code
 from fbn_prune.networks.functional_networks import FunctionalNetworks
+from fbn_prune.recipe import Recipe
 
 torch.set_num_threads(1)
 
@@ -103,7 +105,7 @@ def test_the_written_recipe_makes_the_same_bytes_again(
 
 
 @pytest.mark.parametrize(
-    "criterion", ["networks", "second-order", "flap", "wanda", "membership", "magnitude", "random"]
+    "criterion", ["second-order", "flap", "wanda", "membership", "magnitude", "random"]
 )
 def test_every_criterion_meets_the_same_budget(
     criterion: str, tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -125,6 +127,85 @@ def test_the_variants_of_the_main_job_run(
     assert _exit_code(arguments(tiny, text, tmp_path / "out", *extra)) == 0
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     AutoTokenizer.from_pretrained(tmp_path / "out")
+
+
+def test_help_is_one_page_and_help_all_holds_every_key(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pages = {}
+    for flag in ("--help", "--help-all"):
+        assert _exit_code([flag]) == 0
+        shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+        # A flag stands at the start of its line in a panel.
+        pages[flag] = set(re.findall(r"^│ (--[a-z-]+)", shown, re.MULTILINE))
+    assert len(pages["--help"]) <= 24
+    assert pages["--help"] < pages["--help-all"]
+    assert {f"--{key.replace('_', '-')}" for key in Recipe.model_fields} < pages["--help-all"]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["compare", "--help-all"]])
+def test_help_needs_no_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys; from fbn_prune.cli.main import _exit_code; "
+        f"assert _exit_code({arguments}) == 0; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("example", re.findall(r"^fbn-prune (.*)$", EXAMPLES, re.MULTILINE))
+def test_the_examples_of_the_help_run(
+    example: str, tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(text, "text.txt")
+    Path("examples.jsonl").write_text('{"question": "two and two", "answer": "four"}\n')
+    args = [str(tiny) if word == "MODEL" else word for word in example.split()]
+    assert _exit_code([*args, "--dry-run"]) == 0
+
+
+def test_set_gives_any_key_as_its_flag_does(
+    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = arguments(tiny, text, tmp_path / "out", "--sparsity", "0.5", "--dry-run")
+    by_flag = run_json(capsys, *args, "--width-multiple", "4")
+    by_set = run_json(capsys, *args, "--set", "width-multiple=4", "--set", "refit_damping=1e-2")
+    assert by_set["widths"] == by_flag["widths"] == [12, 12, 12]
+
+
+@pytest.mark.parametrize(
+    ("command", "setting", "message"),
+    [
+        ([], "seeed=3", "unknown key 'seeed'; did you mean 'seed'"),
+        ([], "seed", "write KEY=VALUE"),
+        ([], "seed=many", "seed = 'many'"),
+        ([], "tokens=4", "tokens is given twice"),
+        ([], "seed=[", "is not YAML"),
+        (["rank"], "sparsity=0.5", "unknown key 'sparsity'"),
+    ],
+)
+def test_a_bad_setting_is_refused_in_one_line(
+    command: list[str], setting: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _refused(capsys, [*command, "--tokens", "2000", "--set", setting], message)
+
+
+def test_without_networks_the_run_says_so_and_its_output_is_whole(
+    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, reported = tmp_path / "plain", tmp_path / "reported"
+    base = ["--sparsity", "0.33", "--width-multiple", "4"]
+    assert _exit_code(arguments(tiny, text, plain, *base)) == 0
+    assert "no networks are discovered" in capsys.readouterr().err
+    assert _exit_code(arguments(tiny, text, reported, *base, "--report-networks")) == 0
+    assert "no networks are discovered" not in capsys.readouterr().err
+    names = {"networks.safetensors"}
+    assert {p.name for p in reported.iterdir()} - {p.name for p in plain.iterdir()} == names
+    weights = "model.safetensors"
+    assert (plain / weights).read_bytes() == (reported / weights).read_bytes()
+    assert "second-order cost" in (plain / "README.md").read_text()
+    assert _exit_code(["report", str(plain), "--output", str(tmp_path / "report.html")]) == 0
+    assert run_json(capsys, "inspect", str(reported))["networks"]
+    _refused(capsys, ["inspect", str(plain)], "--report-networks")
 
 
 def test_discover_inspect_and_reuse(

@@ -52,7 +52,7 @@ def test_a_comparison_gives_what_single_runs_give(
 ) -> None:
     result = shown(capsys, ["compare", *arguments(tiny, text), "--kept", "0.67,0.5"])
     assert [budget["kept"] for budget in result["budgets"]] == [0.67, 0.5]
-    for criterion in ("networks", "flap", "membership", "random"):
+    for criterion in ("second-order", "flap", "membership", "random"):
         output = tmp_path / criterion
         more = ["--criterion", criterion, "--sparsity", "0.5", "--output", str(output)]
         alone = shown(capsys, [*arguments(tiny, text), *more])
@@ -262,7 +262,7 @@ def test_the_plot_stands_beside_the_results_and_is_drawn_the_same_again(
     root = ElementTree.fromstring(plot)
     assert root.tag.endswith("svg")
     words = {"".join(element.itertext()).strip() for element in root.iter()}
-    assert {"networks", "random", "dense", "perplexity"} <= words
+    assert {"second-order", "random", "dense", "perplexity"} <= words
     shown(capsys, ["compare", *arguments(tiny, text), *more])
     assert (tmp_path / "table.svg").read_text() == plot
     assert {file.name for file in tmp_path.iterdir()} == {"table.json", "table.svg"}
@@ -272,13 +272,13 @@ def test_a_budget_of_networks_is_that_of_a_run_that_keeps_them(
     tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = shown(
-        capsys, ["compare", *arguments(tiny, text), "--kept", "2,0.5", "--criteria", "networks"]
+        capsys, ["compare", *arguments(tiny, text), "--kept", "2,0.5", "--criteria", "second-order"]
     )
     more = ["--keep-networks", "2", "--output", str(tmp_path / "out")]
     alone = shown(capsys, [*arguments(tiny, text), *more])
     (by_networks,) = [budget for budget in result["budgets"] if budget["networks"] == 2]
     assert by_networks["widths"] == alone["widths"]
-    assert by_networks["perplexity"]["networks"] == pytest.approx(
+    assert by_networks["perplexity"]["second-order"] == pytest.approx(
         alone["perplexity_after"], rel=1e-5
     )
     assert [budget["networks"] for budget in result["budgets"] if budget["kept"] == 0.5] == [None]

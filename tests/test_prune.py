@@ -72,7 +72,7 @@ def test_the_live_pruned_model_has_the_logits_of_the_written_one(
     prepared, live, batches = opened(model, text)
     width = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     kept = prepared.family.width(width.config)
-    options = CutOptions("networks", False, 1e-2, 1e-3, 0, prepared.checkpoint.storage_dtype)
+    options = CutOptions("second-order", False, 1e-2, 1e-3, 0, prepared.checkpoint.storage_dtype)
     widths = [kept] * prepared.layers
     cut_layers(live, prepared.family, batches, widths, options, membership=None, clock=StageClock())
     ids = torch.arange(40)[None]
@@ -83,7 +83,7 @@ def test_the_live_pruned_model_has_the_logits_of_the_written_one(
 @pytest.mark.parametrize("name", FAMILY_CONFIGS)
 def test_on_real_activations_a_refit_beats_no_refit(name: str, text: Path, tmp_path: Path) -> None:
     prepared, live, batches = opened(save_tiny(tmp_path / "model", name), text)
-    options = CutOptions("networks", False, 1e-2, 1e-3, 0, torch.float32)
+    options = CutOptions("second-order", False, 1e-2, 1e-3, 0, torch.float32)
     evidence = EvidencePass(
         live, prepared.family, batches, options, membership=None, clock=StageClock()
     )
@@ -104,7 +104,7 @@ def test_sequential_fits_the_stream_that_the_pruned_model_really_has(
     for sequential in (False, True):
         prepared, live, batches = opened(model, text)
         dense = prepared.checkpoint.load_model("cpu", torch.float32)
-        options = CutOptions("networks", sequential, 1e-2, 1e-3, 0, torch.float32)
+        options = CutOptions("second-order", sequential, 1e-2, 1e-3, 0, torch.float32)
         cut_layers(
             live, prepared.family, batches, [12] * 3, options, membership=None, clock=StageClock()
         )

@@ -44,6 +44,9 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         ({"sparsity": float("nan")}, "should be a finite number"),
         ({"networks": 100, "network_tokens": 100}, "allow fewer"),
         ({"criterion": "luck"}, "criterion = 'luck'"),
+        ({"criterion": "networks"}, "this criterion is called second-order"),
+        ({"task": "t.jsonl", "task_networks": 65}, "task_networks = 65: only 64 networks"),
+        ({"task_networks": 5}, "no task to match"),
         ({"tokens": "many"}, "tokens = 'many'"),
         ({"calibration": []}, "calibration is empty"),
     ],
@@ -53,6 +56,42 @@ def test_a_bad_value_is_named(values: dict[str, object], message: str) -> None:
         build_recipe(values)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_size_dial_and_the_match_to_a_task_are_two_settings() -> None:
+    task = {"task": "examples.jsonl", "sparsity": 0.5}
+    assert build_recipe(task).task_networks_or_default == 10
+    assert build_recipe(task | {"keep_networks": 4}).task_networks_or_default == 4
+    both = build_recipe(task | {"keep_networks": 4, "task_networks": 7})
+    assert (both.kept_networks_or_default, both.task_networks_or_default) == (4, 7)
+
+
+ON_MEMBERS = {"layout": "ragged", "widths": "members"}
+
+
+@pytest.mark.parametrize(
+    ("values", "needed", "dial_counts"),
+    [
+        ({}, False, False),
+        ({"report_networks": True}, True, False),
+        ({"criterion": "wanda"}, False, False),
+        ({"criterion": "membership"}, True, True),
+        ({"layout": "ragged"}, True, False),
+        ({"layout": "ragged", "widths": "loss"}, False, False),
+        (ON_MEMBERS, True, True),
+        ({"task": "examples.jsonl"}, True, True),
+        ({"task": "examples.jsonl", "task_networks": 5}, True, False),
+    ],
+)
+def test_a_recipe_says_which_of_its_keys_cannot_change_a_stated_size(
+    values: dict[str, object], needed: bool, dial_counts: bool
+) -> None:
+    recipe = build_recipe({"sparsity": 0.5, "keep_networks": 3, **values})
+    notes = "\n".join(recipe.notes)
+    assert recipe.needs_networks == needed
+    assert ("no networks are discovered" in notes) == (not needed)
+    assert ("keep_networks = 3 does not change the model" in notes) == (not dial_counts)
+    assert build_recipe({"keep_networks": 3}).notes == []
 
 
 @pytest.mark.parametrize(

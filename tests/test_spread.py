@@ -263,7 +263,7 @@ def test_criteria_compare_alike_on_a_spread_model(
     study = recipe(save_tiny(tmp_path / "model", name), text, tmp_path).model_copy(
         update={"output": None}
     )
-    criteria = ["flap", "networks"]
+    criteria = ["flap", "second-order"]
     whole = run_comparison(study, criteria, [0.5], None, StageClock())
     monkeypatch.setattr("fbn_prune.runs.setup.plan_memory", spread_plan)
     with pretended_devices():

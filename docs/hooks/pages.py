@@ -44,16 +44,25 @@ def _command(name: str, command: Any) -> Iterator[str]:
         f"```\n{usage} [FLAGS]\n```",
         "",
     )
-    yield from ("| flag | what it is | default |", "|---|---|---|")
-    for option in command.params:
-        if option.param_type_name != "option" or "--help" in option.opts:
-            continue
-        shown = getattr(option, "show_default", None)
-        default = shown if isinstance(shown, str) else option.default
-        default = "" if default in (None, False, (), []) or callable(default) else f"`{default}`"
-        text = " ".join((option.help or "").split()).replace("|", "\\|")
-        yield f"| `{'`, `'.join(option.opts)}` | {text} | {default} |"
+    options = [
+        p for p in command.params if p.param_type_name == "option" and "--help-all" not in p.opts
+    ]
+    panels = dict.fromkeys(getattr(option, "rich_help_panel", None) or "" for option in options)
+    yield from ("| flag | what it is |", "|---|---|")
+    for panel in panels:
+        if panel:
+            yield f"| **{panel}** | |"
+        for option in options:
+            if (getattr(option, "rich_help_panel", None) or "") == panel:
+                yield f"| `{'`, `'.join(option.opts)}` | {_words(option)} |"
     yield ""
+
+
+def _words(option: Any) -> str:
+    text = " ".join((option.help or "").split()).replace("|", "\\|")
+    default = option.default
+    known = default not in (None, False, (), []) and not callable(default)
+    return f"{text} Default: `{default}`." if known else text
 
 
 def _recipes() -> Iterator[str]:

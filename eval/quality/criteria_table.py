@@ -136,7 +136,7 @@ class Comparison:
             self.model,
             self.family,
             self.batches,
-            self.options("networks"),
+            self.options("second-order"),
             membership=self.membership(kept),
             clock=StageClock(),
         )
@@ -154,7 +154,7 @@ class Comparison:
         roots = [loss_root(matrix) for matrix in sensitivity]
         cuts: dict[tuple[str, int], list[MlpCut]] = {}
         for name, (rule, loss_aware) in RAGGED.items():
-            options = replace(self.options("networks"), loss_aware=loss_aware)
+            options = replace(self.options("second-order"), loss_aware=loss_aware)
             subject = Subject(
                 self.model,
                 self.family,
@@ -181,7 +181,7 @@ class Comparison:
             self.model,
             self.family,
             self.batches,
-            self.options("networks"),
+            self.options("second-order"),
             membership=None,
             loss_roots=roots,
             clock=StageClock(),
@@ -197,7 +197,7 @@ class Comparison:
                     if SCORED_BY_LOSS[key[0]] == (seen.loss_root is not None)
                 }
                 wanted = {by_layer[layer.layer] for by_layer in widths.values()}
-                made = cuts_to_widths("networks", seen, wanted)
+                made = cuts_to_widths("second-order", seen, wanted)
                 for key, by_layer in widths.items():
                     cuts[key].append(made[by_layer[layer.layer]])
         return {key: self.cut_perplexity(parts) for key, parts in cuts.items()}
@@ -215,7 +215,7 @@ class Comparison:
             self.family,
             self.batches,
             self.widths(budget),
-            self.options("networks", sequential=True),
+            self.options("second-order", sequential=True),
             membership=None,
             clock=StageClock(),
         )
@@ -271,7 +271,7 @@ def main(
         "multiple": multiple,
         "seed": seed,
     }
-    names = ["networks", "second-order", "flap", "wanda", "membership", "magnitude", "random"]
+    names = ["second-order", "flap", "wanda", "membership", "magnitude", "random"]
     console = Console(width=140)
     run = Comparison(model, calibrate, evaluate, blocks=blocks, **common)
     total = sum(run.full)
@@ -312,7 +312,7 @@ def main(
         for count, budget in budget_by.items():
             keep = kept_by[count]
             cells = {rule: ragged[rule, budget] for rule in SCORED_BY_LOSS}
-            cells["uniform"] = run.one_shot([("networks", budget)], keep)["networks", budget]
+            (cells["uniform"],) = run.one_shot([("second-order", budget)], keep).values()
             cells["membership"] = run.membership_global(budget, keep)
             dial_rows.append({"K": count, "share": budget / total, **cells})
             shown = [cells[name] for name in ("uniform", *SCORED_BY_LOSS, "membership")]

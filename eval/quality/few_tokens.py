@@ -50,7 +50,9 @@ def main() -> None:
             model,
             prepared.family,
             blocks.batches(4096),
-            CutOptions("networks", False, recipe.damping, recipe.refit_damping, 0, torch.float32),
+            CutOptions(
+                "second-order", False, recipe.damping, recipe.refit_damping, 0, torch.float32
+            ),
             membership=None,
             clock=StageClock(),
         )

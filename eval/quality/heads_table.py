@@ -5,7 +5,7 @@
 MLPs stay whole. Columns: the second order with its refit (`--head-sparsity`), one-shot and `--sequential`; the same
 heads without a refit; heads by the variance of what they put out times the weights that read it (FLAP's score), with
 no refit; chance, the mean of several draws; and `neurons instead`, where the attention stays whole and as many
-parameters go from the MLPs by `--criterion networks`. A live model can have any number of heads; counts that the
+parameters go from the MLPs by `--criterion second-order`. A live model can have any number of heads; counts that the
 architecture's stock config accepts, and that can be exported, have a star. Text and blocks as in criteria_table.py.
 """
 
@@ -104,7 +104,7 @@ def main(
     shape, layers = family.head_shape(config), family.num_layers(config)
     width, hidden = family.width(config), family.hidden_size(config)
     counts = list(range(shape.groups - 1, 0, -1))
-    plain = CutOptions("networks", False, 1e-2, 1e-3, seed, torch.float32)
+    plain = CutOptions("second-order", False, 1e-2, 1e-3, seed, torch.float32)
     options = {groups: replace(plain, head_groups=groups) for groups in counts}
     ways: dict[str, list[Chosen]] = {
         "second order": [head_cut],
@@ -133,7 +133,7 @@ def main(
             instead = fewer_neurons(groups)
             if instead < width:
                 cuts.setdefault(("neurons instead", groups, 0), []).append(
-                    CRITERIA["networks"](layer, instead)
+                    CRITERIA["second-order"](layer, instead)
                 )
 
     def measured(parts: list[MlpCut]) -> float:

@@ -52,7 +52,7 @@ def measure(name: str, texts: list[str]) -> list[dict[str, Any]]:
     family, config = prepared.family, prepared.checkpoint.config
     groups = family.head_shape(config).groups if family.attention is not None else 1
     options = CutOptions(
-        "networks",
+        "second-order",
         False,
         recipe.damping,
         recipe.refit_damping,

@@ -140,7 +140,7 @@ class Experiment:
         in_components = time_courses(self.model, self.family, components, singles, clock)
         self.component_activity = torch.stack([course.mean(0) for course in in_components])
         self.grams, self.means = self._document_statistics(singles)
-        options = CutOptions("networks", False, 1e-2, 1e-3, setting.seed, torch.float32)
+        options = CutOptions("second-order", False, 1e-2, 1e-3, setting.seed, torch.float32)
         self.evidence = list(
             EvidencePass(
                 self.model,
@@ -184,7 +184,7 @@ class Experiment:
                 gram.add_(grams[index], alpha=float(weights[index]))
             mean = weights.double() @ means.double()
             weighted = replace(evidence, gram=gram, mean=mean)
-            cut = CRITERIA["networks"](weighted, widths[evidence.layer])
+            cut = CRITERIA["second-order"](weighted, widths[evidence.layer])
             apply_cut(model, self.family, evidence.layer, cut)
         return model
 

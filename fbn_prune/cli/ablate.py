@@ -61,7 +61,7 @@ Components = Annotated[
 ]
 
 
-@recipe_flags(*STUDY_FLAGS)
+@recipe_flags(*STUDY_FLAGS, shown=("networks_from",))
 def command(
     *,
     action: Action = "mask",

@@ -33,7 +33,7 @@ OutputPath = Annotated[
 ]
 
 
-@recipe_flags(*STUDY_FLAGS, "width_multiple", "damping", "refit_damping")
+@recipe_flags(*STUDY_FLAGS, "width_multiple", "damping", "refit_damping", shown=("networks_from",))
 def command(
     *,
     criteria: Criteria = None,

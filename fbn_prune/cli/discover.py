@@ -17,7 +17,10 @@ from fbn_prune.errors import InvalidInput
 from fbn_prune.recipe import build_recipe
 
 
-@recipe_flags(*MODEL_FLAGS, "memory_budget", *CALIBRATION_FLAGS, *DISCOVERY_FLAGS, *OUTPUT_FLAGS)
+@recipe_flags(
+    *(*MODEL_FLAGS, "memory_budget", *CALIBRATION_FLAGS, *DISCOVERY_FLAGS, *OUTPUT_FLAGS),
+    shown=DISCOVERY_FLAGS,
+)
 def command(*, json: Json = False, flags: dict[str, Any]) -> None:
     """Find the networks of a model and write them to OUTPUT/networks.safetensors."""
     recipe = build_recipe({"keep_networks": 1, **flags})

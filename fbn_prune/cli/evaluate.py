@@ -43,7 +43,7 @@ Card = Annotated[
 ]
 
 
-@recipe_flags("model", "device", "dtype")
+@recipe_flags("model", "device", "dtype", shown=("dtype",))
 def command(
     *,
     tasks: Tasks = None,

@@ -30,17 +30,28 @@ from fbn_prune.cli.quiet import quiet_libraries
 from fbn_prune.distributed import is_first, processes
 from fbn_prune.errors import FbnPruneError, InvalidInput
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")]
+Debug = Annotated[
+    bool, typer.Option("--debug", hidden=True, help="Show a traceback when something fails.")
+]
 Version = Annotated[bool, typer.Option("--version", help="Print the version and leave.")]
+
+EXAMPLES = """Examples:
+
+fbn-prune --keep-networks 10 --output small
+
+fbn-prune --model MODEL --calibration text.txt --sparsity 0.3 --output small
+
+fbn-prune --model MODEL --task examples.jsonl --sparsity 0.75 --output expert
+"""
 
 app = typer.Typer(
     name="fbn-prune",
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    help="Make a causal language model smaller by keeping its key functional networks. "
-    "Without a command: find the networks, keep the strongest, cut the other MLP neurons, refit, and write a "
-    "checkpoint.",
+    rich_markup_mode="rich",
+    help="Make a causal language model smaller: cut the MLP neurons that it can spare, refit the others, and write a "
+    "checkpoint. Its functional networks say how many those are (--keep-networks); or state it (--sparsity).",
+    epilog=EXAMPLES,
 )
 
 
@@ -75,17 +86,11 @@ def main_job(
         )
 
 
-app.command("convert")(convert.command)
-app.command("bundle")(bundle.command)
-app.command("ablate")(ablate.command)
-app.command("compare")(compare.command)
-app.command("dequantize")(dequantize.command)
-app.command("discover")(discover.command)
-app.command("evaluate")(evaluate.command)
-app.command("inspect")(inspect.command)
-app.command("rank")(rank.command)
-app.command("report")(report.command)
-app.command("run")(run.command)
+for module in (
+    *(run, discover, rank, inspect, ablate, compare, evaluate, report),
+    *(bundle, convert, dequantize),
+):
+    app.command(module.__name__.rpartition(".")[2])(module.command)
 app.add_typer(work.app, name="work")
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 
-from fbn_prune.recipe import Recipe
+from fbn_prune.data.text_files import read_yaml
+from fbn_prune.errors import InvalidInput
+from fbn_prune.recipe import MODEL, Recipe, recipe_key
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 DryRun = Annotated[
@@ -48,11 +50,19 @@ PushToHub = Annotated[
     typer.Option(
         "--push-to-hub",
         metavar="USER/NAME",
+        rich_help_panel=MODEL,
+        hidden=True,
         help="Upload the finished output to this repository of the Hugging Face Hub.",
     ),
 ]
 Private = Annotated[
-    bool, typer.Option("--private", help="Make the Hub repository, if it is new, private.")
+    bool,
+    typer.Option(
+        "--private",
+        rich_help_panel=MODEL,
+        hidden=True,
+        help="Make the Hub repository, if it is new, private.",
+    ),
 ]
 
 MODEL_FLAGS = ("model", "device", "dtype", "seed")
@@ -67,40 +77,75 @@ STUDY_FLAGS = (
     "rank",
     "task",
     "task_examples",
+    "task_networks",
     "task_test",
 )
 OUTPUT_FLAGS = ("output", "overwrite")
 ALL_FLAGS = tuple(Recipe.model_fields)
 
 
-def recipe_flags(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _help_all(context: typer.Context, asked: bool) -> None:
+    if asked:
+        for parameter in context.command.params:
+            parameter.hidden = False  # type: ignore[attr-defined]
+        typer.echo(context.get_help())
+        raise typer.Exit
+
+
+HelpAll = Annotated[
+    bool,
+    typer.Option("--help-all", is_eager=True, callback=_help_all, help="Show all flags and leave."),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Set a recipe key, as refit_damping=0.01: any flag of --help-all; repeat for several.",
+    ),
+]
+
+
+def recipe_flags(
+    *names: str, shown: Collection[str] = ()
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command the flags of these recipe fields; it gets those the user set as `flags`, a dict.
 
-    The decorated function takes `flags` as its keyword, and any parameters of its own beside it.
+    The decorated function takes `flags` as its keyword, and any parameters of its own beside it. The command also
+    takes `--set KEY=VALUE` for the same fields, and `--help-all`, which shows the flags that `--help` leaves out:
+    those of the recipe's advanced keys, but for the ones `shown` in this command.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         hints = get_type_hints(function, include_extras=True)
         own = [
-            parameter.replace(annotation=hints[parameter.name])
+            parameter.replace(annotation=hints[parameter.name], kind=inspect.Parameter.KEYWORD_ONLY)
             for parameter in inspect.signature(function).parameters.values()
             if parameter.name != "flags"
         ]
 
-        def command(**values: Any) -> Any:
+        def command(*, set_keys: list[str] | None, help_all: bool, **values: Any) -> Any:
             flags = {name: values.pop(name) for name in names}
             given = {name: value for name, value in flags.items() if value not in (None, [], ())}
+            for text in set_keys or ():
+                key, value = _setting(text, names)
+                if key in given:
+                    raise InvalidInput(f"--set {text}: {key} is given twice")
+                given[key] = value
             return function(**values, flags=given)
 
         parameters = [
-            inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_flag(name)
-            )
-            for name in names
+            *(
+                _keyword(name, _flag(name, shown=name in shown), None)
+                for name in Recipe.model_fields
+                if name in names
+            ),
+            *own,
+            _keyword("set_keys", Set, None),
+            _keyword("help_all", HelpAll, False),
         ]
-        keyword_only = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
-        command.__signature__ = inspect.Signature([*keyword_only, *parameters])  # type: ignore[attr-defined]
-        command.__annotations__ = {p.name: p.annotation for p in [*keyword_only, *parameters]}
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
         command.__name__ = function.__name__
         command.__doc__ = function.__doc__
         return command
@@ -108,18 +153,33 @@ def recipe_flags(*names: str) -> Callable[[Callable[..., Any]], Callable[..., An
     return decorate
 
 
-def _flag(name: str) -> Any:
+def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, default=default, annotation=annotation)
+
+
+def _setting(text: str, names: Collection[str]) -> tuple[str, Any]:
+    """The recipe key and the value that `--set` was given, the value read as in a recipe."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise InvalidInput(f"--set {text}: write KEY=VALUE")
+    return recipe_key(name.strip(), names, "--set"), read_yaml(value, f"--set {text}")
+
+
+def _flag(name: str, *, shown: bool) -> Any:
     field = Recipe.model_fields[name]
-    default = field.default
-    shown = (
-        None
-        if default is None
-        else ", ".join(default)
-        if isinstance(default, tuple)
-        else str(default)
+    default, place = field.default, field.json_schema_extra
+    assert isinstance(place, dict)
+    words = field.description or ""
+    if default is not None and default is not False:
+        value = ", ".join(default) if isinstance(default, tuple) else default
+        words += f" Default: {value}."
+    option = typer.Option(
+        f"--{name.replace('_', '-')}",
+        help=words,
+        rich_help_panel=str(place["group"]),
+        hidden=bool(place["advanced"]) and not shown,
     )
-    flag = f"--{name.replace('_', '-')}"
-    option = typer.Option(flag, help=field.description, show_default=shown or False)
     return Annotated[_flag_type(field.annotation), option]
 
 

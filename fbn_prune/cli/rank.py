@@ -17,7 +17,7 @@ _UNITS = {
 }
 
 
-@recipe_flags(*STUDY_FLAGS)
+@recipe_flags(*STUDY_FLAGS, shown=("networks_from", "rank"))
 def command(*, json: Json = False, flags: dict[str, Any]) -> None:
     """Order the networks of a model: by output energy, by knock-out, or by a task."""
     recipe = build_recipe(flags)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from fbn_prune.errors import InvalidInput
 
@@ -38,3 +41,20 @@ def read_text(path: Path, name: str, *, most_bytes: int) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InvalidInput(f"{name} is not UTF-8 text: {error.reason}") from None
+
+
+def read_yaml(text: str, name: str) -> Any:
+    """What a YAML text says; `name` is what an error calls it.
+
+    Raises
+    ------
+    InvalidInput
+        It is not YAML, or refers back to its own parts, which can make it as large as it likes.
+    """
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise InvalidInput(f"{name} refers back to its own parts (*): write them out")
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        line = " ".join(str(error).split())
+        raise InvalidInput(f"{name} is not YAML: {line}") from None

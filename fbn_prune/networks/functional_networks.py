@@ -188,7 +188,9 @@ class FunctionalNetworks:
             If the file is missing, damaged, of another kind or version, or does not fit together.
         """
         if not Path(path).is_file():
-            raise InvalidInput(f"{path}: no such file; make it with `fbn-prune discover`")
+            raise InvalidInput(
+                f"{path}: no such file; `fbn-prune discover` or a run with --report-networks writes it"
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = (file.metadata() or {}).get(METADATA_KEY)

@@ -164,7 +164,11 @@ def membership_with_bias(evidence: LayerEvidence, width: int) -> MlpCut:
 
 @criterion("second-order")
 def second_order_cut(evidence: LayerEvidence, width: int) -> MlpCut:
-    """Optimal brain surgeon and refit; where the output has a bias, that takes the mean and the weights the rest."""
+    """Optimal brain surgeon and refit; where the output has a bias, that takes the mean and the weights the rest.
+
+    It does not read the networks, which say how much stays and where: protecting the kept networks' hubs was measured
+    to cost perplexity.
+    """
     gram, cross = _signal(evidence)
     scored = _scored(evidence, gram, cross)
     kept = second_order.choose_neurons(scored, gram, width, damping=evidence.damping)
@@ -250,8 +254,3 @@ def neuron_costs(evidence: LayerEvidence) -> Tensor:
         gram = centred(gram, evidence.mean)
     weight = evidence.weight if evidence.loss_root is None else evidence.loss_root @ evidence.weight
     return second_order.removal_costs(weight, gram, damping=evidence.damping).cpu()
-
-
-CRITERIA["networks"] = second_order_cut
-"""The networks say how much stays and where; which neurons of a layer that is, the second order decides: protecting
-the kept networks' hubs was measured to cost perplexity."""

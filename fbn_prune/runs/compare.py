@@ -244,7 +244,7 @@ def _cuts(
         prepared.family,
         blocks.batches(prepared.batch_tokens),
         CutOptions(
-            criterion="networks",
+            criterion="second-order",
             sequential=False,
             damping=recipe.damping,
             refit_damping=recipe.refit_damping,

@@ -88,7 +88,6 @@ def publish(
 
 
 _CRITERION_WORDS = {
-    "networks": "second-order cost, each layer's remaining output weights refitted",
     "second-order": "second-order cost, each layer's remaining output weights refitted",
     "flap": "FLAP (output variance, mean moved into a bias)",
     "wanda": "Wanda (weight times activation norm)",

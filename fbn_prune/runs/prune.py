@@ -69,6 +69,8 @@ def run_prune(recipe: Recipe, clock: StageClock) -> PruneResult:
         The pruned model does not work, or its checkpoint does not fit its config.
     """
     prepared = prepare(recipe)
+    for line in recipe.notes:
+        clock.note(line)
     with distributed.joined(prepared.device), store_of(prepared) as store:
         return PruneRun(open_run(prepared, clock), store).run()
 

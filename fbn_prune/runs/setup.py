@@ -126,7 +126,7 @@ def prepare(recipe: Recipe) -> Prepared:
     multiple = recipe.width_multiple or min(default_multiple(width), width)
     if multiple > width:
         raise InvalidInput(f"width_multiple = {multiple}: a layer has only {width} neurons")
-    if recipe.networks > width * layers - 1:
+    if recipe.needs_networks and recipe.networks > width * layers - 1:
         raise InvalidInput(f"networks = {recipe.networks}: the model has {width * layers} neurons")
     networks = None
     if recipe.networks_from is not None:
@@ -136,11 +136,13 @@ def prepare(recipe: Recipe) -> Prepared:
                 f"{recipe.networks_from} was found on layers of {networks.widths}, "
                 f"the model has {layers} of {width}"
             )
-        if recipe.kept_networks_or_default > len(networks.maps):
-            raise InvalidInput(
-                f"keep_networks = {recipe.kept_networks_or_default}: {recipe.networks_from} holds "
-                f"{len(networks.maps)} networks"
-            )
+        counts = {"task_networks": recipe.task_networks, "keep_networks": recipe.keep_networks}
+        if recipe.stated_budget is None:
+            counts["keep_networks"] = recipe.kept_networks_or_default
+        for key, count in counts.items():
+            if (count or 0) > len(networks.maps):
+                held = f"{recipe.networks_from} holds {len(networks.maps)} networks"
+                raise InvalidInput(f"{key} = {count}: {held}")
     if recipe.criterion == "membership-bias":
         require_bias(family, checkpoint.config)
     device = _device(recipe.device)

@@ -73,7 +73,7 @@ def match_to_task(
         networks,
         task.data.calibrating,
         task.examples,
-        matched_on=prepared.recipe.kept_networks_or_default,
+        matched_on=prepared.recipe.task_networks_or_default,
         batch_tokens=prepared.batch_tokens,
         clock=run.clock,
         keep=keep,

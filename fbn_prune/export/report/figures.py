@@ -149,7 +149,8 @@ def _quality(
         x, y = zip(*points, strict=True)
         highest = max(highest, *y)
         look = {"color": _LINES[i % len(_LINES)], "marker": _MARKERS[i % len(_MARKERS)]}
-        axes.plot(x, y, label=visible(name), linewidth=2.2 if name == "networks" else 1.2, **look)  # type: ignore[arg-type]
+        wide = 2.2 if name == "second-order" else 1.2
+        axes.plot(x, y, label=visible(name), linewidth=wide, **look)  # type: ignore[arg-type]
     axes.axhline(comparison.dense, color=MUTED, linestyle="--", linewidth=1, label="dense")
     if run is not None and networks is None:
         share = 100 * run.neurons_kept / run.neurons_total
