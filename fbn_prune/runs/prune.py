@@ -12,22 +12,20 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from fbn_prune import distributed
 from fbn_prune.data.calibration import Batch, CalibrationData, TokenBlocks
 from fbn_prune.distributed import is_first
 from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.export.directory import check_room
-from fbn_prune.model.families import Family
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.non_finite import damage
 from fbn_prune.model.perplexity import NonFiniteLogits, perplexity
-from fbn_prune.model.streaming import layer_device
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.networks.task_matching import MatchedCalibration, TaskCalibration
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.allocation import budget_from_networks, member_scores
-from fbn_prune.pruning.cutting import cut_layers
+from fbn_prune.pruning.cutting import CutPlan, cut_layers
 from fbn_prune.pruning.evidence import CutOptions
 from fbn_prune.pruning.layout import (
     UNIFORM,
@@ -91,23 +89,22 @@ def _pruned(prepared: Prepared, work: Work, clock: StageClock) -> PruneResult:
     if work.started:
         clock.note(f"going on from {work.words}")
     with clock.stage("load"):
-        model = prepared.load_model()
-    before = work.numbers("dense", lambda: _dense_perplexity(model, family, held_out, clock))
-    on_task = work.numbers("dense-task", lambda: _test_perplexity(prepared, model, task, clock))
+        adapter = prepared.load_model()
+    before = work.numbers("dense", lambda: _dense_perplexity(adapter, held_out, clock))
+    on_task = work.numbers("dense-task", lambda: _test_perplexity(prepared, adapter, task, clock))
     networks = prepared.networks
     if networks is None and recipe.needs_networks:
-        networks = work.networks(lambda: find_networks(prepared, model, tokenizer, data, clock))
+        networks = work.networks(lambda: find_networks(prepared, adapter, tokenizer, data, clock))
     matched = None
     if task is not None:
-        matched = match_to_task(prepared, model, networks, task, clock, work)
+        matched = match_to_task(prepared, adapter, networks, task, clock, work)
     blocks = data.calibrating if matched is None else matched.blocks
     calibrating = blocks.batches(prepared.batch_tokens)
     order = work.numbers(
-        "ranking", lambda: rank_networks(prepared, model, networks, data, matched, clock)
+        "ranking", lambda: rank_networks(prepared, adapter, networks, data, matched, clock)
     )
     kept = _kept_networks(recipe, order)
     options = CutOptions(
-        criterion=recipe.criterion,
         sequential=recipe.sequential,
         damping=recipe.damping,
         refit_damping=recipe.refit_damping,
@@ -116,12 +113,12 @@ def _pruned(prepared: Prepared, work: Work, clock: StageClock) -> PruneResult:
         loss_aware=recipe.loss_aware,
         head_groups=prepared.head_groups,
     )
-    loss_roots = _kept_loss_roots(prepared, model, blocks, work, clock)
+    loss_roots = _kept_loss_roots(prepared, adapter, blocks, work, clock)
     subject = Subject(
-        model,
-        family,
+        adapter,
         blocks,
         prepared.batch_tokens,
+        recipe.criterion,
         options,
         networks,
         kept,
@@ -135,18 +132,17 @@ def _pruned(prepared: Prepared, work: Work, clock: StageClock) -> PruneResult:
     if recipe.layout == "auto":
         clock.note(_verdict(layout))
     widths = layout.widths
+    members = None if networks is None else member_scores(networks, kept)
     cut = cut_layers(
-        model,
-        family,
+        adapter,
         calibrating,
-        widths,
+        CutPlan(recipe.criterion, widths, members),
         options,
-        membership=None if networks is None else member_scores(networks, kept),
         loss_roots=loss_roots if recipe.loss_aware else None,
         clock=clock,
         store=work,
     )
-    after = work.numbers("pruned", lambda: _pruned_perplexity(model, held_out, clock))
+    after = work.numbers("pruned", lambda: _pruned_perplexity(adapter, held_out, clock))
     predicted = predicted_rise(cut.relative_errors)
     warning = check_rise(before, after, predicted, family.vocab_size(prepared.checkpoint.config))
     if warning is not None:
@@ -155,8 +151,8 @@ def _pruned(prepared: Prepared, work: Work, clock: StageClock) -> PruneResult:
     noted = [line for line in (prepared.checkpoint.oddities(), warning) if line is not None]
     recovery = None
     if recipe.recover:
-        cut = replace(cut, trained=recover_model(prepared, model, blocks, work, clock))
-        healed = work.numbers("recovered", lambda: _pruned_perplexity(model, held_out, clock))
+        cut = replace(cut, trained=recover_model(prepared, adapter, blocks, work, clock))
+        healed = work.numbers("recovered", lambda: _pruned_perplexity(adapter, held_out, clock))
         recovery = Recovery.measured(before, after, healed, recipe.recover_passes, blocks.tokens)
         after = healed
     result = PruneResult(
@@ -192,7 +188,7 @@ def _pruned(prepared: Prepared, work: Work, clock: StageClock) -> PruneResult:
         result.task |= {
             "test_perplexity_before": on_task,
             "test_perplexity_after": work.numbers(
-                "pruned-task", lambda: _test_perplexity(prepared, model, task, clock)
+                "pruned-task", lambda: _test_perplexity(prepared, adapter, task, clock)
             ),
         }
     if recipe.output is not None and is_first():
@@ -203,27 +199,27 @@ def _pruned(prepared: Prepared, work: Work, clock: StageClock) -> PruneResult:
 
 
 def _perplexity(
-    model: PreTrainedModel, batches: Sequence[Batch], clock: StageClock, stage: str
+    adapter: ModelAdapter, batches: Sequence[Batch], clock: StageClock, stage: str
 ) -> float:
     with clock.stage(stage, sum(batch.tokens for batch in batches), "tokens") as advance:
-        return perplexity(model, batches, advance)
+        return perplexity(adapter, batches, advance)
 
 
 def _dense_perplexity(
-    model: PreTrainedModel, family: Family, batches: Sequence[Batch], clock: StageClock
+    adapter: ModelAdapter, batches: Sequence[Batch], clock: StageClock
 ) -> float:
     try:
-        return _perplexity(model, batches, clock, "dense perplexity")
+        return _perplexity(adapter, batches, clock, "dense perplexity")
     except NonFiniteLogits:
-        raise damage(model, family, batches) from None
+        raise damage(adapter, batches) from None
 
 
 def _pruned_perplexity(
-    model: PreTrainedModel, batches: Sequence[Batch], clock: StageClock
+    adapter: ModelAdapter, batches: Sequence[Batch], clock: StageClock
 ) -> float:
     remedy = "nothing was written; keep more neurons, raise --tokens, or compute in --dtype float32"
     try:
-        after = _perplexity(model, batches, clock, "pruned perplexity")
+        after = _perplexity(adapter, batches, clock, "pruned perplexity")
     except NonFiniteLogits:
         raise FbnPruneError(f"the pruned model gives NaN or Inf: {remedy}") from None
     if not math.isfinite(after):
@@ -232,11 +228,11 @@ def _pruned_perplexity(
 
 
 def _test_perplexity(
-    prepared: Prepared, model: PreTrainedModel, task: TaskCalibration | None, clock: StageClock
+    prepared: Prepared, adapter: ModelAdapter, task: TaskCalibration | None, clock: StageClock
 ) -> float | None:
     if task is None or task.test is None:
         return None
-    return _perplexity(model, task.test.batches(prepared.batch_tokens), clock, "task perplexity")
+    return _perplexity(adapter, task.test.batches(prepared.batch_tokens), clock, "task perplexity")
 
 
 def _fingerprint(data: CalibrationData, task: TaskCalibration | None) -> str:
@@ -248,19 +244,19 @@ def _fingerprint(data: CalibrationData, task: TaskCalibration | None) -> str:
 
 
 def _kept_loss_roots(
-    prepared: Prepared, model: PreTrainedModel, blocks: TokenBlocks, work: Work, clock: StageClock
+    prepared: Prepared, adapter: ModelAdapter, blocks: TokenBlocks, work: Work, clock: StageClock
 ) -> list[Tensor] | None:
     if not prepared.recipe.needs_gradients:
         return None
 
     def compute() -> dict[str, Tensor]:
-        roots = loss_roots_of(prepared, model, blocks, clock)
+        roots = loss_roots_of(prepared, adapter, blocks, clock)
         assert roots is not None
         return {f"{layer:05d}": root for layer, root in enumerate(roots)}
 
     kept = work.tensors("loss-roots", compute)
     return [
-        kept[name].to(layer_device(model, prepared.family, layer))
+        kept[name].to(adapter.layer_device(layer))
         for layer, name in enumerate(sorted(kept))
     ]
 

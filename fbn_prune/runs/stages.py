@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from fbn_prune.data.calibration import Batch, CalibrationData, TokenBlocks, calibration_data
-from fbn_prune.model.streaming import down_weights
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.networks.discovery import DiscoveryOptions, discover
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.networks.ranking import knockout_rise, output_energy, strongest_first
@@ -48,7 +47,7 @@ def load_calibration(prepared: Prepared, tokenizer: Any) -> CalibrationData:
 
 def find_networks(
     prepared: Prepared,
-    model: PreTrainedModel,
+    adapter: ModelAdapter,
     tokenizer: Any,
     data: CalibrationData,
     clock: StageClock,
@@ -56,7 +55,7 @@ def find_networks(
     recurrence: bool = False,
 ) -> FunctionalNetworks:
     """Discover the networks of a loaded model, with their output energy filled in."""
-    recipe, family = prepared.recipe, prepared.family
+    recipe = prepared.recipe
     header = {
         "tool": f"fbn-prune {tool_version()}",
         "torch": torch.__version__,
@@ -70,8 +69,7 @@ def find_networks(
         recipe.networks, recipe.network_tokens, recipe.scope, recipe.seed, recurrence
     )
     networks = discover(
-        model,
-        family,
+        adapter,
         data.calibrating,
         options,
         tokenizer=tokenizer,
@@ -80,7 +78,7 @@ def find_networks(
         header=header,
         clock=clock,
     )
-    return replace(networks, energy=output_energy(networks, down_weights(model, family)))
+    return replace(networks, energy=output_energy(networks, adapter.down_weights()))
 
 
 def load_task(prepared: Prepared, tokenizer: Any, data: CalibrationData) -> TaskCalibration | None:
@@ -98,7 +96,7 @@ def load_task(prepared: Prepared, tokenizer: Any, data: CalibrationData) -> Task
 
 def match_to_task(
     prepared: Prepared,
-    model: PreTrainedModel,
+    adapter: ModelAdapter,
     networks: FunctionalNetworks | None,
     task: TaskCalibration,
     clock: StageClock,
@@ -112,8 +110,7 @@ def match_to_task(
         return kept.tensors("activity", lambda: {"activity": compute().cpu()})["activity"]
 
     return match_calibration(
-        model,
-        prepared.family,
+        adapter,
         networks,
         task.data.calibrating,
         task.examples,
@@ -126,7 +123,7 @@ def match_to_task(
 
 def rank_scores(
     prepared: Prepared,
-    model: PreTrainedModel,
+    adapter: ModelAdapter,
     networks: FunctionalNetworks,
     data: CalibrationData,
     matched: MatchedCalibration | None,
@@ -141,17 +138,17 @@ def rank_scores(
         # Networks from a file may have been found on another model, whose weights gave them another energy.
         if prepared.networks is None and networks.energy is not None:
             return networks.energy
-        return output_energy(networks, down_weights(model, prepared.family))
+        return output_energy(networks, adapter.down_weights())
     few: list[Batch] = []
     for batch in data.calibrating.batches(prepared.batch_tokens):
         if sum(other.tokens for other in few) < KNOCKOUT_TOKENS:
             few.append(batch)
-    return knockout_rise(model, prepared.family, networks, few, clock)
+    return knockout_rise(adapter, networks, few, clock)
 
 
 def rank_networks(
     prepared: Prepared,
-    model: PreTrainedModel,
+    adapter: ModelAdapter,
     networks: FunctionalNetworks | None,
     data: CalibrationData,
     matched: MatchedCalibration | None,
@@ -160,11 +157,11 @@ def rank_networks(
     """Networks, strongest first; empty without networks."""
     if networks is None:
         return []
-    return strongest_first(rank_scores(prepared, model, networks, data, matched, clock))
+    return strongest_first(rank_scores(prepared, adapter, networks, data, matched, clock))
 
 
 def recover_model(
-    prepared: Prepared, model: PreTrainedModel, blocks: TokenBlocks, work: Work, clock: StageClock
+    prepared: Prepared, adapter: ModelAdapter, blocks: TokenBlocks, work: Work, clock: StageClock
 ) -> dict[str, Tensor]:
     """Train the cut model in place towards the dense one; its new weights by their names in the checkpoint."""
     from fbn_prune.pruning.recovery.healing import (  # peft is slow
@@ -173,16 +170,16 @@ def recover_model(
         healed_tensors,
     )
 
-    recipe, family = prepared.recipe, prepared.family
+    recipe = prepared.recipe
     with clock.stage("load"):
         dense = prepared.load_model()
     options = RecoveryOptions(recipe.recover_passes, recipe.recover_rank, recipe.seed)
-    heal(model, dense, family, blocks, options, clock, store=work)
-    return healed_tensors(model, family, prepared.checkpoint)
+    heal(adapter, dense, blocks, options, clock, store=work)
+    return healed_tensors(adapter, prepared.checkpoint)
 
 
 def loss_roots_of(
-    prepared: Prepared, model: PreTrainedModel, blocks: TokenBlocks, clock: StageClock
+    prepared: Prepared, adapter: ModelAdapter, blocks: TokenBlocks, clock: StageClock
 ) -> list[Tensor] | None:
     """R of each layer, where errors are to be scored as the loss feels them."""
     if not prepared.recipe.needs_gradients:
@@ -190,5 +187,5 @@ def loss_roots_of(
     batches = blocks.subset(GRADIENT_TOKENS).batches(prepared.batch_tokens // 4)
     return [
         loss_root(sensitivity)
-        for sensitivity in output_sensitivity(model, prepared.family, batches, clock)
+        for sensitivity in output_sensitivity(adapter, batches, clock)
     ]

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from fbn_prune.data.calibration import CalibrationData
 from fbn_prune.errors import InvalidInput
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.placement import layer_bytes
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.networks.ranking import strongest_first
@@ -31,7 +30,7 @@ class Studied:
     """A loaded model with its networks, ready to be looked at."""
 
     prepared: Prepared
-    model: PreTrainedModel
+    adapter: ModelAdapter
     tokenizer: Any
     data: CalibrationData
     networks: FunctionalNetworks
@@ -88,17 +87,17 @@ def study(recipe: Recipe, clock: StageClock) -> Studied:
         task = load_task(prepared, tokenizer, data)
         data = data if task is None else task.data
     with clock.stage("load"):
-        model = prepared.load_whole_model()
+        adapter = prepared.load_whole_model()
     networks = prepared.networks
     if networks is None:
-        networks = find_networks(prepared, model, tokenizer, data, clock)
-    matched = None if task is None else match_to_task(prepared, model, networks, task, clock)
-    return Studied(prepared, model, tokenizer, data, networks, matched)
+        networks = find_networks(prepared, adapter, tokenizer, data, clock)
+    matched = None if task is None else match_to_task(prepared, adapter, networks, task, clock)
+    return Studied(prepared, adapter, tokenizer, data, networks, matched)
 
 
 def run_rank(recipe: Recipe, clock: StageClock) -> Ranking:
     """The `rank` command: every network with its score, strongest first."""
     on = study(recipe, clock)
-    scores = rank_scores(on.prepared, on.model, on.networks, on.data, on.matched, clock)
+    scores = rank_scores(on.prepared, on.adapter, on.networks, on.data, on.matched, clock)
     order = strongest_first(scores)
     return Ranking(recipe.model, recipe.rank_or_default, order, on.networks, scores.tolist())
