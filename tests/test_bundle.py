@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from fbn_prune.cli.main import _exit_code
 from fbn_prune.data import builtin
 from fbn_prune.errors import InvalidInput
-from fbn_prune.export.ragged import write_ragged_checkpoint
 from fbn_prune.export.writer import write_checkpoint
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.kept_neurons import KEPT_FILE, KeptNeurons
 from fbn_prune.model.surgery import MlpCut
@@ -40,17 +40,16 @@ def prune(model: Path, output: Path, widths: Sequence[int], seed: int, **more: b
     source = Checkpoint.open(model)
     generator = torch.Generator().manual_seed(seed)
     full = source.family.width(source.config)
-    live = source.load_model("cpu", torch.float32)
+    live = ModelAdapter(source.load_model("cpu", torch.float32))
     cuts = []
     for layer, width in enumerate(widths):
         kept = torch.randperm(full, generator=generator)[:width].sort().values
-        weight = source.family.down_weight(live, layer)[:, kept]
+        weight = live.down_weight(layer)[:, kept]
         change = 0.3 * torch.randn(weight.shape, generator=generator)
         bias = torch.randn(HIDDEN, generator=generator) if more.get("bias") else None
         cuts.append(MlpCut(kept, weight + change, bias))
     output.mkdir()
-    write = write_checkpoint if len(set(widths)) == 1 else write_ragged_checkpoint
-    write(source, source.family, cuts, output)
+    write_checkpoint(source, cuts, output)
     KeptNeurons((full,) * len(widths), tuple(cut.kept for cut in cuts)).save(output / KEPT_FILE)
     return output
 

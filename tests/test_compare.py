@@ -17,6 +17,7 @@ from tiny_models import save_tiny
 
 from fbn_prune.cli.main import _exit_code
 from fbn_prune.model.surgery import MlpCut
+from fbn_prune.pruning import cutting
 from fbn_prune.recipe import CRITERION_NAMES
 from fbn_prune.runs import compare, memory
 from fbn_prune.runs.study import Studied
@@ -104,10 +105,10 @@ class Watched:
         self.on, self.measured = on, self.measured + 1
         gc.collect()
         self._known = {id(each) for each in _parameters()}
-        self.before = copy.deepcopy(on.model.state_dict()), on.model.config.to_dict()
-        last = on.prepared.family.output_module(on.model, on.prepared.layers - 1)
+        self.before = copy.deepcopy(on.adapter.model.state_dict()), on.adapter.config.to_dict()
+        last = on.adapter.output_module(on.prepared.layers - 1)
         hooks = [
-            on.prepared.family.output_module(on.model, layer).register_forward_hook(self._look)
+            on.adapter.output_module(layer).register_forward_hook(self._look)
             for layer in range(on.prepared.layers)
         ]
         if self.measured == self._interrupted_in:
@@ -126,7 +127,7 @@ class Watched:
         raise KeyboardInterrupt
 
     def is_as_before(self) -> bool:
-        model, (weights, config) = self.on.model, self.before
+        model, (weights, config) = self.on.adapter.model, self.before
         now = model.state_dict()
         same = all(torch.equal(now[name], value) for name, value in weights.items())
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -155,12 +156,12 @@ def test_a_comparison_that_fails_leaves_the_model_as_it_was(
     tiny: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     watched = Watched(monkeypatch)
-    rounded = compare.rounded_cut
+    rounded = cutting.rounded_cut
 
     def infinite(cut: MlpCut, dtype: torch.dtype) -> MlpCut:
         return replace(rounded(cut, dtype), down_weight=cut.down_weight.fill_(torch.inf))
 
-    monkeypatch.setattr(compare, "rounded_cut", infinite)
+    monkeypatch.setattr(cutting, "rounded_cut", infinite)
     command = ["compare", *arguments(tiny, text), "--kept", "0.5", "--criteria", "flap,networks"]
     assert _exit_code(command) == 1
     assert "not finite" in capsys.readouterr().err
@@ -174,18 +175,17 @@ def test_beside_the_model_a_comparison_holds_one_cut_layer(
     watched = Watched(monkeypatch)
     command = ["compare", *arguments(tiny, text), "--kept", "0.9,0.5"]
     assert _exit_code(command) == 0
-    model, family = watched.on.model, watched.on.prepared.family
-    layer = family.layer_modules(model)[0]
+    adapter = watched.on.adapter
     of_the_mlp = sum(
         each.nbytes
-        for projection in family.projections
-        for each in layer.get_submodule(projection.path).parameters()
+        for projection in adapter.family.projections
+        for each in adapter.module(0, projection).parameters()
     )
     cells = 2 * len(CRITERION_NAMES)
     assert watched.measured == cells
     assert len(watched.beside) == 1 + cells * watched.on.prepared.layers
     assert 0 < max(watched.beside) <= of_the_mlp  # cut, with the biases that some criteria bring
-    assert max(watched.beside) < sum(each.nbytes for each in model.parameters()) / 4
+    assert max(watched.beside) < sum(each.nbytes for each in adapter.model.parameters()) / 4
 
 
 def test_a_comparison_on_a_disk_without_room_says_so_before_it_cuts(

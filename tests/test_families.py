@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fbn_prune.errors import FbnPruneError, InvalidInput
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.families import FAMILIES, family_of
-from fbn_prune.model.surgery import MlpCut, apply_cut, cut_tensor, pruned_config
+from fbn_prune.model.surgery import MlpCut, cut_config, cut_of, cut_tensor
 
 every_family = pytest.mark.parametrize("name", FAMILY_CONFIGS)
 TOKENS = torch.arange(3, 40).view(1, -1)
@@ -26,8 +27,7 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 def plain_cut(model: PreTrainedModel, layer: int, kept: Tensor, **more: Any) -> MlpCut:
     """The neurons outside `kept` go, the others' weights stay as they are."""
-    weight = family_of(model.config).down_weight(model, layer)
-    return MlpCut(kept, weight[:, kept].clone(), **more)
+    return MlpCut(kept, ModelAdapter(model).down_weight(layer)[:, kept].clone(), **more)
 
 
 def some_neurons(width: int, count: int, seed: int) -> Tensor:
@@ -37,14 +37,13 @@ def some_neurons(width: int, count: int, seed: int) -> Tensor:
 
 def cut_all(model: PreTrainedModel, count: int) -> list[MlpCut]:
     """Cut a different random set out of every layer."""
-    family = family_of(model.config)
-    width = family.width(model.config)
+    adapter = ModelAdapter(model)
     cuts = [
-        plain_cut(model, i, some_neurons(width, count, seed=i))
-        for i in range(family.num_layers(model.config))
+        plain_cut(model, layer, some_neurons(width, count, seed=layer))
+        for layer, width in enumerate(adapter.widths)
     ]
     for layer, cut in enumerate(cuts):
-        apply_cut(model, family, layer, cut)
+        adapter.cut(layer, cut)
     return cuts
 
 
@@ -69,10 +68,11 @@ def test_config_helpers_agree_for_a_loaded_config_and_for_its_json(name: str) ->
 @every_family
 def test_output_module_reads_the_activation_that_down_weight_multiplies(name: str) -> None:
     model = make_model(name)
-    family = family_of(model.config)
+    adapter = ModelAdapter(model)
+    family = adapter.family
     for layer in range(LAYERS):
         seen: list[tuple[Tensor, Tensor]] = []
-        module = family.output_module(model, layer)
+        module = adapter.output_module(layer)
         # cloned: Falcon adds its attention's output to the MLP's in place
         hook = module.register_forward_hook(
             lambda _, args, out, seen=seen: seen.append((args[0], out.clone()))
@@ -80,13 +80,13 @@ def test_output_module_reads_the_activation_that_down_weight_multiplies(name: st
         logits(model)
         hook.remove()
         activation, output = seen[0]
-        weight, bias = family.down_weight(model, layer), family.down_bias(model, layer)
+        weight, bias = adapter.down_weight(layer), adapter.down_bias(layer)
         assert weight.shape == (HIDDEN, family.width(model.config))
         assert activation.shape[-1] == weight.shape[1]
         expected = activation @ weight.T + (0 if bias is None else bias)
         torch.testing.assert_close(output, expected)
         assert (bias is not None) == family.has_bias(model.config)
-        for rows in family.input_weights(model, layer):
+        for rows in adapter.input_weights(layer):
             assert rows.shape == (family.width(model.config), HIDDEN)
 
 
@@ -122,12 +122,12 @@ def test_keeping_every_neuron_changes_no_logit(name: str) -> None:
 @every_family
 def test_removing_neurons_with_a_zero_column_changes_no_logit(name: str) -> None:
     model = make_model(name)
-    family = family_of(model.config)
-    width = family.width(model.config)
+    adapter = ModelAdapter(model)
+    width = adapter.widths[0]
     for layer in range(LAYERS):
         silent = torch.ones(width, dtype=torch.bool)
         silent[some_neurons(width, width // 2, seed=layer)] = False
-        family.down_weight(model, layer)[:, silent] = 0.0
+        adapter.down_weight(layer)[:, silent] = 0.0
     before = logits(model)
     cut_all(model, width // 2)
     torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
@@ -178,9 +178,8 @@ def test_cut_tensors_are_the_live_models(name: str) -> None:
     cuts = cut_all(model, 8)
     after = model.state_dict()
     for tensor_name, tensor in original.state_dict().items():
-        location = family.locate(tensor_name)
-        if location is not None:
-            tensor = cut_tensor(family, location, tensor, cuts[location.layer])
+        if (cut := cut_of(family, tensor_name, cuts)) is not None:
+            tensor = cut_tensor(family, original.config, tensor_name, tensor, cut)
         assert torch.equal(tensor, after[tensor_name]), tensor_name
 
 
@@ -188,19 +187,17 @@ def test_cut_tensors_are_the_live_models(name: str) -> None:
 def test_a_module_reports_the_shape_it_has(name: str) -> None:
     model = make_model(name)
     cut_all(model, 8)
-    assert f"{4 * HIDDEN}" not in repr(
-        family_of(model.config)
-        .layer_modules(model)[0]
-        .get_submodule(family_of(model.config).output.path)
-    )
-    assert "8" in repr(family_of(model.config).output_module(model, 0))
+    module = repr(ModelAdapter(model).output_module(0))
+    assert f"{4 * HIDDEN}" not in module
+    assert "8" in module
 
 
 def test_output_weights_take_the_values_of_the_stored_dtype() -> None:
     model = make_model("llama")
     cut = plain_cut(model, 0, torch.arange(8))
-    apply_cut(model, family_of(model.config), 0, cut, round_to=torch.bfloat16)
-    weight = family_of(model.config).down_weight(model, 0)
+    adapter = ModelAdapter(model)
+    adapter.cut(0, cut, round_to=torch.bfloat16)
+    weight = adapter.down_weight(0)
     assert weight.dtype == torch.float32
     assert torch.equal(weight, cut.down_weight.bfloat16().float())
     assert not torch.equal(weight, cut.down_weight)
@@ -210,21 +207,21 @@ def test_an_output_weight_beyond_the_stored_dtype_is_an_error() -> None:
     model = make_model("llama")
     cut = MlpCut(torch.arange(2), torch.full((HIDDEN, 2), 1e6))
     with pytest.raises(FbnPruneError, match=r"not finite in torch\.float16"):
-        apply_cut(model, family_of(model.config), 0, cut, round_to=torch.float16)
+        ModelAdapter(model).cut(0, cut, round_to=torch.float16)
 
 
 @pytest.mark.parametrize("name", ["llama", "granite"])
 def test_a_new_bias_reaches_the_output_and_the_config(name: str, tmp_path: Path) -> None:
     model = make_model(name)
-    family = family_of(model.config)
+    adapter = ModelAdapter(model)
     bias = torch.randn(HIDDEN, generator=torch.Generator().manual_seed(0))
-    apply_cut(model, family, 1, plain_cut(model, 1, torch.arange(WIDTH), down_bias=bias))
+    adapter.cut(1, plain_cut(model, 1, torch.arange(WIDTH), down_bias=bias))
     assert model.config.mlp_bias is True
     seen: list[Tensor] = []
-    family.layer_modules(model)[1].mlp.register_forward_hook(lambda _, a, out: seen.append(out))
+    adapter.layers[1].mlp.register_forward_hook(lambda _, a, out: seen.append(out))
     cut = logits(model)
     dense = make_model(name)
-    family.layer_modules(dense)[1].mlp.register_forward_hook(lambda _, a, out: seen.append(out))
+    ModelAdapter(dense).layers[1].mlp.register_forward_hook(lambda _, a, out: seen.append(out))
     logits(dense)
     torch.testing.assert_close(seen[0], seen[1] + bias)
     model.save_pretrained(tmp_path)
@@ -234,29 +231,30 @@ def test_a_new_bias_reaches_the_output_and_the_config(name: str, tmp_path: Path)
 @pytest.mark.parametrize("name", ["llama-mlp-bias", "gpt2", "gpt_neox", "opt", "falcon-bias"])
 def test_a_new_bias_replaces_the_one_that_is_there(name: str) -> None:
     model = make_model(name)
-    family = family_of(model.config)
+    adapter = ModelAdapter(model)
     bias = torch.randn(HIDDEN, generator=torch.Generator().manual_seed(0))
-    width = family.width(model.config)
-    apply_cut(model, family, 0, plain_cut(model, 0, torch.arange(width), down_bias=bias))
-    assert torch.equal(family.down_bias(model, 0), bias)
+    adapter.cut(0, plain_cut(model, 0, torch.arange(adapter.widths[0]), down_bias=bias))
+    assert torch.equal(adapter.down_bias(0), bias)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "mistral", "gemma2", "phi3", "falcon"])
 def test_a_bias_without_a_place_is_refused(name: str) -> None:
     model = make_model(name)
-    family = family_of(model.config)
+    adapter = ModelAdapter(model)
+    family = adapter.family
     cut = plain_cut(model, 0, torch.arange(8), down_bias=torch.ones(HIDDEN))
     assert not family.accepts_bias(model.config)
     with pytest.raises(InvalidInput, match="no place for an MLP output bias"):
-        apply_cut(model, family, 0, cut)
+        adapter.cut(0, cut)
     with pytest.raises(InvalidInput, match="no place for an MLP output bias"):
-        pruned_config(model.config.to_dict(), family, 8, needs_bias=True)
-    assert family.down_weight(model, 0).shape[1] == family.width(model.config)
+        cut_config(model.config.to_dict(), family, [cut] * LAYERS)
+    assert adapter.down_weight(0).shape[1] == family.width(model.config)
 
 
-def test_pruned_config_changes_width_and_bias_alone() -> None:
+def test_a_cut_config_changes_width_and_bias_alone() -> None:
     config = FAMILY_CONFIGS["llama"]().to_dict() | {"auto_map": {"AutoConfig": "code.Config"}}
-    pruned = pruned_config(config, family_of(config), 8, needs_bias=True)
+    cut = MlpCut(torch.arange(8), torch.zeros(HIDDEN, 8), torch.zeros(HIDDEN))
+    pruned = cut_config(config, family_of(config), [cut] * LAYERS)
     changed = {key for key in config | pruned if config.get(key) != pruned.get(key)}
     assert changed == {"intermediate_size", "mlp_bias", "auto_map"}
     assert (pruned["intermediate_size"], pruned["mlp_bias"]) == (8, True)

@@ -17,7 +17,7 @@ from fbn_prune.cli.main import _exit_code
 from fbn_prune.errors import InvalidInput
 from fbn_prune.export.gguf import write_gguf
 from fbn_prune.export.gguf_tokenizer import CONTROL, UNUSED
-from fbn_prune.export.ragged import write_ragged_checkpoint
+from fbn_prune.export.writer import write_checkpoint
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.surgery import MlpCut
 
@@ -53,7 +53,7 @@ def ragged(folder: Path, name: str, out: Path) -> Checkpoint:
         for width in (4, WIDTH, 7)
     ]
     out.mkdir()
-    write_ragged_checkpoint(source, source.family, cuts, out)
+    write_checkpoint(source, cuts, out)
     return Checkpoint.open(out, ragged=True)
 
 

@@ -65,5 +65,5 @@ def test_a_model_too_large_for_the_first_gpu_is_loaded_onto_both(
     monkeypatch.setattr(memory, "free_memory", lambda device: 0)
     prepared = prepare(recipe(tmp_path))
     assert prepared.memory.placement is not None
-    model = replace(prepared, memory=replace(prepared.memory, placement=(0, 0, 1))).load_model()
-    assert {parameter.device.index for parameter in model.parameters()} == {0, 1}
+    adapter = replace(prepared, memory=replace(prepared.memory, placement=(0, 0, 1))).load_model()
+    assert {parameter.device.index for parameter in adapter.model.parameters()} == {0, 1}

@@ -23,10 +23,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fbn_prune.errors import InvalidInput
 from fbn_prune.export.gguf import write_gguf
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.families import family_of
 from fbn_prune.model.heads import HeadCut
-from fbn_prune.model.surgery import MlpCut, apply_cut
+from fbn_prune.model.surgery import MlpCut
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.cutting import FinishedLayer
 from fbn_prune.pruning.second_order import choose_groups, output_error, refit
@@ -100,24 +101,25 @@ def test_groups_of_one_are_the_neurons_that_the_second_order_keeps(seed: int) ->
 def test_without_a_group_that_gives_nothing_the_model_is_the_same(name: str) -> None:
     """Query, key, value and output rows of one group go together: another one's would show."""
     model = make_model(name)
-    family = family_of(model.config)
+    adapter = ModelAdapter(model)
+    family = adapter.family
     shape = family.head_shape(model.config)
     assert (shape.groups, shape.queries) == (2, 2)
     for layer in range(LAYERS):
-        out = family.attention_output(model, layer)
+        out = adapter.attention_output(layer)
         silent = layer % 2
         with torch.no_grad():
             out.weight[:, silent * shape.width : (silent + 1) * shape.width] = 0
     before = logits(model)
     for layer in range(LAYERS):
-        out = family.attention_output(model, layer).weight.detach()
+        out = adapter.attention_output(layer).weight.detach()
         stays = 1 - layer % 2
         heads = HeadCut(
             torch.tensor([stays]), out[:, stays * shape.width : (stays + 1) * shape.width]
         )
-        down = family.down_weight(model, layer)
+        down = adapter.down_weight(layer)
         whole = MlpCut(torch.arange(down.shape[1]), down.clone(), heads=heads)
-        apply_cut(model, family, layer, whole)
+        adapter.cut(layer, whole)
         assert torch.allclose(logits(model), before, atol=1e-5)
     assert family.head_shape(model.config) == replace(shape, groups=1)
     generated = model.generate(TOKENS, max_new_tokens=4, do_sample=False)
@@ -146,7 +148,7 @@ def test_what_is_measured_is_what_stock_transformers_loads(
     from fbn_prune.runs.opening import load_calibration
 
     held_out = load_calibration(prepared, prepared.checkpoint.load_tokenizer()).held_out
-    assert perplexity(written, held_out.batches(400)) == pytest.approx(
+    assert perplexity(ModelAdapter(written), held_out.batches(400)) == pytest.approx(
         result.perplexity_after, rel=1e-4
     )
     card = (tmp_path / "out" / "README.md").read_text()

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fbn_prune.cli.main import _exit_code
 from fbn_prune.errors import InvalidInput
-from fbn_prune.model.families import family_of
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.networks.ablation import Ablation, largest, random_like
 from fbn_prune.networks.interventions import amplified, masked, retained
 
@@ -31,26 +31,22 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 
 def some_neurons(model: PreTrainedModel, seed: int = 0) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    family = family_of(model.config)
-    return [
-        torch.rand(family.width(model.config), generator=generator) < 0.4
-        for _ in range(family.num_layers(model.config))
-    ]
+    return [torch.rand(width, generator=generator) < 0.4 for width in ModelAdapter(model).widths]
 
 
 @pytest.mark.parametrize("name", sorted(FAMILY_CONFIGS))
 def test_masking_is_zeroing_the_weights_and_leaves_no_trace(name: str) -> None:
     model = make_model(name)
-    family, masks = family_of(model.config), some_neurons(model)
+    adapter, masks = ModelAdapter(model), some_neurons(model)
     before = logits(model)
-    with masked(model, family, masks):
+    with masked(adapter, masks):
         silenced = logits(model)
     assert torch.equal(logits(model), before)
-    with retained(model, family, [~mask for mask in masks]):
+    with retained(adapter, [~mask for mask in masks]):
         assert torch.equal(logits(model), silenced)
     with torch.no_grad():
         for layer, mask in enumerate(masks):
-            family.down_weight(model, layer)[:, mask] = 0
+            adapter.down_weight(layer)[:, mask] = 0
     assert not torch.equal(silenced, before)
     assert torch.equal(logits(model), silenced)
 
@@ -58,13 +54,13 @@ def test_masking_is_zeroing_the_weights_and_leaves_no_trace(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_amplifying_by_one_changes_no_bit(dtype: torch.dtype) -> None:
     model = make_model("llama", dtype=dtype)
-    family, masks = family_of(model.config), some_neurons(model)
+    adapter, masks = ModelAdapter(model), some_neurons(model)
     before = logits(model)
-    with amplified(model, family, masks, 1.0):
+    with amplified(adapter, masks, 1.0):
         assert torch.equal(logits(model), before)
-    with amplified(model, family, masks, 0.0), torch.inference_mode():
+    with amplified(adapter, masks, 0.0), torch.inference_mode():
         none = logits(model)
-    with masked(model, family, masks):
+    with masked(adapter, masks):
         assert torch.equal(logits(model), none)
 
 
@@ -72,18 +68,18 @@ def test_amplifying_by_one_changes_no_bit(dtype: torch.dtype) -> None:
 @settings(max_examples=15, deadline=None)
 def test_amplifying_is_scaling_the_weights(factor: float, seed: int) -> None:
     model = make_model("llama")
-    family, masks = family_of(model.config), some_neurons(model, seed)
-    with amplified(model, family, masks, factor):
+    adapter, masks = ModelAdapter(model), some_neurons(model, seed)
+    with amplified(adapter, masks, factor):
         louder = logits(model)
     with torch.no_grad():
         for layer, mask in enumerate(masks):
-            family.down_weight(model, layer)[:, mask] *= factor
+            adapter.down_weight(layer)[:, mask] *= factor
     assert torch.allclose(logits(model), louder, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize(
     "enter",
-    [masked, retained, lambda model, family, masks: amplified(model, family, masks, 3.0)],
+    [masked, retained, lambda adapter, masks: amplified(adapter, masks, 3.0)],
 )
 def test_an_exception_inside_restores_every_bit(
     enter: Callable[..., AbstractContextManager[None]],
@@ -93,7 +89,7 @@ def test_an_exception_inside_restores_every_bit(
     changed = []
 
     def fails() -> None:
-        with enter(model, family_of(model.config), some_neurons(model)):
+        with enter(ModelAdapter(model), some_neurons(model)):
             changed.append(not torch.equal(logits(model), before))
             raise KeyError("inside")
 
@@ -118,7 +114,7 @@ def test_masks_that_do_not_fit_are_refused_and_leave_no_trace(
     before = logits(model)
     with (
         pytest.raises(InvalidInput, match=message),
-        masked(model, family_of(model.config), damage(some_neurons(model))),
+        masked(ModelAdapter(model), damage(some_neurons(model))),
     ):
         raise AssertionError("entered")
     assert torch.equal(logits(model), before)
@@ -126,11 +122,11 @@ def test_masks_that_do_not_fit_are_refused_and_leave_no_trace(
 
 def test_interventions_nest() -> None:
     model = make_model("llama")
-    family = family_of(model.config)
+    adapter = ModelAdapter(model)
     first, second = some_neurons(model, 1), some_neurons(model, 2)
-    with masked(model, family, first), masked(model, family, second):
+    with masked(adapter, first), masked(adapter, second):
         both = logits(model)
-    with masked(model, family, [a | b for a, b in zip(first, second, strict=True)]):
+    with masked(adapter, [a | b for a, b in zip(first, second, strict=True)]):
         assert torch.equal(logits(model), both)
 
 
@@ -150,9 +146,9 @@ def test_an_unchanged_model_shows_no_rise() -> None:
     from fbn_prune.data.calibration import TokenBlocks
 
     model = make_model("llama")
-    family = family_of(model.config)
+    adapter = ModelAdapter(model)
     batches = TokenBlocks((IDS[0],), 64, ("here",)).batches(100)
-    ablation = Ablation(model, family, {"a": batches, "b": batches})
+    ablation = Ablation(adapter, {"a": batches, "b": batches})
     dense = ablation.dense()
     same = ablation.measure(ablation.action("amplify", 1.0), some_neurons(model))
     assert same.quality.rises(dense) == {"a": 0.0, "b": 0.0}
@@ -255,10 +251,10 @@ def test_ablate_measures_tasks_of_the_harness_as_evaluate_does(
     silent = command("ablate", tiny, text, *tasks, *few, "--z", "0")
     everything_masked = shown(capsys, silent)["growing"]["mask"][0]["tasks"]["questions"]
     model = AutoModelForCausalLM.from_pretrained(tiny)
-    family = family_of(model.config)
+    adapter = ModelAdapter(model)
     with torch.no_grad():
         for layer in range(3):
-            family.down_weight(model, layer).zero_()
+            adapter.down_weight(layer).zero_()
     model.save_pretrained(tmp_path / "without")
     make_tokenizer().save_pretrained(tmp_path / "without")
     zeroed = shown(capsys, ["evaluate", "--model", str(tmp_path / "without"), *tasks])

@@ -7,7 +7,7 @@ import torch
 from tiny_models import CONTEXT, FAMILY_CONFIGS, make_model
 
 from fbn_prune.data.calibration import TokenBlocks
-from fbn_prune.model.families import family_of
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.layerwise import LayerwiseForward
 from fbn_prune.model.perplexity import mean_loss
 
@@ -24,18 +24,18 @@ def blocks(*lengths: int) -> TokenBlocks:
 @pytest.mark.parametrize("name", FAMILY_CONFIGS)
 def test_layer_by_layer_equals_the_whole_forward_pass(name: str) -> None:
     model = make_model(name)
-    family = family_of(model.config)
+    adapter = ModelAdapter(model)
     data = blocks(20, 48, 48, 33)
     batches = data.batches(100)
     seen: dict[int, list[torch.Tensor]] = {}
-    stream = LayerwiseForward(model, family, batches)
-    layers = family.num_layers(model.config)
+    stream = LayerwiseForward(adapter, batches)
+    layers = adapter.num_layers
     for layer in range(layers):
         seen[layer] = [torch.empty(0)] * len(batches)
         stream.advance(lambda index, x, layer=layer: seen[layer].__setitem__(index, x.clone()))
     expected: dict[int, torch.Tensor] = {}
     handles = [
-        family.output_module(model, layer).register_forward_pre_hook(
+        adapter.output_module(layer).register_forward_pre_hook(
             lambda module, args, layer=layer: expected.__setitem__(layer, args[0].flatten(0, -2))
         )
         for layer in range(layers)
@@ -52,34 +52,33 @@ def test_layer_by_layer_equals_the_whole_forward_pass(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILY_CONFIGS)
 def test_padding_changes_nothing(name: str) -> None:
-    model = make_model(name)
+    adapter = ModelAdapter(make_model(name))
     data = blocks(40, 9, 23)
-    together = mean_loss(model, data.batches(1000))
-    apart = mean_loss(model, data.batches(1))
+    together = mean_loss(adapter, data.batches(1000))
+    apart = mean_loss(adapter, data.batches(1))
     assert together == pytest.approx(apart, rel=1e-5)
 
 
 def test_the_model_is_left_as_it_was_even_after_an_error() -> None:
     model = make_model("llama")
-    family = family_of(model.config)
+    adapter = ModelAdapter(model)
     ids = torch.arange(12)[None]
     before = model(input_ids=ids).logits
-    stream = LayerwiseForward(model, family, blocks(16).batches(16))
+    stream = LayerwiseForward(adapter, blocks(16).batches(16))
 
     def fail(index: int, x: torch.Tensor) -> None:
         raise RuntimeError("observer")
 
     with pytest.raises(RuntimeError, match="observer"):
         stream.advance(fail)
-    assert all("forward" not in layer.__dict__ for layer in family.layer_modules(model))
+    assert all("forward" not in layer.__dict__ for layer in adapter.layers)
     assert torch.equal(model(input_ids=ids).logits, before)
 
 
 def test_the_time_of_observers_is_not_counted_as_the_models() -> None:
     import time
 
-    model = make_model("llama")
-    stream = LayerwiseForward(model, family_of(model.config), blocks(16).batches(16))
+    stream = LayerwiseForward(ModelAdapter(make_model("llama")), blocks(16).batches(16))
     start = time.perf_counter()
     stream.advance(lambda index, x: time.sleep(0.2))
     assert stream.forward_seconds < time.perf_counter() - start - 0.15

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from fbn_prune.cli.main import _exit_code
 from fbn_prune.data.calibration import TokenBlocks
 from fbn_prune.errors import FbnPruneError
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.model.families import family_of
 from fbn_prune.model.streaming import SpilledCuts
-from fbn_prune.model.surgery import MlpCut, apply_cut, as_if_cut
+from fbn_prune.model.surgery import MlpCut
 from fbn_prune.pruning.layout import _surely_less, _tried_every
 from fbn_prune.recipe import parse_count, parse_size
 from fbn_prune.runs import prune
@@ -274,15 +274,15 @@ SIZES = ("in_features", "out_features", "nx", "nf")
 @pytest.mark.parametrize("name", FAMILY_CONFIGS)
 def test_a_model_as_if_cut_is_the_cut_model_and_then_itself_again(name: str) -> None:
     model, other = make_model(name), make_model(name)
-    family = family_of(model.config)
+    adapter, cut_one = ModelAdapter(model), ModelAdapter(other)
     ids = torch.arange(3, 40)[None]
-    cuts = five_of_each_layer(family.accepts_bias(model.config))
+    cuts = five_of_each_layer(adapter.family.accepts_bias(model.config))
     for layer, cut in enumerate(cuts):
-        apply_cut(other, family, layer, cut, round_to=torch.float16)
+        cut_one.cut(layer, cut, round_to=torch.float16)
     was, weights = everything(model), copy.deepcopy(model.state_dict())
     with torch.inference_mode():
         before = model(ids).logits
-        with as_if_cut(model, family, cuts, round_to=torch.float16):
+        with adapter.trying(cuts, round_to=torch.float16):
             for _ in range(2):
                 assert torch.equal(model(ids).logits, other(ids).logits)
         assert torch.equal(model(ids).logits, before)
@@ -294,9 +294,9 @@ def test_a_model_as_if_cut_is_the_cut_model_and_then_itself_again(name: str) -> 
 @pytest.mark.parametrize("where", ["in the cut", "in the layer", "between layers"])
 def test_a_model_as_if_cut_is_itself_again_wherever_it_breaks_off(name: str, where: str) -> None:
     model = make_model(name)
-    family = family_of(model.config)
+    adapter = ModelAdapter(model)
     ids = torch.arange(3, 40)[None]
-    cuts = five_of_each_layer(family.accepts_bias(model.config))
+    cuts = five_of_each_layer(adapter.family.accepts_bias(model.config))
     was, weights = everything(model), copy.deepcopy(model.state_dict())
     before = model(ids).logits
 
@@ -306,13 +306,13 @@ def test_a_model_as_if_cut_is_itself_again_wherever_it_breaks_off(name: str, whe
     broken = [*cuts[:1], replace(cuts[1], down_weight=cuts[1].down_weight * 1e300), *cuts[2:]]
     module = {
         "in the cut": None,
-        "in the layer": family.output_module(model, 1),
-        "between layers": family.layer_modules(model)[1],
+        "in the layer": adapter.output_module(1),
+        "between layers": adapter.layers[1],
     }[where]
     hook = None if module is None else module.register_forward_hook(breaks_off)
     with (
         pytest.raises(FbnPruneError if hook is None else KeyboardInterrupt),
-        as_if_cut(model, family, broken if hook is None else cuts),
+        adapter.trying(broken if hook is None else cuts),
     ):
         model(ids)
     if hook is not None:
@@ -324,17 +324,17 @@ def test_a_model_as_if_cut_is_itself_again_wherever_it_breaks_off(name: str, whe
 
 def test_a_forward_pass_that_broke_off_does_not_reach_into_the_next() -> None:
     model, other = make_model("llama"), make_model("llama")
-    family = family_of(model.config)
+    adapter, cut_one = ModelAdapter(model), ModelAdapter(other)
     ids = torch.arange(3, 40)[None]
     cuts = five_of_each_layer(True)
     for layer, cut in enumerate(cuts):
-        apply_cut(other, family, layer, cut)
+        cut_one.cut(layer, cut)
 
     def breaks_off(*_: object) -> None:
         raise RuntimeError("once")
 
-    with torch.inference_mode(), as_if_cut(model, family, cuts):
-        hook = family.output_module(model, 1).register_forward_hook(breaks_off)
+    with torch.inference_mode(), adapter.trying(cuts):
+        hook = adapter.output_module(1).register_forward_hook(breaks_off)
         with pytest.raises(RuntimeError, match="once"):
             model(ids)
         hook.remove()

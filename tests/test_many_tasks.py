@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from fbn_kernels import cpu
 from fbn_prune.errors import InvalidInput
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.families import family_of
 from fbn_prune.model.kept_neurons import KeptNeurons
 from fbn_prune.networks.interventions import retained
@@ -44,7 +45,7 @@ def three_tasks(model: PreTrainedModel) -> dict[str, list[Tensor]]:
 
 def alone(model: PreTrainedModel, masks: list[Tensor], ids: Tensor = PROMPTS) -> Tensor:
     """Logits of the model with all but these neurons silent."""
-    with retained(model, family_of(model.config), masks):
+    with retained(ModelAdapter(model), masks):
         return logits(model, ids)
 
 
@@ -221,10 +222,10 @@ def test_tasks_may_have_output_weights_of_their_own(name: str, bias: bool) -> No
 
 @torch.no_grad()
 def with_weights_of(model: PreTrainedModel, task: TaskSet) -> Tensor:
-    family = family_of(model.config)
+    adapter = ModelAdapter(model)
     hooks, before = [], []
     for layer, kept in enumerate(task.neurons.kept):
-        weight, own = family.down_weight(model, layer), task.own_down[layer]
+        weight, own = adapter.down_weight(layer), task.own_down[layer]
         before.append((weight, weight.clone()))
         new = weight[:, kept]
         if isinstance(own, FullDown):
@@ -234,7 +235,7 @@ def with_weights_of(model: PreTrainedModel, task: TaskSet) -> Tensor:
         weight.zero_()[:, kept] = new
         bias = task.own_bias[layer]
         if bias is not None:
-            down = family.output_module(model, layer)
+            down = adapter.output_module(layer)
             old = 0 if down.bias is None else down.bias
             change = (bias - old).detach()
             hooks.append(down.register_forward_hook(lambda *call, change=change: call[2] + change))

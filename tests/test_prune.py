@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from tiny_models import FAMILY_CONFIGS, save_tiny
 from transformers import AutoModelForCausalLM
 
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.perplexity import perplexity
 from fbn_prune.progress import StageClock
-from fbn_prune.pruning.cutting import cut_layers
+from fbn_prune.pruning.cutting import CutPlan, cut_layers
 from fbn_prune.pruning.evidence import CutOptions, EvidencePass
 from fbn_prune.pruning.second_order import choose_neurons, output_error, refit
 from fbn_prune.recipe import Recipe, build_recipe
@@ -40,9 +41,9 @@ def recipe(model: Path, text: Path, output: Path | None = None, **changes: objec
     return build_recipe({**base, **small, "width_multiple": 4, **changes})
 
 
-def opened(model: Path, text: Path, **changes: object) -> tuple[Prepared, object, list]:
+def opened(model: Path, text: Path, **changes: object) -> tuple[Prepared, ModelAdapter, list]:
     prepared = prepare(recipe(model, text, **changes))
-    live = prepared.checkpoint.load_model("cpu", torch.float32)
+    live = ModelAdapter(prepared.checkpoint.load_model("cpu", torch.float32))
     data = load_calibration(prepared, prepared.checkpoint.load_tokenizer())
     return prepared, live, data.calibrating.batches(400)
 
@@ -56,7 +57,7 @@ def test_the_reported_figures_are_those_of_the_written_checkpoint(
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     prepared = prepare(recipe(model, text))
     held_out = load_calibration(prepared, prepared.checkpoint.load_tokenizer()).held_out
-    after = perplexity(written, held_out.batches(prepared.batch_tokens))
+    after = perplexity(ModelAdapter(written), held_out.batches(prepared.batch_tokens))
     assert after == pytest.approx(result.perplexity_after, rel=1e-4)
     assert result.parameters_after == Checkpoint.open(tmp_path / "out").total_parameters
     assert result.parameters_after < result.parameters_before
@@ -72,22 +73,19 @@ def test_the_live_pruned_model_has_the_logits_of_the_written_one(
     prepared, live, batches = opened(model, text)
     width = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     kept = prepared.family.width(width.config)
-    options = CutOptions("second-order", False, 1e-2, 1e-3, 0, prepared.checkpoint.storage_dtype)
-    widths = [kept] * prepared.layers
-    cut_layers(live, prepared.family, batches, widths, options, membership=None, clock=StageClock())
+    options = CutOptions(False, 1e-2, 1e-3, 0, prepared.checkpoint.storage_dtype)
+    wanted = CutPlan("second-order", [kept] * prepared.layers)
+    cut_layers(live, batches, wanted, options, clock=StageClock())
     ids = torch.arange(40)[None]
     with torch.no_grad():
-        assert torch.allclose(live(ids).logits, width(ids).logits, atol=1e-5, rtol=1e-4)
+        assert torch.allclose(live.model(ids).logits, width(ids).logits, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", FAMILY_CONFIGS)
 def test_on_real_activations_a_refit_beats_no_refit(name: str, text: Path, tmp_path: Path) -> None:
     prepared, live, batches = opened(save_tiny(tmp_path / "model", name), text)
-    options = CutOptions("second-order", False, 1e-2, 1e-3, 0, torch.float32)
-    evidence = EvidencePass(
-        live, prepared.family, batches, options, membership=None, clock=StageClock()
-    )
-    for layer in evidence:
+    options = CutOptions(False, 1e-2, 1e-3, 0, torch.float32)
+    for layer in EvidencePass(live, batches, options, clock=StageClock()):
         for share in (0.25, 0.5, 0.75):
             keep = round(prepared.width * share)
             kept = choose_neurons(layer.weight, layer.gram, keep, damping=1e-2)
@@ -104,16 +102,12 @@ def test_sequential_fits_the_stream_that_the_pruned_model_really_has(
     for sequential in (False, True):
         prepared, live, batches = opened(model, text)
         dense = prepared.checkpoint.load_model("cpu", torch.float32)
-        options = CutOptions("second-order", sequential, 1e-2, 1e-3, 0, torch.float32)
-        cut_layers(
-            live, prepared.family, batches, [12] * 3, options, membership=None, clock=StageClock()
-        )
+        options = CutOptions(sequential, 1e-2, 1e-3, 0, torch.float32)
+        cut_layers(live, batches, CutPlan("second-order", [12] * 3), options, clock=StageClock())
         with torch.no_grad():
             losses[sequential] = sum(
-                float(
-                    (live(b.input_ids).logits - dense(b.input_ids).logits)[b.valid].square().sum()
-                )
-                for b in batches
+                float((live.model(ids).logits - dense(ids).logits)[valid].square().sum())
+                for ids, valid in ((batch.input_ids, batch.valid) for batch in batches)
             )
     assert losses[True] < losses[False]
 

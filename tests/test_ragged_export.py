@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILY_CONFIGS, HIDDEN, LAYERS, save_tiny
+from tiny_models import FAMILY_CONFIGS, HIDDEN, save_tiny
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from fbn_prune.errors import InvalidInput
-from fbn_prune.export.ragged import write_ragged_checkpoint
-from fbn_prune.export.writer import verify_export
+from fbn_prune.export.writer import verify_export, write_checkpoint
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.model.surgery import MlpCut, apply_cut
+from fbn_prune.model.surgery import MlpCut
 
 every_family = pytest.mark.parametrize("name", FAMILY_CONFIGS)
 TOKENS = torch.arange(3, 40).view(1, -1)
@@ -56,15 +56,15 @@ def random_cuts(source: Checkpoint, widths: Sequence[int], *, bias: bool = False
 def cut_live(
     source: Checkpoint, cuts: Sequence[MlpCut], dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    model = source.load_model("cpu", dtype)
+    adapter = ModelAdapter(source.load_model("cpu", dtype))
     for layer, cut in enumerate(cuts):
-        apply_cut(model, source.family, layer, cut, round_to=source.storage_dtype)
-    return model
+        adapter.cut(layer, cut, round_to=source.storage_dtype)
+    return adapter.model
 
 
 def export(source: Checkpoint, cuts: Sequence[MlpCut], directory: Path, **more: Any) -> Path:
     directory.mkdir()
-    write_ragged_checkpoint(source, source.family, cuts, directory, **more)
+    write_checkpoint(source, cuts, directory, **more)
     verify_export(directory)
     return directory
 
@@ -161,8 +161,7 @@ def test_a_model_from_the_config_alone_has_the_widths(name: str, tmp_path: Path)
     widths = some_widths(source)
     out = export(source, random_cuts(source, widths), tmp_path / "out")
     model = AutoModelForCausalLM.from_config(load(out).config, trust_remote_code=True)
-    found = [source.family.down_weight(model, i).shape[1] for i in range(LAYERS)]
-    assert found == widths
+    assert ModelAdapter(model).widths == widths
     assert torch.isfinite(logits(model)).all()
 
 

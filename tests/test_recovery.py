@@ -13,13 +13,13 @@ import pytest
 import torch
 from tiny_models import FAMILY_CONFIGS, LAYERS, make_model, save_tiny
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from fbn_prune.cli.main import _exit_code
 from fbn_prune.data.calibration import TokenBlocks
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.model.families import family_of
-from fbn_prune.model.surgery import MlpCut, apply_cut
+from fbn_prune.model.surgery import MlpCut
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.recovery import distillation, healing
 from fbn_prune.pruning.recovery.distillation import DistillationOptions, _Training, distil
@@ -48,69 +48,64 @@ def sample(weights: tuple[float, ...] | None = None) -> TokenBlocks:
     return TokenBlocks(blocks, 40, ("random",), weights)
 
 
-def pair(name: str = "llama") -> tuple[PreTrainedModel, PreTrainedModel]:
+def pair(name: str = "llama") -> tuple[ModelAdapter, ModelAdapter]:
     """A model and itself without two thirds of its neurons."""
-    dense = make_model(name)
-    family = family_of(dense.config)
-    cut = copy.deepcopy(dense)
+    dense, cut = (ModelAdapter(make_model(name)) for _ in range(2))
     for layer in range(LAYERS):
         kept = torch.arange(0, 24, 3)
-        weight = family.down_weight(dense, layer)[:, kept].detach().clone()
-        apply_cut(cut, family, layer, MlpCut(kept, weight, None))
+        cut.cut(layer, MlpCut(kept, dense.down_weight(layer)[:, kept], None))
     return dense, cut
 
 
-def hidden_error(dense: PreTrainedModel, cut: PreTrainedModel) -> float:
+def hidden_error(dense: ModelAdapter, cut: ModelAdapter) -> float:
     ids = sample().blocks[0][None]
     with torch.no_grad():
-        wanted, found = (m(ids, output_hidden_states=True).hidden_states for m in (dense, cut))
+        wanted, found = (
+            each.model(ids, output_hidden_states=True).hidden_states for each in (dense, cut)
+        )
         return sum(float((a - b).square().mean()) for a, b in zip(wanted, found, strict=True))
 
 
-def divergence(dense: PreTrainedModel, cut: PreTrainedModel) -> float:
+def divergence(dense: ModelAdapter, cut: ModelAdapter) -> float:
     ids = sample().blocks[0][None]
     with torch.no_grad():
-        wanted, found = (m(ids).logits.log_softmax(-1) for m in (dense, cut))
+        wanted, found = (each.model(ids).logits.log_softmax(-1) for each in (dense, cut))
         return float((wanted.exp() * (wanted - found)).sum(-1).mean())
 
 
-def parameters(model: PreTrainedModel) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+def parameters(adapter: ModelAdapter) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in adapter.model.named_parameters()}
 
 
 @pytest.mark.parametrize("name", FAMILY_CONFIGS)
 def test_matching_brings_the_layers_closer_and_changes_mlps_alone(name: str) -> None:
     dense, cut = pair(name)
-    family = family_of(dense.config)
     before, error = parameters(cut), hidden_error(dense, cut)
-    match_layers(cut, dense, family, sample().batches(64), passes=8, seed=0, clock=StageClock())
+    match_layers(cut, dense, sample().batches(64), passes=8, seed=0, clock=StageClock())
     assert hidden_error(dense, cut) < error
-    mlp = [f".{projection.path}." for projection in family.projections]
+    mlp = [f".{projection.path}." for projection in cut.family.projections]
     for key, value in parameters(cut).items():
         if not any(path in key for path in mlp):
             assert torch.equal(value, before[key]), key
-    assert all(p.requires_grad for p in cut.parameters())
+    assert all(p.requires_grad for p in cut.model.parameters())
 
 
 @pytest.mark.parametrize("name", FAMILY_CONFIGS)
 def test_distillation_brings_predictions_closer_and_leaves_no_adapter(name: str) -> None:
     dense, cut = pair(name)
-    family = family_of(dense.config)
     names, before = list(parameters(cut)), divergence(dense, cut)
-    maps = list(linear_maps(cut, family))
     options = DistillationOptions(rank=4, passes=8, step_tokens=64, learning_rate=5e-3)
-    distil(cut, dense, maps, sample(), options, StageClock())
+    distil(cut.model, dense.model, list(linear_maps(cut)), sample(), options, StageClock())
     assert divergence(dense, cut) < before
     assert list(parameters(cut)) == names
-    assert all(p.requires_grad for p in cut.parameters())
+    assert all(p.requires_grad for p in cut.model.parameters())
 
 
 def test_nothing_but_the_linear_maps_of_the_layers_is_trained() -> None:
     dense, cut = pair()
-    family = family_of(dense.config)
-    trained = {f"{name}.weight" for name in linear_maps(cut, family)}
+    trained = {f"{name}.weight" for name in linear_maps(cut)}
     before = parameters(cut)
-    heal(cut, dense, family, sample(), OPTIONS, StageClock())
+    heal(cut, dense, sample(), OPTIONS, StageClock())
     changed = {key for key, value in parameters(cut).items() if not torch.equal(value, before[key])}
     assert changed == trained
     assert not any("embed" in name or "norm" in name or "lm_head" in name for name in trained)
@@ -122,7 +117,7 @@ def test_blocks_that_count_for_nothing_teach_nothing() -> None:
         dense, cut = pair()
         blocks = sample((1.0,) * 7 + (0.0,))
         blocks = TokenBlocks((*blocks.blocks[:7], spoiled), 40, ("random",), blocks.weights)
-        heal(cut, dense, family_of(dense.config), blocks, OPTIONS, StageClock())
+        heal(cut, dense, blocks, OPTIONS, StageClock())
         found.append(parameters(cut))
     for name, value in found[0].items():
         torch.testing.assert_close(value, found[1][name], rtol=1e-3, atol=1e-5)
@@ -155,18 +150,17 @@ def assert_healed_alike(
     """Healing broken off again and again ends in the weights of one that was not; the steps that the last run took in
     matching and in distillation."""
     dense, cut = pair()
-    family = family_of(dense.config)
     whole = copy.deepcopy(cut)
-    heal(whole, dense, family, sample(), OPTIONS, StageClock())
+    heal(whole, dense, sample(), OPTIONS, StageClock())
     for interruption in interruptions:
         broken = copy.deepcopy(cut)
         with interrupted_at(*interruption), pytest.raises(Interrupted):
-            heal(broken, dense, family, sample(), OPTIONS, StageClock(), store=Store(folder))
+            heal(broken, dense, sample(), OPTIONS, StageClock(), store=Store(folder))
     with (
         interrupted_at(_LayerFit, "step", 0) as matching,
         interrupted_at(_Training, "step", 0) as distilling,
     ):
-        heal(cut, dense, family, sample(), OPTIONS, StageClock(), store=Store(folder))
+        heal(cut, dense, sample(), OPTIONS, StageClock(), store=Store(folder))
     for name, value in parameters(cut).items():
         assert torch.equal(value, parameters(whole)[name]), name
     return len(matching), len(distilling)
@@ -179,7 +173,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
     batches = len(sample().batches(64))
     dense, cut = pair()
     with interrupted_at(_Training, "step", 0) as distilling:
-        heal(cut, dense, family_of(dense.config), sample(), OPTIONS, StageClock())
+        heal(cut, dense, sample(), OPTIONS, StageClock())
     return OPTIONS.passes * batches, len(distilling)
 
 
@@ -242,15 +236,7 @@ def test_a_damaged_layer_and_a_damaged_state_are_made_anew(
     layer, whole = small_steps
     dense, cut = pair()
     with interrupted_at(_Training, "merge", 1), pytest.raises(Interrupted):
-        heal(
-            cut,
-            dense,
-            family_of(dense.config),
-            sample(),
-            OPTIONS,
-            StageClock(),
-            store=Store(tmp_path),
-        )
+        heal(cut, dense, sample(), OPTIONS, StageClock(), store=Store(tmp_path))
     for name in ("match-00001.safetensors", f"distilled-{whole:08d}.safetensors"):
         data = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(data[:-1])

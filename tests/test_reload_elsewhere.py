@@ -13,11 +13,11 @@ import pytest
 import torch
 from tiny_models import FAMILY_CONFIGS, HIDDEN, LAYERS, save_tiny
 
-from fbn_prune.export.ragged import write_ragged_checkpoint
 from fbn_prune.export.writer import write_checkpoint
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.heads import HeadCut
-from fbn_prune.model.surgery import MlpCut, apply_cut
+from fbn_prune.model.surgery import MlpCut
 
 pytestmark = pytest.mark.slow
 
@@ -47,15 +47,14 @@ def export(name: str, layout: str, tied: bool, root: Path) -> None:
         for width in WIDTHS[layout]
     ]
     folder.mkdir()
-    write = write_checkpoint if layout == "uniform" else write_ragged_checkpoint
-    write(source, source.family, cuts, folder)
+    write_checkpoint(source, cuts, folder)
     expected = {}
     for dtype in (torch.float32, torch.bfloat16):
-        model = source.load_model("cpu", dtype)
+        adapter = ModelAdapter(source.load_model("cpu", dtype))
         for layer, cut in enumerate(cuts):
-            apply_cut(model, source.family, layer, cut, round_to=source.storage_dtype)
+            adapter.cut(layer, cut, round_to=source.storage_dtype)
         with torch.no_grad():
-            logits = model(TOKENS, use_cache=False).logits.float()
+            logits = adapter.model(TOKENS, use_cache=False).logits.float()
         expected[str(dtype).removeprefix("torch.")] = logits
     torch.save(expected, folder / "expected.pt")
 

@@ -7,7 +7,7 @@ import torch
 from tiny_models import CONTEXT, FAMILY_CONFIGS, HIDDEN, LAYERS, make_model
 
 from fbn_prune.data.calibration import TokenBlocks
-from fbn_prune.model.families import family_of
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.sensitivity import output_sensitivity
 
@@ -25,10 +25,10 @@ def blocks(*lengths: int) -> TokenBlocks:
 def test_it_is_the_gradient_of_the_loss_by_the_mlp_output(name: str) -> None:
     """Of two tokens only the first one's output can matter: F is the outer product of its gradient, halved."""
     model = make_model(name)
-    family = family_of(model.config)
+    adapter = ModelAdapter(model)
     ids = torch.tensor([[17, 42]])
     batches = TokenBlocks((ids[0],), CONTEXT, ("x",)).batches(10)
-    found = output_sensitivity(model, family, batches, StageClock())
+    found = output_sensitivity(adapter, batches, StageClock())
     for layer in range(LAYERS):
         shift = torch.zeros(HIDDEN, requires_grad=True)
 
@@ -39,7 +39,7 @@ def test_it_is_the_gradient_of_the_loss_by_the_mlp_output(name: str) -> None:
             rows[..., 0, :] += shift
             return rows
 
-        handle = family.output_module(model, layer).register_forward_hook(add)
+        handle = adapter.output_module(layer).register_forward_hook(add)
         logits = model(ids, use_cache=False).logits
         handle.remove()
         loss = torch.nn.functional.cross_entropy(logits[0, :1], ids[0, 1:])
@@ -51,21 +51,20 @@ def test_it_is_the_gradient_of_the_loss_by_the_mlp_output(name: str) -> None:
 
 
 def test_padding_and_batching_change_nothing() -> None:
-    model = make_model("llama")
-    family = family_of(model.config)
+    adapter = ModelAdapter(make_model("llama"))
     data = blocks(40, 9, 23)
-    together = output_sensitivity(model, family, data.batches(1000), StageClock())
-    apart = output_sensitivity(model, family, data.batches(1), StageClock())
+    together = output_sensitivity(adapter, data.batches(1000), StageClock())
+    apart = output_sensitivity(adapter, data.batches(1), StageClock())
     for a, b in zip(together, apart, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * float(a.max()))
 
 
 def test_the_model_is_left_as_it_was() -> None:
     model = make_model("llama")
-    family = family_of(model.config)
+    adapter = ModelAdapter(model)
     ids = torch.arange(12)[None]
     before = model(input_ids=ids).logits
-    output_sensitivity(model, family, blocks(16).batches(16), StageClock())
+    output_sensitivity(adapter, blocks(16).batches(16), StageClock())
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(model(input_ids=ids).logits, before)

@@ -19,8 +19,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fbn_prune.data import builtin
-from fbn_prune.export.ragged import write_ragged_checkpoint
 from fbn_prune.export.writer import write_checkpoint
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.surgery import MlpCut
 
@@ -39,14 +39,13 @@ START_SECONDS = 240
 def pruned(layout: str, folder: Path) -> Path:
     """The embedded model without each layer's last neurons."""
     source = Checkpoint.open(str(builtin.model_path()))
-    model = source.load_model("cpu", torch.float32)
+    adapter = ModelAdapter(source.load_model("cpu", torch.float32))
     cuts = [
-        MlpCut(torch.arange(width), source.family.down_weight(model, layer)[:, :width])
+        MlpCut(torch.arange(width), adapter.down_weight(layer)[:, :width])
         for layer, width in enumerate(WIDTHS[layout])
     ]
     folder.mkdir(parents=True)
-    write = write_checkpoint if layout == "uniform" else write_ragged_checkpoint
-    write(source, source.family, cuts, folder)
+    write_checkpoint(source, cuts, folder)
     return folder
 
 

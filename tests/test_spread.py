@@ -14,14 +14,14 @@ from tiny_models import FAMILY_CONFIGS, make_model, save_tiny
 from transformers import PreTrainedModel
 
 from fbn_prune.data.calibration import TokenBlocks
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.model.families import family_of
 from fbn_prune.model.kept_neurons import KeptNeurons
 from fbn_prune.model.layerwise import LayerwiseForward
 from fbn_prune.model.perplexity import mean_loss
 from fbn_prune.model.placement import device_map
-from fbn_prune.model.streaming import compute_device, layer_device, skeleton
-from fbn_prune.model.surgery import MlpCut, apply_cut
+from fbn_prune.model.streaming import skeleton
+from fbn_prune.model.surgery import MlpCut
 from fbn_prune.networks.interventions import masked
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.sensitivity import output_sensitivity
@@ -56,12 +56,12 @@ def recipe(model: Path, text: Path, output: Path, **changes: object) -> Recipe:
     return build_recipe({**base, **small, "width_multiple": 4, "seed": 1, **changes})
 
 
-def spread(folder: Path, placement: tuple[int, ...] = PLACEMENT) -> PreTrainedModel:
+def spread(folder: Path, placement: tuple[int, ...] = PLACEMENT) -> ModelAdapter:
     checkpoint = Checkpoint.open(folder)
     first, *layers = (torch.device("cpu", index) for index in (0, *placement))
     bare = skeleton(checkpoint, torch.float32)
     places = device_map(bare, checkpoint.family, layers, first)
-    return checkpoint.load_model("cpu", torch.float32, places)
+    return ModelAdapter(checkpoint.load_model("cpu", torch.float32, places))
 
 
 def blocks() -> TokenBlocks:
@@ -88,20 +88,19 @@ def test_tensors_of_two_devices_do_not_meet(devices: None) -> None:
 @pytest.mark.parametrize("name", FAMILY_CONFIGS)
 def test_every_family_runs_spread_as_whole_also_layer_by_layer(name: str, tmp_path: Path) -> None:
     folder, batches = save_tiny(tmp_path / "model", name), blocks().batches(100)
-    whole = make_model(name)
-    family = family_of(whole.config)
-    expected = LayerwiseForward(whole, family, batches)
+    whole = ModelAdapter(make_model(name))
+    expected = LayerwiseForward(whole, batches)
     loss = mean_loss(whole, batches)
     with pretended_devices():
-        model = spread(folder)
-        assert mean_loss(model, batches) == loss
-        stream = LayerwiseForward(model, family, batches)
+        adapter = spread(folder)
+        assert mean_loss(adapter, batches) == loss
+        stream = LayerwiseForward(adapter, batches)
         for layer, place in enumerate(PLACEMENT):
             device = torch.device("cpu", place)
             seen: dict[str, list[torch.Tensor]] = {"whole": [], "spread": []}
             expected.advance(lambda _, x, seen=seen: seen["whole"].append(x))
             stream.advance(lambda _, x, seen=seen: seen["spread"].append(x))
-            assert layer_device(model, family, layer) == device
+            assert adapter.layer_device(layer) == device
             for a, b in zip(seen["whole"], seen["spread"], strict=True):
                 assert b.device == device
                 assert torch.equal(a, on_host(b))
@@ -113,11 +112,10 @@ def test_every_family_runs_spread_as_whole_also_layer_by_layer(name: str, tmp_pa
 
 
 def test_the_hooks_are_back_after_the_recorders(tmp_path: Path, devices: None) -> None:
-    model = spread(save_tiny(tmp_path / "model"))
-    family = family_of(model.config)
-    before = [layer.__dict__["forward"] for layer in family.layer_modules(model)]
-    LayerwiseForward(model, family, blocks().batches(100))
-    assert [layer.__dict__["forward"] for layer in family.layer_modules(model)] == before
+    adapter = spread(save_tiny(tmp_path / "model"))
+    before = [layer.__dict__["forward"] for layer in adapter.layers]
+    LayerwiseForward(adapter, blocks().batches(100))
+    assert [layer.__dict__["forward"] for layer in adapter.layers] == before
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
@@ -126,29 +124,27 @@ def test_cuts_and_interventions_are_made_where_the_layer_lies(name: str, tmp_pat
     generator = torch.Generator().manual_seed(0)
     kept = torch.arange(0, 24, 3)
     losses = []
-    whole = make_model(name)
-    family = family_of(whole.config)
-    width, hidden = family.width(whole.config), family.hidden_size(whole.config)
+    whole = ModelAdapter(make_model(name))
+    hidden = whole.hidden_size
     cuts = [MlpCut(kept, torch.randn(hidden, 8, generator=generator)) for _ in PLACEMENT]
-    silent = [torch.arange(width) % 3 == 0 for _ in PLACEMENT]
+    silent = [torch.arange(width) % 3 == 0 for width in whole.widths]
     with pretended_devices():
-        for model in (whole, spread(folder)):
-            with masked(model, family, silent):
-                losses.append(mean_loss(model, batches))
+        for adapter in (whole, spread(folder)):
+            with masked(adapter, silent):
+                losses.append(mean_loss(adapter, batches))
             for layer, cut in enumerate(cuts):
-                apply_cut(model, family, layer, cut)
-            losses.append(mean_loss(model, batches))
-        assert [layer_device(model, family, layer).index for layer in range(3)] == list(PLACEMENT)
+                adapter.cut(layer, cut)
+            losses.append(mean_loss(adapter, batches))
+        assert [adapter.layer_device(layer).index for layer in range(3)] == list(PLACEMENT)
     assert losses[:2] == losses[2:]
     assert losses[0] != losses[1]
 
 
 @pytest.mark.parametrize("name", FAMILY_CONFIGS)
 def test_a_spread_model_serves_tasks_and_mixtures_of_them(name: str, tmp_path: Path) -> None:
-    folder, whole = save_tiny(tmp_path / "model", name), make_model(name)
-    family = family_of(whole.config)
-    width, hidden = family.width(whole.config), family.hidden_size(whole.config)
-    masks = [torch.arange(width) % 3 == 0 for _ in PLACEMENT]
+    folder, whole = save_tiny(tmp_path / "model", name), ModelAdapter(make_model(name))
+    hidden = whole.hidden_size
+    masks = [torch.arange(width) % 3 == 0 for width in whole.widths]
     kept = KeptNeurons.from_masks([~mask for mask in masks])
     generator = torch.Generator().manual_seed(0)
     own = [FullDown(torch.randn(hidden, len(one), generator=generator)) for one in kept.kept]
@@ -167,21 +163,18 @@ def test_a_spread_model_serves_tasks_and_mixtures_of_them(name: str, tmp_path: P
         return [*found, model(ids, use_cache=False).logits]
 
     for own_down in (False, True):
-        expected = answers(whole, ids, own_down)
+        expected = answers(whole.model, ids, own_down)
         with pretended_devices():
-            model = spread(folder)
-            found = answers(model, ids.to("cpu:0"), own_down)
+            found = answers(spread(folder).model, ids.to("cpu:0"), own_down)
         for a, b in zip(expected, found, strict=True):
             assert torch.equal(a, on_host(b))
 
 
 def test_gradients_cross_devices(tmp_path: Path) -> None:
     folder, batches = save_tiny(tmp_path / "model"), blocks().batches(100)
-    whole = make_model("llama")
-    family = family_of(whole.config)
-    expected = output_sensitivity(whole, family, batches, StageClock())
+    expected = output_sensitivity(ModelAdapter(make_model("llama")), batches, StageClock())
     with pretended_devices():
-        found = output_sensitivity(spread(folder), family, batches, StageClock())
+        found = output_sensitivity(spread(folder), batches, StageClock())
     assert [each.device.index for each in found] == list(PLACEMENT)
     for a, b in zip(expected, found, strict=True):
         torch.testing.assert_close(on_host(b), a, rtol=1e-4, atol=1e-9)
@@ -190,10 +183,10 @@ def test_gradients_cross_devices(tmp_path: Path) -> None:
 def test_a_first_device_without_layers_still_takes_ids_and_gives_logits(
     tmp_path: Path, devices: None
 ) -> None:
-    model = spread(save_tiny(tmp_path / "model"), (1, 1, 2))
-    assert compute_device(model) == torch.device("cpu:0")
+    adapter = spread(save_tiny(tmp_path / "model"), (1, 1, 2))
+    assert adapter.device == torch.device("cpu:0")
     ids = torch.arange(12)[None]
-    logits = model(ids.to("cpu:0"), use_cache=False).logits
+    logits = adapter.model(ids.to("cpu:0"), use_cache=False).logits
     assert logits.device == torch.device("cpu:0")
     assert torch.equal(on_host(logits), make_model("llama")(ids).logits)
 

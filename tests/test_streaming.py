@@ -15,11 +15,12 @@ from tiny_models import FAMILY_CONFIGS, save_tiny
 
 from fbn_prune.data.calibration import TokenBlocks
 from fbn_prune.errors import FbnPruneError, InvalidInput
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.layerwise import LayerwiseForward
 from fbn_prune.model.perplexity import mean_loss
 from fbn_prune.model.spill import Spilled
-from fbn_prune.model.streaming import down_weights, have_layer, stream_model, stream_of
+from fbn_prune.model.streaming import StreamedModel
 from fbn_prune.networks.interventions import masked
 from fbn_prune.progress import StageClock
 from fbn_prune.recipe import Recipe, build_recipe
@@ -49,11 +50,10 @@ def recipe(model: Path, text: Path, output: Path | None = None, **changes: objec
     return build_recipe({**base, **small, "width_multiple": 4, "seed": 1, **changes})
 
 
-def opened(model: Path, **options: object) -> tuple[Checkpoint, object, object]:
+def opened(model: Path, **options: bool) -> tuple[ModelAdapter, StreamedModel]:
     checkpoint = Checkpoint.open(model)
-    whole = checkpoint.load_model(CPU, torch.float32)
-    streamed = stream_model(checkpoint, CPU, torch.float32, scratch=model, **options)
-    return checkpoint, whole, streamed
+    whole = ModelAdapter(checkpoint.load_model(CPU, torch.float32))
+    return whole, StreamedModel(checkpoint, CPU, torch.float32, scratch=model, **options)
 
 
 def blocks() -> TokenBlocks:
@@ -91,10 +91,10 @@ def run_both(
 
 @pytest.mark.parametrize("name", FAMILY_CONFIGS)
 def test_a_streamed_model_has_the_logits_of_the_whole_one(name: str, tmp_path: Path) -> None:
-    _, whole, streamed = opened(save_tiny(tmp_path / "model", name))
+    whole, streamed = opened(save_tiny(tmp_path / "model", name))
     ids = torch.arange(40).reshape(2, 20)
     with torch.inference_mode():
-        assert torch.equal(whole(ids).logits, streamed(ids).logits)
+        assert torch.equal(whole.model(ids).logits, streamed.model(ids).logits)
 
 
 @pytest.mark.parametrize("name", FAMILY_CONFIGS)
@@ -130,31 +130,29 @@ def test_streaming_serves_every_way_of_pruning(
 
 
 def test_one_layer_is_in_memory_at_a_time(tmp_path: Path) -> None:
-    checkpoint, _, model = opened(save_tiny(tmp_path / "model"))
-    family = checkpoint.family
-    forward = LayerwiseForward(model, family, blocks().batches(100))
+    _, adapter = opened(save_tiny(tmp_path / "model"))
+    forward = LayerwiseForward(adapter, blocks().batches(100))
     present = []
     for _ in range(3):
         forward.advance()
         live = [
             index
-            for index, layer in enumerate(family.layer_modules(model))
+            for index, layer in enumerate(adapter.layers)
             if not next(layer.parameters()).is_meta
         ]
         present.append(live)
     assert present == [[0], [1], [2]]
-    assert model.get_input_embeddings().weight.is_meta
-    stream_of(model).release()
-    for layer in family.layer_modules(model):
+    assert adapter.model.get_input_embeddings().weight.is_meta
+    adapter.release()
+    for layer in adapter.layers:
         assert all(parameter.is_meta for parameter in layer.parameters())
 
 
 def test_hidden_states_on_disk_are_those_in_memory(tmp_path: Path) -> None:
-    folder = save_tiny(tmp_path / "model")
-    checkpoint, whole, on_disk = opened(folder, spill_hidden=True)
+    whole, on_disk = opened(save_tiny(tmp_path / "model"), spill_hidden=True)
     batches = blocks().batches(100)
-    kept = LayerwiseForward(whole, checkpoint.family, batches)
-    spilled = LayerwiseForward(on_disk, checkpoint.family, batches)
+    kept = LayerwiseForward(whole, batches)
+    spilled = LayerwiseForward(on_disk, batches)
     assert isinstance(spilled.hidden, Spilled)
     for _ in range(3):
         kept.advance()
@@ -224,26 +222,24 @@ def test_networks_are_ranked_by_the_energy_they_were_found_with_or_have_in_anoth
     data: Any = None
     for changes, given in (({}, networks), ({"networks_from": str(file)}, elsewhere)):
         prepared = prepared_with(model, text, **changes)
-        for loaded in (prepared.load_model(), opened(model)[2]):
-            scores = rank_scores(
-                OpenRun(prepared, None, data, None, loaded, StageClock()), given, None
-            )
+        for loaded in (prepared.load_model(), opened(model)[1]):
+            run = OpenRun(prepared, None, data, None, loaded, StageClock())
+            scores = rank_scores(run, given, None)
             assert torch.equal(scores, networks.energy)
 
 
 def test_interventions_and_weights_reach_a_streamed_model(tmp_path: Path) -> None:
-    checkpoint, whole, streamed = opened(save_tiny(tmp_path / "model"))
-    family, batches = checkpoint.family, blocks().batches(100)
-    have_layer(streamed, 1)
-    for a, b in zip(down_weights(whole, family), down_weights(streamed, family), strict=True):
+    whole, streamed = opened(save_tiny(tmp_path / "model"))
+    batches = blocks().batches(100)
+    streamed.load_layer(1)
+    for a, b in zip(whole.down_weights(), streamed.down_weights(), strict=True):
         assert torch.equal(a, b)
-        assert all(each.is_meta for each in family.layer_modules(streamed).parameters())
-    width = family.width(checkpoint.config)
-    silent = [torch.arange(width) % 3 == 0 for _ in range(3)]
+        assert all(each.is_meta for each in streamed.layers.parameters())
+    silent = [torch.arange(width) % 3 == 0 for width in whole.widths]
     losses = []
-    for model in (whole, streamed):
-        with masked(model, family, silent):
-            losses.append(mean_loss(model, batches))
+    for adapter in (whole, streamed):
+        with masked(adapter, silent):
+            losses.append(mean_loss(adapter, batches))
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
     assert losses[0] != mean_loss(whole, batches)
 
@@ -253,10 +249,10 @@ def test_a_missing_or_misshapen_tensor_is_named_before_anything_runs(tmp_path: P
     tensors = dict(checkpoint.tensors)
     gone = tensors.pop("model.norm.weight")
     with pytest.raises(InvalidInput, match=r"model\.norm\.weight"):
-        stream_model(replace(checkpoint, tensors=tensors), CPU, torch.float32, scratch=tmp_path)
+        StreamedModel(replace(checkpoint, tensors=tensors), CPU, torch.float32, scratch=tmp_path)
     tensors["model.norm.weight"] = replace(gone, shape=(3,))
     with pytest.raises(InvalidInput, match=r"model\.norm\.weight has shape \[3\]"):
-        stream_model(replace(checkpoint, tensors=tensors), CPU, torch.float32, scratch=tmp_path)
+        StreamedModel(replace(checkpoint, tensors=tensors), CPU, torch.float32, scratch=tmp_path)
 
 
 def test_a_tensor_read_by_slices_is_the_tensor(

@@ -23,7 +23,7 @@ from fbn_prune.data.examples import (
     without_questions,
 )
 from fbn_prune.errors import InvalidInput
-from fbn_prune.model.families import family_of
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.networks import ica
 from fbn_prune.networks.activity import (
     block_activity,
@@ -133,25 +133,23 @@ def found() -> tuple[FunctionalNetworks, TokenBlocks, torch.Tensor]:
     """Networks of a tiny model, the blocks they were found on, and their time courses there."""
     from fbn_prune.networks.discovery import DiscoveryOptions, SampledActivations, discover
 
-    model = make_model("llama")
+    adapter = ModelAdapter(make_model("llama"))
     generator = torch.Generator().manual_seed(0)
     blocks = TokenBlocks(
         tuple(torch.randint(0, 256, (24 + i % 9,), generator=generator) for i in range(20)),
         48,
         ("random",),
     )
-    family = family_of(model.config)
     options = {"batch_tokens": 100, "keep": True, "clock": StageClock()}
     networks = discover(
-        model,
-        family,
+        adapter,
         blocks,
         DiscoveryOptions(6, 10**6, "global", 0),
         tokenizer=TOKENIZER,
         header={},
         **options,
     )
-    sampled = SampledActivations(model, family, blocks, 10**6, **options)
+    sampled = SampledActivations(adapter, blocks, 10**6, **options)
     courses = ica.time_courses(lambda: iter(list(sampled)), networks.maps)
     return networks, blocks, courses
 
@@ -160,14 +158,13 @@ def test_known_networks_are_projected_as_they_were_found(
     found: tuple[FunctionalNetworks, TokenBlocks, torch.Tensor],
 ) -> None:
     networks, blocks, expected = found
-    model = make_model("llama")
-    family = family_of(model.config)
+    adapter = ModelAdapter(make_model("llama"))
     batches = blocks.batches(100)
-    courses = time_courses(model, family, networks, batches, StageClock())
+    courses = time_courses(adapter, networks, batches, StageClock())
     assert torch.allclose(torch.cat(courses).float(), expected, atol=1e-4)
-    means = block_activity(model, family, networks, blocks, batch_tokens=64, clock=StageClock())
+    means = block_activity(adapter, networks, blocks, batch_tokens=64, clock=StageClock())
     alone = TokenBlocks(blocks.blocks[3:4], 48, ("random",))
-    third = block_activity(model, family, networks, alone, batch_tokens=64, clock=StageClock())
+    third = block_activity(adapter, networks, alone, batch_tokens=64, clock=StageClock())
     assert torch.allclose(means[3], third[0], atol=1e-4)
 
 

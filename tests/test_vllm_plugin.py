@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from fbn_prune.export import vllm as vllm_plugin
-from fbn_prune.export.ragged import write_ragged_checkpoint
+from fbn_prune.export.writer import write_checkpoint
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.model.surgery import MlpCut, apply_cut
+from fbn_prune.model.surgery import MlpCut
 
 WIDTHS = [4, 24, 7]
 
@@ -143,16 +144,16 @@ def test_its_llama_takes_a_ragged_checkpoints_weights_and_computes_its_mlps(
     ]
     out = tmp_path / "out"
     out.mkdir()
-    write_ragged_checkpoint(source, source.family, cuts, out)
+    write_checkpoint(source, cuts, out)
     vllm_plugin.register()
     module, _, name = registry.models["RaggedLlamaForCausalLM"].partition(":")
     hf_config = AutoConfig.from_pretrained(out)
     vllm_config = SimpleNamespace(model_config=SimpleNamespace(hf_config=hf_config))
     ragged = getattr(importlib.import_module(module), name)(vllm_config=vllm_config, prefix=prefix)
     ragged.load_weights(Checkpoint.open(out, ragged=True))
-    live = source.load_model("cpu", torch.float32)
+    live = ModelAdapter(source.load_model("cpu", torch.float32))
     hidden = torch.randn(5, HIDDEN, generator=generator)
     for layer in range(LAYERS):
-        apply_cut(live, source.family, layer, cuts[layer])
-        expected = live.model.layers[layer].mlp(hidden)
+        live.cut(layer, cuts[layer])
+        expected = live.layers[layer].mlp(hidden)
         torch.testing.assert_close(ragged.layers[layer].mlp(hidden), expected)

@@ -21,9 +21,10 @@ from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.export import directory
 from fbn_prune.export.card import CardFacts, model_card, source_license
 from fbn_prune.export.directory import atomic_directory, check_output
-from fbn_prune.export.writer import verify_export, write_checkpoint, write_tensors
+from fbn_prune.export.writer import verify_export, write_checkpoint
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.model.surgery import MlpCut, apply_cut
+from fbn_prune.model.surgery import MlpCut
 
 every_family = pytest.mark.parametrize("name", FAMILY_CONFIGS)
 BIASED = ("llama-mlp-bias", "gpt2", "gpt_neox", "opt", "falcon-bias")
@@ -51,15 +52,15 @@ def random_cuts(source: Checkpoint, widths: Sequence[int], *, bias: bool = False
 
 
 def cut_live(source: Checkpoint, cuts: Sequence[MlpCut]) -> PreTrainedModel:
-    model = source.load_model("cpu", torch.float32)
+    adapter = ModelAdapter(source.load_model("cpu", torch.float32))
     for layer, cut in enumerate(cuts):
-        apply_cut(model, source.family, layer, cut, round_to=source.storage_dtype)
-    return model
+        adapter.cut(layer, cut, round_to=source.storage_dtype)
+    return adapter.model
 
 
 def export(source: Checkpoint, cuts: Sequence[MlpCut], directory: Path, **more: Any) -> Path:
     directory.mkdir()
-    write_checkpoint(source, source.family, cuts, directory, **more)
+    write_checkpoint(source, cuts, directory, **more)
     verify_export(directory)
     return directory
 
@@ -94,12 +95,9 @@ def test_parameters_and_bytes_fall_by_exactly_what_was_cut(name: str, tmp_path: 
 @every_family
 def test_keeping_every_neuron_writes_the_same_tensors(name: str, tmp_path: Path) -> None:
     source = Checkpoint.open(save_tiny(tmp_path / "in", name))
-    width = source.family.width(source.config)
     model = source.load_model("cpu", torch.float32)
-    cuts = [
-        MlpCut(torch.arange(width), source.family.down_weight(model, layer))
-        for layer in range(LAYERS)
-    ]
+    down = ModelAdapter(model).down_weights()
+    cuts = [MlpCut(torch.arange(weight.shape[1]), weight) for weight in down]
     out = export(source, cuts, tmp_path / "out")
     written = Checkpoint.open(out)
     for tensor_name in source.names:
@@ -150,7 +148,7 @@ def test_a_bias_without_a_place_is_refused(name: str, tmp_path: Path) -> None:
     source = Checkpoint.open(save_tiny(tmp_path / "in", name))
     cuts = random_cuts(source, [KEPT] * LAYERS, bias=True)
     with pytest.raises(InvalidInput, match="no place for an MLP output bias"):
-        write_checkpoint(source, source.family, cuts, tmp_path)
+        write_checkpoint(source, cuts, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt"])
@@ -179,22 +177,23 @@ def test_tied_embeddings_stay_tied_and_untied_ones_untied(name: str, tmp_path: P
     assert ("lm_head.weight" in Checkpoint.open(out).names) != tied
 
 
-def test_layers_of_different_widths_have_no_stock_config(tmp_path: Path) -> None:
+def test_layers_of_different_widths_alone_have_no_stock_config(tmp_path: Path) -> None:
     source = Checkpoint.open(save_tiny(tmp_path / "in"))
-    cuts = random_cuts(source, [4, 8, 6])
-    with pytest.raises(InvalidInput, match="found 4 to 8"):
-        write_checkpoint(source, source.family, cuts, tmp_path)
-    (tmp_path / "out").mkdir()
-    write_tensors(source, source.family, cuts, tmp_path / "out")
-    tensors = load_file(tmp_path / "out" / "model.safetensors")
-    widths = [tensors[f"model.layers.{i}.mlp.down_proj.weight"].shape[1] for i in range(LAYERS)]
-    assert widths == [4, 8, 6]
+    for widths in ([4, 8, 6], [8, 8, 8]):
+        out = export(source, random_cuts(source, widths), tmp_path / f"{widths}")
+        tensors = load_file(out / "model.safetensors")
+        found = [tensors[f"model.layers.{i}.mlp.down_proj.weight"].shape[1] for i in range(LAYERS)]
+        assert found == widths
+        stock = len(set(widths)) == 1
+        assert (out / "modeling_ragged.py").exists() != stock
+        config = json.loads((out / "config.json").read_text())
+        assert (config.keys() & {"auto_map", "per_layer_config", "ragged_mlp"} == set()) == stock
 
 
 def test_a_wrong_number_of_cuts_is_a_mistake(tmp_path: Path) -> None:
     source = Checkpoint.open(save_tiny(tmp_path / "in"))
     with pytest.raises(ValueError, match="2 cuts for 3 layers"):
-        write_checkpoint(source, source.family, random_cuts(source, [4, 4]), tmp_path)
+        write_checkpoint(source, random_cuts(source, [4, 4]), tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -241,7 +240,7 @@ def test_a_shard_size_that_is_none_is_refused(tmp_path: Path) -> None:
     source = Checkpoint.open(save_tiny(tmp_path / "in"))
     cuts = random_cuts(source, [KEPT] * LAYERS)
     with pytest.raises(InvalidInput, match="max_shard_size 'lots'"):
-        write_checkpoint(source, source.family, cuts, tmp_path, max_shard_size="lots")
+        write_checkpoint(source, cuts, tmp_path, max_shard_size="lots")
 
 
 def test_the_tokenizer_comes_along_and_code_and_pickle_do_not(tmp_path: Path) -> None:
@@ -424,7 +423,7 @@ def test_a_full_disk_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("fbn_prune.export.writer.write_shards", full)
     (tmp_path / "out").mkdir()
     with pytest.raises(FbnPruneError, match=r"cannot write .*No space left on device"):
-        write_checkpoint(source, source.family, cuts, tmp_path / "out")
+        write_checkpoint(source, cuts, tmp_path / "out")
 
 
 def test_what_a_killed_run_left_beside_the_output_counts_as_room(

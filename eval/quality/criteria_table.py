@@ -28,9 +28,10 @@ from rich.table import Table
 
 from fbn_prune.data.calibration import TokenBlocks, read_documents, tokenize_document
 from fbn_prune.errors import InvalidInput
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.perplexity import perplexity
-from fbn_prune.model.surgery import MlpCut, apply_cut
+from fbn_prune.model.surgery import MlpCut
 from fbn_prune.networks.discovery import DiscoveryOptions, discover
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.networks.interventions import masked
@@ -42,7 +43,7 @@ from fbn_prune.pruning.allocation import (
     uniform_widths,
 )
 from fbn_prune.pruning.criteria import CRITERIA, cuts_to_widths
-from fbn_prune.pruning.cutting import cut_layers
+from fbn_prune.pruning.cutting import CutPlan, cut_layers
 from fbn_prune.pruning.evidence import CutOptions, EvidencePass
 from fbn_prune.pruning.layout import Layout, LayoutRequest, Subject, choose_layout
 from fbn_prune.pruning.second_order import loss_root
@@ -81,11 +82,10 @@ class Comparison:
         seed: int,
     ) -> None:
         checkpoint = Checkpoint.open(model)
-        self.family = checkpoint.family
-        self.model = checkpoint.load_model("cpu", torch.float32)
+        self.adapter = ModelAdapter(checkpoint.load_model("cpu", torch.float32))
         self.multiple, self.seed = multiple, seed
         self.layouts: dict[tuple[str, int], Layout] = {}
-        context = min(context, self.family.context_length(checkpoint.config))
+        context = min(context, checkpoint.family.context_length(checkpoint.config))
         tokenizer = checkpoint.load_tokenizer()
         draw = random.Random(seed)
         sample: list[torch.Tensor] = []
@@ -102,11 +102,9 @@ class Comparison:
         self.held_out = TokenBlocks(tuple(held), context, tuple(map(str, evaluate)))
         self.batches = self.calibration.batches(BATCH_TOKENS)
         self.held_out_batches = self.held_out.batches(BATCH_TOKENS)
-        width = self.family.width(self.model.config)
-        self.full = [width] * self.family.num_layers(self.model.config)
+        self.full = self.adapter.widths
         self.networks: FunctionalNetworks = discover(
-            self.model,
-            self.family,
+            self.adapter,
             self.calibration,
             DiscoveryOptions(networks, network_tokens, "global", seed),
             tokenizer=tokenizer,
@@ -115,11 +113,10 @@ class Comparison:
             header={},
             clock=StageClock(),
         )
-        weights = [self.family.down_weight(self.model, i) for i in range(len(self.full))]
-        self.order = strongest_first(output_energy(self.networks, weights))
+        self.order = strongest_first(output_energy(self.networks, self.adapter.down_weights()))
 
-    def options(self, criterion: str, *, sequential: bool = False) -> CutOptions:
-        return CutOptions(criterion, sequential, 1e-2, 1e-3, self.seed, torch.float32)
+    def options(self, *, sequential: bool = False) -> CutOptions:
+        return CutOptions(sequential, 1e-2, 1e-3, self.seed, torch.float32)
 
     def membership(self, kept: list[int]) -> list[torch.Tensor]:
         strongest = self.networks.maps[kept].abs().amax(0).double()
@@ -132,16 +129,11 @@ class Comparison:
         self, wanted: list[tuple[str, int]], kept: list[int]
     ) -> dict[tuple[str, int], float]:
         """Perplexity for each (criterion, budget), from one pass over the calibration sample."""
-        evidence = EvidencePass(
-            self.model,
-            self.family,
-            self.batches,
-            self.options("second-order"),
-            membership=self.membership(kept),
-            clock=StageClock(),
-        )
+        evidence = EvidencePass(self.adapter, self.batches, self.options(), clock=StageClock())
+        members = self.membership(kept)
         cuts: dict[tuple[str, int], list[MlpCut]] = {key: [] for key in wanted}
         for layer in evidence:
+            layer = replace(layer, membership=members[layer.layer])
             for criterion, budget in wanted:
                 width = self.widths(budget)[layer.layer]
                 cuts[criterion, budget].append(CRITERIA[criterion](layer, width))
@@ -150,17 +142,16 @@ class Comparison:
     def ragged(self, budgets: list[int]) -> dict[tuple[str, int], float]:
         """Perplexity for each (rule for ragged widths, budget); as many neurons as uniform widths keep."""
         small = self.calibration.batches(GRADIENT_BATCH_TOKENS)
-        sensitivity = output_sensitivity(self.model, self.family, small, StageClock())
+        sensitivity = output_sensitivity(self.adapter, small, StageClock())
         roots = [loss_root(matrix) for matrix in sensitivity]
         cuts: dict[tuple[str, int], list[MlpCut]] = {}
         for name, (rule, loss_aware) in RAGGED.items():
-            options = replace(self.options("second-order"), loss_aware=loss_aware)
             subject = Subject(
-                self.model,
-                self.family,
+                self.adapter,
                 self.calibration,
                 BATCH_TOKENS,
-                options,
+                "second-order",
+                replace(self.options(), loss_aware=loss_aware),
                 self.networks,
                 self.order,
                 roots,
@@ -178,11 +169,9 @@ class Comparison:
                 self.layouts[name, budget] = choose_layout(subject, request, StageClock())
                 cuts[name, budget] = []
         evidence = EvidencePass(
-            self.model,
-            self.family,
+            self.adapter,
             self.batches,
-            self.options("second-order"),
-            membership=None,
+            self.options(),
             loss_roots=roots,
             clock=StageClock(),
         )
@@ -203,31 +192,27 @@ class Comparison:
         return {key: self.cut_perplexity(parts) for key, parts in cuts.items()}
 
     def cut_perplexity(self, cuts: list[MlpCut]) -> float:
-        model = copy.deepcopy(self.model)
-        for layer, cut in enumerate(cuts):
-            apply_cut(model, self.family, layer, cut)
-        return perplexity(model, self.held_out_batches)
+        with self.adapter.trying(cuts):
+            return perplexity(self.adapter, self.held_out_batches)
 
     def sequential(self, budget: int) -> float:
-        model = copy.deepcopy(self.model)
+        adapter = copy.deepcopy(self.adapter)
         cut_layers(
-            model,
-            self.family,
+            adapter,
             self.batches,
-            self.widths(budget),
-            self.options("second-order", sequential=True),
-            membership=None,
+            CutPlan("second-order", self.widths(budget)),
+            self.options(sequential=True),
             clock=StageClock(),
         )
-        return perplexity(model, self.held_out_batches)
+        return perplexity(adapter, self.held_out_batches)
 
     def membership_global(self, budget: int, kept: list[int]) -> float:
         strongest = torch.cat(self.membership(kept))
         silent = torch.ones(len(strongest), dtype=torch.bool)
         silent[torch.argsort(strongest, descending=True, stable=True)[:budget]] = False
         masks = [silent[self.networks.layer_slice(i)] for i in range(len(self.full))]
-        with masked(self.model, self.family, masks):
-            return perplexity(self.model, self.held_out_batches)
+        with masked(self.adapter, masks):
+            return perplexity(self.adapter, self.held_out_batches)
 
 
 def first_blocks(file: Path, tokenizer: Any, context: int, count: int) -> list[torch.Tensor]:
@@ -275,7 +260,7 @@ def main(
     console = Console(width=140)
     run = Comparison(model, calibrate, evaluate, blocks=blocks, **common)
     total = sum(run.full)
-    dense = perplexity(run.model, run.held_out_batches)
+    dense = perplexity(run.adapter, run.held_out_batches)
     budgets = [budget_from_sparsity(total, 1 - share) for share in kept]
     cells = run.one_shot([(name, b) for name in names for b in budgets], run.order)
     cells |= run.ragged(budgets)
@@ -297,7 +282,7 @@ def main(
     dial_rows: list[dict[str, Any]] = []
     if dial:
         run = Comparison(model, calibrate, evaluate, blocks=dial_blocks, **common)
-        dense = perplexity(run.model, run.held_out_batches)
+        dense = perplexity(run.adapter, run.held_out_batches)
         table = Table(
             "K",
             "neurons kept",

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.perplexity import perplexity
-from fbn_prune.model.surgery import MlpCut, as_if_cut
+from fbn_prune.model.surgery import MlpCut
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.damping import DampingWarning, refit_share
 from fbn_prune.pruning.evidence import CutOptions, EvidencePass
@@ -39,7 +40,7 @@ def main() -> None:
     known = {"model": arguments.model, "calibration": arguments.texts, "networks": 1}
     recipe = build_recipe({**known, "tokens": 65536, "context": 256})
     prepared = prepare(recipe)
-    model = prepared.checkpoint.load_model("cpu", torch.float32)
+    adapter = ModelAdapter(prepared.checkpoint.load_model("cpu", torch.float32))
     data = load_calibration(prepared, prepared.checkpoint.load_tokenizer())
     held_out = data.held_out.subset(8192).batches(4096)
     width = prepared.width
@@ -47,13 +48,9 @@ def main() -> None:
     for ratio in TOKENS_PER_NEURON:
         blocks = data.calibrating.subset(round(ratio * width))
         evidence = EvidencePass(
-            model,
-            prepared.family,
+            adapter,
             blocks.batches(4096),
-            CutOptions(
-                "second-order", False, recipe.damping, recipe.refit_damping, 0, torch.float32
-            ),
-            membership=None,
+            CutOptions(False, recipe.damping, recipe.refit_damping, 0, torch.float32),
             clock=StageClock(),
         )
         adapted = refit_share(recipe.refit_damping, blocks.tokens, width)
@@ -67,8 +64,8 @@ def main() -> None:
                 )
         row = {"tokens_per_neuron": blocks.tokens / width, "adapted_damping": adapted}
         for name, parts in cuts.items():
-            with as_if_cut(model, prepared.family, parts):
-                row[name] = perplexity(model, held_out)
+            with adapter.trying(parts):
+                row[name] = perplexity(adapter, held_out)
         table[f"{ratio:g}"] = row
         print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
     if arguments.json is not None:

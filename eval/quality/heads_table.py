@@ -29,13 +29,14 @@ from torch import Tensor
 
 from fbn_prune.data.calibration import TokenBlocks
 from fbn_prune.errors import InvalidInput
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.heads import HeadCut
 from fbn_prune.model.perplexity import perplexity
-from fbn_prune.model.surgery import MlpCut, apply_cut
+from fbn_prune.model.surgery import MlpCut
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.criteria import CRITERIA, HeadEvidence, head_cut
-from fbn_prune.pruning.cutting import cut_layers
+from fbn_prune.pruning.cutting import CutPlan, cut_layers
 from fbn_prune.pruning.damping import centred
 from fbn_prune.pruning.evidence import CutOptions, EvidencePass
 
@@ -85,8 +86,7 @@ def main(
     output: Annotated[Path | None, typer.Option(help="Also write JSON here.")] = None,
 ) -> None:
     checkpoint = Checkpoint.open(model)
-    family, config = checkpoint.family, checkpoint.config
-    dense = checkpoint.load_model("cpu", torch.float32)
+    dense = ModelAdapter(checkpoint.load_model("cpu", torch.float32))
     tokenizer = checkpoint.load_tokenizer()
     draw = random.Random(seed)
     sample: list[Tensor] = []
@@ -101,10 +101,10 @@ def main(
     ]
     batches = TokenBlocks(tuple(sample), context, tuple(map(str, calibrate))).batches(BATCH_TOKENS)
     held_out = TokenBlocks(tuple(held), context, tuple(map(str, evaluate))).batches(BATCH_TOKENS)
-    shape, layers = family.head_shape(config), family.num_layers(config)
-    width, hidden = family.width(config), family.hidden_size(config)
+    shape, hidden = checkpoint.family.head_shape(checkpoint.config), dense.hidden_size
+    width = dense.widths[0]
     counts = list(range(shape.groups - 1, 0, -1))
-    plain = CutOptions("second-order", False, 1e-2, 1e-3, seed, torch.float32)
+    plain = CutOptions(False, 1e-2, 1e-3, seed, torch.float32)
     options = {groups: replace(plain, head_groups=groups) for groups in counts}
     ways: dict[str, list[Chosen]] = {
         "second order": [head_cut],
@@ -119,10 +119,7 @@ def main(
         return max(1, round(width - gone / (3 * hidden)))
 
     cuts: dict[tuple[str, int, int], list[MlpCut]] = {}
-    evidence = EvidencePass(
-        dense, family, batches, options[counts[0]], membership=None, clock=StageClock()
-    )
-    for layer in evidence:
+    for layer in EvidencePass(dense, batches, options[counts[0]], clock=StageClock()):
         assert layer.heads is not None
         whole = MlpCut(torch.arange(width), layer.weight)
         for groups in counts:
@@ -139,15 +136,13 @@ def main(
     def measured(parts: list[MlpCut]) -> float:
         cut = copy.deepcopy(dense)
         for number, part in enumerate(parts):
-            apply_cut(cut, family, number, part)
+            cut.cut(number, part)
         return perplexity(cut, held_out)
 
     def sequential(groups: int) -> float:
         cut = copy.deepcopy(dense)
         chosen = replace(options[groups], sequential=True)
-        cut_layers(
-            cut, family, batches, [width] * layers, chosen, membership=None, clock=StageClock()
-        )
+        cut_layers(cut, batches, CutPlan("second-order", cut.widths), chosen, clock=StageClock())
         return perplexity(cut, held_out)
 
     headings = ["second order", "sequential", "no refit", "variance", "chance", "neurons instead"]

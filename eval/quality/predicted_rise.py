@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.perplexity import mean_loss
-from fbn_prune.model.surgery import MlpCut, apply_cut, as_if_cut
+from fbn_prune.model.surgery import MlpCut
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.criteria import CRITERIA, head_cut
 from fbn_prune.pruning.evidence import CutOptions, EvidencePass
@@ -46,13 +47,12 @@ def measure(name: str, texts: list[str]) -> list[dict[str, Any]]:
         {"model": name, "calibration": texts, "tokens": TOKENS, "context": 256, "networks": 1}
     )
     prepared = prepare(recipe)
-    model = prepared.checkpoint.load_model("cpu", torch.float32)
+    adapter = ModelAdapter(prepared.checkpoint.load_model("cpu", torch.float32))
     data = load_calibration(prepared, prepared.checkpoint.load_tokenizer())
     held_out = data.held_out.subset(HELD_OUT_TOKENS).batches(4096)
     family, config = prepared.family, prepared.checkpoint.config
     groups = family.head_shape(config).groups if family.attention is not None else 1
     options = CutOptions(
-        "second-order",
         False,
         recipe.damping,
         recipe.refit_damping,
@@ -60,14 +60,7 @@ def measure(name: str, texts: list[str]) -> list[dict[str, Any]]:
         torch.float32,
         head_groups=None if groups == 1 else 1,
     )
-    evidence = EvidencePass(
-        model,
-        prepared.family,
-        data.calibrating.batches(4096),
-        options,
-        membership=None,
-        clock=StageClock(),
-    )
+    evidence = EvidencePass(adapter, data.calibrating.batches(4096), options, clock=StageClock())
     cuts: dict[tuple[str, float], list[MlpCut]] = {}
     errors: dict[tuple[str, float], list[float]] = {}
     for layer in evidence:
@@ -84,17 +77,17 @@ def measure(name: str, texts: list[str]) -> list[dict[str, Any]]:
             cuts.setdefault((HEADS, kept / groups), []).append(whole)
             error = relative_head_error(layer.heads, heads)
             errors.setdefault((HEADS, kept / groups), []).append(error)
-    dense = mean_loss(model, held_out)
+    dense = mean_loss(adapter, held_out)
     rows = []
     for (criterion, share), parts in cuts.items():
         if criterion == HEADS:
-            cut_model = copy.deepcopy(model)
+            cut_model = copy.deepcopy(adapter)
             for number, part in enumerate(parts):
-                apply_cut(cut_model, prepared.family, number, part)
+                cut_model.cut(number, part)
             rise = mean_loss(cut_model, held_out) - dense
         else:
-            with as_if_cut(model, prepared.family, parts):
-                rise = mean_loss(model, held_out) - dense
+            with adapter.trying(parts):
+                rise = mean_loss(adapter, held_out) - dense
         rows.append(
             {
                 "model": Path(name).name,

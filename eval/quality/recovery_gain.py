@@ -22,11 +22,12 @@ from criteria_table import BATCH_TOKENS, first_blocks
 from rich.console import Console
 
 from fbn_prune.data.calibration import TokenBlocks
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.perplexity import perplexity
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.allocation import budget_from_sparsity, uniform_widths
-from fbn_prune.pruning.cutting import cut_layers
+from fbn_prune.pruning.cutting import CutPlan, cut_layers
 from fbn_prune.pruning.evidence import CutOptions
 from fbn_prune.pruning.recovery.healing import RecoveryOptions, heal, healed_tensors
 
@@ -48,8 +49,8 @@ def main(
 ) -> None:
     torch.set_num_threads(threads)
     checkpoint = Checkpoint.open(model)
-    family, tokenizer = checkpoint.family, checkpoint.load_tokenizer()
-    dense = checkpoint.load_model("cpu", torch.float32)
+    tokenizer = checkpoint.load_tokenizer()
+    dense = ModelAdapter(checkpoint.load_model("cpu", torch.float32))
     draw = random.Random(seed)
     sample: list[torch.Tensor] = []
     for file in calibrate:
@@ -62,16 +63,14 @@ def main(
     ]
     held_out = TokenBlocks(tuple(held), context, tuple(map(str, evaluate))).batches(BATCH_TOKENS)
 
-    layers, width = family.num_layers(dense.config), family.width(dense.config)
-    budget = budget_from_sparsity(layers * width, 1 - kept)
+    widths = dense.widths
+    budget = budget_from_sparsity(sum(widths), 1 - kept)
     cut = copy.deepcopy(dense)
     cut_layers(
         cut,
-        family,
         calibration.batches(BATCH_TOKENS),
-        uniform_widths(budget, [width] * layers, 1),
-        CutOptions("second-order", False, 1e-2, 1e-3, seed, checkpoint.storage_dtype),
-        membership=None,
+        CutPlan("second-order", uniform_widths(budget, widths, 1)),
+        CutOptions(False, 1e-2, 1e-3, seed, checkpoint.storage_dtype),
         clock=StageClock(),
     )
     facts = {
@@ -86,13 +85,13 @@ def main(
     }
     clock, wall, cpu = StageClock(), time.perf_counter(), time.process_time()
     options = RecoveryOptions(passes, rank, seed)
-    heal(cut, dense, family, calibration, options, clock)
+    heal(cut, dense, calibration, options, clock)
     facts |= {
         "seconds": time.perf_counter() - wall,
         "processor_seconds": time.process_time() - cpu,
         "stages": clock.seconds,
     }
-    healed_tensors(cut, family, checkpoint)
+    healed_tensors(cut, checkpoint)
     recovered = perplexity(cut, held_out)
     closed = (facts["cut"] - recovered) / (facts["cut"] - facts["dense"])
     facts |= {"recovered": recovered, "gap_closed": closed}

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fbn_prune.data.calibration import TokenBlocks, read_documents, tokenize_document
 from fbn_prune.errors import InvalidInput
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.perplexity import perplexity
 from fbn_prune.networks.discovery import DiscoveryOptions, discover
@@ -67,8 +68,7 @@ class Subject:
 
     def found(self, model: PreTrainedModel, blocks: TokenBlocks) -> FunctionalNetworks:
         return discover(
-            model,
-            self.family,
+            ModelAdapter(model),
             blocks,
             DiscoveryOptions(self.networks, self.tokens, "global", 0),
             tokenizer=self.tokenizer,
@@ -97,7 +97,7 @@ class Subject:
     def perplexity(self, model: PreTrainedModel, name: str) -> float:
         """On the blocks that networks are found on, which nothing was trained on here."""
         held = TokenBlocks(tuple(self.blocks[name]), self.context, (name,))
-        return perplexity(model, held.batches(BATCH_TOKENS))
+        return perplexity(ModelAdapter(model), held.batches(BATCH_TOKENS))
 
     def _blocks(self, path: Path, count: int) -> list[torch.Tensor]:
         blocks: list[torch.Tensor] = []

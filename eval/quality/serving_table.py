@@ -19,6 +19,7 @@ import torch
 
 from fbn_prune.data import builtin
 from fbn_prune.data.calibration import Batch, calibration_data
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.perplexity import perplexity
 from fbn_prune.serving import attach
@@ -47,24 +48,24 @@ def rows_of_task(
 ) -> list[dict[str, Any]]:
     """One row for each choice."""
     batches = text_batches(base, text, options.tokens)
-    model = base.load_model("cpu", torch.float32)
+    adapter = ModelAdapter(base.load_model("cpu", torch.float32))
     found: list[dict[str, Any]] = []
 
     def add(choice: str, cost: int, value: float) -> None:
         found.append({"task": name, "choice": choice, "bytes": cost, "perplexity": value})
         print(f"{name:8} {choice:16} {cost:12,} bytes  perplexity {value:9.4f}", flush=True)
 
-    add("whole model", 0, perplexity(model, batches))
+    add("whole model", 0, perplexity(adapter, batches))
     choices: list[tuple[str, Refit, int]] = [("none", "none", 1)]
     choices += [(f"rank {rank}", "low-rank", rank) for rank in options.rank or (8, 32, 128)]
     choices.append(("full", "full", 1))
     for label, refit, rank in choices:
         task = task_of_pruned(base, pruned, refit, rank)
-        with attach(model, {name: task}), model.networks(name):
-            value = perplexity(model, batches)
+        with attach(adapter.model, {name: task}) as served, served.networks(name):
+            value = perplexity(adapter, batches)
         stored = task.correction_parameters * base.storage_dtype.itemsize
         add(label, task.neurons.nbytes + stored, value)
-    exported = pruned.load_model("cpu", torch.float32)
+    exported = ModelAdapter(pruned.load_model("cpu", torch.float32))
     add("exported", pruned.total_bytes, perplexity(exported, batches))
     return found
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from fbn_prune.data.calibration import Batch, TokenBlocks, read_documents, tokenize_document
 from fbn_prune.errors import InvalidInput
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.layerwise import LayerwiseForward
-from fbn_prune.model.surgery import apply_cut
 from fbn_prune.networks.activity import principal_maps, second_moment, time_courses
 from fbn_prune.networks.discovery import DiscoveryOptions, discover
 from fbn_prune.networks.function_matching import (
@@ -75,8 +75,7 @@ class Experiment:
 
     def __init__(self, model: str, domains: list[Domain], setting: Setting) -> None:
         checkpoint = Checkpoint.open(model)
-        self.family = checkpoint.family
-        self.model = checkpoint.load_model("cpu", torch.float32)
+        self.adapter = ModelAdapter(checkpoint.load_model("cpu", torch.float32))
         self.tokenizer = checkpoint.load_tokenizer()
         if self.tokenizer.pad_token_id is None:  # padding is never scored: any id will do
             self.tokenizer.pad_token = self.tokenizer.decode([0])
@@ -122,8 +121,7 @@ class Experiment:
         mixed = list(documents)
         random.Random(setting.seed).shuffle(mixed)
         networks = discover(
-            self.model,
-            self.family,
+            self.adapter,
             TokenBlocks(tuple(mixed), setting.context, names),
             DiscoveryOptions(setting.networks, setting.network_tokens, "global", setting.seed),
             tokenizer=self.tokenizer,
@@ -133,32 +131,24 @@ class Experiment:
             clock=clock,
         )
         singles = self.pool.batches(1)  # one document a batch, in the order of the pool
-        courses = time_courses(self.model, self.family, networks, singles, clock)
+        courses = time_courses(self.adapter, networks, singles, clock)
         self.activity = torch.stack([course.mean(0) for course in courses])
         moment = second_moment([courses[i] for i in self.generic])
         components = replace(networks, maps=principal_maps(networks, moment))
-        in_components = time_courses(self.model, self.family, components, singles, clock)
+        in_components = time_courses(self.adapter, components, singles, clock)
         self.component_activity = torch.stack([course.mean(0) for course in in_components])
         self.grams, self.means = self._document_statistics(singles)
-        options = CutOptions("second-order", False, 1e-2, 1e-3, setting.seed, torch.float32)
+        options = CutOptions(False, 1e-2, 1e-3, setting.seed, torch.float32)
         self.evidence = list(
-            EvidencePass(
-                self.model,
-                self.family,
-                generic_blocks.batches(BATCH_TOKENS),
-                options,
-                membership=None,
-                clock=clock,
-            )
+            EvidencePass(self.adapter, generic_blocks.batches(BATCH_TOKENS), options, clock=clock)
         )
 
     def _document_statistics(self, singles: Sequence[Batch]) -> tuple[list[Tensor], list[Tensor]]:
         """For each layer xᵀx / tokens of every document, float32 [documents, N, N], and E[x] [documents, N]."""
-        stream = LayerwiseForward(self.model, self.family, singles)
+        stream = LayerwiseForward(self.adapter, singles)
         grams: list[Tensor] = []
         means: list[Tensor] = []
-        for layer in range(self.family.num_layers(self.model.config)):
-            width = self.family.down_weight(self.model, layer).shape[1]
+        for width in self.adapter.widths:
             gram = torch.empty(len(singles), width, width)
             mean = torch.empty(len(singles), width)
 
@@ -171,12 +161,12 @@ class Experiment:
             means.append(mean)
         return grams, means
 
-    def cut(self, weights: Tensor, keep: float) -> Any:
+    def cut(self, weights: Tensor, keep: float) -> ModelAdapter:
         """The model cut on statistics in which document i of the pool has weight i."""
         weights = (weights / weights.sum()).float()
         used = weights.nonzero()[:, 0]
-        model = copy.deepcopy(self.model)
-        full = [len(evidence.mean) for evidence in self.evidence]
+        adapter = copy.deepcopy(self.adapter)
+        full = self.adapter.widths
         widths = uniform_widths(budget_from_sparsity(sum(full), 1 - keep), full, 1)
         for evidence, grams, means in zip(self.evidence, self.grams, self.means, strict=True):
             gram = torch.zeros_like(grams[0], dtype=torch.float64)
@@ -184,9 +174,9 @@ class Experiment:
                 gram.add_(grams[index], alpha=float(weights[index]))
             mean = weights.double() @ means.double()
             weighted = replace(evidence, gram=gram, mean=mean)
-            cut = CRITERIA["second-order"](weighted, widths[evidence.layer])
-            apply_cut(model, self.family, evidence.layer, cut)
-        return model
+            cut = CRITERIA["networks"](weighted, widths[evidence.layer])
+            adapter.cut(evidence.layer, cut)
+        return adapter
 
     def weights_by_method(
         self, place: int, draw: int, matched: Sequence[int], sharpness: Sequence[float]

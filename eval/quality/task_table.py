@@ -13,8 +13,8 @@ generic             all generic documents alike
 examples alone      the task's few blocks
 half and half       half the weight to each of these two
 oracle              the task's own generic documents and its examples, all alike
-networks, K, s      function-matched (`fbn_prune.networks.function_matching`) on the K networks where the task stands out most,
-                    weights of sharpness s
+networks, K, s      function-matched (`fbn_prune.networks.function_matching`) on the K networks where the task
+                    stands out most, weights of sharpness s
 components, K, s    the same with principal components of the same space
 mean activations, s documents by cosine of the mean activations of all neurons, standardised
 
@@ -40,6 +40,7 @@ from task_experiment import Domain, Experiment, Questions, Setting
 from builtin_model.measure import exact_share
 from fbn_prune.data import builtin
 from fbn_prune.errors import InvalidInput
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.perplexity import perplexity
 from fbn_prune.networks.function_matching import SHARPNESS
 
@@ -70,10 +71,12 @@ def _asked(run: Experiment, place: int, questions: list[str]) -> Questions:
     return []
 
 
-def _measure(run: Experiment, place: int, model: Any, asked: Questions) -> dict[str, float]:
-    figures = {"perplexity": perplexity(model, run.held_out[place])}
+def _measure(
+    run: Experiment, place: int, adapter: ModelAdapter, asked: Questions
+) -> dict[str, float]:
+    figures = {"perplexity": perplexity(adapter, run.held_out[place])}
     if asked:
-        figures["exact"] = exact_share(model, run.tokenizer, asked)
+        figures["exact"] = exact_share(adapter.model, run.tokenizer, asked)
     return figures
 
 
@@ -164,7 +167,7 @@ def main(
             continue
         asked = [] if tune else _asked(run, place, asking)
         rows = task_rows(run, place, kept, matched, sharpness, asked, list(method or []))
-        dense = _measure(run, place, run.model, asked)
+        dense = _measure(run, place, run.adapter, asked)
         facts["tasks"][one.name] = {"dense": dense, "questions": len(asked), "methods": rows}
         console.print(_table(one.name, dense, rows))
         if output is not None:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fbn_prune.data.given import GivenData
 from fbn_prune.data.text_files import is_text
 from fbn_prune.errors import InvalidInput
 
@@ -140,7 +141,7 @@ class CalibrationData:
     held_out: TokenBlocks
 
 
-def read_documents(source: str, *, characters: int, seed: int = 0) -> Iterator[str]:
+def read_documents(source: str | GivenData, *, characters: int, seed: int = 0) -> Iterator[str]:
     """Yield the documents of one source, about `characters` characters at most.
 
     A text file is one document, a folder one document a file (``*.txt``, ``*.md``, ``*.py``, ``*.rst`` and
@@ -161,8 +162,10 @@ def read_documents(source: str, *, characters: int, seed: int = 0) -> Iterator[s
         left -= len(document)
 
 
-def _documents_of(source: str, characters: int, seed: int) -> Iterator[str]:
-    if source == "builtin":
+def _documents_of(source: str | GivenData, characters: int, seed: int) -> Iterator[str]:
+    if isinstance(source, GivenData):
+        yield from source.documents
+    elif source == "builtin":
         from fbn_prune.data import builtin
 
         files = builtin.calibration_files()
@@ -291,7 +294,7 @@ def _prefix_ids(tokenizer: Tokenizer) -> list[int]:
 
 
 def calibration_data(
-    sources: Sequence[str],
+    sources: Sequence[str | GivenData],
     tokenizer: Tokenizer,
     *,
     tokens: int,
@@ -321,8 +324,12 @@ def calibration_data(
     share = tokens / len(sources)
     held: list[Tensor] = []
     candidates: list[list[Tensor]] = []
-    for index, source in enumerate(sources):
-        blocks = _source_blocks(source, tokenizer, share, context, held_out, seed)
+    names = tuple(source.name if isinstance(source, GivenData) else source for source in sources)
+    for index, given in enumerate(sources):
+        blocks, source = (
+            _source_blocks(given, tokenizer, share, context, held_out, seed),
+            names[index],
+        )
         _check_ids(blocks, vocabulary, source)
         available = sum(len(block) for block in blocks)
         if available < context or len(blocks) < 2:
@@ -337,7 +344,7 @@ def calibration_data(
         candidates.append(blocks[len(ours) :])
     seen = {bytes(block.numpy()) for block in held}
     calibrating: list[Tensor] = []
-    for source, blocks in zip(sources, candidates, strict=True):
+    for source, blocks in zip(names, candidates, strict=True):
         fresh = [block for block in blocks if bytes(block.numpy()) not in seen]
         if not fresh:
             raise InvalidInput(
@@ -346,17 +353,27 @@ def calibration_data(
             )
         calibrating.extend(_take(fresh, share))
     random.Random(f"{seed}/order").shuffle(calibrating)
-    names = tuple(sources)
     return CalibrationData(
         TokenBlocks(tuple(calibrating), context, names), TokenBlocks(tuple(held), context, names)
     )
 
 
 def _source_blocks(
-    source: str, tokenizer: Tokenizer, share: float, context: int, held_out: float, seed: int
+    source: str | GivenData,
+    tokenizer: Tokenizer,
+    share: float,
+    context: int,
+    held_out: float,
+    seed: int,
 ) -> list[Tensor]:
+    if isinstance(source, GivenData) and source.rows:
+        pieces = [piece for row in source.rows for piece in row.split(context)]
+        blocks = [piece for piece in pieces if len(piece) >= MIN_BLOCK_TOKENS]
+        if not blocks:
+            raise InvalidInput(f"{source.name}: no block of {MIN_BLOCK_TOKENS} tokens")
+        return blocks
     characters = int(share / (1 - held_out) + context) * CHARACTERS_READ_PER_TOKEN
-    blocks: list[Tensor] = []
+    blocks = []
     empty = True
     for document in read_documents(source, characters=characters, seed=seed):
         empty = False

@@ -175,6 +175,16 @@ class Checkpoint:
         )
         return counts.most_common(1)[0][0]
 
+    def stored_name(self, parameter: str) -> str | None:
+        """What the checkpoint calls a parameter of the live model; None where it holds no such tensor.
+
+        Checkpoints saved from the base model leave the first component out, and transformers renames some on loading.
+        """
+        candidates = [parameter, parameter.removeprefix(self.family.layers.partition(".")[0] + ".")]
+        if (other := self.family.stored_as) is not None:
+            candidates.append(parameter.replace(*other))
+        return next((name for name in candidates if name in self.tensors), None)
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self.tensors[name].shape
 

@@ -23,8 +23,7 @@ from fbn_prune.errors import InvalidInput
 from fbn_prune.model.heads import Attention, HeadLocation, HeadProjection, HeadShape, Part
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig
 
     Config = PretrainedConfig | Mapping[str, Any]
 
@@ -163,6 +162,10 @@ class Family:
                 )
         return widths
 
+    def widest(self, config: Config) -> int:
+        """Neurons of the widest layer's MLP."""
+        return max(self.widths(config))
+
     def num_layers(self, config: Config) -> int:
         layers = as_config(config).num_hidden_layers
         try:
@@ -230,6 +233,13 @@ class Family:
         as_config(fewer)
         return fewer
 
+    def set_config_head_groups(self, config: PretrainedConfig, groups: int) -> None:
+        """Have a loaded config say that every layer has so many groups of heads."""
+        shape = self.head_shape(config)
+        config.head_dim = shape.size
+        config.num_key_value_heads = groups
+        config.num_attention_heads = groups * shape.queries
+
     def mlp_facts(self) -> dict[str, Any]:
         """Where the MLPs are, as the JSON object `ragged_mlp` that `modeling_ragged.py` reads."""
         return {
@@ -238,65 +248,6 @@ class Family:
             "output": asdict(self.output),
             "width_key": self.width_key,
         }
-
-    # A live model
-
-    def layer_modules(self, model: PreTrainedModel) -> nn.ModuleList:
-        return model.get_submodule(self.layers)  # type: ignore[return-value]
-
-    def projection_module(
-        self, model: PreTrainedModel, layer: int, projection: Projection
-    ) -> nn.Linear:
-        """The live module: a Linear, or in GPT-2 a Conv1D (weight [in, out])."""
-        module: Any = self.layer_modules(model)[layer].get_submodule(projection.path)
-        return module
-
-    def output_module(self, model: PreTrainedModel, layer: int) -> nn.Linear:
-        """The module whose input is the activation, [..., neurons]."""
-        return self.projection_module(model, layer, self.output)
-
-    def down_weight(self, model: PreTrainedModel, layer: int) -> Tensor:
-        """View of the output weights, [hidden, neurons]: a neuron is a column in every family."""
-        weight = self.output_module(model, layer).weight.detach()
-        return weight if self.output.neuron_axis == 1 else weight.T
-
-    def down_bias(self, model: PreTrainedModel, layer: int) -> Tensor | None:
-        """The output bias, [hidden], or None."""
-        bias = self.output_module(model, layer).bias
-        return None if bias is None else bias.detach()
-
-    def input_weights(self, model: PreTrainedModel, layer: int) -> tuple[Tensor, ...]:
-        """Views of the input weights, [neurons, hidden] each: gate and up apart, even if fused."""
-        views: list[Tensor] = []
-        for projection in self.inputs:
-            module = self.projection_module(model, layer, projection)
-            weight = module.weight.detach()
-            weight = weight if projection.neuron_axis == 0 else weight.T
-            views.extend(weight.chunk(projection.stacked, dim=0))
-        return tuple(views)
-
-    def attention_output(self, model: PreTrainedModel, layer: int) -> nn.Linear:
-        """The module that reads what the heads put out, [..., heads * size]."""
-        assert self.attention is not None
-        module: Any = self.layer_modules(model)[layer].get_submodule(self.attention.output.path)
-        return module
-
-    def set_head_groups(self, model: PreTrainedModel, layer: int, groups: int) -> None:
-        """Tell one live attention module how many groups of heads its weights have."""
-        assert self.attention is not None
-        module: Any = self.layer_modules(model)[layer].get_submodule(self.attention.module)
-        # A config of its own: the model's speaks for all layers, and those not cut yet still run.
-        module.config = copy.copy(module.config)
-        self.set_config_head_groups(module.config, groups)
-        if hasattr(module, "num_key_value_heads"):
-            module.num_key_value_heads = groups
-
-    def set_config_head_groups(self, config: PretrainedConfig, groups: int) -> None:
-        """Have a loaded config say that every layer has so many groups of heads."""
-        shape = self.head_shape(config)
-        config.head_dim = shape.size
-        config.num_key_value_heads = groups
-        config.num_attention_heads = groups * shape.queries
 
     # A checkpoint's tensors
 

@@ -106,24 +106,29 @@ class HeadCut:
     out_bias: Tensor | None = None
 
 
-def cut_heads(location: HeadLocation, tensor: Tensor, cut: HeadCut, shape: HeadShape) -> Tensor:
-    """A checkpoint's attention tensor after the cut, contiguous, in the dtype it had.
+def cut_heads(
+    location: HeadLocation, tensor: Tensor, cut: HeadCut, shape: HeadShape, dtype: torch.dtype
+) -> Tensor:
+    """An attention tensor after the cut, contiguous.
 
     Parameters
     ----------
-    shape : the heads before the cut.
+    shape
+        The heads before the cut.
+    dtype
+        To which new output weights and biases are rounded.
 
     Raises
     ------
     FbnPruneError
-        If a new output weight does not fit the dtype.
+        A new output weight does not fit the dtype.
     """
     if not location.projection.reads:
         rows = _head_rows(location, shape, cut.kept.to(tensor.device))
         return tensor.index_select(0, rows)
     if location.part == "weight":
-        return rounded(cut.out_weight, tensor.dtype).contiguous()
-    return tensor if cut.out_bias is None else rounded(cut.out_bias, tensor.dtype)
+        return rounded(cut.out_weight, dtype).contiguous()
+    return tensor if cut.out_bias is None else rounded(cut.out_bias, dtype)
 
 
 def head_tensor_shape(

@@ -16,16 +16,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from fbn_prune.data.calibration import Batch
-from fbn_prune.model.families import Family
-from fbn_prune.model.spill import Spilled
-from fbn_prune.model.streaming import compute_device, layer_device, stream_of
+from fbn_prune.model.adapter import ModelAdapter
 
 Observe = Callable[[int, Tensor], None]
 """Called with (batch index, activations x [valid tokens, neurons]) while a layer runs."""
@@ -37,53 +33,44 @@ class _LayerCall:
     kwargs: dict[str, Any]
 
 
-_RETURN_TUPLES: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
-"""Whether the layers of a model return tuples, of those asked before: a streamed one reads a layer to tell."""
-
-
 class LayerwiseForward:
     """The hidden states of all batches, at the border between two layers.
 
     Parameters
     ----------
-    model
-        A model in evaluation mode; a streamed one reads each layer once for all batches, and each layer of one that
-        is spread over devices leaves what it puts out on its own.
+    adapter
+        A model in evaluation mode. A streamed one reads each layer once for all batches; where the layers lie on
+        several devices, each leaves its output on its own.
     batches
         Right-padded blocks; causal attention keeps padding from reaching valid tokens.
 
     Attributes
     ----------
     hidden
-        One tensor [blocks, length, d] a batch: the input of layer `next_layer`; on disk if the model's
-        stream says so.
+        One tensor [blocks, length, d] a batch: the input of layer `next_layer`; on disk where a streamed model
+        keeps it there.
     next_layer
         The layer that :meth:`advance` runs next.
     forward_seconds
         Wall time of the model's own work, without that of the observers.
     """
 
-    def __init__(self, model: PreTrainedModel, family: Family, batches: Sequence[Batch]) -> None:
-        self._model = model
-        self._family = family
-        self._layers = family.layer_modules(model)
-        self._device = compute_device(model)
-        layers = range(family.num_layers(model.config))
-        self._devices = {layer_device(model, family, layer) for layer in layers} | {self._device}
+    def __init__(self, adapter: ModelAdapter, batches: Sequence[Batch]) -> None:
+        self._adapter, self._model, self._layers = adapter, adapter.model, adapter.layers
+        self._device = adapter.device
+        self._devices = {adapter.layer_device(layer) for layer in range(adapter.num_layers)}
+        self._devices.add(self._device)
         self._valid = [batch.valid.to(self._device) for batch in batches]
         self._calls: dict[torch.Size, list[_LayerCall]] = {}
         self._shapes = [batch.input_ids.shape for batch in batches]
         self.next_layer = 0
         self.forward_seconds = 0.0
         with torch.inference_mode():
-            if model not in _RETURN_TUPLES:
-                _RETURN_TUPLES[model] = self._probe()
-            self._returns_tuple = _RETURN_TUPLES[model]
+            if adapter.returns_tuple is None:  # kept, as a streamed model reads a layer to tell
+                adapter.returns_tuple = self._probe()
+            self._returns_tuple = adapter.returns_tuple
             start = self._now()
-            stream = stream_of(model)
-            self.hidden: list[Tensor] | Spilled = []
-            if stream is not None and stream.spill_hidden:
-                self.hidden = Spilled(stream.scratch)
+            self.hidden = adapter.hidden_states()
             for batch in batches:
                 self.hidden.append(self._embed(batch.input_ids.to(self._device)))
             self.forward_seconds += self._now() - start
@@ -131,10 +118,10 @@ class LayerwiseForward:
 
         handles = []
         if observe is not None:
-            down = self._family.output_module(self._model, self.next_layer)
+            down = self._adapter.output_module(self.next_layer)
             handles.append(down.register_forward_pre_hook(hook(observe)))
         if observe_heads is not None:
-            out = self._family.attention_output(self._model, self.next_layer)
+            out = self._adapter.attention_output(self.next_layer)
             handles.append(out.register_forward_pre_hook(hook(observe_heads)))
         start = self._now()
         try:

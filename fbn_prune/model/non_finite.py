@@ -5,26 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from transformers import PreTrainedModel
 
 from fbn_prune.data.calibration import Batch
 from fbn_prune.errors import InvalidInput
-from fbn_prune.model.families import Family
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.layerwise import LayerwiseForward
 
 BLOCKS_SEARCHED = 4
 
 
-def damage(model: PreTrainedModel, family: Family, batches: Sequence[Batch]) -> InvalidInput:
+def damage(adapter: ModelAdapter, batches: Sequence[Batch]) -> InvalidInput:
     """What to say of a model that gives NaN or Inf: the first layer whose activations are not finite, if it is one."""
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = str(adapter.dtype).removeprefix("torch.")
     cause = "the checkpoint is damaged"
     if dtype != "float32":
         cause += f", or {dtype} overflows (try --dtype float32)"
     first = batches[0]
     few = Batch(first.input_ids[:BLOCKS_SEARCHED], first.valid[:BLOCKS_SEARCHED])
-    stream = LayerwiseForward(model, family, [few])
-    for layer in range(family.num_layers(model.config)):
+    stream = LayerwiseForward(adapter, [few])
+    for layer in range(adapter.num_layers):
         seen: list[bool] = []
         stream.advance(lambda _, x, seen=seen: seen.append(bool(torch.isfinite(x).all())))  # type: ignore[misc]
         if not all(seen):

@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
 
 from fbn_prune import distributed
 from fbn_prune.data.calibration import Batch
 from fbn_prune.errors import FbnPruneError
-from fbn_prune.model.layerwise import LayerwiseForward
-from fbn_prune.model.streaming import compute_device, stream_of
+from fbn_prune.model.adapter import ModelAdapter
 
 
 class NonFiniteLogits(FbnPruneError):
@@ -22,20 +20,20 @@ class NonFiniteLogits(FbnPruneError):
 
 
 def mean_loss(
-    model: PreTrainedModel,
+    adapter: ModelAdapter,
     batches: Sequence[Batch],
     on_batch: Callable[[int], None] | None = None,
 ) -> float:
     """Mean next-token loss in nats over all valid tokens of all blocks but each block's first."""
-    total, count = summed_loss(model, batches, on_batch)
+    total, count = summed_loss(adapter, batches, on_batch)
     return total / count
 
 
 @torch.inference_mode()
-def token_losses(model: PreTrainedModel, batches: Sequence[Batch]) -> Tensor:
+def token_losses(adapter: ModelAdapter, batches: Sequence[Batch]) -> Tensor:
     """Next-token loss in nats of every token that :func:`mean_loss` is the mean of, float64 [tokens]."""
     losses: list[Tensor] = []
-    for logits, targets in _predictions(model, batches, lambda tokens: None):
+    for logits, targets in _predictions(adapter, batches, lambda tokens: None):
         targets = targets.flatten()
         loss = cross_entropy(logits.flatten(0, 1).float(), targets, reduction="none")
         losses.append(loss[targets != -100].double().cpu())
@@ -44,7 +42,7 @@ def token_losses(model: PreTrainedModel, batches: Sequence[Batch]) -> Tensor:
 
 @torch.inference_mode()
 def summed_loss(
-    model: PreTrainedModel,
+    adapter: ModelAdapter,
     batches: Sequence[Batch],
     on_batch: Callable[[int], None] | None = None,
 ) -> tuple[float, int]:
@@ -57,7 +55,7 @@ def summed_loss(
     """
     total, count = 0.0, 0
     for logits, targets in _predictions(
-        model, distributed.share(batches), on_batch or (lambda tokens: None)
+        adapter, distributed.share(batches), on_batch or (lambda tokens: None)
     ):
         finite = torch.isfinite(logits).all(dim=-1)
         if not bool((finite | (targets == -100)).all()):
@@ -72,43 +70,20 @@ def summed_loss(
 
 
 def _predictions(
-    model: PreTrainedModel, batches: Sequence[Batch], on_batch: Callable[[int], None]
+    adapter: ModelAdapter, batches: Sequence[Batch], on_batch: Callable[[int], None]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits [blocks, length - 1, vocabulary] and what they should predict [blocks, length - 1], -100 for nothing."""
-    stream, device = stream_of(model), compute_device(model)
-    if stream is None:
-        for batch in batches:
-            ids = batch.input_ids.to(device)
-            logits = model(input_ids=ids, use_cache=False).logits
-            yield logits[:, :-1], _targets(batch, ids)
-            on_batch(batch.tokens)
-        return
-    forward = LayerwiseForward(model, stream.family, batches)
-    layers = stream.family.num_layers(model.config)
-    said, total = 0, sum(batch.tokens for batch in batches)
-    for layer in range(layers):
-        forward.advance()
-        on_batch(total * (layer + 1) // layers - said)
-        said = total * (layer + 1) // layers
-    for index, batch in enumerate(batches):
-        targets = _targets(batch, batch.input_ids.to(device))
-        # Block by block: the logits of a batch can be larger than all else.
-        for hidden, expected in zip(forward.hidden[index].split(1), targets.split(1), strict=True):
-            yield forward.logits(hidden)[:, :-1], expected
-    stream.release()
-
-
-def _targets(batch: Batch, ids: Tensor) -> Tensor:
-    return ids[:, 1:].masked_fill(~batch.valid[:, 1:].to(ids.device), -100)
+    for logits, ids, valid in adapter.logits(batches, on_batch):
+        yield logits[:, :-1], ids[:, 1:].masked_fill(~valid[:, 1:].to(ids.device), -100)
 
 
 def perplexity(
-    model: PreTrainedModel,
+    adapter: ModelAdapter,
     batches: Sequence[Batch],
     on_batch: Callable[[int], None] | None = None,
 ) -> float:
     """exp of :func:`mean_loss`; infinite where that overflows."""
-    return exp_or_infinite(mean_loss(model, batches, on_batch))
+    return exp_or_infinite(mean_loss(adapter, batches, on_batch))
 
 
 def exp_or_infinite(loss: float) -> float:

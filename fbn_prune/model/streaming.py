@@ -12,7 +12,7 @@ written checkpoint.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, overload
@@ -22,26 +22,26 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
+from fbn_prune.data.calibration import Batch
 from fbn_prune.errors import InvalidInput
+from fbn_prune.model.adapter import ModelAdapter, set_features
 from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.model.families import Family, as_config
-from fbn_prune.model.heads import cut_heads
+from fbn_prune.model.families import as_config
+from fbn_prune.model.layerwise import LayerwiseForward
 from fbn_prune.model.modeling_ragged import ragged_class
 from fbn_prune.model.spill import Spilled
 from fbn_prune.model.surgery import (
     MlpCut,
+    cut_of,
     cut_of_parts,
     cut_parts,
     cut_tensor,
-    require_place_for_bias,
     rounded_cut,
-    set_features,
 )
 
 Part = int | str
 """A decoder layer's number, or the name of an embedding."""
 
-_ATTRIBUTE = "_fbn_prune_stream"
 _M_MMAP_THRESHOLD, _KEPT_BLOCK_BYTES = -3, 2**21
 
 
@@ -77,65 +77,97 @@ class SpilledCuts(Sequence[MlpCut]):
         return self._last[1]
 
 
-class WeightStream:
-    """Brings the parts of a model into memory and lets them go; :func:`stream_of` finds it.
+class StreamedModel(ModelAdapter):
+    """A causal language model in evaluation mode whose weights are read from its checkpoint when they are wanted.
 
-    Attributes
+    Parameters
     ----------
     device, dtype
         Where and in what the model computes.
-    cuts
-        Cuts of the layers cut so far.
     scratch
-        Folder for what is not to stay in memory: cuts, and where `spill_hidden` says so, hidden states.
+        Folder for what is not to stay in memory: cuts, activations and, if `spill_hidden`, hidden states.
+
+    Raises
+    ------
+    InvalidInput
+        A tensor that the model needs is not in the checkpoint, or has another shape.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
         checkpoint: Checkpoint,
         device: torch.device,
         dtype: torch.dtype,
+        *,
         scratch: Path,
-        spill_hidden: bool,
+        spill_hidden: bool = False,
     ) -> None:
-        self.family = checkpoint.family
-        self.device, self.dtype = device, dtype
-        self.scratch, self.spill_hidden = scratch, spill_hidden
-        self.cuts = SpilledCuts(scratch)
+        model = skeleton(checkpoint, dtype)
+        model.config.use_cache = False
+        super().__init__(model.eval(), checkpoint.family)
+        self._device, self._dtype = device, dtype
+        self._scratch, self._spill_hidden = scratch, spill_hidden
+        self._cuts = SpilledCuts(scratch)
+        self.cuts = self._cuts  # type: ignore[assignment]
         self._cuts_heads = False
         self._trial: Sequence[MlpCut] | None = None
         self._here: Part | None = None
-        self._model, self._checkpoint = model, checkpoint
-        self._modules: dict[Part, nn.Module] = dict(enumerate(self.family.layer_modules(model)))
+        self._checkpoint = checkpoint
+        self._modules: dict[Part, nn.Module] = dict(enumerate(self.layers))
         self._prefixes: dict[Part, str] = {i: f"{self.family.layers}.{i}." for i in self._modules}
-        self._input = self._add(model, model.get_input_embeddings())
-        self._output = self._add(model, model.get_output_embeddings())
-        self._tied = bool(model.config.tie_word_embeddings)
+        self._input = self._add(model.get_input_embeddings())
+        self._output = self._add(model.get_output_embeddings())
         check_tensors(checkpoint)
         for part, module in self._modules.items():
             for inner in module.modules():
                 if list(inner.parameters(recurse=False)):
                     inner.register_forward_pre_hook(self._hook(part))
-        self._load_the_rest(model)
+        self._load_the_rest()
 
-    def bring(self, part: Part) -> None:
-        """Have a part in memory, and no other."""
-        if self._here == part:
-            return
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def layer_device(self, layer: int) -> torch.device:
+        return self._device
+
+    def load_layer(self, layer: int) -> None:
+        self._bring(layer)
+
+    def spill(self) -> Spilled:
+        return Spilled(self._scratch)  # reading activations back beats reading all weights again
+
+    def hidden_states(self) -> list[Tensor] | Spilled:
+        return self.spill() if self._spill_hidden else []
+
+    def down_weights(self) -> Iterator[Tensor]:
+        """Each layer's output weights, [hidden, neurons], read by themselves: they are a small part of the layer."""
         self.release()
-        self._here = part
-        prefix = self._prefixes[part]
-        for name in [name for name, _ in self._modules[part].named_parameters()]:
-            _set(self._modules[part], name, self._value(prefix + name))
-        if isinstance(part, int):
-            self._set_sizes(part)
+        for layer in range(self.num_layers):
+            weight = self._value(f"{self._prefixes[layer]}{self.family.output.path}.weight")
+            yield weight if self.family.output.neuron_axis == 1 else weight.T
 
-    def down_weight(self, layer: int) -> Tensor:
-        """A layer's output weights, [hidden, neurons], read by themselves: it is a small part of the layer."""
-        name = f"{self._prefixes[layer]}{self.family.output.path}.weight"
-        weight = self._value(name)
-        return weight if self.family.output.neuron_axis == 1 else weight.T
+    def logits(
+        self, batches: Sequence[Batch], on_batch: Callable[[int], None] = lambda tokens: None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        forward = LayerwiseForward(self, batches)
+        said, total = 0, sum(batch.tokens for batch in batches)
+        for layer in range(self.num_layers):
+            forward.advance()
+            on_batch(total * (layer + 1) // self.num_layers - said)
+            said = total * (layer + 1) // self.num_layers
+        for index, batch in enumerate(batches):
+            ids = batch.input_ids.to(self._device)
+            # Block by block: the logits of a batch can be larger than all else.
+            for hidden, block, valid in zip(
+                forward.hidden[index].split(1), ids.split(1), batch.valid.split(1), strict=True
+            ):
+                yield forward.logits(hidden), block, valid
+        self.release()
 
     def release(self) -> None:
         """Let go of the part in memory, if there is one."""
@@ -146,26 +178,20 @@ class WeightStream:
             _set(module, name, torch.empty_like(parameter, device="meta"))
         _give_back_freed_memory()
 
-    def cut(self, cut: MlpCut) -> None:
-        """Cut the first layer that is whole: from now on it computes what the written checkpoint's will.
+    def cut(self, layer: int, cut: MlpCut, *, round_to: torch.dtype | None = None) -> None:
+        """Cut the next layer that is whole: from now on it computes what the written checkpoint's will.
 
-        Raises
-        ------
-        InvalidInput
-            The cut brings a bias to an architecture that has no place for one.
-        FbnPruneError
-            A new output weight does not fit the type in which the layer is stored.
+        The output weights take the values that they have in the checkpoint's own dtype, whatever `round_to` says.
         """
         self.release()
-        require_place_for_bias(self._model, self.family, [cut])
+        self.make_place_for_bias([cut])
         self._cuts_heads = self._cuts_heads or cut.heads is not None
-        self.cuts.append(rounded_cut(cut, self._checkpoint.storage_dtype))
+        self._cuts.append(rounded_cut(cut, self._checkpoint.storage_dtype))
 
     @contextmanager
-    def tried(self, cuts: Sequence[MlpCut]) -> Iterator[None]:
-        """Inside the context all layers compute as cut so."""
+    def _trying(self, cuts: Sequence[MlpCut], round_to: torch.dtype | None) -> Iterator[None]:
         self.release()
-        require_place_for_bias(self._model, self.family, cuts)
+        self.make_place_for_bias(cuts)
         self._trial = cuts
         try:
             yield
@@ -173,103 +199,70 @@ class WeightStream:
             self._trial = None
             self.release()
 
+    def _bring(self, part: Part) -> None:
+        """Have this part in memory, and no other."""
+        if self._here == part:
+            return
+        self.release()
+        self._here = part
+        prefix = self._prefixes[part]
+        for name in [name for name, _ in self._modules[part].named_parameters()]:
+            _set(self._modules[part], name, self._value(prefix + name))
+        if isinstance(part, int):
+            self._set_sizes(part)
+
     def _set_sizes(self, layer: int) -> None:
         """Bring what a layer's modules say of their sizes in line with the weights that are there now."""
         for projection in self.family.projections:
-            set_features(self.family.projection_module(self._model, layer, projection))
+            set_features(self.module(layer, projection))
         attention = self.family.attention
         if attention is None or not self._cuts_heads:
             return
         for head_projection in attention.projections:
-            module: Any = self._modules[layer].get_submodule(head_projection.path)
-            set_features(module)
-        groups = module.weight.shape[1] // self.family.head_shape(self._checkpoint.config).width
-        self.family.set_head_groups(self._model, layer, groups)
+            set_features(self.module(layer, head_projection))
+        width = self.family.head_shape(self._checkpoint.config).width
+        self.set_head_groups(layer, self.attention_output(layer).weight.shape[1] // width)
 
-    def _add(self, model: PreTrainedModel, module: nn.Module) -> str:
-        name = next(name for name, other in model.named_modules() if other is module)
+    def _add(self, module: nn.Module) -> str:
+        name = next(name for name, other in self.model.named_modules() if other is module)
         self._modules[name], self._prefixes[name] = module, f"{name}."
         return name
 
     def _hook(self, part: Part) -> Any:
         def bring(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self.bring(part)
+            self._bring(part)
 
         return bring
 
-    def _load_the_rest(self, model: PreTrainedModel) -> None:
-        for name in [name for name, _ in model.named_parameters()]:
+    def _load_the_rest(self) -> None:
+        for name in [name for name, _ in self.model.named_parameters()]:
             if not name.startswith(tuple(self._prefixes.values())):
-                _set(model, name, self._value(name))
-        for module in model.modules():
+                _set(self.model, name, self._value(name))
+        for module in self.model.modules():
             for name, buffer in list(module.named_buffers(recurse=False)):
-                setattr(module, name, buffer.to(self.device))
-
-    def _stored_name(self, name: str) -> str:
-        """What the checkpoint calls a parameter: base models leave a component out, tied embeddings are stored once."""
-        tensors, root = self._checkpoint.tensors, self.family.layers.partition(".")[0]
-        candidates = [name, name.removeprefix(f"{root}.")]
-        if (other := self.family.stored_as) is not None:
-            candidates.append(name.replace(*other))
-        if self._tied and name.startswith(self._prefixes[self._output]):
-            embedding = self._prefixes[self._input] + "weight"
-            candidates += [embedding, embedding.removeprefix(f"{root}.")]
-        return next((known for known in candidates if known in tensors), name)
+                setattr(module, name, buffer.to(self._device))
 
     def _value(self, name: str) -> Tensor:
         """A parameter as stored, or as the cut of its layer makes it."""
-        family, location = self.family, self.family.locate(name)
-        stored = self._stored_name(name)
-        cuts = self.cuts if self._trial is None else self._trial
-        at_heads = family.locate_heads(name)
-        if at_heads is not None and at_heads.layer < len(cuts):
-            heads = cuts[at_heads.layer].heads
-            if heads is not None:
-                whole = family.head_shape(self._checkpoint.config)
-                fewer = cut_heads(at_heads, self._checkpoint.tensor(stored), heads, whole)
-                return fewer.to(self.device, self.dtype)
-        is_cut = location is not None and location.layer < len(cuts)
-        if stored in self._checkpoint.tensors:
-            if not is_cut:
-                return self._checkpoint.read(stored, self.device, self.dtype)
-            tensor = self._checkpoint.tensor(stored)
-        else:  # a bias that the cuts bring
+        checkpoint, family = self._checkpoint, self.family
+        stored = checkpoint.stored_name(name)
+        if stored is None and name.startswith(self._prefixes[self._output]):  # tied
+            stored = checkpoint.stored_name(f"{self._prefixes[self._input]}weight")
+        cut = cut_of(family, name, self._cuts if self._trial is None else self._trial)
+        if stored is not None and cut is None:
+            return checkpoint.read(stored, self._device, self._dtype)
+        if stored is None:  # a bias that the cuts bring
+            location = family.locate(name)
             assert location is not None
-            config = self._checkpoint.config
-            shape = family.tensor_shape(location, family.hidden_size(config), family.width(config))
-            tensor = torch.zeros(shape, dtype=self._checkpoint.storage_dtype)
-        if is_cut and location is not None:
-            tensor = cut_tensor(family, location, tensor, cuts[location.layer])
-        return tensor.to(self.device, self.dtype)
-
-
-def stream_model(
-    checkpoint: Checkpoint,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    scratch: Path,
-    spill_hidden: bool = False,
-) -> PreTrainedModel:
-    """The model of a checkpoint in evaluation mode, its weights read when they are wanted.
-
-    Parameters
-    ----------
-    scratch, spill_hidden
-        See :class:`WeightStream`.
-
-    Raises
-    ------
-    InvalidInput
-        A tensor that the model needs is not in the checkpoint, or has another shape.
-    """
-    model = skeleton(checkpoint, dtype)
-    model.config.use_cache = False
-    model.eval()
-    setattr(
-        model, _ATTRIBUTE, WeightStream(model, checkpoint, device, dtype, scratch, spill_hidden)
-    )
-    return model
+            config = checkpoint.config
+            width = family.widths(config)[location.layer]
+            shape = family.tensor_shape(location, family.hidden_size(config), width)
+            tensor = torch.zeros(shape, dtype=checkpoint.storage_dtype)
+        else:
+            tensor = checkpoint.tensor(stored)
+        if cut is not None:
+            tensor = cut_tensor(family, checkpoint.config, name, tensor, cut)
+        return tensor.to(self._device, self._dtype)
 
 
 def skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
@@ -297,16 +290,12 @@ def check_tensors(checkpoint: Checkpoint) -> None:
         A parameter is not in the checkpoint, or has another shape there.
     """
     model = skeleton(checkpoint, checkpoint.storage_dtype)
-    root = checkpoint.family.layers.partition(".")[0]
     head = model.get_output_embeddings()
     outputs = [f"{name}.weight" for name, module in model.named_modules() if module is head]
     for name, parameter in model.named_parameters():
-        candidates = [name, name.removeprefix(f"{root}.")]
-        if (other := checkpoint.family.stored_as) is not None:
-            candidates.append(name.replace(*other))
         if model.config.tie_word_embeddings and name in outputs:
             continue  # what it is tied to has been seen
-        stored = next((known for known in candidates if known in checkpoint.tensors), None)
+        stored = checkpoint.stored_name(name)
         if stored is None:
             raise InvalidInput(f"{checkpoint.path}: {name} of the model is not in the checkpoint")
         if checkpoint.shape(stored) != tuple(parameter.shape):
@@ -314,48 +303,6 @@ def check_tensors(checkpoint: Checkpoint) -> None:
                 f"{checkpoint.path}: {name} has shape {list(checkpoint.shape(stored))}, "
                 f"the model needs {list(parameter.shape)}"
             )
-
-
-def stream_of(model: PreTrainedModel) -> WeightStream | None:
-    """What brings the weights of a streamed model; None for a model that is in memory."""
-    return getattr(model, _ATTRIBUTE, None)
-
-
-def have_layer(model: PreTrainedModel, layer: int) -> None:
-    """See to it that a layer's weights can be read."""
-    if (stream := stream_of(model)) is not None:
-        stream.bring(layer)
-
-
-def down_weights(model: PreTrainedModel, family: Family) -> Iterator[Tensor]:
-    """The output weights of each layer in order, [hidden, neurons] (see :meth:`Family.down_weight`).
-
-    Of a streamed model nothing else is read.
-    """
-    let_go(model)
-    stream = stream_of(model)
-    for layer in range(family.num_layers(model.config)):
-        yield family.down_weight(model, layer) if stream is None else stream.down_weight(layer)
-
-
-def let_go(model: PreTrainedModel) -> None:
-    """Free what a streamed model has in memory and can read again."""
-    if (stream := stream_of(model)) is not None:
-        stream.release()
-
-
-def compute_device(model: PreTrainedModel) -> torch.device:
-    """Where token ids enter the model and logits come out; see :func:`layer_device` for what is between."""
-    stream = stream_of(model)
-    return model.device if stream is None else stream.device
-
-
-def layer_device(model: PreTrainedModel, family: Family, layer: int) -> torch.device:
-    """Where a decoder layer computes: a model may be spread over several devices."""
-    stream = stream_of(model)
-    if stream is not None:
-        return stream.device
-    return family.output_module(model, layer).weight.device
 
 
 def _give_back_freed_memory() -> None:

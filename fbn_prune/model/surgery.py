@@ -1,26 +1,24 @@
-"""Cutting neurons out of an MLP and heads out of an attention, in a live model and in a checkpoint's tensors alike.
+"""What a cut does to a tensor and to a config: one place for the live model, the streamed one and the checkpoint.
 
-Both ways take the same `MlpCut` and end in the same numbers: the output weights are rounded once,
-to the dtype in which they are stored, so what is evaluated in memory is what the exported
-checkpoint computes.
+All three ask :func:`cut_tensor`, so they end in the same numbers: new output weights are rounded once, to the dtype in
+which they are stored, and what is measured in memory is what the written checkpoint computes.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from fbn_prune.errors import InvalidInput
-from fbn_prune.model.families import Family, Location, Projection
-from fbn_prune.model.heads import HeadCut, HeadLocation, cut_heads, rounded
+from fbn_prune.model import modeling_ragged
+from fbn_prune.model.families import Family, Projection, as_config
+from fbn_prune.model.heads import HeadCut, cut_heads, head_tensor_shape, rounded
 
 
 @dataclass(frozen=True)
@@ -29,11 +27,14 @@ class MlpCut:
 
     Attributes
     ----------
-    kept : int64 [n], the neurons of its MLP that stay, ascending.
-    down_weight : float32 or float64 [hidden, n], their new output weights.
-    down_bias : [hidden], the new output bias (in place of the old one, not added to it); None
-        leaves the bias alone.
-    heads : the cut of its attention; None leaves that whole.
+    kept
+        int64 [n]: the neurons of its MLP that stay, ascending.
+    down_weight
+        float32 or float64 [hidden, n]: their new output weights.
+    down_bias
+        [hidden]: the new output bias, in place of the old one; None leaves the bias alone.
+    heads
+        The cut of its attention; None leaves the attention whole.
     """
 
     kept: Tensor
@@ -61,6 +62,7 @@ class MlpCut:
 
     @property
     def width(self) -> int:
+        """Number of neurons that stay."""
         return len(self.kept)
 
 
@@ -74,148 +76,132 @@ def cut_parts(cut: MlpCut) -> dict[str, Tensor]:
 
 
 def cut_of_parts(parts: Mapping[str, Tensor]) -> MlpCut:
-    """The cut whose :func:`cut_parts` these are."""
+    """The cut that :func:`cut_parts` took apart."""
     heads = None
     if "kept_heads" in parts:
         heads = HeadCut(parts["kept_heads"], parts["out_weight"], parts.get("out_bias"))
     return MlpCut(parts["kept"], parts["down_weight"], parts.get("down_bias"), heads)
 
 
-def cut_tensor(family: Family, location: Location, tensor: Tensor, cut: MlpCut) -> Tensor:
-    """A checkpoint's MLP tensor after the cut, contiguous, in the dtype it had.
+def cut_of(family: Family, name: str, cuts: Sequence[MlpCut]) -> MlpCut | None:
+    """The cut that changes the tensor of this name; None where no cut does."""
+    location = family.locate(name)
+    if location is not None and location.layer < len(cuts):
+        return cuts[location.layer]
+    heads = family.locate_heads(name)
+    if heads is not None and heads.layer < len(cuts) and cuts[heads.layer].heads is not None:
+        return cuts[heads.layer]
+    return None
+
+
+def cut_tensor(
+    family: Family,
+    config: Any,
+    name: str,
+    tensor: Tensor,
+    cut: MlpCut,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """A tensor of a cut layer's MLP or attention after the cut, contiguous, on the device of `tensor`.
+
+    Parameters
+    ----------
+    config
+        Of the whole model, loaded or as in `config.json`.
+    name
+        The tensor's name, in the live model or in the checkpoint.
+    tensor
+        Its values before the cut; zeros where the cut brings a bias that was not there.
+    dtype
+        The dtype in which the checkpoint stores output weights and biases: new ones are rounded to it. Default: that
+        of `tensor`.
 
     Raises
     ------
     FbnPruneError
-        If a new output weight does not fit the dtype.
+        A new output weight does not fit the dtype.
     """
+    dtype = dtype or tensor.dtype
+    location = family.locate(name)
+    if location is None:
+        heads = family.locate_heads(name)
+        if heads is None or cut.heads is None:
+            return tensor
+        return cut_heads(heads, tensor, cut.heads, family.head_shape(config), dtype)
     if location.projection is not family.output:
         return _cut_input(location.projection, location.part, tensor, cut.kept)
     if location.part == "weight":
-        return _new_output_weight(family, cut, tensor.dtype)
-    return tensor if cut.down_bias is None else rounded(cut.down_bias, tensor.dtype)
+        weight = cut.down_weight if family.output.neuron_axis == 1 else cut.down_weight.T
+        return rounded(weight, dtype).contiguous()
+    return tensor if cut.down_bias is None else rounded(cut.down_bias, dtype)
 
 
-def apply_cut(
-    model: PreTrainedModel,
-    family: Family,
-    layer: int,
-    cut: MlpCut,
-    *,
-    round_to: torch.dtype | None = None,
-) -> None:
-    """Shrink one layer of a live model in place; its modules, and the hooks on them, stay.
-
-    The config follows as soon as all layers are equally wide and have as many heads, so that
-    `save_pretrained` writes a loadable model.
-
-    Parameters
-    ----------
-    round_to : dtype in which the checkpoint will be stored; the output weights take its values.
-
-    Raises
-    ------
-    InvalidInput
-        If the cut brings a bias to an architecture that has no place for one.
-    FbnPruneError
-        If a new output weight does not fit `round_to`.
-    """
-    require_place_for_bias(model, family, [cut])
-    _apply_mlp_cut(model, family, layer, cut, round_to)
-    if cut.heads is not None:
-        _apply_head_cut(model, family, layer, cut.heads, round_to)
-    _sync_width(model, family)
+def cut_shape(
+    family: Family, config: Any, name: str, shape: tuple[int, ...], cut: MlpCut
+) -> tuple[int, ...]:
+    """The shape that :func:`cut_tensor` gives to a tensor of this shape."""
+    location = family.locate(name)
+    if location is not None:
+        return family.tensor_shape(location, family.hidden_size(config), cut.width)
+    heads = family.locate_heads(name)
+    if heads is None or cut.heads is None:
+        return shape
+    return head_tensor_shape(heads, shape, len(cut.heads.kept), family.head_shape(config))
 
 
-@contextmanager
-def as_if_cut(
-    model: PreTrainedModel,
-    family: Family,
-    cuts: Sequence[MlpCut],
-    *,
-    round_to: torch.dtype | None = None,
-) -> Iterator[None]:
-    """The live model computes with the MLPs that the cut one would have, inside the context; then it is as it was.
+def cut_config(config: Mapping[str, Any], family: Family, cuts: Sequence[MlpCut]) -> dict[str, Any]:
+    """The `config.json` object of a cut model.
 
-    A layer is cut when it is called and whole again when it returns, so that one cut MLP at most is in memory beside
-    the model. The model's own parameters are set aside meanwhile and never written to.
-
-    Parameters
-    ----------
-    cuts : one a layer, asked for whenever the layer is called; their heads are left out of account.
-    round_to : see :func:`apply_cut`.
-
-    Raises
-    ------
-    InvalidInput, FbnPruneError
-        From the model's forward pass, where :func:`apply_cut` would raise them.
-    """
-    aside: list[tuple[nn.Linear, dict[str, nn.Parameter | None]]] = []
-
-    def cut(layer: int) -> None:
-        put_back()  # what a forward pass that broke off has left
-        modules = [family.projection_module(model, layer, each) for each in family.projections]
-        aside.extend((module, dict(module._parameters)) for module in modules)
-        if cuts[layer].down_bias is not None and family.down_bias(model, layer) is None:
-            require_bias(family, model.config)
-            _add_biases(model, family, layer)
-        _apply_mlp_cut(model, family, layer, cuts[layer], round_to)
-
-    def put_back() -> None:
-        for module, parameters in aside:
-            for part, parameter in parameters.items():
-                setattr(module, part, parameter)
-            set_features(module)
-        aside.clear()
-
-    with ExitStack() as hooks:
-        hooks.callback(put_back)
-        for layer, module in enumerate(family.layer_modules(model)):
-            before = module.register_forward_pre_hook(lambda _, args, layer=layer: cut(layer))
-            hooks.callback(before.remove)
-            after = module.register_forward_hook(lambda _, args, output: put_back())
-            hooks.callback(after.remove)
-        yield
-
-
-def pruned_config(
-    config: Mapping[str, Any],
-    family: Family,
-    width: int,
-    needs_bias: bool,
-    head_groups: int | None = None,
-) -> dict[str, Any]:
-    """The `config.json` object of a model pruned to one width, and one number of heads, in every layer.
-
-    `auto_map` goes: it names code files that an export does not hold, and the stock classes compute
-    the same. `head_groups` are those that stay in every layer, None where no heads were cut.
+    Layers of one width give a stock config. Layers of different widths are written as transformers' `per_layer_config`;
+    as long as its architectures do not build from that themselves, `auto_map` names the file `modeling_ragged.py`,
+    which the folder then has to hold. Any other `auto_map` is dropped: the stock classes compute the same, and the
+    code files it names are not exported.
 
     Raises
     ------
     InvalidInput
-        If a bias is needed and the architecture has no place for one, or it does not accept that
-        number of heads.
+        A cut brings a bias that the architecture has no place for, or the layers keep different numbers of heads.
     """
+    widths = [cut.width for cut in cuts]
+    uniform = len(set(widths)) == 1
     pruned = copy.deepcopy(dict(config))
     pruned.pop("auto_map", None)
-    pruned[family.width_key] = width
-    if head_groups is not None:
-        pruned = family.with_head_groups(pruned, head_groups)
-    if needs_bias and not family.has_bias(config):
+    pruned.pop("per_layer_config", None)
+    pruned.pop("ragged_mlp", None)
+    common = widths[0] if uniform else family.widest(config)
+    pruned[family.width_key] = common
+    if (groups := _kept_head_groups(cuts)) is not None:
+        pruned = family.with_head_groups(pruned, groups)
+    if any(cut.down_bias is not None for cut in cuts) and not family.has_bias(config):
         require_bias(family, config)
         assert family.bias_key is not None
         pruned[family.bias_key] = True
-    return pruned
+    if uniform:
+        return pruned
+    typed = type(as_config(config))
+    stock: dict[str, Any] = {
+        "AutoModel": MODEL_MAPPING[typed],
+        "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING[typed],
+    }
+    # `transformers serve` opens a checkpoint's own code by this name alone; by any other it takes the stock class.
+    stock["AutoModelForDecision"] = stock["AutoModelForCausalLM"]
+    classes = {auto: model_class.__name__ for auto, model_class in stock.items()}
+    file = modeling_ragged.__name__.rpartition(".")[2]
+    return {
+        **pruned,
+        "architectures": [classes["AutoModelForCausalLM"]],
+        "auto_map": {auto: f"{file}.{name}" for auto, name in classes.items()},
+        "per_layer_config": {
+            str(layer): {family.width_key: width}
+            for layer, width in enumerate(widths)
+            if width != common
+        },
+        "ragged_mlp": family.mlp_facts(),
+    }
 
 
-def kept_head_groups(cuts: Sequence[MlpCut]) -> int | None:
-    """How many groups of attention heads the cuts leave in every layer; None where they cut none.
-
-    Raises
-    ------
-    InvalidInput
-        Not as many in each.
-    """
+def _kept_head_groups(cuts: Sequence[MlpCut]) -> int | None:
     groups = {None if cut.heads is None else len(cut.heads.kept) for cut in cuts}
     if len(groups) > 1:
         raise InvalidInput("a config has one number of attention heads for all layers")
@@ -223,24 +209,17 @@ def kept_head_groups(cuts: Sequence[MlpCut]) -> int | None:
 
 
 def require_bias(family: Family, config: Any) -> None:
-    """Refuse an architecture whose MLP output has no bias and can be given none."""
+    """Refuse an architecture whose MLP output has no bias and can be given none.
+
+    Raises
+    ------
+    InvalidInput
+    """
     if not family.accepts_bias(config):
         raise InvalidInput(
             f"{family.name} has no place for an MLP output bias, which this criterion adds; "
             "choose a criterion without a bias"
         )
-
-
-def require_place_for_bias(model: PreTrainedModel, family: Family, cuts: Iterable[MlpCut]) -> None:
-    """Give the MLPs of a live model zero biases if a cut brings one and they have none, or refuse it."""
-    if family.output_module(model, 0).bias is None and any(
-        cut.down_bias is not None for cut in cuts
-    ):
-        require_bias(family, model.config)
-        for layer in range(len(family.layer_modules(model))):
-            _add_biases(model, family, layer)
-        assert family.bias_key is not None
-        setattr(model.config, family.bias_key, True)
 
 
 def rounded_cut(cut: MlpCut, dtype: torch.dtype) -> MlpCut:
@@ -249,7 +228,7 @@ def rounded_cut(cut: MlpCut, dtype: torch.dtype) -> MlpCut:
     Raises
     ------
     FbnPruneError
-        If a new output weight does not fit the dtype.
+        A new output weight does not fit the dtype.
     """
     heads = cut.heads
     if heads is not None:
@@ -257,83 +236,9 @@ def rounded_cut(cut: MlpCut, dtype: torch.dtype) -> MlpCut:
     return MlpCut(cut.kept, rounded(cut.down_weight, dtype), cut.down_bias, heads)
 
 
-def _apply_mlp_cut(
-    model: PreTrainedModel, family: Family, layer: int, cut: MlpCut, round_to: torch.dtype | None
-) -> None:
-    for projection in family.inputs:
-        module = family.projection_module(model, layer, projection)
-        kept = cut.kept.to(module.weight.device)
-        for part, parameter in list(module.named_parameters(recurse=False)):
-            _replace(module, part, _cut_input(projection, part, parameter.detach(), kept))
-        set_features(module)
-    down = family.output_module(model, layer)
-    _replace(down, "weight", _new_output_weight(family, cut, round_to or down.weight.dtype))
-    if cut.down_bias is not None:
-        _replace(down, "bias", rounded(cut.down_bias, round_to or down.bias.dtype))
-    set_features(down)
-
-
-def _apply_head_cut(
-    model: PreTrainedModel, family: Family, layer: int, cut: HeadCut, round_to: torch.dtype | None
-) -> None:
-    assert family.attention is not None
-    shape = family.head_shape(model.config)
-    inside = family.layer_modules(model)[layer]
-    for projection in family.attention.projections:
-        module: Any = inside.get_submodule(projection.path)
-        for part, parameter in list(module.named_parameters(recurse=False)):
-            location = HeadLocation(layer, projection, "weight" if part == "weight" else "bias")
-            old = parameter.detach()
-            if projection.reads and round_to is not None:
-                old = old.to(round_to)
-            _replace(module, part, cut_heads(location, old, cut, shape))
-        set_features(module)
-    family.set_head_groups(model, layer, len(cut.kept))
-
-
 def _cut_input(projection: Projection, part: str, tensor: Tensor, kept: Tensor) -> Tensor:
     axis = projection.neuron_axis if part == "weight" else 0
     width = tensor.shape[axis] // projection.stacked
+    kept = kept.to(tensor.device)
     rows = torch.cat([kept + block * width for block in range(projection.stacked)])
     return tensor.index_select(axis, rows)
-
-
-def _new_output_weight(family: Family, cut: MlpCut, dtype: torch.dtype) -> Tensor:
-    weight = cut.down_weight if family.output.neuron_axis == 1 else cut.down_weight.T
-    return rounded(weight, dtype).contiguous()
-
-
-def _replace(module: nn.Module, part: str, values: Tensor) -> None:
-    old: nn.Parameter = getattr(module, part)
-    new = values.to(device=old.device, dtype=old.dtype, copy=True)
-    setattr(module, part, nn.Parameter(new, requires_grad=old.requires_grad))
-
-
-def set_features(module: nn.Linear | Conv1D) -> None:
-    """Bring a layer's own record of its shape in line with its weight."""
-    first, second = module.weight.shape
-    if isinstance(module, Conv1D):
-        module.nx, module.nf = first, second
-    else:
-        module.out_features, module.in_features = first, second
-
-
-def _add_biases(model: PreTrainedModel, family: Family, layer: int) -> None:
-    """Give every MLP projection a zero bias: the config's flag speaks for all of them at once."""
-    for projection in family.projections:
-        module = family.projection_module(model, layer, projection)
-        zeros = module.weight.detach().new_zeros(module.out_features)
-        module.bias = nn.Parameter(zeros, requires_grad=module.weight.requires_grad)
-
-
-def _sync_width(model: PreTrainedModel, family: Family) -> None:
-    layers = range(len(family.layer_modules(model)))
-    widths = {family.down_weight(model, layer).shape[1] for layer in layers}
-    if len(widths) == 1:
-        setattr(model.config, family.width_key, widths.pop())
-    if family.attention is None:
-        return
-    shape = family.head_shape(model.config)
-    channels = {family.attention_output(model, layer).weight.shape[1] for layer in layers}
-    if len(channels) == 1 and (groups := channels.pop() // shape.width) != shape.groups:
-        family.set_config_head_groups(model.config, groups)

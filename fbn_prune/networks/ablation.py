@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from fbn_prune.data.calibration import Batch
 from fbn_prune.errors import InvalidInput
-from fbn_prune.model.families import Family
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.perplexity import exp_or_infinite, summed_loss
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.networks.interventions import amplified, masked, retained
@@ -148,28 +148,27 @@ class Ablation:
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        family: Family,
+        adapter: ModelAdapter,
         texts: Mapping[str, Sequence[Batch]],
         on_measured: Advance = lambda count: None,
         tasks: TaskMeasure | None = None,
     ) -> None:
-        self._model, self._family, self._texts = model, family, texts
+        self._adapter, self._texts = adapter, texts
         self._on_measured, self._tasks = on_measured, tasks
 
     def action(self, name: ActionName, factor: float = 1.0) -> Intervene:
         """The intervention of that name on this model; `factor` is for `amplify` alone."""
-        model, family = self._model, self._family
+        adapter = self._adapter
         if name == "amplify":
-            return lambda masks: amplified(model, family, masks, factor)
+            return lambda masks: amplified(adapter, masks, factor)
         if name == "retain":
-            return lambda masks: retained(model, family, masks)
-        return lambda masks: masked(model, family, masks)
+            return lambda masks: retained(adapter, masks)
+        return lambda masks: masked(adapter, masks)
 
     def dense(self) -> Quality:
         """The unchanged model."""
-        texts = {name: summed_loss(self._model, batches) for name, batches in self._texts.items()}
-        figures = {} if self._tasks is None else self._tasks(self._model)
+        texts = {name: summed_loss(self._adapter, batches) for name, batches in self._texts.items()}
+        figures = {} if self._tasks is None else self._tasks(self._adapter.model)
         self._on_measured(1)
         return Quality(texts, figures)
 

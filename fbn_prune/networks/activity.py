@@ -11,19 +11,16 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from fbn_prune.data.calibration import Batch, TokenBlocks
-from fbn_prune.model.families import Family
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.layerwise import LayerwiseForward
-from fbn_prune.model.streaming import layer_device, let_go
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.progress import StageClock
 
 
 def time_courses(
-    model: PreTrainedModel,
-    family: Family,
+    adapter: ModelAdapter,
     networks: FunctionalNetworks,
     batches: Sequence[Batch],
     clock: StageClock,
@@ -31,11 +28,11 @@ def time_courses(
     """A of every batch, float64 [valid tokens, networks], on the CPU."""
     layers = len(networks.widths)
     courses = [torch.zeros(b.tokens, len(networks.maps), dtype=torch.float64) for b in batches]
-    stream = LayerwiseForward(model, family, batches)
+    stream = LayerwiseForward(adapter, batches)
     total = sum(batch.tokens for batch in batches) * layers
     with clock.stage("time courses", total, "tokens x layers") as advance:
         for layer in range(layers):
-            span, device = networks.layer_slice(layer), layer_device(model, family, layer)
+            span, device = networks.layer_slice(layer), adapter.layer_device(layer)
             std = networks.std[span]
             # A neuron that was dead when the networks were found has no scale, and no say.
             scale = torch.where(std > 0, std.reciprocal(), torch.zeros_like(std))
@@ -46,15 +43,14 @@ def time_courses(
                 courses[index] += ((x.float() - mean) @ weights).cpu()
 
             stream.advance(add, on_batch=advance)
-    let_go(model)
+    adapter.release()
     maps = networks.maps.double()
     inverse = torch.linalg.pinv(maps @ maps.T, hermitian=True)
     return [course @ inverse for course in courses]
 
 
 def block_activity(
-    model: PreTrainedModel,
-    family: Family,
+    adapter: ModelAdapter,
     networks: FunctionalNetworks,
     blocks: TokenBlocks,
     *,
@@ -63,7 +59,7 @@ def block_activity(
 ) -> Tensor:
     """Mean time course of every block, float64 [blocks, networks], in the order of the blocks."""
     batches = blocks.batches(batch_tokens)
-    courses = time_courses(model, family, networks, batches, clock)
+    courses = time_courses(adapter, networks, batches, clock)
     parts = [
         torch.stack([part.mean(0) for part in torch.split(course, batch.valid.sum(1).tolist())])
         for course, batch in zip(courses, batches, strict=True)

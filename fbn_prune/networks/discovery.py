@@ -7,17 +7,17 @@ the two passes of the solver when they fit, and are computed again when they do 
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from fbn_prune.data.calibration import TokenBlocks
 from fbn_prune.errors import InvalidInput
-from fbn_prune.model.families import Family
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.networks import ica
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.networks.sampling import SampledActivations
@@ -45,8 +45,7 @@ class DiscoveryOptions:
 
 
 def discover(
-    model: PreTrainedModel,
-    family: Family,
+    adapter: ModelAdapter,
     blocks: TokenBlocks,
     options: DiscoveryOptions,
     *,
@@ -69,8 +68,7 @@ def discover(
         More networks than the tokens allow, or activations that are NaN or Inf (the layer is named).
     """
     activations = SampledActivations(
-        model,
-        family,
+        adapter,
         blocks,
         options.network_tokens,
         batch_tokens=batch_tokens,
@@ -88,7 +86,6 @@ def discover(
         found = _decompose(activations, slice(None), options, options.seed, clock)
         advance(1)
         recurrence = _recurrence(activations, found, options, clock, advance)
-    widths = [activations.width] * activations.layers
     full_header = {
         **header,
         "scope": options.scope,
@@ -102,7 +99,7 @@ def discover(
         full_header["recurrence"] = recurrence
     return FunctionalNetworks(
         maps=found.maps.cpu(),
-        widths=widths,
+        widths=activations.widths,
         mean=torch.cat(activations.mean),
         std=torch.cat(activations.std),
         explained_variance=found.explained_variance.cpu(),
@@ -129,18 +126,19 @@ def _decompose(
     clock: StageClock,
 ) -> _Decomposition:
     """Networks of some of the sampled tokens, global or layer by layer."""
+    neurons = sum(activations.widths)
     if options.scope == "global":
         return _join(
             [_solve(lambda: (z[tokens] for z in activations), options.networks, seed, clock)],
-            [(0, activations.layers * activations.width)],
-            activations.layers * activations.width,
+            [(0, neurons)],
+            neurons,
         )
     results = []
     for z in activations:
         part = z[tokens]
         results.append(_solve(lambda part=part: iter([part]), options.networks, seed, clock))  # type: ignore[misc]
-    spans = [(i * activations.width, (i + 1) * activations.width) for i in range(len(results))]
-    return _join(results, spans, activations.layers * activations.width)
+    ends = list(itertools.accumulate(activations.widths))
+    return _join(results, list(itertools.pairwise([0, *ends])), neurons)
 
 
 def _solve(layers: ica.Layers, networks: int, seed: int, clock: StageClock) -> ica.IcaResult:

@@ -12,15 +12,13 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from fbn_prune.errors import InvalidInput
-from fbn_prune.model.families import Family
-from fbn_prune.model.streaming import layer_device
+from fbn_prune.model.adapter import ModelAdapter
 
 
 @contextmanager
-def masked(model: PreTrainedModel, family: Family, silent: Sequence[Tensor]) -> Iterator[None]:
+def masked(adapter: ModelAdapter, silent: Sequence[Tensor]) -> Iterator[None]:
     """Silence neurons inside the context.
 
     Parameters
@@ -34,43 +32,42 @@ def masked(model: PreTrainedModel, family: Family, silent: Sequence[Tensor]) -> 
     InvalidInput
         The masks are not one for each layer, or not bool of the layer's width.
     """
-    with _changed(model, family, silent, lambda x, mask: x.masked_fill(mask, 0)):
+    with _changed(adapter, silent, lambda x, mask: x.masked_fill(mask, 0)):
         yield
 
 
 @contextmanager
-def retained(model: PreTrainedModel, family: Family, kept: Sequence[Tensor]) -> Iterator[None]:
+def retained(adapter: ModelAdapter, kept: Sequence[Tensor]) -> Iterator[None]:
     """Silence all neurons but `kept` (masks as in :func:`masked`) inside the context."""
-    with masked(model, family, [~mask for mask in kept]):
+    with masked(adapter, [~mask for mask in kept]):
         yield
 
 
 @contextmanager
 def amplified(
-    model: PreTrainedModel, family: Family, chosen: Sequence[Tensor], factor: float
+    adapter: ModelAdapter, chosen: Sequence[Tensor], factor: float
 ) -> Iterator[None]:
     """Multiply the activations of `chosen` neurons (masks as in :func:`masked`) inside the context.
 
     With `factor` 1 every logit stays the same to the bit; with 0 this is :func:`masked` on finite activations.
     """
-    with _changed(model, family, chosen, lambda x, mask: torch.where(mask, x * factor, x)):
+    with _changed(adapter, chosen, lambda x, mask: torch.where(mask, x * factor, x)):
         yield
 
 
 @contextmanager
 def _changed(
-    model: PreTrainedModel,
-    family: Family,
+    adapter: ModelAdapter,
     masks: Sequence[Tensor],
     change: Callable[[Tensor, Tensor], Tensor],
 ) -> Iterator[None]:
     """Replace the activations x of every layer whose mask is not empty by ``change(x, mask)``."""
-    layers = family.num_layers(model.config)
+    layers = adapter.num_layers
     if len(masks) != layers:
         raise InvalidInput(f"{len(masks)} masks of neurons for a model of {layers} layers")
     with ExitStack() as hooks:
         for layer, mask in enumerate(masks):
-            width = family.down_weight(model, layer).shape[1]
+            width = adapter.down_weight(layer).shape[1]
             if mask.dtype != torch.bool or tuple(mask.shape) != (width,):
                 raise InvalidInput(
                     f"the mask of layer {layer} is {mask.dtype} {tuple(mask.shape)}, "
@@ -78,8 +75,8 @@ def _changed(
                 )
             if not bool(mask.any()):
                 continue
-            down = family.output_module(model, layer)
-            hook = _hook(mask.to(layer_device(model, family, layer)), change)
+            down = adapter.output_module(layer)
+            hook = _hook(mask.to(adapter.layer_device(layer)), change)
             hooks.callback(down.register_forward_pre_hook(hook).remove)
         yield
 

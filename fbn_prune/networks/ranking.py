@@ -11,10 +11,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from fbn_prune.data.calibration import Batch
-from fbn_prune.model.families import Family
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.perplexity import mean_loss
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.networks.interventions import masked
@@ -38,8 +37,7 @@ def output_energy(networks: FunctionalNetworks, down_weights: Iterable[Tensor]) 
 
 
 def knockout_rise(
-    model: PreTrainedModel,
-    family: Family,
+    adapter: ModelAdapter,
     networks: FunctionalNetworks,
     batches: Sequence[Batch],
     clock: StageClock,
@@ -47,12 +45,12 @@ def knockout_rise(
     """Rise of the mean loss, in nats, when each network's hubs are silent; float64 [networks]."""
     count = len(networks.maps)
     with clock.stage("rank", count + 1, "networks") as advance:
-        dense = mean_loss(model, batches)
+        dense = mean_loss(adapter, batches)
         advance(1)
         rises = torch.zeros(count, dtype=torch.float64)
         for network in range(count):
-            with masked(model, family, networks.by_layer(networks.hubs(network))):
-                rises[network] = mean_loss(model, batches) - dense
+            with masked(adapter, networks.by_layer(networks.hubs(network))):
+                rises[network] = mean_loss(adapter, batches) - dense
             advance(1)
     return rises
 

@@ -6,15 +6,13 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from fbn_prune import distributed
 from fbn_prune.data.calibration import Batch, TokenBlocks
 from fbn_prune.errors import InvalidInput
-from fbn_prune.model.families import Family
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.layerwise import LayerwiseForward
 from fbn_prune.model.spill import Spilled
-from fbn_prune.model.streaming import layer_device, let_go, stream_of
 from fbn_prune.networks import ica
 from fbn_prune.progress import Advance, StageClock
 
@@ -41,8 +39,7 @@ class SampledActivations:
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        family: Family,
+        adapter: ModelAdapter,
         blocks: TokenBlocks,
         tokens: int,
         *,
@@ -50,20 +47,19 @@ class SampledActivations:
         keep: bool,
         clock: StageClock,
     ) -> None:
-        self._model, self._family, self._clock = model, family, clock
+        self._adapter, self._clock = adapter, clock
         self._batches: list[Batch] = _sampled_blocks(blocks, tokens).batches(
             max(1, batch_tokens // distributed.world())
         )
         available = sum(batch.tokens for batch in self._batches)
         self.tokens = min(tokens, available)
         self._positions = _positions(self._batches, self.tokens)
-        self.layers = family.num_layers(model.config)
-        self.width = family.width(model.config)
+        self.layers = adapter.num_layers
+        self.widths = adapter.widths
         self._keep = keep
-        weights = stream_of(model)
         self._kept: list[Tensor] | Spilled = []
-        if weights is not None and not self._keep:  # reading them back beats reading all weights
-            self._keep, self._kept = True, Spilled(weights.scratch)
+        if not keep and (spilled := adapter.spill()) is not None:
+            self._keep, self._kept = True, spilled
         self.mean: list[Tensor] = []
         self.std: list[Tensor] = []
 
@@ -73,7 +69,7 @@ class SampledActivations:
             return
         first = not self.mean
         mine = distributed.share(self._batches)
-        stream = LayerwiseForward(self._model, self._family, mine)
+        stream = LayerwiseForward(self._adapter, mine)
         total = sum(batch.tokens for batch in mine)
         with self._clock.stage("activations", total * self.layers, "tokens x layers") as advance:
             for layer in range(self.layers):
@@ -84,7 +80,7 @@ class SampledActivations:
                 if self._keep:
                     self._kept.append(z)
                 yield z
-        let_go(self._model)
+        self._adapter.release()
 
     def _layer(
         self, stream: LayerwiseForward, layer: int, advance: Advance
@@ -95,7 +91,7 @@ class SampledActivations:
             lambda index, x: rows.append(x[positions[index].to(x.device)].float()),
             on_batch=advance,
         )
-        none = torch.empty(0, self.width, device=layer_device(self._model, self._family, layer))
+        none = torch.empty(0, self.widths[layer], device=self._adapter.layer_device(layer))
         x = distributed.joined_rows(torch.cat([none, *rows]))
         if not bool(torch.isfinite(x.sum())):
             raise InvalidInput(

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from fbn_prune.data.calibration import CalibrationData, TokenBlocks
 from fbn_prune.data.examples import example_blocks, without_questions
 from fbn_prune.data.tasks import Task
-from fbn_prune.model.families import Family
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.networks.activity import block_activity
 from fbn_prune.networks.function_matching import FunctionMatch, match_documents, mixture_weights
 from fbn_prune.networks.functional_networks import FunctionalNetworks
@@ -78,8 +77,7 @@ def task_calibration(
 
 
 def match_calibration(
-    model: PreTrainedModel,
-    family: Family,
+    adapter: ModelAdapter,
     networks: FunctionalNetworks,
     generic: TokenBlocks,
     examples: TokenBlocks,
@@ -96,7 +94,7 @@ def match_calibration(
     together = TokenBlocks(generic.blocks + examples.blocks, generic.context, generic.sources)
     activity = keep(
         lambda: block_activity(
-            model, family, networks, together, batch_tokens=batch_tokens, clock=clock
+            adapter, networks, together, batch_tokens=batch_tokens, clock=clock
         )
     )
     count = len(generic.blocks)

@@ -78,9 +78,9 @@ class LayerEvidence(OutputEvidence):
 
     layer: int
     input_norms: Tensor
-    membership: Tensor | None
     can_have_bias: bool
     seed: int
+    membership: Tensor | None = None
     heads: HeadEvidence | None = None
 
 
@@ -235,7 +235,7 @@ def cuts_to_widths(
     name: str, evidence: LayerEvidence, widths: Collection[int]
 ) -> dict[int, MlpCut]:
     """What the criterion of that name gives for each width; where the second order decides, by one removal of all."""
-    if CRITERIA[name] is not second_order_cut:
+    if CRITERIA[name] is not second_order_cut or len(widths) == 1:
         return {width: CRITERIA[name](evidence, width) for width in widths}
     gram, cross = _signal(evidence)
     scored = _scored(evidence, gram, cross)

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
 
 import safetensors.torch
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from fbn_prune import distributed
 from fbn_prune.data.calibration import Batch
 from fbn_prune.errors import FbnPruneError
-from fbn_prune.model.families import Family
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.shards import packed
-from fbn_prune.model.streaming import stream_of
-from fbn_prune.model.surgery import MlpCut, apply_cut, cut_of_parts, cut_parts, rounded_cut
+from fbn_prune.model.streaming import SpilledCuts
+from fbn_prune.model.surgery import MlpCut, cut_of_parts, cut_parts, rounded_cut
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.criteria import LayerEvidence
 from fbn_prune.pruning.evidence import CutOptions, EvidencePass
-from fbn_prune.pruning.fitting import DampingNotes, fitting_cut, fitting_head_cut
+from fbn_prune.pruning.fitting import DampingNotes, fitting_cuts, fitting_head_cut
 from fbn_prune.pruning.prediction import HEAD_WEIGHT, relative_error, relative_head_error
 from fbn_prune.store import LAYERS, Store
+
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -38,26 +42,43 @@ class CutModel:
     """What a recovery changed, by the names that the checkpoint gives it; None without one."""
 
 
+@dataclass(frozen=True)
+class CutPlan:
+    """Which cut each layer is to get.
+
+    Attributes
+    ----------
+    criterion
+        Its name in :data:`fbn_prune.pruning.criteria.CRITERIA`.
+    widths
+        Neurons that each layer keeps.
+    membership
+        For each layer the largest abs z of its neurons over the kept networks, float64 [neurons]; None without
+        networks.
+    """
+
+    criterion: str
+    widths: Sequence[int]
+    membership: Sequence[Tensor] | None = None
+
+
 def cut_layers(
-    model: PreTrainedModel,
-    family: Family,
+    adapter: ModelAdapter,
     batches: Sequence[Batch],
-    widths: Sequence[int],
+    plan: CutPlan,
     options: CutOptions,
     *,
-    membership: Sequence[Tensor] | None,
     loss_roots: Sequence[Tensor] | None = None,
     clock: StageClock,
     store: Store | None = None,
 ) -> CutModel:
-    """Cut the layers of `model` in place to `widths` and return the cuts.
+    """Cut the layers of the model in place and return the cuts.
 
     Parameters
     ----------
-    membership
-        For each layer the largest abs z of its neurons over the kept networks, or None without networks.
     loss_roots
-        For each layer R (see :func:`fbn_prune.pruning.second_order.loss_root`), or None to count errors alike.
+        For each layer R [hidden, hidden] (see :func:`fbn_prune.pruning.second_order.loss_root`), or None to count all
+        errors alike.
     store
         Where layers finished by an earlier run come from, and finished layers go.
 
@@ -69,19 +90,13 @@ def cut_layers(
         The store cannot be written to, or a layer in it was damaged during the run.
     """
     store = store or Store()
-    cuts: list[MlpCut] = []
     errors: list[float] = []
     notes = DampingNotes()
-    stream = stream_of(model)
 
     def apply(layer: int, finished: FinishedLayer) -> None:
         errors.append(finished.relative_error)
         notes.add(layer, finished.notes)
-        if stream is None:
-            apply_cut(model, family, layer, finished.cut, round_to=options.round_to)
-            cuts.append(finished.cut)
-        else:
-            stream.cut(finished.cut)
+        adapter.cut(layer, finished.cut, round_to=options.round_to)
 
     def keep(layer: int, finished: FinishedLayer) -> None:
         store.write(_name(layer), lambda put: put(finished.to_bytes()))
@@ -94,16 +109,66 @@ def cut_layers(
         apply(layer, FinishedLayer.from_bytes(data))
 
     evidence = EvidencePass(
-        model,
-        family,
+        adapter,
         batches,
         options,
-        membership=membership,
         loss_roots=loss_roots,
         clock=clock,
-        done=_finished_layers(store),
+        done=_layers_done(store),
         again=again,
     )
+    for layer, (finished,) in _finished_layers(evidence, adapter.num_layers, [plan], options):
+        keep(layer, finished)
+    for line in notes.lines():
+        clock.note(line)
+    return CutModel(adapter.cuts, evidence.forward_seconds, tuple(errors))
+
+
+def try_cuts(
+    adapter: ModelAdapter,
+    batches: Sequence[Batch],
+    plans: Mapping[Name, CutPlan],
+    options: CutOptions,
+    *,
+    loss_roots: Sequence[Tensor] | None = None,
+    scratch: Path,
+    clock: StageClock,
+    stage: str = "prune",
+) -> tuple[dict[Name, SpilledCuts], list[str]]:
+    """The cuts of all layers that each plan leads to, from one pass over the calibration data; the model stays whole.
+
+    Attention heads are left out of account, and every layer is fitted on what the dense model gives it.
+
+    Parameters
+    ----------
+    scratch
+        Folder for the cuts: those of many plans come to more than the model.
+
+    Returns
+    -------
+    cuts
+        By the plans' names.
+    notes
+        What had to be damped otherwise than asked for, a line each.
+    """
+    options = replace(options, sequential=False, head_groups=None)
+    evidence = EvidencePass(
+        adapter, batches, options, loss_roots=loss_roots, clock=clock, stage=stage
+    )
+    cuts = {name: SpilledCuts(scratch) for name in plans}
+    notes = DampingNotes()
+    wanted = list(plans.values())
+    for layer, finished in _finished_layers(evidence, adapter.num_layers, wanted, options):
+        for name, one in zip(plans, finished, strict=True):
+            cuts[name].append(one.cut)
+            notes.add(layer, one.notes)
+    return cuts, notes.lines()
+
+
+def _finished_layers(
+    evidence: EvidencePass, layers: int, plans: Sequence[CutPlan], options: CutOptions
+) -> Iterator[tuple[int, list[FinishedLayer]]]:
+    """Each layer's number in order, and what each plan makes of it."""
     group: list[int] = []
     own: LayerEvidence | None = None
     for layer in evidence:
@@ -111,37 +176,52 @@ def cut_layers(
         if distributed.owner(layer.layer) == distributed.rank():
             own = layer
         del layer
-        # One-shot, no layer waits for another: each process fits one of a group.
+        # Unless sequential, no layer waits for another: each process fits one of a group.
         whole = 1 if options.sequential else distributed.world()
-        if len(group) < whole and group[-1] + 1 < len(widths):
+        if len(group) < whole and group[-1] + 1 < layers:
             continue
-        finished = None
+        finished: list[FinishedLayer] | None = None
         if own is not None:
-            finished = _fitted(own, widths[own.layer], options)
+            finished = _fitted(own, plans, options)
         own = None
         for number in group:
-            known = finished if distributed.owner(number) == distributed.rank() else None
-            one = FinishedLayer.shared(known, distributed.owner(number))
-            keep(number, one)
+            source = distributed.owner(number)
+            mine = finished is not None and source == distributed.rank()
+            known = finished if mine and finished is not None else [None] * len(plans)
+            yield number, [FinishedLayer.shared(one, source) for one in known]
         group.clear()
-    for line in notes.lines():
-        clock.note(line)
-    made = cuts if stream is None else stream.cuts
-    return CutModel(made, evidence.forward_seconds, tuple(errors))
 
 
-def _fitted(evidence: LayerEvidence, width: int, options: CutOptions) -> FinishedLayer:
-    """The cut of one layer, and what was noticed on the way."""
-    notes = DampingNotes()
-    with notes.heard(evidence.layer):
-        cut = fitting_cut(evidence, width, criterion=options.criterion, stored=options.round_to)
-    error = relative_error(evidence, cut)
+def _fitted(
+    evidence: LayerEvidence, plans: Sequence[CutPlan], options: CutOptions
+) -> list[FinishedLayer]:
+    """The cut of one layer by each plan, and what was noticed on the way."""
+    layer, stored = evidence.layer, options.round_to
+    alike: dict[tuple[str, int], list[int]] = {}
+    for index, plan in enumerate(plans):
+        alike.setdefault((plan.criterion, id(plan.membership)), []).append(index)
+    heads, head_error, head_notes = None, 0.0, DampingNotes()
     if evidence.heads is not None and options.head_groups is not None:
-        with notes.heard(evidence.layer, "attention: "):
-            heads = fitting_head_cut(evidence.heads, options.head_groups, stored=options.round_to)
-        error += HEAD_WEIGHT * relative_head_error(evidence.heads, heads)
-        cut = replace(cut, heads=heads)
-    return FinishedLayer(rounded_cut(cut, options.round_to), error, notes.of(evidence.layer))
+        with head_notes.heard(layer, "attention: "):
+            heads = fitting_head_cut(evidence.heads, options.head_groups, stored=stored)
+        head_error = HEAD_WEIGHT * relative_head_error(evidence.heads, heads)
+    done: dict[int, FinishedLayer] = {}
+    for (criterion, _), group in alike.items():
+        membership = plans[group[0]].membership
+        if membership is not None:
+            membership_here = membership[layer].to(evidence.weight.device)
+            evidence = replace(evidence, membership=membership_here)
+        widths = {plans[index].widths[layer] for index in group}
+        notes = DampingNotes()
+        with notes.heard(layer):
+            cuts = fitting_cuts(evidence, widths, criterion=criterion, stored=stored)
+        notes.add(layer, head_notes.of(layer))
+        for index in group:
+            cut = cuts[plans[index].widths[layer]]
+            error = relative_error(evidence, cut) + head_error if len(plans) == 1 else math.nan
+            cut = rounded_cut(replace(cut, heads=heads), stored)
+            done[index] = FinishedLayer(cut, error, notes.of(layer))
+    return [done[index] for index in range(len(plans))]
 
 
 @dataclass(frozen=True)
@@ -182,7 +262,7 @@ def _name(layer: int) -> str:
     return f"{LAYERS}{layer:05d}.safetensors"
 
 
-def _finished_layers(store: Store) -> int:
+def _layers_done(store: Store) -> int:
     """How many layers, from the first on, an earlier run finished."""
     count = 0
     while store.read(_name(count)) is not None:

@@ -13,14 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from fbn_prune import distributed
 from fbn_prune.data.calibration import Batch
 from fbn_prune.errors import InvalidInput
-from fbn_prune.model.families import Family
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.layerwise import LayerwiseForward, Observe
-from fbn_prune.model.streaming import have_layer, let_go
 from fbn_prune.progress import Advance, StageClock
 from fbn_prune.pruning.criteria import HeadEvidence, LayerEvidence
 from fbn_prune.pruning.statistics import CrossStatistics, GramStatistics
@@ -30,7 +28,6 @@ from fbn_prune.pruning.statistics import CrossStatistics, GramStatistics
 class CutOptions:
     """What decides the cuts beside the data: see the recipe keys of the same names."""
 
-    criterion: str
     sequential: bool
     damping: float
     refit_damping: float
@@ -62,38 +59,36 @@ class EvidencePass:
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        family: Family,
+        adapter: ModelAdapter,
         batches: Sequence[Batch],
         options: CutOptions,
         *,
-        membership: Sequence[Tensor] | None,
         loss_roots: Sequence[Tensor] | None = None,
         clock: StageClock,
         stage: str = "prune",
         done: int = 0,
         again: Callable[[int], None] = lambda layer: None,
     ) -> None:
-        self._model, self._family = model, family
+        self._adapter = adapter
         self._batches: Sequence[Batch] = batches
         self._mine: Sequence[Batch] = batches
-        self._options, self._membership, self._clock = options, membership, clock
+        self._options, self._clock = options, clock
         self._loss_roots, self._stage = loss_roots, stage
         self._done, self._again = done, again
         self.forward_seconds = 0.0
 
     def __iter__(self) -> Iterator[LayerEvidence]:
-        model, family = self._model, self._family
-        if self._done == family.num_layers(model.config):
+        adapter = self._adapter
+        if self._done == adapter.num_layers:
             for layer in range(self._done):
                 self._again(layer)
             return
         self._mine = distributed.share(self._batches)
-        dense = LayerwiseForward(model, family, self._mine)
+        dense = LayerwiseForward(adapter, self._mine)
         pruned = None
         if self._options.sequential:
-            pruned = LayerwiseForward(model, family, self._mine)
-        layers = family.num_layers(model.config)
+            pruned = LayerwiseForward(adapter, self._mine)
+        layers = adapter.num_layers
         passes = 1 if pruned is None else 3
         total = sum(batch.tokens for batch in self._mine) * layers * passes
         with self._clock.stage(self._stage, total, "tokens x layers") as advance:
@@ -115,10 +110,10 @@ class EvidencePass:
     ) -> tuple[_Statistics, _Statistics | None]:
         """Statistics of one layer's MLP, and of its attention where heads are cut; the dense stream moves on past it,
         the pruned one stays."""
-        have_layer(self._model, layer)
-        weights = [self._family.down_weight(self._model, layer)]
+        self._adapter.load_layer(layer)
+        weights = [self._adapter.down_weight(layer)]
         if self._options.head_groups is not None:
-            weights.append(self._family.attention_output(self._model, layer).weight)
+            weights.append(self._adapter.attention_output(layer).weight)
         sites = [_Statistics(w.shape[1], w.device, both=pruned is not None) for w in weights]
         del weights
         if pruned is None:
@@ -165,44 +160,40 @@ class EvidencePass:
     def _evidence(
         self, layer: int, neurons: _Statistics, heads: _Statistics | None
     ) -> LayerEvidence:
-        model, family, options = self._model, self._family, self._options
-        have_layer(model, layer)
-        weight = family.down_weight(model, layer).double()
-        bias = family.down_bias(model, layer)
-        membership = None
-        if self._membership is not None:
-            membership = self._membership[layer].to(weight.device)
+        adapter, options = self._adapter, self._options
+        adapter.load_layer(layer)
+        weight = adapter.down_weight(layer).double()
+        bias = adapter.down_bias(layer)
         loss_root = None
         if self._loss_roots is not None:
             loss_root = self._loss_roots[layer].to(weight.device)
         input_norms = sum(
             (
                 torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
-                for rows in family.input_weights(model, layer)
+                for rows in adapter.input_weights(layer)
             ),
             start=weight.new_zeros(weight.shape[1]),
         )
         of_heads = None
         if heads is not None:
-            out = family.attention_output(model, layer)
+            out = adapter.attention_output(layer)
             of_heads = HeadEvidence(
                 weight=out.weight.detach().double(),
                 bias=None if out.bias is None else out.bias.detach().double(),
                 loss_root=None,  # the loss's gradient is taken at the MLPs' outputs
-                group=family.head_shape(model.config).width,
+                group=adapter.family.head_shape(adapter.config).width,
                 damping=options.damping,
                 refit_damping=options.refit_damping,
                 **heads.facts(),
             )
-        let_go(model)  # what the cut needs of the layer is in the evidence
+        adapter.release()  # what the cut needs of the layer is in the evidence
         return LayerEvidence(
             layer=layer,
             weight=weight,
             bias=None if bias is None else bias.double(),
             input_norms=input_norms,
-            membership=membership,
             loss_root=loss_root,
-            can_have_bias=family.accepts_bias(model.config),
+            can_have_bias=adapter.family.accepts_bias(adapter.config),
             damping=options.damping,
             refit_damping=options.refit_damping,
             seed=options.seed,

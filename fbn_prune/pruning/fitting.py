@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
@@ -18,6 +18,7 @@ from fbn_prune.pruning.criteria import (
     HeadEvidence,
     LayerEvidence,
     OutputEvidence,
+    cuts_to_widths,
     head_cut,
 )
 from fbn_prune.pruning.damping import DampingWarning
@@ -29,44 +30,67 @@ STRONGEST_REFIT_DAMPING = 1e3
 """So damped a refit changes next to nothing: the last try where refitted weights do not fit the stored type."""
 
 
-def fitting_cut(
-    evidence: LayerEvidence, width: int, *, criterion: str, stored: torch.dtype
-) -> MlpCut:
-    """The cut by a criterion, refitted more cautiously where new weights overflow the type they are stored in."""
+def fitting_cuts(
+    evidence: LayerEvidence, widths: Collection[int], *, criterion: str, stored: torch.dtype
+) -> dict[int, MlpCut]:
+    """The cut to each width by a criterion, refitted more cautiously where new weights overflow the stored type.
 
-    def make(damped: LayerEvidence) -> tuple[MlpCut, Tensor]:
-        cut = CRITERIA[criterion](damped, width)
-        return cut, cut.down_weight
+    Parameters
+    ----------
+    widths
+        Neurons to keep. Where the second order decides, one removal of all neurons serves every width.
+    stored
+        The dtype in which the output weights will be stored.
 
-    return _fitting(evidence, stored, make)
+    Warns
+    -----
+    DampingWarning
+        The refit was damped more than asked for.
+    """
+    made = cuts_to_widths(criterion, evidence, widths)
+    return {
+        width: _fitting(
+            evidence,
+            stored,
+            made[width],
+            lambda damped, width=width: CRITERIA[criterion](damped, width),  # type: ignore[misc]
+            lambda cut: cut.down_weight,
+        )
+        for width in widths
+    }
 
 
 def fitting_head_cut(evidence: HeadEvidence, groups: int, *, stored: torch.dtype) -> HeadCut:
     """The same for the attention heads, which the second order chooses whatever the criterion."""
-
-    def make(damped: HeadEvidence) -> tuple[HeadCut, Tensor]:
-        cut = head_cut(damped, groups)
-        return cut, cut.out_weight
-
-    return _fitting(evidence, stored, make)
+    return _fitting(
+        evidence,
+        stored,
+        head_cut(evidence, groups),
+        lambda damped: head_cut(damped, groups),
+        lambda cut: cut.out_weight,
+    )
 
 
 def _fitting(
-    evidence: Evidence, stored: torch.dtype, make: Callable[[Evidence], tuple[Cut, Tensor]]
+    evidence: Evidence,
+    stored: torch.dtype,
+    cut: Cut,
+    again: Callable[[Evidence], Cut],
+    weight: Callable[[Cut], Tensor],
 ) -> Cut:
     asked = evidence.refit_damping
-    while True:
-        cut, weight = make(evidence)
+    while float(weight(cut).abs().max()) > torch.finfo(stored).max:
         damping = evidence.refit_damping * 10
-        fits = float(weight.abs().max()) <= torch.finfo(stored).max
-        if fits or damping > STRONGEST_REFIT_DAMPING:
-            return cut
+        if damping > STRONGEST_REFIT_DAMPING:
+            break
         warnings.warn(
             f"refitted weights overflow {stored}: the refit's damping is {damping:g} instead of {asked:g}",
             DampingWarning,
             stacklevel=3,
         )
         evidence = replace(evidence, refit_damping=damping)
+        cut = again(evidence)
+    return cut
 
 
 class DampingNotes:

@@ -13,14 +13,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from fbn_prune.data.calibration import TokenBlocks
 from fbn_prune.errors import InvalidInput
-from fbn_prune.model.families import Family
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.perplexity import token_losses
-from fbn_prune.model.streaming import SpilledCuts, down_weights, stream_of
-from fbn_prune.model.surgery import as_if_cut, rounded_cut
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.allocation import (
@@ -32,7 +29,8 @@ from fbn_prune.pruning.allocation import (
     ranked_widths,
     uniform_widths,
 )
-from fbn_prune.pruning.criteria import cuts_to_widths, neuron_costs
+from fbn_prune.pruning.criteria import neuron_costs
+from fbn_prune.pruning.cutting import CutPlan, try_cuts
 from fbn_prune.pruning.evidence import CutOptions, EvidencePass
 from fbn_prune.pruning.fitting import DampingNotes
 
@@ -97,10 +95,10 @@ class Layout:
 class Subject:
     """The dense model, what is known of it when its widths are chosen, and a folder for cuts that are only tried."""
 
-    model: PreTrainedModel
-    family: Family
+    adapter: ModelAdapter
     blocks: TokenBlocks
     batch_tokens: int
+    criterion: str
     options: CutOptions
     networks: FunctionalNetworks | None
     kept: Sequence[int]
@@ -225,7 +223,7 @@ def _scores(subject: Subject, rule: str, clock: StageClock) -> list[Tensor]:
     assert subject.networks is not None
     if rule == "members":
         return member_scores(subject.networks, subject.kept)
-    weights: Iterable[Tensor] = down_weights(subject.model, subject.family)
+    weights: Iterable[Tensor] = subject.adapter.down_weights()
     if subject.options.loss_aware and (roots := subject.loss_roots) is not None:
         weights = (r.to(w.device) @ w.double() for r, w in zip(roots, weights, strict=True))
     return network_scores(subject.networks, weights)
@@ -235,15 +233,10 @@ def _evidence(
     subject: Subject, loss_roots: Sequence[Tensor] | None, clock: StageClock
 ) -> EvidencePass:
     """One-shot also where the cut will be sequential: widths are chosen before any layer is cut."""
-    membership = None
-    if subject.networks is not None:
-        membership = member_scores(subject.networks, subject.kept)
     return EvidencePass(
-        subject.model,
-        subject.family,
+        subject.adapter,
         subject.blocks.batches(subject.batch_tokens),
-        replace(subject.options, sequential=False),
-        membership=membership,
+        replace(subject.options, sequential=False, head_groups=None),
         loss_roots=loss_roots,
         clock=clock,
         stage="widths",
@@ -254,27 +247,26 @@ def _trials(
     subject: Subject, candidates: dict[str, list[int]], trying: TokenBlocks, clock: StageClock
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The losses [tokens] of the dense model, and of each candidate."""
-    stream = stream_of(subject.model)
-    # Together they come to more than the model.
-    cuts = {name: SpilledCuts(subject.scratch) for name in candidates}
-    loss_roots = subject.loss_roots if subject.options.loss_aware else None
-    for layer in _evidence(subject, loss_roots, clock):
-        wanted = {widths[layer.layer] for widths in candidates.values()}
-        with DampingNotes().heard(layer.layer):  # the cut itself will say the same
-            made = cuts_to_widths(subject.options.criterion, layer, wanted)
-        for name, widths in candidates.items():
-            cuts[name].append(rounded_cut(made[widths[layer.layer]], subject.model.dtype))
+    members = None
+    if subject.networks is not None:
+        members = member_scores(subject.networks, subject.kept)
+    cuts, _ = try_cuts(  # the cut itself will say the same of its damping
+        subject.adapter,
+        subject.blocks.batches(subject.batch_tokens),
+        {name: CutPlan(subject.criterion, widths, members) for name, widths in candidates.items()},
+        subject.options,
+        loss_roots=subject.loss_roots if subject.options.loss_aware else None,
+        scratch=subject.scratch,
+        clock=clock,
+        stage="widths",
+    )
     batches = trying.batches(subject.batch_tokens)
     losses: dict[str, Tensor] = {}
     with clock.stage("trial", len(cuts) + 1, "layouts") as advance:
-        dense = token_losses(subject.model, batches)
+        dense = token_losses(subject.adapter, batches)
         advance(1)
         for name, parts in cuts.items():
-            with (
-                as_if_cut(subject.model, subject.family, parts)
-                if stream is None
-                else stream.tried(parts)
-            ):
-                losses[name] = token_losses(subject.model, batches)
+            with subject.adapter.trying(parts):
+                losses[name] = token_losses(subject.adapter, batches)
             advance(1)
     return dense, losses

@@ -13,12 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
 
 from fbn_prune.data.calibration import Batch
 from fbn_prune.errors import InvalidInput
-from fbn_prune.model.families import Family
-from fbn_prune.model.streaming import compute_device, layer_device
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.progress import StageClock
 
 GRADIENT_TOKENS = 32768
@@ -26,7 +24,7 @@ GRADIENT_TOKENS = 32768
 
 
 def output_sensitivity(
-    model: PreTrainedModel, family: Family, batches: Sequence[Batch], clock: StageClock
+    adapter: ModelAdapter, batches: Sequence[Batch], clock: StageClock
 ) -> list[Tensor]:
     """F of each layer, float64 [d, d] on the layer's device.
 
@@ -40,19 +38,19 @@ def output_sensitivity(
     InvalidInput
         A gradient is NaN or Inf.
     """
-    layers = family.num_layers(model.config)
-    device = compute_device(model)
-    size = family.hidden_size(model.config)
+    layers = adapter.num_layers
+    device = adapter.device
+    size = adapter.hidden_size
     sums = [
-        torch.zeros(size, size, dtype=torch.float64, device=layer_device(model, family, layer))
+        torch.zeros(size, size, dtype=torch.float64, device=adapter.layer_device(layer))
         for layer in range(layers)
     ]
     tokens = sum(batch.tokens for batch in batches)
-    with clock.stage("gradients", tokens, "tokens") as advance, _recording(model, family, sums):
+    with clock.stage("gradients", tokens, "tokens") as advance, _recording(adapter, sums):
         for batch in batches:
             ids = batch.input_ids.to(device)
             targets = ids[:, 1:].masked_fill(~batch.valid[:, 1:].to(device), -100)
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+            logits = adapter.model(input_ids=ids, use_cache=False).logits[:, :-1]
             cross_entropy(
                 logits.flatten(0, 1).float(), targets.flatten(), reduction="sum"
             ).backward()
@@ -66,13 +64,13 @@ def output_sensitivity(
 
 
 @contextmanager
-def _recording(model: PreTrainedModel, family: Family, sums: list[Tensor]) -> Iterator[None]:
+def _recording(adapter: ModelAdapter, sums: list[Tensor]) -> Iterator[None]:
     """Gradients flow, to activations alone, and those at the MLP outputs add up in `sums`."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    handles = [model.get_input_embeddings().register_forward_hook(_start_graph)]
+    trained = [parameter for parameter in adapter.model.parameters() if parameter.requires_grad]
+    handles = [adapter.model.get_input_embeddings().register_forward_hook(_start_graph)]
     for layer, total in enumerate(sums):
         hook = _watch(total)
-        handles.append(family.output_module(model, layer).register_forward_hook(hook))
+        handles.append(adapter.output_module(layer).register_forward_hook(hook))
     for parameter in trained:
         parameter.requires_grad_(False)
     try:

@@ -167,7 +167,7 @@ def run_ablation(
     measurements += 2 * len(plan.grow) * (1 + plan.draws + controls)
     with clock.stage("ablation", measurements, "measurements") as advance:
         tasks = None if on_tasks is None else on_tasks(on.tokenizer)
-        ablation = Ablation(on.model, on.prepared.family, texts, advance, tasks)
+        ablation = Ablation(on.adapter, texts, advance, tasks)
         intervene = ablation.action(plan.action, plan.factor)
         dense = ablation.dense()
         sets = {n: networks.by_layer(networks.members(n, plan.z)) for n in chosen}
@@ -211,7 +211,7 @@ def _components(on: Studied, clock: StageClock) -> Tensor:
     How far a component stands out on a task is not measured: with `rank` task they go by output energy.
     """
     few = on.data.calibrating.subset(MOMENT_TOKENS).batches(on.prepared.batch_tokens)
-    moment = second_moment(time_courses(on.model, on.prepared.family, on.networks, few, clock))
+    moment = second_moment(time_courses(on.adapter, on.networks, few, clock))
     control = principal_networks(on.networks, moment)
     if on.prepared.recipe.rank_or_default == "task":
         by_energy = on.prepared.recipe.model_copy(update={"rank": "energy"})

@@ -17,16 +17,16 @@ from fbn_prune.errors import InvalidInput
 from fbn_prune.export.directory import check_room
 from fbn_prune.model.perplexity import perplexity
 from fbn_prune.model.streaming import SpilledCuts
-from fbn_prune.model.surgery import as_if_cut, rounded_cut
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.allocation import (
     budget_from_networks,
     budget_from_sparsity,
+    member_scores,
     uniform_widths,
 )
 from fbn_prune.pruning.criteria import CRITERIA
-from fbn_prune.pruning.evidence import CutOptions, EvidencePass
-from fbn_prune.pruning.fitting import DampingNotes
+from fbn_prune.pruning.cutting import CutPlan, try_cuts
+from fbn_prune.pruning.evidence import CutOptions
 from fbn_prune.recipe import CRITERION_NAMES, Recipe
 from fbn_prune.runs.stages import rank_networks
 from fbn_prune.runs.study import Studied, study
@@ -129,7 +129,7 @@ def run_comparison(
     missing = [(n, s) for s in shares for n in names if (n, s) not in comparison.cells]
     if missing:
         scratch = on.prepared.memory.scratch if path is None else path.resolve().parent
-        cuts = _cuts(on, missing, comparison.widths, order, scratch, clock)
+        cuts = _cuts(on, missing, comparison, order, scratch, clock)
         held_out = on.data.held_out.batches(on.prepared.batch_tokens)
         with clock.stage("comparison", len(missing), "models") as advance:
             for cell in missing:
@@ -192,7 +192,7 @@ def _begin(
         return before
     held_out = on.data.held_out.batches(prepared.batch_tokens)
     with clock.stage("dense perplexity", on.data.held_out.tokens, "tokens") as advance:
-        dense = perplexity(on.model, held_out, advance)
+        dense = perplexity(on.adapter, held_out, advance)
     return Comparison(prepared.recipe.model, facts, dense, widths, networks=networks)
 
 
@@ -215,14 +215,15 @@ def _read(path: Path) -> Comparison:
 def _cuts(
     on: Studied,
     cells: Sequence[Cell],
-    widths: dict[float, list[int]],
+    comparison: Comparison,
     order: Sequence[int],
     scratch: Path,
     clock: StageClock,
 ) -> dict[Cell, SpilledCuts]:
     """The cuts of all layers for each cell, from one pass over the calibration data.
 
-    They lie on disk, in a file without a name in `scratch`: those of many cells come to more than the model.
+    They lie on disk, in a file without a name in `scratch`: those of many cells come to more than the model. Where a
+    number of networks sets the budget, membership is in those networks; else in those that the recipe keeps.
 
     Raises
     ------
@@ -234,40 +235,37 @@ def _cuts(
     prepared, recipe = on.prepared, on.prepared.recipe
     stored = prepared.checkpoint.storage_dtype
     column = prepared.family.hidden_size(prepared.checkpoint.config) * stored.itemsize
-    room = sum(sum(widths[share]) for _, share in cells) * column
+    room = sum(sum(comparison.widths[share]) for _, share in cells) * column
     check_room(scratch, room, "folder of temporary files")
-    kept = list(order[: recipe.keep_networks or len(order)])
-    strongest = on.networks.maps[kept].abs().amax(0).double()
+    counts = {share: comparison.networks.get(share, recipe.keep_networks) for _, share in cells}
+    members = {
+        count: member_scores(on.networks, order[: count or len(order)])
+        for count in set(counts.values())
+    }
     blocks = on.data.calibrating if on.matched is None else on.matched.blocks
-    evidence = EvidencePass(
-        on.model,
-        prepared.family,
+    cuts, notes = try_cuts(
+        on.adapter,
         blocks.batches(prepared.batch_tokens),
+        {
+            (name, share): CutPlan(name, comparison.widths[share], members[counts[share]])
+            for name, share in cells
+        },
         CutOptions(
-            criterion="second-order",
             sequential=False,
             damping=recipe.damping,
             refit_damping=recipe.refit_damping,
             seed=recipe.seed,
             round_to=stored,
         ),
-        membership=on.networks.by_layer(strongest),
+        scratch=scratch,
         clock=clock,
     )
-    cuts = {cell: SpilledCuts(scratch) for cell in cells}
-    notes = DampingNotes()
-    for layer in evidence:
-        for name, share in cells:
-            with notes.heard(layer.layer):
-                cut = CRITERIA[name](layer, widths[share][layer.layer])
-            cuts[name, share].append(rounded_cut(cut, stored))
-    for line in notes.lines():
+    for line in notes:
         clock.note(line)
     return cuts
 
 
 def _perplexity(on: Studied, cuts: SpilledCuts, held_out: Any) -> float:
     """Of the one model there is, as if cut: a second would take as much memory again."""
-    dtype = on.prepared.checkpoint.storage_dtype
-    with as_if_cut(on.model, on.prepared.family, cuts, round_to=dtype):
-        return perplexity(on.model, held_out)
+    with on.adapter.trying(cuts, round_to=on.prepared.checkpoint.storage_dtype):
+        return perplexity(on.adapter, held_out)

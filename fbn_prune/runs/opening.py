@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
 
 from fbn_prune.data.calibration import CalibrationData, calibration_data
 from fbn_prune.distributed import is_first
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.networks.task_matching import TaskCalibration, task_calibration
 from fbn_prune.progress import StageClock
 from fbn_prune.runs.result import tool_version
@@ -46,7 +46,7 @@ class OpenRun:
     tokenizer: Any
     data: CalibrationData
     task: TaskCalibration | None
-    model: PreTrainedModel
+    adapter: ModelAdapter
     clock: StageClock
 
     @property
@@ -86,8 +86,8 @@ def open_run(prepared: Prepared, clock: StageClock, *, whole: bool = False) -> O
             )
             data = task.data
     with clock.stage("load"):
-        model = prepared.load_whole_model() if whole else prepared.load_model()
-    return OpenRun(prepared, tokenizer, data, task, model, clock)
+        adapter = prepared.load_whole_model() if whole else prepared.load_model()
+    return OpenRun(prepared, tokenizer, data, task, adapter, clock)
 
 
 def load_calibration(prepared: Prepared, tokenizer: Any) -> CalibrationData:

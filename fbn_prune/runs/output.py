@@ -6,15 +6,11 @@ from collections.abc import Sequence
 
 from fbn_prune.data.examples import RECORD_NAME, record
 from fbn_prune.export.card import CardFacts, model_card, source_license
-from fbn_prune.export.ragged import write_ragged_checkpoint
+from fbn_prune.export.directory import atomic_directory
 from fbn_prune.export.report.facts import RESULT_NAME, read_facts
 from fbn_prune.export.report.page import REPORT_NAME, write_report
-from fbn_prune.export.writer import (
-    atomic_directory,
-    verify_export,
-    write_checkpoint,
-    write_json,
-)
+from fbn_prune.export.shards import write_json
+from fbn_prune.export.writer import verify_export, write_checkpoint
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.kept_neurons import KEPT_FILE, KeptNeurons
 from fbn_prune.networks.functional_networks import FunctionalNetworks
@@ -52,10 +48,8 @@ def publish(
         clock.stage("export", prepared.checkpoint.total_bytes, "bytes") as advance,
         atomic_directory(recipe.output, recipe.overwrite) as folder,
     ):
-        write = write_checkpoint if len(set(result.widths)) == 1 else write_ragged_checkpoint
-        write(
+        write_checkpoint(
             prepared.checkpoint,
-            prepared.family,
             cut.cuts,
             folder,
             trained=cut.trained,

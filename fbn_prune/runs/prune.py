@@ -11,20 +11,19 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from fbn_prune import distributed
 from fbn_prune.data.calibration import Batch, TokenBlocks
 from fbn_prune.distributed import is_first
 from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.export.directory import check_room
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.non_finite import damage
 from fbn_prune.model.perplexity import NonFiniteLogits, perplexity
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.networks.task_matching import MatchedCalibration
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.allocation import budget_from_networks, member_scores
-from fbn_prune.pruning.cutting import CutModel, cut_layers
+from fbn_prune.pruning.cutting import CutModel, CutPlan, cut_layers
 from fbn_prune.pruning.evidence import CutOptions
 from fbn_prune.pruning.layout import (
     UNIFORM,
@@ -92,7 +91,7 @@ class PruneRun:
 
     def __init__(self, on: OpenRun, store: Store) -> None:
         self.on, self.store, self.clock = on, store, on.clock
-        self.prepared, self.recipe, self.model = on.prepared, on.prepared.recipe, on.model
+        self.prepared, self.recipe, self.adapter = on.prepared, on.prepared.recipe, on.adapter
         self.held_out = on.data.held_out.batches(on.prepared.batch_tokens)
 
     def run(self) -> PruneResult:
@@ -141,7 +140,6 @@ class PruneRun:
         """How many neurons each layer keeps."""
         prepared, recipe = self.prepared, self.recipe
         options = CutOptions(
-            criterion=recipe.criterion,
             sequential=recipe.sequential,
             damping=recipe.damping,
             refit_damping=recipe.refit_damping,
@@ -151,10 +149,10 @@ class PruneRun:
             head_groups=prepared.head_groups,
         )
         self.subject = Subject(
-            self.model,
-            prepared.family,
+            self.adapter,
             self.blocks,
             prepared.batch_tokens,
+            recipe.criterion,
             options,
             self.networks,
             self.kept,
@@ -173,13 +171,12 @@ class PruneRun:
 
     def cut(self) -> None:
         networks, subject = self.networks, self.subject
+        members = None if networks is None else member_scores(networks, self.kept)
         self.pruned = cut_layers(
-            self.model,
-            self.prepared.family,
+            self.adapter,
             self.blocks.batches(self.prepared.batch_tokens),
-            self.widths.widths,
+            CutPlan(self.recipe.criterion, self.widths.widths, members),
             subject.options,
-            membership=None if networks is None else member_scores(networks, self.kept),
             loss_roots=subject.loss_roots if self.recipe.loss_aware else None,
             clock=self.clock,
             store=self.store,
@@ -218,7 +215,7 @@ class PruneRun:
 
     def _pruned_perplexity(self, name: str) -> float:
         return numbers(
-            self.store, name, lambda: _pruned_perplexity(self.model, self.held_out, self.clock)
+            self.store, name, lambda: _pruned_perplexity(self.adapter, self.held_out, self.clock)
         )
 
     def _result(self) -> PruneResult:
@@ -279,25 +276,25 @@ class PruneRun:
 
 
 def _perplexity(
-    model: PreTrainedModel, batches: Sequence[Batch], clock: StageClock, stage: str
+    adapter: ModelAdapter, batches: Sequence[Batch], clock: StageClock, stage: str
 ) -> float:
     with clock.stage(stage, sum(batch.tokens for batch in batches), "tokens") as advance:
-        return perplexity(model, batches, advance)
+        return perplexity(adapter, batches, advance)
 
 
 def _dense_perplexity(on: OpenRun, batches: Sequence[Batch]) -> float:
     try:
-        return _perplexity(on.model, batches, on.clock, "dense perplexity")
+        return _perplexity(on.adapter, batches, on.clock, "dense perplexity")
     except NonFiniteLogits:
-        raise damage(on.model, on.prepared.family, batches) from None
+        raise damage(on.adapter, batches) from None
 
 
 def _pruned_perplexity(
-    model: PreTrainedModel, batches: Sequence[Batch], clock: StageClock
+    adapter: ModelAdapter, batches: Sequence[Batch], clock: StageClock
 ) -> float:
     remedy = "nothing was written; keep more neurons, raise --tokens, or compute in --dtype float32"
     try:
-        after = _perplexity(model, batches, clock, "pruned perplexity")
+        after = _perplexity(adapter, batches, clock, "pruned perplexity")
     except NonFiniteLogits:
         raise FbnPruneError(f"the pruned model gives NaN or Inf: {remedy}") from None
     if not math.isfinite(after):
@@ -309,7 +306,7 @@ def _test_perplexity(on: OpenRun) -> float | None:
     if on.task is None or on.task.test is None:
         return None
     batches = on.task.test.batches(on.prepared.batch_tokens)
-    return _perplexity(on.model, batches, on.clock, "task perplexity")
+    return _perplexity(on.adapter, batches, on.clock, "task perplexity")
 
 
 def _kept_networks(recipe: Recipe, order: list[int]) -> list[int]:

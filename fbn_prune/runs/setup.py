@@ -6,17 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
 from fbn_prune import distributed
 from fbn_prune.data import builtin
 from fbn_prune.data.tasks import Task
 from fbn_prune.errors import InvalidInput
 from fbn_prune.export.directory import check_output, check_room, on_one_disk
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.families import Family
 from fbn_prune.model.placement import device_map
-from fbn_prune.model.streaming import skeleton, stream_model
+from fbn_prune.model.streaming import StreamedModel, skeleton
 from fbn_prune.model.surgery import require_bias
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.pruning.allocation import default_multiple
@@ -81,11 +81,11 @@ class Prepared:
         """Tokens of one forward batch: enough to fill the device, few enough to stay in its caches."""
         return self.memory.batch_tokens
 
-    def load_model(self) -> PreTrainedModel:
+    def load_model(self) -> ModelAdapter:
         """The model, in memory or streamed as the memory plan says."""
         if not self.memory.streamed:
             return self.load_whole_model()
-        return stream_model(
+        return StreamedModel(
             self.checkpoint,
             self.device,
             self.dtype,
@@ -93,7 +93,7 @@ class Prepared:
             spill_hidden=not self.memory.keep_hidden,
         )
 
-    def load_whole_model(self) -> PreTrainedModel:
+    def load_whole_model(self) -> ModelAdapter:
         """The model in memory, whatever the plan: on one device, or spread over those that the plan names."""
         places = None
         if self.memory.placement is not None:
@@ -102,7 +102,8 @@ class Prepared:
             )
             bare = skeleton(self.checkpoint, self.dtype)
             places = device_map(bare, self.family, layers, first)
-        return self.checkpoint.load_model(self.device, self.dtype, places)
+        model = self.checkpoint.load_model(self.device, self.dtype, places)
+        return ModelAdapter(model, self.family)
 
 
 def prepare(recipe: Recipe) -> Prepared:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fbn_prune.data.calibration import Batch, TokenBlocks
-from fbn_prune.model.streaming import down_weights, layer_device
 from fbn_prune.networks.discovery import DiscoveryOptions, discover
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.networks.ranking import knockout_rise, output_energy, strongest_first
@@ -27,8 +26,8 @@ KNOCKOUT_TOKENS = 8192
 
 def find_networks(run: OpenRun, *, recurrence: bool = False) -> FunctionalNetworks:
     """Discover the networks of a run's model, with their output energy filled in."""
-    prepared, model = run.prepared, run.model
-    recipe, family = prepared.recipe, prepared.family
+    prepared, adapter = run.prepared, run.adapter
+    recipe = prepared.recipe
     header = {
         "tool": f"fbn-prune {tool_version()}",
         "torch": torch.__version__,
@@ -42,8 +41,7 @@ def find_networks(run: OpenRun, *, recurrence: bool = False) -> FunctionalNetwor
         recipe.networks, recipe.network_tokens, recipe.scope, recipe.seed, recurrence
     )
     networks = discover(
-        model,
-        family,
+        adapter,
         run.data.calibrating,
         options,
         tokenizer=run.tokenizer,
@@ -52,7 +50,7 @@ def find_networks(run: OpenRun, *, recurrence: bool = False) -> FunctionalNetwor
         header=header,
         clock=run.clock,
     )
-    return replace(networks, energy=output_energy(networks, down_weights(model, family)))
+    return replace(networks, energy=output_energy(networks, adapter.down_weights()))
 
 
 def match_to_task(
@@ -68,8 +66,7 @@ def match_to_task(
         return tensors(store, "activity", lambda: {"activity": compute().cpu()})["activity"]
 
     return match_calibration(
-        run.model,
-        prepared.family,
+        run.adapter,
         networks,
         task.data.calibrating,
         task.examples,
@@ -84,7 +81,7 @@ def rank_scores(
     run: OpenRun, networks: FunctionalNetworks, matched: MatchedCalibration | None
 ) -> Tensor:
     """What the recipe's `rank` orders networks by, float64 [networks]: energy, nats, or standard deviations."""
-    prepared, model = run.prepared, run.model
+    prepared, adapter = run.prepared, run.adapter
     rank = prepared.recipe.rank_or_default
     if rank == "task":
         assert matched is not None
@@ -93,12 +90,12 @@ def rank_scores(
         # Networks from a file may have been found on another model, whose weights gave them another energy.
         if prepared.networks is None and networks.energy is not None:
             return networks.energy
-        return output_energy(networks, down_weights(model, prepared.family))
+        return output_energy(networks, adapter.down_weights())
     few: list[Batch] = []
     for batch in run.data.calibrating.batches(prepared.batch_tokens):
         if sum(other.tokens for other in few) < KNOCKOUT_TOKENS:
             few.append(batch)
-    return knockout_rise(model, prepared.family, networks, few, run.clock)
+    return knockout_rise(adapter, networks, few, run.clock)
 
 
 def rank_networks(
@@ -118,28 +115,28 @@ def recover_model(run: OpenRun, blocks: TokenBlocks, store: Store) -> dict[str, 
         healed_tensors,
     )
 
-    prepared, model = run.prepared, run.model
-    recipe, family = prepared.recipe, prepared.family
+    prepared, adapter = run.prepared, run.adapter
+    recipe = prepared.recipe
     with run.clock.stage("load"):
         dense = prepared.load_model()
     options = RecoveryOptions(recipe.recover_passes, recipe.recover_rank, recipe.seed)
-    heal(model, dense, family, blocks, options, run.clock, store=store)
-    return healed_tensors(model, family, prepared.checkpoint)
+    heal(adapter, dense, blocks, options, run.clock, store=store)
+    return healed_tensors(adapter, prepared.checkpoint)
 
 
 def loss_roots_of(run: OpenRun, blocks: TokenBlocks, store: Store) -> list[Tensor] | None:
     """R of each layer, where errors are to be scored as the loss feels them."""
-    prepared, model = run.prepared, run.model
+    prepared, adapter = run.prepared, run.adapter
     if not prepared.recipe.needs_gradients:
         return None
 
     def compute() -> dict[str, Tensor]:
         batches = blocks.subset(GRADIENT_TOKENS).batches(prepared.batch_tokens // 4)
-        sensitivities = output_sensitivity(model, prepared.family, batches, run.clock)
+        sensitivities = output_sensitivity(adapter, batches, run.clock)
         return {f"{layer:05d}": loss_root(one) for layer, one in enumerate(sensitivities)}
 
     roots = tensors(store, "loss-roots", compute)
     return [
-        roots[name].to(layer_device(model, prepared.family, layer))
+        roots[name].to(adapter.layer_device(layer))
         for layer, name in enumerate(sorted(roots))
     ]

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 
 from fbn_kernels.activations import canonical_activation
 from fbn_prune.errors import InvalidInput
-from fbn_prune.model.families import Family, family_of
+from fbn_prune.model.adapter import ModelAdapter
+from fbn_prune.model.families import family_of
 from fbn_prune.model.kept_neurons import KeptNeurons
 from fbn_prune.serving.layer import Routing, ServedLayer, arrangement, batch_on, lay_out
 from fbn_prune.serving.tasks import TaskSet
@@ -67,15 +68,15 @@ class Served:
     """
 
     def __init__(self, model: PreTrainedModel, tasks: Mapping[str, TaskSet]) -> None:
-        family = _check(model, tasks)
+        adapter = _check(model, tasks)
         self.model = model
         self.names = tuple(tasks)
         self._tasks = dict(tasks)
         self._routing = Routing(task=len(tasks))
         self._layers: list[ServedLayer] = []
         with ExitStack() as undo:
-            for layer in range(len(family.layer_modules(model))):
-                self._attach_layer(family, layer, undo)
+            for layer in range(len(adapter.layers)):
+                self._attach_layer(adapter, layer, undo)
             self._devices = tuple(dict.fromkeys(layer.device for layer in self._layers))
             for served in self._layers:
                 served.place = self._devices.index(served.device)
@@ -84,19 +85,19 @@ class Served:
             self._switch(len(tasks))
             self._undo = undo.pop_all()
 
-    def _attach_layer(self, family: Family, layer: int, undo: ExitStack) -> None:
+    def _attach_layer(self, adapter: ModelAdapter, layer: int, undo: ExitStack) -> None:
         tasks = tuple(self._tasks.values())
         order = arrangement(tasks, layer)
-        lay_out(self.model, family, layer, order, undo)
-        served = ServedLayer(self.model, family, layer, tasks, order, self._routing)
+        lay_out(adapter, layer, order, undo)
+        served = ServedLayer(adapter, layer, tasks, order, self._routing)
         self._layers.append(served)
         number = next(_numbers)
         _attached[number] = served
         undo.callback(_attached.pop, number, None)
         weakref.finalize(self.model, _attached.pop, number, None)
         first, *others = (
-            family.layer_modules(self.model)[layer].get_submodule(path)
-            for path in family.mlp_modules
+            adapter.layers[layer].get_submodule(path)
+            for path in adapter.family.mlp_modules
         )
         _override(first, "forward", _forward_of(number), undo)
         for module in others:
@@ -237,8 +238,9 @@ def _as_task(model: PreTrainedModel, task: TaskSet | KeptNeurons | Sequence[Tens
     return TaskSet.plain(KeptNeurons(tuple(widths), kept))
 
 
-def _check(model: PreTrainedModel, tasks: Mapping[str, TaskSet]) -> Family:
-    family = family_of(model.config, ragged=True)
+def _check(model: PreTrainedModel, tasks: Mapping[str, TaskSet]) -> ModelAdapter:
+    adapter = ModelAdapter(model)
+    family = adapter.family
     if not tasks:
         raise InvalidInput("no tasks to attach")
     if model.training:
@@ -251,15 +253,14 @@ def _check(model: PreTrainedModel, tasks: Mapping[str, TaskSet]) -> Family:
         canonical_activation(family.activation(model.config))
     except ValueError as error:
         raise InvalidInput(f"{family.name} with this config cannot be served: {error}") from error
-    layers = range(len(family.layer_modules(model)))
-    widths = tuple(family.down_weight(model, layer).shape[1] for layer in layers)
+    widths = tuple(adapter.widths)
     for name, task in tasks.items():
         if task.neurons.widths != widths:
             raise InvalidInput(
                 f"the task {name!r} is of layers of {list(task.neurons.widths)} neurons, "
                 f"the model has {list(widths)}"
             )
-    return family
+    return adapter
 
 
 def _override(module: nn.Module, name: str, value: object, undo: ExitStack) -> None:

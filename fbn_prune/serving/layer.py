@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from fbn_kernels import NeuronBatch, NeuronSet, NeuronSets, ResidentMlp, Strategy, mark_varying
-from fbn_prune.model.families import Family
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.serving.arrangement import inverse, together
 from fbn_prune.serving.tasks import FullDown, OwnDown, TaskSet
 
@@ -42,7 +41,7 @@ def batch_on(batch: NeuronBatch, device: torch.device) -> NeuronBatch:
 
 
 def lay_out(
-    model: PreTrainedModel, family: Family, layer: int, order: Tensor, undo: ExitStack
+    adapter: ModelAdapter, layer: int, order: Tensor, undo: ExitStack
 ) -> None:
     """Permute a layer's neurons, and store every projection with a neuron's weights side by side.
 
@@ -51,10 +50,10 @@ def lay_out(
     as it was, bit for bit.
     """
     back = inverse(order)
-    for projection in family.projections:
-        module = family.projection_module(model, layer, projection)
+    for projection in adapter.family.projections:
+        module = adapter.module(layer, projection)
         parts: list[tuple[Tensor, int]] = [(module.weight, projection.neuron_axis)]
-        if module.bias is not None and projection is not family.output:
+        if module.bias is not None and projection is not adapter.family.output:
             parts.append((module.bias, 0))
         for parameter, axis in parts:
             blocks = range(projection.stacked)
@@ -100,8 +99,7 @@ class ServedLayer:
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        family: Family,
+        adapter: ModelAdapter,
         layer: int,
         tasks: Sequence[TaskSet],
         order: Tensor,
@@ -109,20 +107,20 @@ class ServedLayer:
     ) -> None:
         self._routing = routing
         self.place = 0
-        weights = family.input_weights(model, layer)
-        down_t = family.down_weight(model, layer).t()
+        weights = adapter.input_weights(layer)
+        down_t = adapter.down_weight(layer).t()
         self.device, width = down_t.device, len(down_t)
         places = inverse(order)
         kept = [places[task.neurons.kept[layer]].sort().values for task in tasks]
         sets = [NeuronSet.from_indices(one, width).to(self.device) for one in kept]
         self._sets = NeuronSets.from_sets(sets)
-        gate_bias, up_bias = _input_biases(model, family, layer)
+        gate_bias, up_bias = _input_biases(adapter, layer)
         self._mlp = ResidentMlp(
             weights[-1],
             down_t,
             [*sets, NeuronSet.full(width, self.device)],
             gate=weights[0] if len(weights) == 2 else None,
-            activation=family.activation(model.config),
+            activation=adapter.family.activation(adapter.config),
             up_bias=up_bias,
             gate_bias=gate_bias,
         )
@@ -130,7 +128,7 @@ class ServedLayer:
             self._ordered(task, layer, number, places, down_t) for number, task in enumerate(tasks)
         )
         self._any_own = any(one is not None for one in self._own)
-        self._bias = _output_biases(tasks, layer, family.down_bias(model, layer), down_t)
+        self._bias = _output_biases(tasks, layer, adapter.down_bias(layer), down_t)
         self.switch(len(tasks))
 
     @property
@@ -252,12 +250,12 @@ def _union_batch(sets: NeuronSets, ids: Tensor, nothing: Tensor) -> NeuronBatch:
 
 
 def _input_biases(
-    model: PreTrainedModel, family: Family, layer: int
+    adapter: ModelAdapter, layer: int
 ) -> tuple[Tensor | None, Tensor | None]:
     """Biases of gate and up, [neurons] each."""
     found: list[Tensor | None] = []
-    for projection in family.inputs:
-        bias = family.projection_module(model, layer, projection).bias
+    for projection in adapter.family.inputs:
+        bias = adapter.module(layer, projection).bias
         parts = [None] * projection.stacked
         found += parts if bias is None else bias.detach().chunk(projection.stacked)
     return (None, found[0]) if len(found) == 1 else (found[0], found[1])

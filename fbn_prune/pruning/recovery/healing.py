@@ -9,13 +9,12 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fbn_prune.data.calibration import TokenBlocks
 from fbn_prune.errors import FbnPruneError
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.model.families import Family
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.recovery.distillation import DistillationOptions, distil
 from fbn_prune.pruning.recovery.layer_matching import match_layers
@@ -35,9 +34,8 @@ class RecoveryOptions:
 
 
 def heal(
-    model: PreTrainedModel,
-    dense: PreTrainedModel,
-    family: Family,
+    adapter: ModelAdapter,
+    dense: ModelAdapter,
     blocks: TokenBlocks,
     options: RecoveryOptions,
     clock: StageClock,
@@ -48,15 +46,14 @@ def heal(
 
     Parameters
     ----------
-    model, dense
+    adapter, dense
         The cut model and the one it was cut from, on one device.
     store
         Where what an earlier run of the same training finished comes from, and what is finished goes.
     """
     match_layers(
-        model,
+        adapter,
         dense,
-        family,
         blocks.batches(BATCH_TOKENS),
         passes=options.passes,
         seed=options.seed,
@@ -64,12 +61,12 @@ def heal(
         store=store,
     )
     distil(
-        model,
-        dense,
-        list(linear_maps(model, family)),
+        adapter.model,
+        dense.model,
+        list(linear_maps(adapter)),
         blocks,
         replace(
-            DistillationOptions.for_width(family.hidden_size(model.config)),
+            DistillationOptions.for_width(adapter.hidden_size),
             rank=options.rank,
             passes=options.passes,
             step_tokens=BATCH_TOKENS,
@@ -80,17 +77,17 @@ def heal(
     )
 
 
-def linear_maps(model: PreTrainedModel, family: Family) -> dict[str, nn.Module]:
+def linear_maps(adapter: ModelAdapter) -> dict[str, nn.Module]:
     """Every linear map of the decoder layers, by its name in the live model: what healing may change."""
     return {
         name: module
-        for name, module in model.named_modules()
-        if name.startswith(f"{family.layers}.") and isinstance(module, nn.Linear | Conv1D)
+        for name, module in adapter.model.named_modules()
+        if name.startswith(f"{adapter.family.layers}.") and isinstance(module, nn.Linear | Conv1D)
     }
 
 
 def healed_tensors(
-    model: PreTrainedModel, family: Family, checkpoint: Checkpoint
+    adapter: ModelAdapter, checkpoint: Checkpoint
 ) -> dict[str, Tensor]:
     """The live parameters of all linear maps by the names that the checkpoint gives them.
 
@@ -102,10 +99,9 @@ def healed_tensors(
         A value is not finite in its dtype.
     """
     tensors: dict[str, Tensor] = {}
-    for name, module in linear_maps(model, family).items():
-        weight = f"{name}.weight"
-        if weight not in checkpoint.tensors:  # saved from the base model
-            weight = weight.partition(".")[2]
+    for name, module in linear_maps(adapter).items():
+        weight = checkpoint.stored_name(f"{name}.weight")
+        assert weight is not None
         for part, parameter in module.named_parameters(recurse=False):
             rounded = parameter.detach().to(checkpoint.dtype(weight))
             if not bool(rounded.isfinite().all()):

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fbn_prune.data.calibration import Batch
-from fbn_prune.model.families import Family
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.layerwise import LayerwiseForward
 from fbn_prune.model.shards import packed
 from fbn_prune.progress import StageClock
@@ -32,9 +32,8 @@ to nothing along a cosine."""
 
 
 def match_layers(
-    model: PreTrainedModel,
-    dense: PreTrainedModel,
-    family: Family,
+    adapter: ModelAdapter,
+    dense: ModelAdapter,
     batches: Sequence[Batch],
     *,
     passes: int,
@@ -46,7 +45,7 @@ def match_layers(
 
     Parameters
     ----------
-    model, dense
+    adapter, dense
         The cut model and the one it was cut from, on one device, evaluation mode.
     batches
         One step each, in an order drawn by `seed` anew in each pass.
@@ -56,12 +55,12 @@ def match_layers(
         Where layers fitted by an earlier run come from, and fitted layers go.
     """
     store = store or Store()
-    layers = family.num_layers(model.config)
-    target = LayerwiseForward(dense, family, batches)
-    stream = LayerwiseForward(model, family, batches)
+    layers = adapter.num_layers
+    target = LayerwiseForward(dense, batches)
+    stream = LayerwiseForward(adapter, batches)
     total = sum(batch.tokens for batch in batches) * (layers * (passes + 2) - 1)
     draw = random.Random(seed)
-    with _frozen(model), clock.stage("layer matching", total, "tokens x layers") as advance:
+    with _frozen(adapter.model), clock.stage("layer matching", total, "tokens x layers") as advance:
 
         def fitted(layer: int, order: Sequence[int]) -> dict[str, Tensor]:
             # The streams come here only now: layers that were kept are in place by then, and are run just once.
@@ -69,13 +68,13 @@ def match_layers(
                 stream.advance(on_batch=advance)
             while target.next_layer <= layer:
                 target.advance(on_batch=advance)
-            fit = _LayerFit(model, family, layer, steps=passes * len(batches))
+            fit = _LayerFit(adapter, layer, steps=passes * len(batches))
             for index in order:
                 output = stream.run_with_gradients(index)
                 fit.step(_relative_error(output, target.hidden[index], batches[index]))
                 advance(batches[index].tokens)
             fit.finish()
-            return _mlp_parameters(model, family, layer)
+            return _mlp_parameters(adapter, layer)
 
         for layer in range(layers):
             every = range(len(batches))
@@ -83,7 +82,7 @@ def match_layers(
             name = f"{MATCHED_LAYERS}{layer:05d}.safetensors"
             kept = store.kept(name, partial(fitted, layer, order), packed, load)
             with torch.no_grad():
-                for name, parameter in _mlp_parameters(model, family, layer).items():
+                for name, parameter in _mlp_parameters(adapter, layer).items():
                     parameter.copy_(kept[name])
 
 
@@ -100,19 +99,19 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _mlp_parameters(model: PreTrainedModel, family: Family, layer: int) -> dict[str, Tensor]:
+def _mlp_parameters(adapter: ModelAdapter, layer: int) -> dict[str, Tensor]:
     return {
         f"{projection.path} {part}": parameter.detach()
-        for projection in family.projections
-        for part, parameter in family.projection_module(model, layer, projection).named_parameters()
+        for projection in adapter.family.projections
+        for part, parameter in adapter.module(layer, projection).named_parameters()
     }
 
 
 class _LayerFit:
     """Adam on float32 copies of one layer's MLP weights."""
 
-    def __init__(self, model: PreTrainedModel, family: Family, layer: int, steps: int) -> None:
-        modules = [family.projection_module(model, layer, p) for p in family.projections]
+    def __init__(self, adapter: ModelAdapter, layer: int, steps: int) -> None:
+        modules = [adapter.module(layer, p) for p in adapter.family.projections]
         self._parameters = [p for module in modules for p in module.parameters()]
         self._copies = [p.detach().float().clone() for p in self._parameters]
         groups = [{"params": [copy], "lr": STEP * _scale(copy)} for copy in self._copies]

@@ -1,0 +1,129 @@
+"""Calibration data handed over in Python instead of named: strings, a `datasets.Dataset`, or batches of token ids."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fbn_prune.errors import InvalidInput
+
+
+@dataclass(frozen=True)
+class GivenData:
+    """One source of calibration data: documents to tokenize, or token ids as they are.
+
+    Attributes
+    ----------
+    name
+        What reports call it.
+    documents
+        Texts, each a document; empty where token ids are given.
+    rows
+        Token ids, int64 [length] each.
+    """
+
+    name: str
+    documents: tuple[str, ...] = ()
+    rows: tuple[Tensor, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all documents and token ids, in order."""
+        digest = hashlib.sha256()
+        texts = [text.encode() for text in self.documents]
+        for data in (*texts, *(row.numpy().tobytes() for row in self.rows)):
+            digest.update(len(data).to_bytes(8, "little") + data)
+        return digest.hexdigest()
+
+
+Dataset = str | Sequence[str] | Iterable[Any]
+"""What :func:`as_source` takes."""
+
+
+def as_source(dataset: Dataset, *, tokens: int, column: str = "text") -> str | GivenData:
+    """A calibration source made of a Python object.
+
+    Parameters
+    ----------
+    dataset
+        A source's name as on the command line (a string); documents (a sequence of strings); a `datasets.Dataset` with
+        a column of text or of `input_ids`; or an iterable of batches of token ids, such as a
+        `torch.utils.data.DataLoader`: tensors int64 [blocks, length] or [length], or mappings with `input_ids` and,
+        where rows are padded, `attention_mask`.
+    tokens
+        Token ids are read until there are so many.
+    column
+        The text column of a `datasets.Dataset`.
+
+    Raises
+    ------
+    InvalidInput
+        The object is none of these, or holds nothing.
+    """
+    if isinstance(dataset, str):
+        return dataset
+    if hasattr(dataset, "column_names") and hasattr(dataset, "features"):
+        return _of_table(dataset, tokens, column)
+    if isinstance(dataset, Sequence) and all(isinstance(text, str) for text in dataset):
+        if not dataset:
+            raise InvalidInput("dataset is an empty list: give documents, or the name of a source")
+        return GivenData(f"{len(dataset)} documents", documents=tuple(dataset))
+    if isinstance(dataset, Iterable):
+        return GivenData("token ids", rows=_first_rows(dataset, tokens))
+    raise InvalidInput(
+        f"dataset is a {type(dataset).__name__}: give strings, a datasets.Dataset, a DataLoader of "
+        "token ids, or the name of a source"
+    )
+
+
+def _of_table(table: Any, tokens: int, column: str) -> GivenData:
+    names = list(table.column_names)
+    if "input_ids" in names:
+        return GivenData("token ids", rows=_first_rows(table, tokens))
+    if column not in names:
+        raise InvalidInput(f"dataset has no column {column!r} (found: {', '.join(names)})")
+    texts = tuple(table[column])
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise InvalidInput(f"dataset: the column {column!r} is empty or holds other than text")
+    return GivenData(f"{len(texts)} documents", documents=texts)
+
+
+def _first_rows(batches: Iterable[Any], tokens: int) -> tuple[Tensor, ...]:
+    rows: list[Tensor] = []
+    count = 0
+    for batch in batches:
+        for row in _rows(batch):
+            rows.append(row)
+            count += len(row)
+        if count >= tokens:
+            break
+    if not rows:
+        raise InvalidInput("dataset gives no batch of token ids")
+    return tuple(rows)
+
+
+def _rows(batch: Any) -> Iterator[Tensor]:
+    mask = None
+    if isinstance(batch, Mapping):
+        if "input_ids" not in batch:
+            found = ", ".join(map(str, batch))
+            raise InvalidInput(f"dataset: a batch holds no input_ids (found: {found})")
+        batch, mask = batch["input_ids"], batch.get("attention_mask")
+    elif isinstance(batch, tuple) and len(batch) == 1:  # a TensorDataset's
+        batch = batch[0]
+    try:
+        ids = torch.atleast_2d(torch.as_tensor(batch))
+    except (TypeError, ValueError, RuntimeError):
+        raise InvalidInput(f"dataset: a batch is a {type(batch).__name__}, not token ids") from None
+    if ids.is_floating_point() or ids.ndim != 2:
+        raise InvalidInput(
+            f"dataset: a batch is {ids.dtype} {list(ids.shape)}, not int64 [blocks, length]"
+        )
+    valid = torch.ones_like(ids) if mask is None else torch.atleast_2d(torch.as_tensor(mask))
+    for row, kept in zip(ids.long().cpu(), valid.bool().cpu(), strict=True):
+        yield row[kept]
