@@ -1,4 +1,7 @@
-"""One typed, validated description of a whole run: a YAML file and the command line's flags are two spellings of it."""
+"""One typed, validated description of a run: Python arguments, a YAML file and flags are three spellings of it.
+
+Longer than other modules because every setting is declared here, once, with the words that help and docs show.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import reprlib
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -19,9 +22,17 @@ from fbn_prune.errors import InvalidInput
 MOST_BYTES = 2**20
 """A recipe larger than that is none."""
 
-CriterionName = Literal[
-    "second-order", "flap", "wanda", "membership", "membership-bias", "magnitude", "random"
-]
+CRITERION_NAMES = (
+    "second-order",
+    "flap",
+    "wanda",
+    "membership",
+    "membership-bias",
+    "magnitude",
+    "random",
+)
+"""Criteria that need no look into the registry (:mod:`fbn_prune.pruning.criteria`), which imports torch."""
+
 RankName = Literal["energy", "knockout", "task"]
 Scope = Literal["global", "layer"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -31,8 +42,6 @@ WidthRule = Literal["networks", "loss", "members", "auto"]
 
 BUDGET_KEYS = ("sparsity", "target_params", "target_size")
 """What may state how much stays instead of the kept networks."""
-
-CRITERION_NAMES: tuple[str, ...] = get_args(CriterionName)
 
 MODEL, CALIBRATION, CUT = "Model and output", "Calibration", "What to cut"
 QUALITY, MACHINE = "Quality", "Machine"
@@ -46,20 +55,21 @@ def _key(group: str, default: Any = None, *, more: bool = False, **limits: Any) 
 _more = partial(_key, more=True)
 
 
-class Recipe(BaseModel):
-    """Everything that decides the result of a run. Each field is a recipe key and, with dashes, a flag."""
+class PruningConfig(BaseModel):
+    """The settings of the method, for :func:`fbn_prune.prune` and as keys of a recipe alike; frozen.
+
+    Every field has a default: ``PruningConfig(sparsity=0.5)`` removes half of the MLP neurons.
+
+    Raises
+    ------
+    InvalidInput
+        An unknown setting, or a value that is not accepted.
+    """
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
-    model: str = _key(MODEL, "builtin")
-    """Checkpoint folder, hub id, or `builtin`."""
-    output: Path | None = _key(MODEL)
-    """Folder to write; it must not exist."""
-    calibration: tuple[str, ...] = _key(CALIBRATION, ("builtin",))
-    """Text: FILE.txt, FILE.jsonl[:field], a folder, hf:dataset[:config[:split[:field]]] or `builtin`. Repeat for
-    several."""
     tokens: int = _key(CALIBRATION, 131072, ge=1, le=10**12)
     """Calibration tokens, shared evenly by sources."""
     context: int | None = _more(CALIBRATION, ge=8)
@@ -96,8 +106,8 @@ class Recipe(BaseModel):
     task_test: Path | None = _more(CALIBRATION)
     """Questions of the task, as in a FILE.jsonl, that must not calibrate; measured on. lm_eval: and builtin: tasks
     bring their own."""
-    criterion: CriterionName = _more(CUT, "second-order")
-    """Which neurons go."""
+    criterion: str = _more(CUT, "second-order")
+    """Which neurons go: second-order, flap, wanda, membership, membership-bias, magnitude, random or a registered one."""
     target_params: str | None = _key(CUT)
     """Parameters of the result, as 5000000, 350M or 1.5B: sets the budget."""
     target_size: str | None = _key(CUT)
@@ -127,24 +137,22 @@ class Recipe(BaseModel):
     """Share of mean diag(H) added while choosing."""
     refit_damping: float = _more(QUALITY, 1e-3, gt=0)
     """The same share while refitting; more where tokens are few."""
-    max_shard_size: str = _more(MODEL, "5GB")
-    """Largest safetensors shard to write."""
     seed: int = _key(MACHINE, 0, ge=0, lt=2**32)
     """Seed of every random choice."""
-    device: str = _key(MACHINE, "auto")
-    """auto, cpu, cuda or cuda:N."""
-    dtype: DtypeName = _more(MACHINE, "auto")
-    """Compute type. The checkpoint keeps its own."""
-    memory_budget: str | None = _key(MACHINE)
-    """Most memory to take, as 4GB: a model that does not fit is read layer by layer, and what else does not fit
-    goes to disk. Default: what is free."""
-    trust_remote_code: bool = _more(MODEL, False)
-    """Let the tokenizer be code from the checkpoint; the model never is."""
-    overwrite: bool = _key(MODEL, False)
-    """Replace an existing output folder."""
-    work_dir: Path | None = _more(MACHINE)
-    """Where finished stages lie until the output stands: a run that died goes on from there. Default: .NAME.work
-    beside the output."""
+
+    if not TYPE_CHECKING:
+
+        def __init__(self, **values: Any) -> None:
+            known = type(self).model_fields
+            values = {recipe_key(name, known): value for name, value in values.items()}
+            try:
+                super().__init__(**values)
+            except ValidationError as error:
+                first = error.errors()[0]
+                name = ".".join(str(part) for part in first["loc"])
+                value = reprlib.repr(first["input"])
+                raise InvalidInput(f"{name} = {value}: {first['msg']}") from None
+            _check(self)
 
     @property
     def kept_networks_or_default(self) -> int:
@@ -154,9 +162,7 @@ class Recipe(BaseModel):
     def task_networks_or_default(self) -> int:
         return self.task_networks or self.kept_networks_or_default
 
-    @field_validator(
-        "model", "output", "calibration", "task", "task_test", "networks_from", "work_dir"
-    )
+    @field_validator("task", "task_test", "networks_from")
     @classmethod
     def _names_of_files(cls, value: Any) -> Any:
         """No file has such a name, and asking for it is no clean error everywhere."""
@@ -203,7 +209,11 @@ class Recipe(BaseModel):
     def _cuts_by_kept_networks(self) -> bool:
         """Whether it matters which networks are kept, beside how many neurons they have."""
         by_members = self.layout != "uniform" and self.widths == "members"
-        return by_members or self.criterion in ("membership", "membership-bias")
+        if self.criterion in CRITERION_NAMES:
+            return by_members or self.criterion.startswith("membership")
+        from fbn_prune.pruning.criteria import NEED_NETWORKS  # a registered one: torch is there
+
+        return by_members or self.criterion in NEED_NETWORKS
 
     @property
     def notes(self) -> list[str]:
@@ -231,12 +241,53 @@ class Recipe(BaseModel):
         """Whether the model cannot be read a layer at a time: gradients flow through all of it."""
         return self.needs_gradients or self.recover
 
+
+class Recipe(PruningConfig):
+    """Everything that decides the result of a run: the settings of the method, the model, its text, the machine.
+
+    Each field is a recipe key and, with dashes, a flag of the command line.
+    """
+
+    model: str = _key(MODEL, "builtin")
+    """Checkpoint folder, hub id, or `builtin`."""
+    output: Path | None = _key(MODEL)
+    """Folder to write; it must not exist."""
+    calibration: tuple[str, ...] = _key(CALIBRATION, ("builtin",))
+    """Text: FILE.txt, FILE.jsonl[:field], a folder, hf:dataset[:config[:split[:field]]] or `builtin`. Repeat for
+    several."""
+    max_shard_size: str = _more(MODEL, "5GB")
+    """Largest safetensors shard to write."""
+    device: str = _key(MACHINE, "auto")
+    """auto, cpu, cuda or cuda:N."""
+    dtype: DtypeName = _more(MACHINE, "auto")
+    """Compute type. The checkpoint keeps its own."""
+    memory_budget: str | None = _key(MACHINE)
+    """Most memory to take, as 4GB: a model that does not fit is read layer by layer, and what else does not fit
+    goes to disk. Default: what is free."""
+    trust_remote_code: bool = _more(MODEL, False)
+    """Let the tokenizer be code from the checkpoint; the model never is."""
+    overwrite: bool = _key(MODEL, False)
+    """Replace an existing output folder."""
+    work_dir: Path | None = _more(MACHINE)
+    """Where finished stages lie until the output stands: a run that died goes on from there. Default: .NAME.work
+    beside the output."""
+
+    @field_validator("model", "output", "calibration", "work_dir")
+    @classmethod
+    def _places(cls, value: Any) -> Any:
+        return cls._names_of_files(value)
+
+    @field_validator("calibration", mode="before")
+    @classmethod
+    def _one_source(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
     def to_yaml(self) -> str:
         """The resolved recipe, every key spelled out that has a part in the result."""
         return yaml.safe_dump(self.model_dump(mode="json", exclude={"work_dir"}), sort_keys=False)
 
 
-def recipe_key(name: object, known: Collection[str], where: str) -> str:
+def recipe_key(name: object, known: Collection[str]) -> str:
     """The one of the `known` keys that `name` spells, with dashes or underscores.
 
     Raises
@@ -248,40 +299,43 @@ def recipe_key(name: object, known: Collection[str], where: str) -> str:
     if key not in known:
         near = difflib.get_close_matches(key, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-        raise InvalidInput(f"{where}: unknown key {key!r}; {hint}")
+        raise InvalidInput(f"unknown key {key!r}; {hint}")
     return key
 
 
 def build_recipe(values: dict[str, Any], *, where: str = "command line") -> Recipe:
-    """Validate `values` (keys with dashes or underscores) and check what one field alone cannot show.
+    """A recipe from keys with dashes or underscores.
+
+    Parameters
+    ----------
+    where
+        Where the keys come from: what an error begins with.
 
     Raises
     ------
     InvalidInput
         One line that names the key, the offending value and what is accepted.
     """
-    keys = {recipe_key(key, Recipe.model_fields, where): value for key, value in values.items()}
-    if isinstance(keys.get("calibration"), str):
-        keys["calibration"] = (keys["calibration"],)
     try:
-        recipe = Recipe(**keys)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        value = reprlib.repr(first["input"])
-        raise InvalidInput(f"{where}: {name} = {value}: {first['msg']}") from None
-    _check(recipe, where)
-    return recipe
+        return Recipe(**values)
+    except InvalidInput as error:
+        raise InvalidInput(f"{where}: {error}") from None
 
 
-def _refuse(recipe: Recipe, where: str, key: str, why: str) -> NoReturn:
-    raise InvalidInput(f"{where}: {key} = {getattr(recipe, key)}: {why}")
+def _refuse(config: PruningConfig, key: str, why: str) -> NoReturn:
+    raise InvalidInput(f"{key} = {getattr(config, key)}: {why}")
 
 
-def _check(recipe: Recipe, where: str) -> None:
-    refuse = partial(_refuse, recipe, where)
+def _check(recipe: PruningConfig) -> None:
+    """Refuse what one field alone cannot show."""
+    refuse = partial(_refuse, recipe)
     if recipe.keep_networks is not None and recipe.keep_networks < 1:
         refuse("keep_networks", "at least one network must be kept")
+    if recipe.criterion not in CRITERION_NAMES:
+        from fbn_prune.pruning.criteria import CRITERIA
+
+        if recipe.criterion not in CRITERIA:
+            refuse("criterion", f"choose from {', '.join(CRITERIA)}")
     if recipe.networks_from is None and recipe.scope == "global":
         for key in ("keep_networks", "task_networks"):
             if (getattr(recipe, key) or 0) > recipe.networks:
@@ -289,15 +343,15 @@ def _check(recipe: Recipe, where: str) -> None:
                 refuse(key, why)
     if recipe.sparsity is not None and not 0 < recipe.sparsity < 1:
         refuse("sparsity", "the share of neurons to remove lies between 0 and 1")
-    _check_sizes(recipe, where)
-    _check_layout(recipe, where)
+    _check_sizes(recipe)
+    _check_layout(recipe)
     if recipe.rank == "task" and recipe.task is None:
         refuse("rank", "name the task's examples with task")
     for key, verb in (("task_test", "test"), ("task_networks", "match")):
         if getattr(recipe, key) is not None and recipe.task is None:
             refuse(key, f"there is no task to {verb}")
-    if not recipe.calibration:
-        raise InvalidInput(f"{where}: calibration is empty: name at least one source of text")
+    if isinstance(recipe, Recipe) and not recipe.calibration:
+        raise InvalidInput("calibration is empty: name at least one source of text")
     tokens = min(recipe.network_tokens, recipe.tokens)
     if recipe.needs_networks and recipe.networks >= tokens:
         refuse(
@@ -306,26 +360,26 @@ def _check(recipe: Recipe, where: str) -> None:
         )
 
 
-def _check_sizes(recipe: Recipe, where: str) -> None:
+def _check_sizes(recipe: PruningConfig) -> None:
     stated = [key for key in BUDGET_KEYS if getattr(recipe, key) is not None]
     if len(stated) > 1:
-        raise InvalidInput(f"{where}: {' and '.join(stated)} both set the budget: give one of them")
+        raise InvalidInput(f"{' and '.join(stated)} both set the budget: give one of them")
     if recipe.target_params is not None:
-        parse_count(recipe.target_params, f"{where}: target_params")
+        parse_count(recipe.target_params, "target_params")
     for key in ("max_shard_size", "target_size", "memory_budget"):
-        if (text := getattr(recipe, key)) is not None:
-            parse_size(text, f"{where}: {key}")
+        if (text := getattr(recipe, key, None)) is not None:
+            parse_size(text, key)
 
 
-def _check_layout(recipe: Recipe, where: str) -> None:
-    refuse = partial(_refuse, recipe, where)
+def _check_layout(recipe: PruningConfig) -> None:
+    refuse = partial(_refuse, recipe)
     if recipe.layout == "uniform" and recipe.widths != "networks":
         why = "uniform layers have no widths of their own: add layout = ragged or auto"
         refuse("widths", why)
     if recipe.keep_layers is not None:
         if recipe.layout != "ragged":
             refuse("keep_layers", "whole layers beside cut ones need layout = ragged")
-        parse_layers(recipe.keep_layers, f"{where}: keep_layers")
+        parse_layers(recipe.keep_layers, "keep_layers")
         if recipe.head_sparsity is not None:
             why = "head_sparsity takes heads from every layer alike: give one of the two"
             refuse("keep_layers", why)

@@ -163,7 +163,10 @@ def _setting(text: str, names: Collection[str]) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
         raise InvalidInput(f"--set {text}: write KEY=VALUE")
-    return recipe_key(name.strip(), names, "--set"), read_yaml(value, f"--set {text}")
+    try:
+        return recipe_key(name.strip(), names), read_yaml(value, text)
+    except InvalidInput as error:
+        raise InvalidInput(f"--set: {error}") from None
 
 
 def _flag(name: str, *, shown: bool) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -322,14 +323,13 @@ def calibration_data(
     if not sources:
         raise InvalidInput("no calibration source given")
     share = tokens / len(sources)
+    characters = int(share / (1 - held_out) + context) * CHARACTERS_READ_PER_TOKEN
     held: list[Tensor] = []
     candidates: list[list[Tensor]] = []
     names = tuple(source.name if isinstance(source, GivenData) else source for source in sources)
     for index, given in enumerate(sources):
-        blocks, source = (
-            _source_blocks(given, tokenizer, share, context, held_out, seed),
-            names[index],
-        )
+        source = names[index]
+        blocks = _source_blocks(given, tokenizer, characters, context, seed)
         _check_ids(blocks, vocabulary, source)
         available = sum(len(block) for block in blocks)
         if available < context or len(blocks) < 2:
@@ -358,31 +358,37 @@ def calibration_data(
     )
 
 
+def all_blocks(source: str | GivenData, tokenizer: Tokenizer, context: int) -> TokenBlocks:
+    """Every block of a source, in the order of its text.
+
+    Raises
+    ------
+    InvalidInput
+        The source cannot be read, or gives no block.
+    """
+    name = source.name if isinstance(source, GivenData) else source
+    blocks = _source_blocks(source, tokenizer, sys.maxsize, context, seed=0)
+    return TokenBlocks(tuple(blocks), context, (name,))
+
+
 def _source_blocks(
-    source: str | GivenData,
-    tokenizer: Tokenizer,
-    share: float,
-    context: int,
-    held_out: float,
-    seed: int,
+    source: str | GivenData, tokenizer: Tokenizer, characters: int, context: int, seed: int
 ) -> list[Tensor]:
+    name = source.name if isinstance(source, GivenData) else source
+    blocks: list[Tensor] = []
     if isinstance(source, GivenData) and source.rows:
-        pieces = [piece for row in source.rows for piece in row.split(context)]
-        blocks = [piece for piece in pieces if len(piece) >= MIN_BLOCK_TOKENS]
-        if not blocks:
-            raise InvalidInput(f"{source.name}: no block of {MIN_BLOCK_TOKENS} tokens")
-        return blocks
-    characters = int(share / (1 - held_out) + context) * CHARACTERS_READ_PER_TOKEN
-    blocks = []
-    empty = True
-    for document in read_documents(source, characters=characters, seed=seed):
-        empty = False
-        blocks.extend(tokenize_document(tokenizer, document, context))
-    if empty:
-        raise InvalidInput(f"calibration source {source!r} holds no text")
+        blocks = [piece for row in source.rows for piece in row.split(context)]
+        blocks = [block for block in blocks if len(block) >= MIN_BLOCK_TOKENS]
+    else:
+        empty = True
+        for document in read_documents(source, characters=characters, seed=seed):
+            empty = False
+            blocks.extend(tokenize_document(tokenizer, document, context))
+        if empty:
+            raise InvalidInput(f"calibration source {name!r} holds no text")
     if not blocks:
         raise InvalidInput(
-            f"calibration source {source!r}: no document gives {MIN_BLOCK_TOKENS} tokens"
+            f"calibration source {name!r}: no document gives {MIN_BLOCK_TOKENS} tokens"
         )
     return blocks
 

@@ -126,7 +126,9 @@ def _write_tensors(
             if (at := source.family.locate(name)) and at.projection is not source.family.output:
                 return tensor
         cut = cut_of(source.family, name, cuts)
-        return tensor if cut is None else cut_tensor(source.family, source.config, name, tensor, cut)
+        return (
+            tensor if cut is None else cut_tensor(source.family, source.config, name, tensor, cut)
+        )
 
     write_shards(
         plan, produce, directory, max_shard_size=max_shard_size, progress=progress, store=store

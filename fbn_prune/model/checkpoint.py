@@ -7,6 +7,7 @@ folder.
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections import Counter
@@ -133,6 +134,24 @@ class Checkpoint:
         if (odd := checkpoint.oddities()) is not None:
             warnings.warn(odd, ConfigWarning, stacklevel=2)
         return checkpoint
+
+    @classmethod
+    def of_model(cls, model: PreTrainedModel) -> Checkpoint:
+        """The headers that a checkpoint of this live model would have; there are no files to read from.
+
+        Raises
+        ------
+        InvalidInput
+            The architecture is not supported.
+        """
+        config = model.config.to_dict()
+        tensors = {
+            name: TensorInfo("", tuple(parameter.shape), parameter.dtype)
+            for name, parameter in model.named_parameters()  # tied embeddings once
+        }
+        source = Path(model.name_or_path or os.devnull)
+        path = source if source.is_dir() else Path(os.devnull)
+        return cls(path, config, family_of(config), tensors)
 
     def check(self) -> None:
         """Hold the headers and the tokenizer against the config.

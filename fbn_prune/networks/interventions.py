@@ -44,9 +44,7 @@ def retained(adapter: ModelAdapter, kept: Sequence[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def amplified(
-    adapter: ModelAdapter, chosen: Sequence[Tensor], factor: float
-) -> Iterator[None]:
+def amplified(adapter: ModelAdapter, chosen: Sequence[Tensor], factor: float) -> Iterator[None]:
     """Multiply the activations of `chosen` neurons (masks as in :func:`masked`) inside the context.
 
     With `factor` 1 every logit stays the same to the bit; with 0 this is :func:`masked` on finite activations.

@@ -93,9 +93,7 @@ def match_calibration(
     """
     together = TokenBlocks(generic.blocks + examples.blocks, generic.context, generic.sources)
     activity = keep(
-        lambda: block_activity(
-            adapter, networks, together, batch_tokens=batch_tokens, clock=clock
-        )
+        lambda: block_activity(adapter, networks, together, batch_tokens=batch_tokens, clock=clock)
     )
     count = len(generic.blocks)
     match = match_documents(activity[:count], activity[count:], matched_on)

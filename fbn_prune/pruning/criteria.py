@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fbn_prune.errors import InvalidInput
 from fbn_prune.model.heads import HeadCut
 from fbn_prune.model.surgery import MlpCut
 from fbn_prune.pruning import second_order
@@ -86,13 +87,36 @@ class LayerEvidence(OutputEvidence):
 
 Cut = Callable[[LayerEvidence, int], MlpCut]
 CRITERIA: dict[str, Cut] = {}
+NEED_NETWORKS: set[str] = set()
+"""Names of the criteria that read which neurons are members of the kept networks."""
 
 
-def criterion(name: str) -> Callable[[Cut], Cut]:
-    """Register a function under the name that `--criterion` takes."""
+def register_criterion(name: str, *, needs_networks: bool = False) -> Callable[[Cut], Cut]:
+    """Register a criterion under the name that `--criterion` and `PruningConfig.criterion` take.
+
+    Parameters
+    ----------
+    name
+        Of a criterion that is not registered yet.
+    needs_networks
+        Whether it reads :attr:`LayerEvidence.membership`, so that networks have to be discovered.
+
+    Returns
+    -------
+    A decorator for a function from a layer's evidence and a width (how many neurons stay) to an :class:`MlpCut`.
+
+    Raises
+    ------
+    InvalidInput
+        The name is taken.
+    """
 
     def register(function: Cut) -> Cut:
+        if name in CRITERIA:
+            raise InvalidInput(f"criterion {name!r} is registered already")
         CRITERIA[name] = function
+        if needs_networks:
+            NEED_NETWORKS.add(name)
         return function
 
     return register
@@ -108,7 +132,7 @@ def _without_refit(evidence: LayerEvidence, scores: Tensor, width: int) -> MlpCu
     return MlpCut(kept.cpu(), evidence.weight[:, kept].cpu(), None)
 
 
-@criterion("random")
+@register_criterion("random")
 def random_neurons(evidence: LayerEvidence, width: int) -> MlpCut:
     """A uniform draw, fixed by the seed and the layer."""
     generator = torch.Generator().manual_seed(evidence.seed * 100003 + evidence.layer)
@@ -116,21 +140,21 @@ def random_neurons(evidence: LayerEvidence, width: int) -> MlpCut:
     return _without_refit(evidence, scores.to(evidence.weight.device), width)
 
 
-@criterion("magnitude")
+@register_criterion("magnitude")
 def magnitude(evidence: LayerEvidence, width: int) -> MlpCut:
     """Norm of all weights of the neuron, in and out."""
     scores = evidence.input_norms + evidence.weight.square().sum(0)
     return _without_refit(evidence, scores, width)
 
 
-@criterion("wanda")
+@register_criterion("wanda")
 def wanda(evidence: LayerEvidence, width: int) -> MlpCut:
     """Sum over the neuron's output weights of |W_ij| ||x_j||."""
     scores = evidence.weight.abs().sum(0) * evidence.gram.diagonal().sqrt()
     return _without_refit(evidence, scores, width)
 
 
-@criterion("flap")
+@register_criterion("flap")
 def flap(evidence: LayerEvidence, width: int) -> MlpCut:
     """Variance of x_j times ||W_j||², the removed neurons' mean output moved into a bias where one can be stored."""
     variance = centred(evidence.gram, evidence.mean).diagonal()
@@ -149,20 +173,20 @@ def _mean_into_bias(evidence: LayerEvidence, cut: MlpCut) -> MlpCut:
     return MlpCut(cut.kept, cut.down_weight, bias)
 
 
-@criterion("membership")
+@register_criterion("membership", needs_networks=True)
 def membership(evidence: LayerEvidence, width: int) -> MlpCut:
     """Largest abs z over the kept networks."""
     assert evidence.membership is not None
     return _without_refit(evidence, evidence.membership, width)
 
 
-@criterion("membership-bias")
+@register_criterion("membership-bias", needs_networks=True)
 def membership_with_bias(evidence: LayerEvidence, width: int) -> MlpCut:
     """The same, with the bias compensation that the second paper has as an option."""
     return _mean_into_bias(evidence, membership(evidence, width))
 
 
-@criterion("second-order")
+@register_criterion("second-order")
 def second_order_cut(evidence: LayerEvidence, width: int) -> MlpCut:
     """Optimal brain surgeon and refit; where the output has a bias, that takes the mean and the weights the rest.
 

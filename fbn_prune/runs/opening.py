@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 import transformers
 
 from fbn_prune.data.calibration import CalibrationData, calibration_data
+from fbn_prune.data.given import GivenData
 from fbn_prune.distributed import is_first
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.networks.task_matching import TaskCalibration, task_calibration
@@ -40,6 +41,8 @@ class OpenRun:
         The calibrating and the held-out blocks, without those that hold a test question of the task.
     task
         The task's own blocks; None without a task.
+    dense
+        A second copy of the model for a recovery to aim at; None where it is loaded when it is needed.
     """
 
     prepared: Prepared
@@ -48,6 +51,7 @@ class OpenRun:
     task: TaskCalibration | None
     adapter: ModelAdapter
     clock: StageClock
+    dense: ModelAdapter | None = None
 
     @property
     def texts(self) -> str:
@@ -73,35 +77,34 @@ def open_run(prepared: Prepared, clock: StageClock, *, whole: bool = False) -> O
         A text cannot be read or is too short, see :func:`fbn_prune.data.calibration.calibration_data`.
     """
     tokenizer = prepared.checkpoint.load_tokenizer()
-    task = None
     with clock.stage("calibration"):
-        data = load_calibration(prepared, tokenizer)
-        if prepared.task is not None:
-            task = task_calibration(
-                prepared.task,
-                data,
-                tokenizer,
-                context=prepared.context,
-                vocabulary=prepared.family.vocab_size(prepared.checkpoint.config),
-            )
-            data = task.data
+        data, task = read_texts(prepared, tokenizer, prepared.recipe.calibration)
     with clock.stage("load"):
         adapter = prepared.load_whole_model() if whole else prepared.load_model()
     return OpenRun(prepared, tokenizer, data, task, adapter, clock)
 
 
-def load_calibration(prepared: Prepared, tokenizer: Any) -> CalibrationData:
-    """The calibrating and the held-out blocks of a prepared run."""
+def read_texts(
+    prepared: Prepared, tokenizer: Any, sources: Sequence[str | GivenData]
+) -> tuple[CalibrationData, TaskCalibration | None]:
+    """The calibrating and held-out blocks of a prepared run, and its task's; None without a task."""
     recipe = prepared.recipe
-    return calibration_data(
-        recipe.calibration,
+    vocabulary = prepared.family.vocab_size(prepared.checkpoint.config)
+    data = calibration_data(
+        sources,
         tokenizer,
         tokens=recipe.tokens,
         context=prepared.context,
         held_out=recipe.held_out,
         seed=recipe.seed,
-        vocabulary=prepared.family.vocab_size(prepared.checkpoint.config),
+        vocabulary=vocabulary,
     )
+    if prepared.task is None:
+        return data, None
+    task = task_calibration(
+        prepared.task, data, tokenizer, context=prepared.context, vocabulary=vocabulary
+    )
+    return task.data, task
 
 
 @contextmanager

@@ -222,7 +222,7 @@ class PruneRun:
         """Parameters and bytes are those before until the output is there to be counted."""
         prepared, recipe, checkpoint = self.prepared, self.recipe, self.prepared.checkpoint
         return PruneResult(
-            model=recipe.model,
+            model_name=recipe.model,
             output=None if recipe.output is None else str(recipe.output),
             criterion=recipe.criterion,
             parameters_before=checkpoint.total_parameters,
@@ -289,9 +289,7 @@ def _dense_perplexity(on: OpenRun, batches: Sequence[Batch]) -> float:
         raise damage(on.adapter, batches) from None
 
 
-def _pruned_perplexity(
-    adapter: ModelAdapter, batches: Sequence[Batch], clock: StageClock
-) -> float:
+def _pruned_perplexity(adapter: ModelAdapter, batches: Sequence[Batch], clock: StageClock) -> float:
     remedy = "nothing was written; keep more neurons, raise --tokens, or compute in --dtype float32"
     try:
         after = _perplexity(adapter, batches, clock, "pruned perplexity")

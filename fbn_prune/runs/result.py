@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import resource
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from fbn_prune.pruning.recovery.gain import Recovery
 
@@ -17,7 +18,7 @@ from fbn_prune.pruning.recovery.gain import Recovery
 class PruneResult:
     """What a run did; :meth:`to_json` is the object that `--json` prints."""
 
-    model: str
+    model_name: str
     output: str | None
     criterion: str
     parameters_before: int
@@ -49,14 +50,19 @@ class PruneResult:
     recovery: Recovery | None = None
     """What `recover` brought; `perplexity_after` has it in."""
     stages: dict[str, float] = field(default_factory=dict)
+    model: PreTrainedModel | None = field(default=None, repr=False, compare=False)
+    """The live model that was pruned in place; None where a checkpoint was written."""
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """All figures as plain JSON; the model by its name."""
+        figures = asdict(replace(self, model=None))
+        figures["model"] = figures.pop("model_name")
+        return {"model": figures["model"], **figures}
 
     def lasting(self) -> dict[str, Any]:
         """What is the same whenever and wherever the run is made again: no place, no times, no memory."""
         passing = ("output", "forward_seconds", "peak_memory_bytes", "stages")
-        return {key: value for key, value in asdict(self).items() if key not in passing}
+        return {key: value for key, value in self.to_json().items() if key not in passing}
 
 
 def peak_memory_bytes() -> int:

@@ -118,6 +118,30 @@ def prepare(recipe: Recipe) -> Prepared:
     checkpoint = Checkpoint.open(source, trust_remote_code=recipe.trust_remote_code)
     if recipe.output is not None:
         _check_places(recipe, recipe.output, checkpoint)
+    device = _device(recipe.device)
+    dtype = _dtype(recipe.dtype, device, checkpoint)
+    return prepared_for(recipe, checkpoint, device, dtype)
+
+
+def prepared_for(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    memory: MemoryPlan | None = None,
+) -> Prepared:
+    """Check a recipe against a checkpoint that is open, or against the headers of a live model.
+
+    Parameters
+    ----------
+    memory
+        What is held where; by default planned from the recipe.
+
+    Raises
+    ------
+    InvalidInput
+        The context, a width, the networks or the budget do not fit the model.
+    """
     family = checkpoint.family
     longest = family.context_length(checkpoint.config)
     if recipe.context is not None and recipe.context > longest:
@@ -146,14 +170,12 @@ def prepare(recipe: Recipe) -> Prepared:
                 raise InvalidInput(f"{key} = {count}: {held}")
     if recipe.criterion == "membership-bias":
         require_bias(family, checkpoint.config)
-    device = _device(recipe.device)
-    dtype = _dtype(recipe.dtype, device, checkpoint)
     context = recipe.context or min(longest, MAX_CONTEXT)
     whole = whole_layers(recipe, layers)
     least = len(whole) * width + (layers - len(whole)) * multiple
     head_groups = kept_head_groups(recipe, checkpoint)
     budget = stated_budget(recipe, checkpoint, least, head_groups)
-    memory = plan_memory(recipe, checkpoint, device, dtype, context)
+    memory = memory or plan_memory(recipe, checkpoint, device, dtype, context)
     task = (
         None
         if recipe.task is None

@@ -118,7 +118,7 @@ def recover_model(run: OpenRun, blocks: TokenBlocks, store: Store) -> dict[str, 
     prepared, adapter = run.prepared, run.adapter
     recipe = prepared.recipe
     with run.clock.stage("load"):
-        dense = prepared.load_model()
+        dense = run.dense or prepared.load_model()
     options = RecoveryOptions(recipe.recover_passes, recipe.recover_rank, recipe.seed)
     heal(adapter, dense, blocks, options, run.clock, store=store)
     return healed_tensors(adapter, prepared.checkpoint)
@@ -136,7 +136,4 @@ def loss_roots_of(run: OpenRun, blocks: TokenBlocks, store: Store) -> list[Tenso
         return {f"{layer:05d}": loss_root(one) for layer, one in enumerate(sensitivities)}
 
     roots = tensors(store, "loss-roots", compute)
-    return [
-        roots[name].to(adapter.layer_device(layer))
-        for layer, name in enumerate(sorted(roots))
-    ]
+    return [roots[name].to(adapter.layer_device(layer)) for layer, name in enumerate(sorted(roots))]

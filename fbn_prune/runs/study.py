@@ -19,7 +19,7 @@ from fbn_prune.runs.stages import find_networks, match_to_task, rank_scores
 from fbn_prune.store import Store
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Studied(OpenRun):
     """An open run with its networks, ready to be looked at."""
 

@@ -96,8 +96,7 @@ class Served:
         undo.callback(_attached.pop, number, None)
         weakref.finalize(self.model, _attached.pop, number, None)
         first, *others = (
-            adapter.layers[layer].get_submodule(path)
-            for path in adapter.family.mlp_modules
+            adapter.layers[layer].get_submodule(path) for path in adapter.family.mlp_modules
         )
         _override(first, "forward", _forward_of(number), undo)
         for module in others:

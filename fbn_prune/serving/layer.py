@@ -40,9 +40,7 @@ def batch_on(batch: NeuronBatch, device: torch.device) -> NeuronBatch:
     return replace(batch, set_ids=set_ids, order=order, tiles=tiles)
 
 
-def lay_out(
-    adapter: ModelAdapter, layer: int, order: Tensor, undo: ExitStack
-) -> None:
+def lay_out(adapter: ModelAdapter, layer: int, order: Tensor, undo: ExitStack) -> None:
     """Permute a layer's neurons, and store every projection with a neuron's weights side by side.
 
     The model computes the same function through the same parameters; `down` becomes a view of its
@@ -249,9 +247,7 @@ def _union_batch(sets: NeuronSets, ids: Tensor, nothing: Tensor) -> NeuronBatch:
     return NeuronBatch(sets, ids, nothing, nothing, 1, Strategy.UNION)
 
 
-def _input_biases(
-    adapter: ModelAdapter, layer: int
-) -> tuple[Tensor | None, Tensor | None]:
+def _input_biases(adapter: ModelAdapter, layer: int) -> tuple[Tensor | None, Tensor | None]:
     """Biases of gate and up, [neurons] each."""
     found: list[Tensor | None] = []
     for projection in adapter.family.inputs:

@@ -86,9 +86,7 @@ def linear_maps(adapter: ModelAdapter) -> dict[str, nn.Module]:
     }
 
 
-def healed_tensors(
-    adapter: ModelAdapter, checkpoint: Checkpoint
-) -> dict[str, Tensor]:
+def healed_tensors(adapter: ModelAdapter, checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The live parameters of all linear maps by the names that the checkpoint gives them.
 
     They take the values that they have in the checkpoint's dtypes, so that what is measured is what is written.
