@@ -182,7 +182,7 @@ def discover(
     return discover_live(model, tokenizer, dataset, config, clock, recurrence=recurrence)
 
 
-class FunctionalNetworkICA(BaseEstimator):  # type: ignore[misc]
+class FunctionalNetworkICA(BaseEstimator):
     """Functional networks of a language model, as an estimator: fit on a model and text, transform text.
 
     Parameters

@@ -107,7 +107,8 @@ class PruningConfig(BaseModel):
     """Questions of the task, as in a FILE.jsonl, that must not calibrate; measured on. lm_eval: and builtin: tasks
     bring their own."""
     criterion: str = _more(CUT, "second-order")
-    """Which neurons go: second-order, flap, wanda, membership, membership-bias, magnitude, random or a registered one."""
+    """Which neurons go: by second-order, flap, wanda, membership, membership-bias, magnitude, random, or a
+    registered criterion."""
     target_params: str | None = _key(CUT)
     """Parameters of the result, as 5000000, 350M or 1.5B: sets the budget."""
     target_size: str | None = _key(CUT)
