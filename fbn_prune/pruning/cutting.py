@@ -207,10 +207,9 @@ def _fitted(
         head_error = HEAD_WEIGHT * relative_head_error(evidence.heads, heads)
     done: dict[int, FinishedLayer] = {}
     for (criterion, _), group in alike.items():
-        membership = plans[group[0]].membership
-        if membership is not None:
-            membership_here = membership[layer].to(evidence.weight.device)
-            evidence = replace(evidence, membership=membership_here)
+        members = plans[group[0]].membership
+        here = None if members is None else members[layer].to(evidence.weight.device)
+        evidence = replace(evidence, membership=here)
         widths = {plans[index].widths[layer] for index in group}
         notes = DampingNotes()
         with notes.heard(layer):
