@@ -21,7 +21,7 @@ from fbn_prune.progress import StageClock
 from fbn_prune.pruning import damping
 from fbn_prune.pruning.criteria import LayerEvidence, second_order_cut
 from fbn_prune.pruning.damping import DampingWarning, centred, factored, outliers, refit_share
-from fbn_prune.pruning.fitting import DampingNotes, fitting_cut
+from fbn_prune.pruning.fitting import DampingNotes, fitting_cuts
 from fbn_prune.pruning.prediction import PredictedRise, check_rise, predicted_rise, relative_error
 from fbn_prune.pruning.second_order import choose_neurons, output_error, refit
 from fbn_prune.recipe import build_recipe
@@ -254,7 +254,7 @@ def test_refitted_weights_that_overflow_the_stored_type_are_fitted_more_cautious
     plain = second_order_cut(known, 12)
     assert float(plain.down_weight.abs().max()) > torch.finfo(torch.float16).max
     with pytest.warns(DampingWarning, match=r"overflow torch\.float16"):
-        cut = fitting_cut(known, 12, criterion="second-order", stored=torch.float16)
+        (cut,) = fitting_cuts(known, [12], criterion="second-order", stored=torch.float16).values()
     assert bool(cut.down_weight.to(torch.float16).isfinite().all())
 
 

@@ -79,7 +79,7 @@ def _fitting(
     weight: Callable[[Cut], Tensor],
 ) -> Cut:
     asked = evidence.refit_damping
-    while float(weight(cut).abs().max()) > torch.finfo(stored).max:
+    while not float(weight(cut).abs().max()) <= torch.finfo(stored).max:  # NaN does not fit either
         damping = evidence.refit_damping * 10
         if damping > STRONGEST_REFIT_DAMPING:
             break
