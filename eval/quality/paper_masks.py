@@ -32,7 +32,7 @@ from fbn_prune.runs.prune import run_prune
 from fbn_prune.runs.setup import prepare
 from fbn_prune.runs.stages import load_calibration
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "paper-layerwise.yaml"
+RECIPE = Path(__file__).parents[2] / "recipes" / "paper-layerwise.yaml"
 
 
 def layer_activations(model: Any, blocks: TokenBlocks) -> list[np.ndarray]:

@@ -91,6 +91,7 @@ PAPER = {
     "8B": Shape(4096, 14336, 32, 32, 8, 128256),  # Llama-3.1-8B's
     "70B": Shape(8192, 28672, 80, 64, 8, 128256),
 }
+WITH_NETWORKS = {"report_networks": True}  # a stated size alone needs none
 PAPER_TOKENS, PAPER_CONTEXT = 131072, 2048
 
 GPU_BYTES = 76e9
@@ -545,7 +546,7 @@ def _memory_table(runs: Sequence[dict[str, Any]]) -> str:
 def on_gpus(shape: Shape, processes: int) -> tuple[dict[str, float], MemoryPlan]:
     """Seconds of each stage on so many GPUs of :data:`GPU`, and what one of them holds."""
     device, dtype = torch.device("cuda"), torch.bfloat16
-    recipe = {"tokens": PAPER_TOKENS, "context": PAPER_CONTEXT, "sparsity": 0.5}
+    recipe = {"tokens": PAPER_TOKENS, "context": PAPER_CONTEXT, "sparsity": 0.5} | WITH_NETWORKS
     prepared = prepared_on_paper(shape, 0, None, recipe=recipe, device=device, dtype=dtype)
     model, job = model_sizes(prepared.checkpoint, dtype), job_of(prepared, shape.width / 2)
     counts = of_one_process(operations(model, job), processes, shape.layers)
@@ -642,7 +643,8 @@ def _memory_plan(checkpoint: Checkpoint, tokens: int, streamed: bool) -> MemoryP
 def _recipe(tokens: int) -> dict[str, Any]:
     """Half of the neurons go: what the networks would say differs from shape to shape."""
     found_on = min(8192, max(256, tokens // 4))
-    return {"tokens": tokens, "network_tokens": found_on, "context": 128, "sparsity": 0.5}
+    sizes = {"tokens": tokens, "network_tokens": found_on, "context": 128}
+    return {**sizes, "sparsity": 0.5, **WITH_NETWORKS}
 
 
 @functools.cache
