@@ -146,7 +146,14 @@ def test_a_comparison_leaves_the_model_as_it_was_also_when_it_is_interrupted(
     interrupted_in: int | None, tiny: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watched = Watched(monkeypatch, interrupted_in)
-    command = ["compare", *arguments(tiny, text), "--kept", "0.5", "--criteria", "flap,networks"]
+    command = [
+        "compare",
+        *arguments(tiny, text),
+        "--kept",
+        "0.5",
+        "--criteria",
+        "flap,second-order",
+    ]
     assert _exit_code(command) == (0 if interrupted_in is None else 130)
     assert watched.measured == (interrupted_in or 2)
     assert watched.is_as_before()
@@ -162,7 +169,8 @@ def test_a_comparison_that_fails_leaves_the_model_as_it_was(
         return replace(rounded(cut, dtype), down_weight=cut.down_weight.fill_(torch.inf))
 
     monkeypatch.setattr(cutting, "rounded_cut", infinite)
-    command = ["compare", *arguments(tiny, text), "--kept", "0.5", "--criteria", "flap,networks"]
+    criteria = ["--criteria", "flap,second-order"]
+    command = ["compare", *arguments(tiny, text), "--kept", "0.5", *criteria]
     assert _exit_code(command) == 1
     assert "not finite" in capsys.readouterr().err
     assert watched.measured == 1
@@ -256,7 +264,7 @@ def test_the_plot_stands_beside_the_results_and_is_drawn_the_same_again(
     tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "table.json"
-    more = ["--kept", "0.67,0.5", "--criteria", "networks,random", "--output-path", str(path)]
+    more = ["--kept", "0.67,0.5", "--criteria", "second-order,random", "--output-path", str(path)]
     shown(capsys, ["compare", *arguments(tiny, text), *more])
     plot = (tmp_path / "table.svg").read_text()
     root = ElementTree.fromstring(plot)

@@ -60,7 +60,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(place: Path, output: Path, **changes: Any) -> Recipe:
     small: dict[str, Any] = {"tokens": 500, "network_tokens": 300, "networks": 5}
-    small |= {"keep_networks": 3, "width_multiple": 4, "context": 48, "sparsity": 0.4}
+    small |= {"report_networks": True, "width_multiple": 4, "context": 48, "sparsity": 0.4}
     if "task" in changes:
         changes["task"] = str(place / changes["task"])
     base = {"model": str(place / "model"), "calibration": [str(place / "text.txt")]}
