@@ -320,7 +320,7 @@ def measured(
         rates = measured_rates(device, torch.float32)
     flags = ["--model", str(model), "--device", "cpu", "--output", str(output)]
     for key, value in _recipe(tokens).items():
-        flags += [f"--{key.replace('_', '-')}", str(value)]
+        flags += ["--set", f"{key}={json.dumps(value)}"]
     plan = _memory_plan(_on_paper(SHAPES[name]), tokens, streamed)
     if plan is not None:
         flags += ["--memory-budget", f"{plan.peak_bytes if streamed else 10**15}B"]
