@@ -40,7 +40,9 @@ def test_a_comparison_gives_what_single_runs_give(
     assert [budget["kept"] for budget in result["budgets"]] == [0.67, 0.5]
     for criterion in criteria:
         more = ["--criterion", criterion, "--sparsity", "0.5"]
-        alone = run_json(capsys, *arguments(tiny, text, "--output", str(tmp_path / criterion)), *more)
+        alone = run_json(
+            capsys, *arguments(tiny, text, "--output", str(tmp_path / criterion)), *more
+        )
         cell = result["budgets"][1]
         assert cell["perplexity"][criterion] == pytest.approx(alone["perplexity_after"], rel=1e-5)
         assert cell["widths"] == alone["widths"]
