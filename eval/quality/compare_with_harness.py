@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
+import protocol
 import typer
 import yaml
 from rich.console import Console
@@ -64,14 +65,14 @@ def plain(
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Checkpoint folder.")],
+    model: protocol.Model,
     task: Annotated[list[Path], typer.Option(help="Question file; repeat for several.")],
     limit: Annotated[int | None, typer.Option(help="Questions of each; default all.")] = None,
-    batch_size: Annotated[int, typer.Option()] = 8,
+    batch_size: int = 8,
     max_length: Annotated[
         int | None, typer.Option(help="Longest prompt, where an answer exceeds the model's.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Also write JSON here.")] = None,
+    output: protocol.Output = None,
 ) -> None:
     few = [] if limit is None else ["--limit", str(limit)]
     longest = [] if max_length is None else ["--max-length", str(max_length)]
@@ -105,8 +106,7 @@ def main(
             ]
             table.add_row(path.stem, str(questions), metric, *shown, "yes" if same else "NO")
         facts["tasks"][path.stem] = entry
-        if output is not None:
-            output.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        protocol.save_json(output, facts)
     Console(width=160).print(table)
     if not all_same:
         raise SystemExit(1)

@@ -12,24 +12,19 @@ architecture's stock config accepts, and that can be exported, have a star. Text
 from __future__ import annotations
 
 import copy
-import json
-import random
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
+import protocol
 import torch
 import typer
-from criteria_table import BATCH_TOKENS, first_blocks
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fbn_prune.data.calibration import TokenBlocks
 from fbn_prune.errors import InvalidInput
-from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.heads import HeadCut
 from fbn_prune.model.perplexity import perplexity
@@ -38,7 +33,7 @@ from fbn_prune.progress import StageClock
 from fbn_prune.pruning.criteria import CRITERIA, HeadEvidence, head_cut
 from fbn_prune.pruning.cutting import CutPlan, cut_layers
 from fbn_prune.pruning.damping import centred
-from fbn_prune.pruning.evidence import CutOptions, EvidencePass
+from fbn_prune.pruning.evidence import EvidencePass
 
 DRAWS = 5
 Chosen = Callable[[HeadEvidence, int], HeadCut]
@@ -75,37 +70,24 @@ def by_chance(seed: int) -> Chosen:
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Checkpoint folder.")],
-    calibrate: Annotated[list[Path], typer.Option(help="Calibration text; repeat for several.")],
-    evaluate: Annotated[list[Path], typer.Option(help="Evaluation text; repeat for several.")],
-    context: Annotated[int, typer.Option()] = 256,
-    blocks: Annotated[int, typer.Option(help="Calibration blocks of each text.")] = 32,
-    evaluation_blocks: Annotated[int, typer.Option(help="First blocks of each text.")] = 32,
-    first: Annotated[int, typer.Option(help="Calibration blocks are drawn from these.")] = 400,
-    seed: Annotated[int, typer.Option()] = 0,
-    output: Annotated[Path | None, typer.Option(help="Also write JSON here.")] = None,
+    model: protocol.Model,
+    calibrate: protocol.Calibrate,
+    evaluate: protocol.Evaluate,
+    context: protocol.Context = 256,
+    blocks: protocol.Blocks = 32,
+    evaluation_blocks: protocol.EvaluationBlocks = 32,
+    first: protocol.First = 400,
+    seed: int = 0,
+    output: protocol.Output = None,
 ) -> None:
-    checkpoint = Checkpoint.open(model)
-    dense = ModelAdapter(checkpoint.load_model("cpu", torch.float32))
-    tokenizer = checkpoint.load_tokenizer()
-    draw = random.Random(seed)
-    sample: list[Tensor] = []
-    for file in calibrate:
-        found = first_blocks(file, tokenizer, context, first)
-        sample += draw.sample(found, min(blocks, len(found)))
-    draw.shuffle(sample)
-    held = [
-        block
-        for file in evaluate
-        for block in first_blocks(file, tokenizer, context, evaluation_blocks)
-    ]
-    batches = TokenBlocks(tuple(sample), context, tuple(map(str, calibrate))).batches(BATCH_TOKENS)
-    held_out = TokenBlocks(tuple(held), context, tuple(map(str, evaluate))).batches(BATCH_TOKENS)
+    drawn = {"context": context, "blocks": blocks, "evaluation_blocks": evaluation_blocks}
+    sample = protocol.load_sample(model, calibrate, evaluate, first=first, seed=seed, **drawn)
+    checkpoint, dense = sample.checkpoint, sample.adapter
+    batches, held_out = sample.batches, sample.held_out
     shape, hidden = checkpoint.family.head_shape(checkpoint.config), dense.hidden_size
     width = dense.widths[0]
     counts = list(range(shape.groups - 1, 0, -1))
-    plain = CutOptions(False, 1e-2, 1e-3, seed, torch.float32)
-    options = {groups: replace(plain, head_groups=groups) for groups in counts}
+    options = {groups: protocol.cut_options(seed, head_groups=groups) for groups in counts}
     ways: dict[str, list[Chosen]] = {
         "second order": [head_cut],
         "no refit": [without_refit],
@@ -150,11 +132,13 @@ def main(
     table = Table("heads kept", *headings, title=f"{model.name}: perplexity, dense {before:.2f}")
     rows: list[dict[str, Any]] = []
     for groups in counts:
-        found_: dict[str, list[float]] = {"sequential": [sequential(groups)]}
+        values_by_way: dict[str, list[float]] = {"sequential": [sequential(groups)]}
         for (name, kept, _), parts in cuts.items():
             if kept == groups:
-                found_.setdefault(name, []).append(measured(parts))
-        row: dict[str, Any] = {name: statistics.mean(values) for name, values in found_.items()}
+                values_by_way.setdefault(name, []).append(measured(parts))
+        row: dict[str, Any] = {
+            name: statistics.mean(values) for name, values in values_by_way.items()
+        }
         row |= {"groups": groups, "exports": accepted(checkpoint, groups)}
         row["neurons_instead_width"] = fewer_neurons(groups)
         rows.append(row)
@@ -162,9 +146,8 @@ def main(
         shown = [f"{row[name]:.2f}" if name in row else "" for name in headings]
         table.add_row(f"{groups} of {shape.groups}{star}", *shown)
     Console(width=120).print(table)
-    if output is not None:
-        facts = {"model": model.name, "dense": before, "context": context, "blocks": blocks}
-        output.write_text(json.dumps({**facts, "seed": seed, "rows": rows}, indent=1) + "\n")
+    facts = {"model": model.name, "dense": before, "context": context, "blocks": blocks}
+    protocol.save_json(output, {**facts, "seed": seed, "rows": rows})
 
 
 def accepted(checkpoint: Checkpoint, groups: int) -> bool:

@@ -10,13 +10,13 @@ components are many, so a second run of scikit-learn from another seed says how 
 
 from __future__ import annotations
 
-import json
 import tempfile
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import protocol
 import torch
 import typer
 from rich.console import Console
@@ -28,7 +28,7 @@ from fbn_prune.data.calibration import TokenBlocks
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.progress import StageClock
 from fbn_prune.recipe import load_recipe
-from fbn_prune.runs.opening import load_calibration
+from fbn_prune.runs.opening import read_texts
 from fbn_prune.runs.prune import run_prune
 from fbn_prune.runs.setup import prepare
 
@@ -60,9 +60,8 @@ def strongest_z(activations: np.ndarray, networks: int, seed: int) -> np.ndarray
         networks, fun="cube", whiten="unit-variance", max_iter=1000, tol=1e-5, random_state=seed
     )
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # the agreement of two seeds says what its convergence is worth
+        # The agreement of two seeds shows how much a run that did not converge is worth.
+        warnings.simplefilter("ignore")
         maps = ica.fit_transform(z.T).T
     maps = (maps - maps.mean(1, keepdims=True)) / maps.std(1, keepdims=True)
     return np.abs(maps).max(0)
@@ -92,11 +91,11 @@ def main(
     model: Annotated[Path, typer.Option(help="A Llama's folder.")],
     calibrate: Annotated[list[str], typer.Option(help="Calibration text; repeat for several.")],
     tokens: Annotated[int, typer.Option(help="All of them are decomposed.")] = 8192,
-    context: Annotated[int, typer.Option()] = 256,
+    context: protocol.Context = 256,
     networks: Annotated[int, typer.Option(help="Components of a layer.")] = 128,
     sparsity: Annotated[float, typer.Option(help="Over all layers.")] = 0.1,
     keep_layers: Annotated[str, typer.Option(help="Layers left whole.")] = "0,1,2,-2,-1",
-    output: Annotated[Path | None, typer.Option(help="Also write JSON here.")] = None,
+    output: protocol.Output = None,
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         given = {
@@ -114,13 +113,11 @@ def main(
         recipe = load_recipe(RECIPE, given)
         prepared = prepare(recipe)
         result = run_prune(recipe, StageClock())
-        before, after = (
-            Checkpoint.open(model),
-            Checkpoint.open(Path(folder) / "pruned", ragged=True),
-        )
+        before = Checkpoint.open(model)
+        after = Checkpoint.open(Path(folder) / "pruned", ragged=True)
         cut = [layer for layer in range(prepared.layers) if layer not in prepared.whole]
         ours = [kept_in_checkpoint(before, after, layer) for layer in cut]
-    blocks = load_calibration(prepared, before.load_tokenizer()).calibrating
+    blocks = read_texts(prepared, before.load_tokenizer(), calibrate)[0].calibrating
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     activations = layer_activations(plain, blocks)
     budget = sum(result.widths[layer] for layer in cut)
@@ -148,8 +145,7 @@ def main(
     table.add_row("scikit-learn's two seeds", f"{facts['overlap_sklearn_seeds']:.3f}")
     table.add_row("two random choices of that size", f"{chance:.3f}")
     Console().print(table)
-    if output is not None:
-        output.write_text(json.dumps(facts, indent=1) + "\n")
+    protocol.save_json(output, facts)
 
 
 if __name__ == "__main__":

@@ -11,24 +11,23 @@ with its networks from that text too; `untrained` has the same shape and random 
 from __future__ import annotations
 
 import copy
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import protocol
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from fbn_prune.data.calibration import TokenBlocks, read_documents, tokenize_document
+from fbn_prune.data.calibration import TokenBlocks
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.perplexity import perplexity
-from fbn_prune.networks.discovery import DiscoveryOptions, discover
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.networks.structure import (
     SHARED_CORRELATION,
@@ -36,9 +35,7 @@ from fbn_prune.networks.structure import (
     recurrence,
     recurrence_between_starts,
 )
-from fbn_prune.progress import StageClock
 
-BATCH_TOKENS = 4096
 TRAINING_BLOCKS = 8
 TRAINING_POOL = 256
 """Blocks to train on, behind those that networks are found on."""
@@ -67,15 +64,8 @@ class Subject:
         return TokenBlocks(tuple(chosen), self.context, tuple(names))
 
     def found(self, model: PreTrainedModel, blocks: TokenBlocks) -> FunctionalNetworks:
-        return discover(
-            ModelAdapter(model),
-            blocks,
-            DiscoveryOptions(self.networks, self.tokens, "global", 0),
-            tokenizer=self.tokenizer,
-            batch_tokens=BATCH_TOKENS,
-            keep=True,
-            header={},
-            clock=StageClock(),
+        return protocol.find_networks(
+            ModelAdapter(model), blocks, self.tokenizer, self.networks, self.tokens, seed=0
         )
 
     def finetuned(self, model: PreTrainedModel, name: str, steps: int) -> PreTrainedModel:
@@ -97,19 +87,13 @@ class Subject:
     def perplexity(self, model: PreTrainedModel, name: str) -> float:
         """On the blocks that networks are found on, which nothing was trained on here."""
         held = TokenBlocks(tuple(self.blocks[name]), self.context, (name,))
-        return perplexity(ModelAdapter(model), held.batches(BATCH_TOKENS))
+        return perplexity(ModelAdapter(model), held.batches(protocol.BATCH_TOKENS))
 
     def _blocks(self, path: Path, count: int) -> list[torch.Tensor]:
-        blocks: list[torch.Tensor] = []
-        for document in read_documents(str(path), characters=count * self.context * 12):
-            blocks += [
-                block
-                for block in tokenize_document(self.tokenizer, document, self.context)
-                if len(block) == self.context
-            ]
+        blocks = protocol.first_blocks(path, self.tokenizer, self.context, count)
         if len(blocks) < count:
             raise InvalidInput(f"{path} gives {len(blocks)} blocks of {self.context}, not {count}")
-        return blocks[:count]
+        return blocks
 
 
 def _row(name: str, a: FunctionalNetworks, b: FunctionalNetworks) -> dict[str, Any]:
@@ -120,14 +104,14 @@ def _row(name: str, a: FunctionalNetworks, b: FunctionalNetworks) -> dict[str, A
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Checkpoint folder.")],
+    model: protocol.Model,
     text: Annotated[list[str], typer.Option(help="NAME=FILE; repeat for several.")],
     finetune_on: Annotated[str, typer.Option(help="Name of the text to train on.")],
-    steps: Annotated[int, typer.Option()] = 48,
-    context: Annotated[int, typer.Option()] = 256,
+    steps: int = 48,
+    context: protocol.Context = 256,
     tokens: Annotated[int, typer.Option(help="Tokens that networks are found on.")] = 8192,
-    networks: Annotated[int, typer.Option()] = 64,
-    output: Annotated[Path | None, typer.Option(help="Also write JSON here.")] = None,
+    networks: int = 64,
+    output: protocol.Output = None,
 ) -> None:
     texts = {name: Path(path) for name, _, path in (entry.partition("=") for entry in text)}
     if finetune_on not in texts:
@@ -174,18 +158,9 @@ def main(
     )
     for name, (before, after) in shifts.items():
         console.print(f"perplexity on {name}: {before:.2f}, fine-tuned {after:.2f}")
-    if output is not None:
-        facts = {
-            "model": model.name,
-            "texts": names,
-            "tokens": tokens,
-            "networks": networks,
-            "steps": steps,
-            "starts": starts,
-            "perplexity": shifts,
-            "rows": rows,
-        }
-        output.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    facts = {"model": model.name, "texts": names, "tokens": tokens, "networks": networks}
+    facts |= {"steps": steps, "starts": starts, "perplexity": shifts, "rows": rows}
+    protocol.save_json(output, facts)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ which the full choice must equal.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+import protocol
 import torch
 
 from fbn_prune.data import builtin
@@ -86,10 +86,8 @@ def main() -> None:
         folder, _, source = places.partition(",")
         pruned = Checkpoint.open(Path(folder), ragged=True)
         rows += rows_of_task(base, name, pruned, source, options)
-    if options.output is not None:
-        facts = {"model": options.model, "tokens": options.tokens, "torch": torch.__version__}
-        facts |= {"context": CONTEXT, "rows": rows}
-        options.output.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    facts = {"model": options.model, "tokens": options.tokens, "torch": torch.__version__}
+    protocol.save_json(options.output, {**facts, "context": CONTEXT, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -14,18 +14,17 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from protocol import BATCH_TOKENS, cut_options, find_networks, first_blocks
 from torch import Tensor
 
-from fbn_prune.data.calibration import Batch, TokenBlocks, read_documents, tokenize_document
+from fbn_prune.data.calibration import Batch, TokenBlocks
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.layerwise import LayerwiseForward
 from fbn_prune.networks.activity import principal_maps, second_moment, time_courses
-from fbn_prune.networks.discovery import DiscoveryOptions, discover
 from fbn_prune.networks.function_matching import (
     match_documents,
     mixture_weights,
@@ -35,9 +34,8 @@ from fbn_prune.networks.function_matching import (
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.allocation import budget_from_sparsity, uniform_widths
 from fbn_prune.pruning.criteria import CRITERIA
-from fbn_prune.pruning.evidence import CutOptions, EvidencePass
+from fbn_prune.pruning.evidence import EvidencePass
 
-BATCH_TOKENS = 4096
 FIRST_BLOCKS = 400
 EVALUATION_BLOCKS = 32
 CONTEXT_LINES = 4
@@ -88,7 +86,7 @@ class Experiment:
         extra: list[Tensor] = []
         share = setting.generic // len(domains)
         for place, domain in enumerate(domains):
-            found = _blocks(domain.calibrate, self.tokenizer, setting.context, FIRST_BLOCKS)
+            found = first_blocks(domain.calibrate, self.tokenizer, setting.context, FIRST_BLOCKS)
             needed = share + setting.examples * setting.draws
             order = draw.sample(range(len(found)), len(found))
             if len(found) < needed + EVALUATION_BLOCKS * setting.tune:
@@ -108,7 +106,7 @@ class Experiment:
             if setting.tune:
                 measured = [found[i] for i in order[needed : needed + EVALUATION_BLOCKS]]
             else:
-                measured = _blocks(
+                measured = first_blocks(
                     domain.evaluate, self.tokenizer, setting.context, EVALUATION_BLOCKS
                 )
             held_out = TokenBlocks(tuple(measured), setting.context, (domain.name,))
@@ -120,15 +118,14 @@ class Experiment:
         clock = StageClock()
         mixed = list(documents)
         random.Random(setting.seed).shuffle(mixed)
-        networks = discover(
+        sample = TokenBlocks(tuple(mixed), setting.context, names)
+        networks = find_networks(
             self.adapter,
-            TokenBlocks(tuple(mixed), setting.context, names),
-            DiscoveryOptions(setting.networks, setting.network_tokens, "global", setting.seed),
-            tokenizer=self.tokenizer,
-            batch_tokens=BATCH_TOKENS,
-            keep=True,
-            header={},
-            clock=clock,
+            sample,
+            self.tokenizer,
+            setting.networks,
+            setting.network_tokens,
+            setting.seed,
         )
         singles = self.pool.batches(1)  # one document a batch, in the order of the pool
         courses = time_courses(self.adapter, networks, singles, clock)
@@ -138,7 +135,7 @@ class Experiment:
         in_components = time_courses(self.adapter, components, singles, clock)
         self.component_activity = torch.stack([course.mean(0) for course in in_components])
         self.grams, self.means = self._document_statistics(singles)
-        options = CutOptions(False, 1e-2, 1e-3, setting.seed, torch.float32)
+        options = cut_options(setting.seed)
         self.evidence = list(
             EvidencePass(self.adapter, generic_blocks.batches(BATCH_TOKENS), options, clock=clock)
         )
@@ -256,13 +253,3 @@ class Experiment:
 
     def _seen(self) -> str:
         return "\n".join(self.tokenizer.decode(block) for block in self.pool.blocks)
-
-
-def _blocks(file: Path, tokenizer: Any, context: int, count: int) -> list[Tensor]:
-    blocks: list[Tensor] = []
-    for document in read_documents(str(file), characters=count * context * 12):
-        parts = tokenize_document(tokenizer, document, context)
-        blocks += [block for block in parts if len(block) == context]
-    if not blocks:
-        raise InvalidInput(f"{file} gives no block of {context} tokens")
-    return blocks[:count]

@@ -25,12 +25,12 @@ the evaluation text. "own" is the part of the generic documents' weight that fal
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import protocol
 import torch
 import typer
 from rich.console import Console
@@ -140,17 +140,17 @@ def main(
         list[str] | None, typer.Option(help="Only methods whose names begin so.")
     ] = None,
     kept: Annotated[float, typer.Option(help="Share of neurons kept.")] = 0.3,
-    context: Annotated[int, typer.Option()] = 256,
+    context: protocol.Context = 256,
     generic: Annotated[int, typer.Option(help="Generic documents in all.")] = 120,
     examples: Annotated[int, typer.Option(help="Documents of the task.")] = 4,
     draws: Annotated[int, typer.Option(help="Draws of examples.")] = 5,
-    networks: Annotated[int, typer.Option()] = 64,
-    network_tokens: Annotated[int, typer.Option()] = 6144,
+    networks: int = 64,
+    network_tokens: int = 6144,
     matched: Annotated[list[int], typer.Option(help="Networks matched on.")] = [10, 64],  # noqa: B006
     sharpness: Annotated[list[float], typer.Option(help="Steepness of weights.")] = [SHARPNESS],  # noqa: B006
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: int = 0,
     tune: Annotated[bool, typer.Option(help="Leave the evaluation text alone.")] = False,
-    output: Annotated[Path | None, typer.Option(help="Also write JSON here.")] = None,
+    output: protocol.Output = None,
 ) -> None:
     of_builtin = model == "builtin"
     domains = _builtin_domains() if of_builtin else [_domain(text) for text in domain or []]
@@ -170,8 +170,7 @@ def main(
         dense = _measure(run, place, run.adapter, asked)
         facts["tasks"][one.name] = {"dense": dense, "questions": len(asked), "methods": rows}
         console.print(_table(one.name, dense, rows))
-        if output is not None:
-            output.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        protocol.save_json(output, facts)
 
 
 if __name__ == "__main__":
