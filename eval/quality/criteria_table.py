@@ -1,14 +1,13 @@
-"""Print perplexity of every criterion at equal budgets, and the size dial, for any model and text.
+"""Print the perplexity of every criterion at equal budgets, and the size dial, for any model and text.
 
     python eval/quality/criteria_table.py --model DIR --calibrate a.txt --calibrate b.txt --evaluate c.txt
 
-All criteria see one pass over one calibration sample. Blocks for calibration are drawn from the first blocks of each
-text, those for evaluation are its first ones; perplexity is over all evaluation tokens together, in float32.
-Widths are the same in every layer, except under `network widths` (`--layout ragged --widths networks`), `+ loss-aware`
-(the same, errors scored as the loss feels them), `loss widths` and `auto widths` (`--widths loss` and `auto`, scored
-so too), which keep exactly as many neurons in all; how far each goes from an even split is tried on calibration text.
-`uniform, loss-aware` is what their scoring alone does. `membership, global` is the published procedure instead: one
-threshold over all layers, no refit, shown by silencing the neurons of the dense model.
+All criteria use one pass over one calibration sample (see `protocol.py`); perplexity is over all evaluation tokens in
+float32. All layers have the same width except under `network widths` (`--layout ragged --widths networks`),
+`+ loss-aware` (the same with loss-aware scores), `loss widths` and `auto widths` (`--widths loss` and `auto`, also
+loss-aware), which keep exactly as many neurons in total; calibration text decides how far they go from even widths.
+`uniform, loss-aware` shows the effect of loss-aware scores alone. `membership, global` is the published procedure: one
+threshold over all layers and no refit, measured by masking neurons of the dense model.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ RAGGED = {
     "loss widths": ("loss", True),
     "auto widths": ("auto", True),
 }
-"""What `--widths` says, and whether errors are scored as the loss feels them."""
+"""The value of `--widths`, and whether the scores are loss-aware."""
 
 UNIFORM_AWARE = "uniform, loss-aware"
 SCORED_BY_LOSS = {name: aware for name, (_, aware) in RAGGED.items()} | {UNIFORM_AWARE: True}
@@ -81,7 +80,7 @@ class Comparison:
     def one_shot(
         self, wanted: list[tuple[str, int]], kept: list[int]
     ) -> dict[tuple[str, int], float]:
-        """Perplexity for each (criterion, budget), from one pass over the calibration sample."""
+        """Return the perplexity for each (criterion, budget), from one pass over the calibration sample."""
         evidence = EvidencePass(
             self.adapter, self.batches, protocol.cut_options(self.seed), clock=StageClock()
         )
@@ -95,7 +94,7 @@ class Comparison:
         return {key: self.cut_perplexity(parts) for key, parts in cuts.items()}
 
     def ragged(self, budgets: list[int]) -> dict[tuple[str, int], float]:
-        """Perplexity for each (rule for ragged widths, budget); as many neurons as uniform widths keep."""
+        """Return the perplexity for each (rule for ragged widths, budget), with as many neurons as uniform widths."""
         small = self.sample.calibration.batches(GRADIENT_BATCH_TOKENS)
         sensitivity = output_sensitivity(self.adapter, small, StageClock())
         roots = [loss_root(matrix) for matrix in sensitivity]

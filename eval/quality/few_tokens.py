@@ -1,7 +1,7 @@
-"""What the refit's damping should be where calibration tokens are few for a layer's neurons.
+"""Find the refit damping that suits a layer with few calibration tokens for each neuron.
 
-Cuts a model to half its neurons on so many tokens a neuron, refits at several dampings and at the adapted one, and
-prints the perplexity on 8192 held-out tokens:
+The script cuts a model to half its neurons at several numbers of tokens a neuron, refits with several dampings and the
+adapted one, and prints the perplexity on 8192 held-out tokens:
 
     python eval/quality/few_tokens.py MODEL TEXT [TEXT ...] --json eval/results/few_tokens_MODEL.json
 """

@@ -1,12 +1,12 @@
-"""Print what attention heads cost a model, by how they are chosen, and what the same parameters cost among its neurons.
+"""Print the perplexity with fewer attention heads, by how the heads are chosen, and with fewer neurons instead.
 
     python eval/quality/heads_table.py --model DIR --calibrate a.txt --calibrate b.txt --evaluate c.txt
 
-MLPs stay whole. Columns: the second order with its refit (`--head-sparsity`), one-shot and `--sequential`; the same
-heads without a refit; heads by the variance of what they put out times the weights that read it (FLAP's score), with
-no refit; chance, the mean of several draws; and `neurons instead`, where the attention stays whole and as many
-parameters go from the MLPs by `--criterion second-order`. A live model can have any number of heads; counts that the
-architecture's stock config accepts, and that can be exported, have a star. Text and blocks as in criteria_table.py.
+The MLPs stay whole. Columns: the second order with its refit (`--head-sparsity`), one-shot and `--sequential`; the same
+heads without a refit; heads by FLAP's score (the variance of their outputs times the squared weights that read them)
+without a refit; random heads, the mean of several draws; and `neurons instead`, which keeps the attention whole and
+removes as many parameters from the MLPs by `--criterion second-order`. A live model can have any number of heads; a
+star marks the counts that the architecture's stock config accepts, which can be exported. Samples as in `protocol.py`.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ Chosen = Callable[[HeadEvidence, int], HeadCut]
 
 
 def as_they_are(evidence: HeadEvidence, kept: Tensor) -> HeadCut:
-    """The groups `kept` with the output weights that they have."""
+    """Return the groups `kept` with their original output weights."""
     channels = (kept[:, None] * evidence.group + torch.arange(evidence.group)).flatten()
     return HeadCut(kept, evidence.weight[:, channels], evidence.bias)
 
 
 def without_refit(evidence: HeadEvidence, groups: int) -> HeadCut:
-    """The second order's heads as they are."""
+    """Choose heads by the second order, without its refit."""
     return as_they_are(evidence, head_cut(evidence, groups).kept)
 
 
 def by_variance(evidence: HeadEvidence, groups: int) -> HeadCut:
-    """FLAP's score, summed over a group's channels."""
+    """Choose heads by FLAP's score, summed over the channels of a group."""
     variance = centred(evidence.gram, evidence.mean).diagonal()
     score = (variance * evidence.weight.square().sum(0)).view(-1, evidence.group).sum(1)
     return as_they_are(evidence, score.argsort(descending=True)[:groups].sort().values)
 
 
 def by_chance(seed: int) -> Chosen:
-    """A uniform draw in each layer."""
+    """Return a choice that draws heads uniformly in each layer."""
     draw = torch.Generator().manual_seed(seed)
 
     def choose(evidence: HeadEvidence, groups: int) -> HeadCut:
@@ -96,7 +96,7 @@ def main(
     }
 
     def fewer_neurons(groups: int) -> int:
-        """Width at which the MLPs have lost as many parameters as the attention would."""
+        """Return the width at which the MLPs lose as many parameters as the attention would."""
         gone = (shape.groups - groups) * 2 * hidden * shape.size * (shape.queries + 1)
         return max(1, round(width - gone / (3 * hidden)))
 
@@ -151,7 +151,7 @@ def main(
 
 
 def accepted(checkpoint: Checkpoint, groups: int) -> bool:
-    """Whether the architecture's stock config can say that there are so many."""
+    """Return whether the architecture's stock config accepts this number of key-value groups."""
     try:
         checkpoint.family.with_head_groups(checkpoint.config, groups)
     except InvalidInput:

@@ -2,10 +2,10 @@
 
     python eval/quality/paper_masks.py --model DIR --calibrate a.txt
 
-The other implementation shares no code with ours but the text: forward hooks on a transformers model collect the
-activations, scikit-learn's FastICA decomposes each layer's, maps are z-scored over neurons, and a neuron stays if abs z
-reaches the threshold in any map (arXiv 2508.05239). FastICA starts at random and has more than one fixed point where
-components are many, so a second run of scikit-learn from another seed says how much agreement there is to be had.
+The other implementation shares only the text with ours: forward hooks on a transformers model collect the activations,
+scikit-learn's FastICA decomposes those of each layer, maps are z-scored over neurons, and a neuron stays if abs z is
+above the threshold in any map (arXiv 2508.05239). FastICA starts at random and with many components has several fixed
+points, so a second scikit-learn run from another seed shows how much agreement is possible.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "paper-layerwise.yaml"
 
 
 def layer_activations(model: Any, blocks: TokenBlocks) -> list[np.ndarray]:
-    """What the output projections of a Llama's MLPs are fed, [tokens, neurons] for each layer."""
+    """Return the inputs of the `down` projections of a Llama, [tokens, neurons] for each layer."""
     seen: list[list[torch.Tensor]] = [[] for _ in model.model.layers]
     handles = [
         layer.mlp.down_proj.register_forward_pre_hook(
@@ -53,7 +53,7 @@ def layer_activations(model: Any, blocks: TokenBlocks) -> list[np.ndarray]:
 
 
 def strongest_z(activations: np.ndarray, networks: int, seed: int) -> np.ndarray:
-    """Largest abs z of each neuron over one layer's networks, [neurons]."""
+    """Return the largest abs z of each neuron over one layer's networks, [neurons]."""
     deviation = activations.std(0)
     z = (activations - activations.mean(0)) / np.where(deviation > 0, deviation, 1)
     ica = FastICA(
@@ -68,13 +68,13 @@ def strongest_z(activations: np.ndarray, networks: int, seed: int) -> np.ndarray
 
 
 def kept_by_threshold(strongest: list[np.ndarray], budget: int) -> list[np.ndarray]:
-    """For each layer bool [neurons]: at or above the one threshold that as many neurons reach as the budget says."""
+    """Return for each layer bool [neurons]: the neurons above one threshold, which `budget` neurons of all reach."""
     threshold = np.sort(np.concatenate(strongest))[::-1][budget - 1]
     return [layer >= threshold for layer in strongest]
 
 
 def kept_in_checkpoint(before: Checkpoint, after: Checkpoint, layer: int) -> np.ndarray:
-    """Bool [neurons]: which rows of the source's gate are still there."""
+    """Return which rows of the source's gate are still there, bool [neurons]."""
     name = f"model.layers.{layer}.mlp.gate_proj.weight"
     old, new = before.tensor(name).float().numpy(), after.tensor(name).float().numpy()
     left = {row.tobytes() for row in new}
@@ -82,7 +82,7 @@ def kept_in_checkpoint(before: Checkpoint, after: Checkpoint, layer: int) -> np.
 
 
 def overlap(first: list[np.ndarray], second: list[np.ndarray]) -> float:
-    """Neurons kept by both over neurons kept by either."""
+    """Return the neurons kept by both over those kept by either."""
     a, b = np.concatenate(first), np.concatenate(second)
     return float((a & b).sum() / (a | b).sum())
 
@@ -90,7 +90,7 @@ def overlap(first: list[np.ndarray], second: list[np.ndarray]) -> float:
 def main(
     model: Annotated[Path, typer.Option(help="A Llama's folder.")],
     calibrate: Annotated[list[str], typer.Option(help="Calibration text; repeat for several.")],
-    tokens: Annotated[int, typer.Option(help="All of them are decomposed.")] = 8192,
+    tokens: Annotated[int, typer.Option(help="Calibration tokens, all used by the ICA.")] = 8192,
     context: protocol.Context = 256,
     networks: Annotated[int, typer.Option(help="Components of a layer.")] = 128,
     sparsity: Annotated[float, typer.Option(help="Over all layers.")] = 0.1,
@@ -103,7 +103,7 @@ def main(
             "calibration": calibrate,
             "output": Path(folder) / "pruned",
             "tokens": tokens,
-            "network_tokens": 2 * tokens,  # more than there are: all
+            "network_tokens": 2 * tokens,  # more than there are, so that all are used
             "context": context,
             "networks": networks,
             "sparsity": sparsity,

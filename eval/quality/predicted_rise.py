@@ -1,8 +1,7 @@
-"""How the loss rise of pruned models compares with the sum of their layers' relative errors: what the check after
-pruning is calibrated on.
+"""Compare the loss rise of pruned models with the sum of their layers' relative errors, to calibrate the prediction.
 
-Cuts every model by five criteria to five widths, and its attention to every number of heads, on 8192 calibration
-tokens, and measures on 2048 held-out ones:
+The script cuts each model by five criteria to five widths, and its attention to every number of heads, on 8192
+calibration tokens, and measures the loss on 2048 held-out ones:
 
     python eval/quality/predicted_rise.py builtin=builtin MODEL=TEXT[,TEXT] ... --json eval/results/predicted_rise.json
 """
@@ -38,7 +37,7 @@ SHARES = (0.9, 0.7, 0.5, 0.3, 0.1)
 
 
 def measure(name: str, texts: list[str]) -> list[dict[str, Any]]:
-    """One row a criterion and width: the summed relative error and the loss rise in nats."""
+    """Return for each criterion and width the summed relative error and the loss rise in nats."""
     run = protocol.open_texts(name, texts, TOKENS)
     adapter, width = run.adapter, run.prepared.width
     held_out = run.data.held_out.subset(HELD_OUT_TOKENS).batches(4096)

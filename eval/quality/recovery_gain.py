@@ -1,10 +1,9 @@
-"""Print what `--recover` brings on held-out text, and the time that it takes.
+"""Print the gain of `--recover` on held-out text, and its time.
 
     python eval/quality/recovery_gain.py --model DIR --calibrate a.txt --calibrate b.txt --evaluate c.txt
 
-The sample and the protocol are those of `criteria_table.py`: the same width in every layer, chosen and refitted by the
-second order, perplexity over all evaluation tokens in float32. The recovery sees the calibrating blocks
-and nothing else.
+The model is cut by the second order to the same width in every layer. Perplexity is over all evaluation tokens in
+float32. The recovery reads only the calibration blocks.
 """
 
 from __future__ import annotations

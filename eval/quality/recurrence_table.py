@@ -1,11 +1,11 @@
-"""Print how far a model's networks recur: from other starts, in other text, in one task's text, after a fine-tune.
+"""Print how far a model's networks recur: from other starts, in other text, in one task's text, after fine-tuning.
 
     python eval/quality/recurrence_table.py --model DIR --text prose=a.txt --text code=b.txt --finetune-on prose
 
-Each line compares with the networks of a mixture of all texts: their maps matched one to one, the overlap of members
-(IoU) beside what shuffled neurons reach. `other sample` is a mixture of other blocks; a text's own line has that text
-alone, as many tokens; `fine-tuned` is the model trained on one text for a few steps and looked at on the first mixture,
-with its networks from that text too; `untrained` has the same shape and random weights: the floor.
+Each line compares a set of networks with those found on a mixture of all texts: maps are matched one to one, and the
+overlap of members (IoU) stands beside that of shuffled neurons. `other sample` is a mixture of other blocks; a text's
+line uses equally many tokens of that text alone; `fine-tuned` is the model after a few steps of training on one text,
+compared on the first mixture and on that text; `untrained` has the same shape and random weights and gives the floor.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from fbn_prune.networks.structure import (
 
 TRAINING_BLOCKS = 8
 TRAINING_POOL = 256
-"""Blocks to train on, behind those that networks are found on."""
+"""Number of blocks to train on; they follow those on which networks are found."""
 LEARNING_RATE = 5e-5
 
 
 class Subject:
-    """A model's shape and texts, and what finds its networks."""
+    """A checkpoint and its texts, with the settings for finding networks."""
 
     def __init__(
         self, model: Path, texts: dict[str, Path], *, context: int, tokens: int, networks: int
@@ -57,7 +57,7 @@ class Subject:
         self.blocks = {name: self._blocks(path, self.each) for name, path in texts.items()}
 
     def sample(self, names: Sequence[str], half: int) -> TokenBlocks:
-        """Blocks of some texts evenly, from the even or the odd blocks of each."""
+        """Return equally many blocks of each text, from its even (0) or odd (1) blocks."""
         share = -(-self.tokens // self.context // len(names)) + 1
         chosen = [block for name in names for block in self.blocks[name][half::2][:share]]
         random.Random(0).shuffle(chosen)
@@ -69,7 +69,7 @@ class Subject:
         )
 
     def finetuned(self, model: PreTrainedModel, name: str, steps: int) -> PreTrainedModel:
-        """A copy trained on blocks of one text that nothing is measured on; AdamW, linear decay."""
+        """Return a copy trained on blocks of one text outside all samples, by AdamW with linear decay."""
         tuned = copy.deepcopy(model).train()
         blocks = self._blocks(self.texts[name], self.each + TRAINING_POOL)[self.each :]
         optimizer = torch.optim.AdamW(tuned.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
@@ -85,7 +85,7 @@ class Subject:
         return tuned.eval()
 
     def perplexity(self, model: PreTrainedModel, name: str) -> float:
-        """On the blocks that networks are found on, which nothing was trained on here."""
+        """Return the perplexity on the blocks on which networks are found; none of them was trained on here."""
         held = TokenBlocks(tuple(self.blocks[name]), self.context, (name,))
         return perplexity(ModelAdapter(model), held.batches(protocol.BATCH_TOKENS))
 
