@@ -226,7 +226,7 @@ def test_another_comparisons_file_is_not_mixed_in(
     assert path.read_text() == content
     path.write_text("[]")
     assert _exit_code(["compare", *arguments(tiny, text), *more]) == 2
-    assert "is no comparison" in capsys.readouterr().err
+    assert "does not hold a comparison" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_another_comparisons_file_is_not_mixed_in(
         (["--kept", "1.5"], "between 0 and 1"),
         (["--kept", "7"], "7 networks: there are 6"),
         (["--kept", "0.5", "--output-path", "table.svg"], "name a .json file"),
-        (["--kept", "half"], "write shares"),
+        (["--kept", "half"], "give shares"),
         (["--criteria", "luck"], "luck"),
         (["--output-path", "/nowhere/at/all.json"], "no folder"),
     ],
@@ -304,4 +304,4 @@ def test_a_model_that_memory_does_not_hold_is_refused_where_it_must_be_whole(
     capsys.readouterr()
     given = [*arguments(tiny, text)][:-2]  # no width multiple: only compare cuts
     assert _exit_code([command, *given]) == 2
-    assert "has the whole model in memory" in capsys.readouterr().err
+    assert "needs the whole model in memory" in capsys.readouterr().err

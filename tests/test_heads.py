@@ -247,7 +247,9 @@ def test_a_share_that_the_config_does_not_accept_is_refused_with_those_that_it_d
     )
     config.num_key_value_heads = 4
     model = save_tiny(tmp_path / "model", config=config)
-    with pytest.raises(InvalidInput, match=r"3 of 4 key-value heads .* can go: 0\.5, 0\.75$"):
+    with pytest.raises(
+        InvalidInput, match=r"3 of 4 key-value heads .* possible shares: 0\.5, 0\.75$"
+    ):
         prepare(recipe(model, text, head_sparsity=0.25))
     with pytest.raises(InvalidInput, match="0 of 4 key-value heads"):
         prepare(recipe(model, text, head_sparsity=0.9))

@@ -44,7 +44,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         ({"sparsity": float("nan")}, "should be a finite number"),
         ({"networks": 100, "network_tokens": 100}, "allow fewer"),
         ({"criterion": "luck"}, "criterion = 'luck'"),
-        ({"criterion": "networks"}, "this criterion is called second-order"),
+        ({"criterion": "networks"}, "this criterion is now called second-order"),
         ({"task": "t.jsonl", "task_networks": 65}, "task_networks = 65: only 64 networks"),
         ({"task_networks": 5}, "no task to match"),
         ({"tokens": "many"}, "tokens = 'many'"),

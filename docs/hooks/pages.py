@@ -1,4 +1,4 @@
-"""Generate parts of the site: the tables of flags, the recipes, and copies of documents from elsewhere in the repository.
+"""Generate parts of the site: tables of flags, recipes, copies of documents from elsewhere in the repository.
 
 A page marks the place with `<!-- cli -->`, `<!-- recipes -->` or `<!-- file: PATH -->`.
 """

@@ -42,7 +42,7 @@ from fbn_prune.model.shards import INDEX_FILE, SINGLE_FILE, read_headers, read_i
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.recipe import Recipe, load_recipe
 from fbn_prune.runs.kept import numbers
-from fbn_prune.runs.unfinished import unfinished
+from fbn_prune.runs.unfinished import unfinished_runs
 from fbn_prune.store import FORMAT, RECORD, Store
 
 MEMORY_LIMIT = 3 * 2**30
@@ -328,7 +328,7 @@ def _read_work(data: bytes, folder: Path) -> object:
     store = Store(run)
     store.bind("text")
     dense = numbers(store, "dense", lambda: 2.5)
-    return unfinished(folder), store.words, dense, store.read("layer-00000.safetensors")
+    return unfinished_runs(folder), store.words, dense, store.read("layer-00000.safetensors")
 
 
 _WORK = {

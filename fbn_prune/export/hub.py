@@ -20,19 +20,21 @@ from fbn_prune.errors import FbnPruneError, InvalidInput
 _UNREACHABLE = (HfHubHTTPError, HTTPError, OfflineModeIsEnabled, OSError)
 
 
-def check_push(repo: str, *, overwrite: bool) -> None:
-    """Refuse, before any work, a repository that could not be pushed to at the end.
+def check_push(repo: str, *, overwrite: bool = False) -> None:
+    """Check, before any work, that :func:`push_to_hub` can upload to a repository.
 
     Parameters
     ----------
-    repo : "user/name" or "organisation/name".
-    overwrite : allow a repository that already holds files.
+    repo
+        "USER/NAME" or "ORGANISATION/NAME".
+    overwrite
+        Accept a repository that already holds files.
 
     Raises
     ------
     InvalidInput
-        The name is none, nobody is logged in, the namespace is someone else's, the repository holds files, or the
-        Hub does not answer.
+        If the name is malformed, no user is logged in, the namespace belongs to someone else, the repository holds
+        files, or the Hub does not answer.
     """
     namespace, _, name = repo.partition("/")
     try:
@@ -64,15 +66,28 @@ def check_push(repo: str, *, overwrite: bool) -> None:
         )
 
 
-def push(folder: Path, repo: str, *, private: bool, overwrite: bool, message: str) -> str:
-    """Upload `folder` as one commit; returns the repository's address.
+def push_to_hub(
+    folder: Path, repo: str, *, private: bool = False, overwrite: bool = False, message: str
+) -> str:
+    """Upload a folder to the Hugging Face Hub as one commit, and return the repository's address.
 
-    With `overwrite` files that the folder does not have are removed from the repository in the same commit.
+    Parameters
+    ----------
+    folder
+        Finished output of a run.
+    repo
+        "USER/NAME" or "ORGANISATION/NAME".
+    private
+        Make the repository private if it is new.
+    overwrite
+        In the same commit, remove files of the repository that the folder does not have.
+    message
+        Title of the commit.
 
     Raises
     ------
     FbnPruneError
-        The upload failed; the folder stays as it is.
+        If the upload fails; the folder is kept.
     """
     api = HfApi()
     try:
