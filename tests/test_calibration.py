@@ -11,12 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import VOCAB, make_tokenizer
 
-from fbn_prune.data.calibration import (
-    TokenBlocks,
-    calibration_data,
-    read_documents,
-    tokenize_document,
-)
+from fbn_prune.data.calibration import TokenBlocks, calibration_data, tokenize_document
+from fbn_prune.data.documents import read_documents
 from fbn_prune.errors import InvalidInput
 
 TOKENIZER = make_tokenizer()

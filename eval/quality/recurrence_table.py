@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from fbn_prune.data.calibration import TokenBlocks, read_documents, tokenize_document
+from fbn_prune.data.calibration import TokenBlocks, tokenize_document
+from fbn_prune.data.documents import read_documents
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint

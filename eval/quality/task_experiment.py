@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fbn_prune.data.calibration import Batch, TokenBlocks, read_documents, tokenize_document
+from fbn_prune.data.calibration import Batch, TokenBlocks, tokenize_document
+from fbn_prune.data.documents import read_documents
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint

@@ -20,7 +20,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fbn_prune.data.calibration import Batch
-from fbn_prune.model.families import Family, Projection, family_of
+from fbn_prune.model.families import family_of
+from fbn_prune.model.family import Family, Projection
 from fbn_prune.model.heads import HeadProjection
 from fbn_prune.model.spill import Spilled
 from fbn_prune.model.surgery import MlpCut, cut_tensor, require_bias

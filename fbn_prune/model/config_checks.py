@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fbn_prune.model.families import as_config
+from fbn_prune.model.family import as_config
 
 _ROPE_FAULTS = ("`rope_parameters`'s", "Missing required keys", "Unrecognized keys")
 """How transformers begins what it says of a value that is wrong; the rest is advice to authors of configs."""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.model.families import Family
+from fbn_prune.model.family import Family
 
 
 def place_layers(layers: Sequence[int], rest: int, room: Sequence[int]) -> tuple[int, ...] | None:

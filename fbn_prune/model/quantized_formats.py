@@ -17,11 +17,9 @@ from typing import Any
 import torch
 
 from fbn_prune.errors import InvalidInput
+from fbn_prune.model.quantization import known_method
 from fbn_prune.model.quantized_values import Coded, Nested, Read, Scaled, Stored
 from fbn_prune.model.shards import TensorInfo
-
-CONFIG_KEYS = ("quantization_config", "compression_config")
-"""Where config.json says how a model is quantised; the second is compressed-tensors' old place."""
 
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _FORMATS = ("naive-quantized", "int-quantized", "float-quantized", "pack-quantized")
@@ -34,44 +32,6 @@ _LONGEST_RUN = 4096
 """Elements under one peak, in all that bitsandbytes offers."""
 
 Tensors = Mapping[str, TensorInfo]
-
-
-def quantization_of(config: Mapping[str, Any]) -> Any:
-    """What a config says of quantisation: an object, where it is in order; None if it says nothing."""
-    return next((config[key] for key in CONFIG_KEYS if config.get(key)), None)
-
-
-def method_of(quantization: Any) -> str | None:
-    """The method's name; None if it has none."""
-    if not isinstance(quantization, Mapping):
-        return None
-    method = quantization.get("quant_method")
-    if method is None and (quantization.get("load_in_8bit") or quantization.get("load_in_4bit")):
-        return "bitsandbytes"  # transformers wrote no name once
-    return method if isinstance(method, str) else None
-
-
-def can_undo(quantization: Any) -> bool:
-    """Whether the method is one that `stored_weights` knows; a single format of it may still be refused."""
-    method = method_of(quantization)
-    return method is not None and method in _METHODS
-
-
-def known_method(quantization: Any) -> str:
-    """The method's name.
-
-    Raises
-    ------
-    InvalidInput
-        It is none that `stored_weights` knows.
-    """
-    method = method_of(quantization)
-    if method is None or method not in _METHODS:
-        shown = f"by {reprlib.repr(method)}" if method else "in a way that its config does not name"
-        raise InvalidInput(
-            f"the model is quantized {shown}, which cannot be undone here; {', '.join(_METHODS)} can"
-        )
-    return method
 
 
 def stored_weights(tensors: Tensors, quantization: Any, read: Read) -> dict[str, Stored]:

@@ -26,7 +26,7 @@ from fbn_prune.data.calibration import Batch
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.adapter import ModelAdapter, set_features
 from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.model.families import as_config
+from fbn_prune.model.family import as_config
 from fbn_prune.model.layerwise import LayerwiseForward
 from fbn_prune.model.modeling_ragged import ragged_class
 from fbn_prune.model.spill import Spilled

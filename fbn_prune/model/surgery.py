@@ -17,7 +17,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model import modeling_ragged
-from fbn_prune.model.families import Family, Projection, as_config
+from fbn_prune.model.family import Family, Projection, as_config
 from fbn_prune.model.heads import HeadCut, cut_heads, head_tensor_shape, rounded
 
 
