@@ -1,4 +1,7 @@
-"""The documents of a calibration source."""
+"""Read the documents of a calibration source: a text file, a folder, JSON lines, a Hub data set, or the built-in text.
+
+Reading stops at a given number of characters, so a huge source takes no longer than a small one.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +9,36 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from fbn_prune.data.given import GivenData
 from fbn_prune.data.text_files import is_text
 from fbn_prune.errors import InvalidInput
 
 LONGEST_LINE = 64 * 2**20
-"""Characters of a line of JSON: a file without line ends is not read into memory whole."""
+"""Most characters of a JSON line, so that a file without line ends is not read into memory as a whole."""
 
 
 def read_documents(source: str | GivenData, *, characters: int, seed: int = 0) -> Iterator[str]:
-    """Yield the documents of one source, about `characters` characters at most.
+    """Yield the documents of one source, at most `characters` characters in total.
 
-    A text file is one document, a folder one document a file (``*.txt``, ``*.md``, ``*.py``, ``*.rst`` and
-    ``*.jsonl``, in an order drawn by `seed`), JSON lines one document a line.
+    A text file is one document; JSON lines have one document in each line. A folder yields the documents of its
+    ``*.txt``, ``*.md``, ``*.py``, ``*.rst`` and ``*.jsonl`` files.
+
+    Parameters
+    ----------
+    source
+        Data given in Python, ``builtin``, ``hf:DATASET[:CONFIG[:SPLIT[:FIELD]]]``, a folder, a text file, or
+        ``FILE.jsonl[:FIELD]``.
+    characters
+        The last document is truncated at this total.
+    seed
+        Seed of the random order of a folder's files.
 
     Raises
     ------
     InvalidInput
-        The source is missing, unreadable, not UTF-8, or a line is no JSON object with the field.
+        The source is missing, unreadable or not UTF-8, or a JSON line has no text in the field.
     """
     left = characters
     for document in _documents_of(source, characters, seed):
@@ -57,16 +71,23 @@ def _local_documents(source: str, characters: int, seed: int) -> Iterator[str]:
         suffixes = {".txt", ".md", ".py", ".rst", ".jsonl"}
         files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in suffixes)
         if not files:
-            raise InvalidInput(f"calibration folder {path} holds no .txt, .md, .rst, .py or .jsonl")
+            raise InvalidInput(f"calibration folder {path} has no .txt, .md, .rst, .py or .jsonl")
         random.Random(seed).shuffle(files)
         for file in files:
             yield from _local_documents(str(file), characters, seed)
     elif not path.exists():
         raise InvalidInput(f"calibration source {source!r} does not exist")
-    elif path.suffix == ".jsonl":
-        yield from _json_lines(path, field)
     else:
-        yield _read_text(path, characters)
+        try:
+            with path.open(encoding="utf-8") as opened:
+                if path.suffix == ".jsonl":
+                    yield from _json_lines(opened, path, field)
+                else:
+                    yield opened.read(characters)
+        except UnicodeDecodeError as error:
+            raise InvalidInput(f"calibration file {path} is not UTF-8: {error.reason}") from None
+        except OSError as error:
+            raise InvalidInput(f"cannot read calibration file {path}: {error.strerror}") from None
 
 
 def _split_field(source: str) -> tuple[Path, str]:
@@ -76,54 +97,36 @@ def _split_field(source: str) -> tuple[Path, str]:
     return Path(source), "text"
 
 
-def _read_text(path: Path, characters: int) -> str:
-    try:
-        with path.open(encoding="utf-8") as file:
-            return file.read(characters)
-    except UnicodeDecodeError as error:
-        raise InvalidInput(f"calibration file {path} is not UTF-8 text: {error.reason}") from None
-    except OSError as error:
-        raise InvalidInput(f"cannot read calibration file {path}: {error.strerror}") from None
-
-
-def _json_lines(path: Path, field: str) -> Iterator[str]:
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), ""), 1):
-                if len(line) == LONGEST_LINE:
-                    raise InvalidInput(
-                        f"{path}, line {number}: longer than {LONGEST_LINE:,} characters"
-                    )
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except (json.JSONDecodeError, RecursionError, ValueError):
-                    raise InvalidInput(f"{path}, line {number}: not JSON") from None
-                if not isinstance(record, dict) or not isinstance(record.get(field), str):
-                    have = ", ".join(sorted(record)) if isinstance(record, dict) else "no object"
-                    raise InvalidInput(
-                        f"{path}, line {number}: no text field {field!r} (found: {have}); "
-                        f"name it as {path}:FIELD"
-                    )
-                if not is_text(record[field]):
-                    raise InvalidInput(
-                        f"{path}, line {number}: a NUL, or half a character (a lone surrogate), in {field!r}"
-                    )
-                yield record[field]
-    except UnicodeDecodeError as error:
-        raise InvalidInput(f"calibration file {path} is not UTF-8 text: {error.reason}") from None
-    except OSError as error:
-        raise InvalidInput(f"cannot read calibration file {path}: {error.strerror}") from None
+def _json_lines(file: TextIO, path: Path, field: str) -> Iterator[str]:
+    for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), ""), 1):
+        if len(line) == LONGEST_LINE:
+            raise InvalidInput(f"{path}, line {number}: longer than {LONGEST_LINE:,} characters")
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (json.JSONDecodeError, RecursionError, ValueError):
+            raise InvalidInput(f"{path}, line {number}: not JSON") from None
+        if not isinstance(record, dict) or not isinstance(record.get(field), str):
+            have = ", ".join(sorted(record)) if isinstance(record, dict) else "no object"
+            raise InvalidInput(
+                f"{path}, line {number}: no text field {field!r} (found: {have}); "
+                f"give the field's name as {path}:FIELD"
+            )
+        if not is_text(record[field]):
+            raise InvalidInput(
+                f"{path}, line {number}: {field!r} contains a NUL or a lone surrogate"
+            )
+        yield record[field]
 
 
 def _hub_documents(source: str) -> Iterator[str]:
-    """Documents of `hf:dataset[:config[:split[:field]]]`, streamed through `datasets`."""
+    """Stream the documents of `hf:dataset[:config[:split[:field]]]`."""
     name, *rest = source.removeprefix("hf:").split(":")
     config, split, field = [*rest, "", "", ""][:3]
     split, field = split or "train", field or "text"
     if not name or len(rest) > 3:
-        raise InvalidInput(f"{source!r}: write hf:dataset[:config[:split[:field]]]")
+        raise InvalidInput(f"{source!r}: the form is hf:dataset[:config[:split[:field]]]")
     import datasets
 
     try:
@@ -131,11 +134,11 @@ def _hub_documents(source: str) -> Iterator[str]:
         for row in rows:
             if not isinstance(row.get(field), str):
                 raise InvalidInput(
-                    f"{source}: no text field {field!r}; fields: {', '.join(sorted(row))}"
+                    f"{source}: no text in {field!r}; fields: {', '.join(sorted(row))}"
                 )
             yield row[field]
     except InvalidInput:
         raise
-    except Exception as error:  # the hub, the network and a data set's own files fail in many ways
+    except Exception as error:  # the Hub, the network and the files raise many types of error
         line = " ".join(str(error).split())
         raise InvalidInput(f"cannot load data set {source}: {line[:300]}") from None
