@@ -1,4 +1,8 @@
-"""The architectures that can be pruned: one declarative entry each."""
+"""The supported architectures, one declarative entry each, and the choice of the entry for a config.
+
+The facts come from the modeling files of transformers. Everything that differs between architectures is in these
+entries.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from fbn_prune.model.quantization import can_undo
 if TYPE_CHECKING:
     from fbn_prune.model.family import Config
 
-_APART = Attention(
+_SEPARATE = Attention(
     "self_attn",
     inputs=(
         HeadProjection("self_attn.q_proj", ("query",)),
@@ -25,18 +29,12 @@ _APART = Attention(
 _FUSED = Attention(
     "self_attn",
     inputs=(HeadProjection("self_attn.qkv_proj", ("query", "key", "key")),),
-    output=_APART.output,
+    output=_SEPARATE.output,
 )
 
 
-def _gated(
-    name: str,
-    *model_types: str,
-    bias_key: str | None = None,
-    gguf: Gguf | None = None,
-    activation_keys: tuple[str, ...] = ("hidden_act",),
-    attention: Attention | None = _APART,
-) -> Family:
+def _gated(name: str, *model_types: str, bias_key: str | None = None, **facts: Any) -> Family:
+    """An architecture with Llama's names for the projections of its MLP and, by default, its attention."""
     return Family(
         name,
         model_types,
@@ -45,14 +43,12 @@ def _gated(
         output=Projection("mlp.down_proj", 1),
         biased=bias_key or False,
         bias_key=bias_key,
-        gguf=gguf,
-        activation_keys=activation_keys,
-        attention=attention,
+        **{"attention": _SEPARATE, **facts},
     )
 
 
 FAMILIES: tuple[Family, ...] = (
-    _gated(  # SmolLM and SmolLM2 are of this type too
+    _gated(  # SmolLM and SmolLM2 have this type too
         "Llama", "llama", bias_key="mlp_bias", gguf=Gguf("llama", "deci", paired_rope=True)
     ),
     _gated("Mistral", "mistral"),
@@ -94,7 +90,7 @@ FAMILIES: tuple[Family, ...] = (
         biased=True,
         stored_as=("lm_head.", "embed_out."),
     ),
-    Family(  # `enable_bias` and Falcon's `bias` rule the attention too: no flag for the MLP alone
+    Family(  # OPT's `enable_bias` and Falcon's `bias` also control the attention: hence no bias_key
         "OPT",
         ("opt",),
         layers="model.decoder.layers",
@@ -122,25 +118,25 @@ _SUPPORTED = ", ".join(_BY_MODEL_TYPE)
 
 
 def family_of(config: Config, *, ragged: bool = False) -> Family:
-    """The family of a model.
+    """Return the family of a model.
 
     Parameters
     ----------
-    config : a loaded config, or the object in `config.json`.
-    ragged : accept layers of different widths, for a model that is to be run and not pruned.
+    config
+        A loaded config, or the object in `config.json`.
+    ragged
+        Accept layers of different widths: such a model can run, but not be pruned again.
 
     Raises
     ------
     InvalidInput
-        For what cannot be pruned: mixture-of-experts, encoder-decoder, multimodal, quantized and
-        ragged models, and architectures that have no entry in `FAMILIES`.
+        The model cannot be pruned: it is a mixture of experts, encoder-decoder, multimodal, quantized or ragged, or
+        its architecture has no entry in `FAMILIES`.
     """
     fields = config if isinstance(config, Mapping) else config.to_dict()
     model_type = fields.get("model_type") or getattr(config, "model_type", None)
     if not isinstance(model_type, str):
-        raise InvalidInput(
-            f"the config has no model_type (found {model_type!r}); supported: {_SUPPORTED}"
-        )
+        raise InvalidInput(f"no model_type in the config ({model_type!r}); supported: {_SUPPORTED}")
     if obstacle := _obstacle(fields) or (None if ragged else _raggedness(fields)):
         raise InvalidInput(f"model_type {model_type!r} {obstacle}; supported: {_SUPPORTED}")
     if model_type not in _BY_MODEL_TYPE:
@@ -149,7 +145,7 @@ def family_of(config: Config, *, ragged: bool = False) -> Family:
 
 
 def _obstacle(fields: Mapping[str, Any]) -> str | None:
-    """Why a config cannot be pruned, to follow its model_type in a sentence."""
+    """Why a model of this config cannot be pruned, as a predicate that follows the model_type; None if it can."""
     for key in ("text_config", "vision_config", "audio_config"):
         if fields.get(key):
             return f"is multimodal or nested ({key})"

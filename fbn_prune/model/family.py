@@ -1,13 +1,10 @@
-"""Where each architecture keeps its MLPs and attention heads: one declarative entry a family, and
-nothing about it anywhere else.
+"""The description of an architecture: where its MLPs and attention heads are, and how its config states their sizes.
 
-The same entry serves a live model and the tensor names of a checkpoint. The idea of a narrow
-adapter is SliceGPT's (`model_adapter.py`); the facts are read from the modeling files of
-transformers.
+The same :class:`Family` serves a live model and the tensor names of a checkpoint; :mod:`fbn_prune.model.families`
+lists the supported architectures. The idea of a narrow adapter is SliceGPT's (`model_adapter.py`).
 
-A layer's *neurons* are the intermediate units of its MLP. `inputs` are the projections that produce
-them (`gate` and `up`, or `fc_in`), `output` is the one that reads them (`down`, or `fc_out`); the
-*activation* is what `output` is fed.
+A layer's *neurons* are the intermediate units of its MLP. The `inputs` projections produce them (`gate` and `up`, or
+`fc_in`), the `output` projection reads them (`down`, or `fc_out`); its input is the *activation*.
 """
 
 from __future__ import annotations
@@ -29,7 +26,7 @@ if TYPE_CHECKING:
 
 MOST_LAYERS = 10_000
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_labels")
-"""Numbers of which config classes make lists and tables as long."""
+"""Config keys for which config classes allocate lists of that length."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +35,12 @@ class Projection:
 
     Attributes
     ----------
-    path : where it is, relative to the layer ("mlp.gate_proj").
-    neuron_axis : axis of `.weight` along which neurons lie. Linear stores [out, in], Conv1D [in,
-        out].
-    stacked : how many blocks of `width` neurons follow one another on that axis (2: a fused gate
-        and up).
+    path
+        The module's path relative to the layer ("mlp.gate_proj").
+    neuron_axis
+        Axis of `.weight` along which the neurons lie: Linear stores [out, in], Conv1D [in, out].
+    stacked
+        Number of blocks of `width` neurons along that axis (2 for a fused gate and up).
     """
 
     path: str
@@ -52,15 +50,19 @@ class Projection:
 
 @dataclass(frozen=True)
 class Gguf:
-    """How llama.cpp knows the architecture.
+    """How llama.cpp represents the architecture.
 
     Attributes
     ----------
-    arch : its name there.
-    ragged_arch : the one that reads a width for each layer; None if none has this arithmetic.
-    paired_rope : rotary embedding turns neighbouring channels there, where transformers turns the
-        halves of a head: query and key rows are to be reordered.
-    own_head_size : heads together may be narrower or wider than the hidden states.
+    arch
+        llama.cpp's name of the architecture.
+    ragged_arch
+        An architecture with the same arithmetic that reads one width for each layer; None if there is none.
+    paired_rope
+        Whether llama.cpp rotates neighbouring channels where transformers rotates the two halves of a head, so that
+        the query and key rows must be reordered.
+    own_head_size
+        Whether heads * head size may differ from the hidden size.
     """
 
     arch: str
@@ -71,7 +73,7 @@ class Gguf:
 
 @dataclass(frozen=True)
 class Location:
-    """What a checkpoint's tensor is: a part of one projection of one layer."""
+    """Which part of which layer's projection a checkpoint tensor is."""
 
     layer: int
     projection: Projection
@@ -84,19 +86,26 @@ class Family:
 
     Attributes
     ----------
-    layers : path of the list of layers in the `...ForCausalLM` module. Checkpoints saved from the
-        base model leave its first component out (openai-community/gpt2: "h.0.mlp.c_fc.weight").
-    width_key : config key of the MLP width.
-    biased : whether the MLP's projections have biases, or the config flag that says so.
-    bias_key : config flag that gives biases to the MLP and to nothing else; None if there is no
-        such flag.
-    gguf : the form in GGUF files; None if none is written.
-    stored_as : a part of module names and what checkpoints have in its place, where transformers
-        renames on loading.
-    activation_keys : config keys of the activation function, the first present counts.
-    mlp_modules : paths, relative to the layer, of the modules that are the MLP when called in turn:
-        one, or several where the layer itself calls the projections.
-    attention : where the attention heads are; None if they cannot be cut.
+    layers
+        Path of the list of layers in the `...ForCausalLM` module. Checkpoints saved from the base model omit its first
+        component (openai-community/gpt2: "h.0.mlp.c_fc.weight").
+    width_key
+        Config key of the MLP width.
+    biased
+        Whether the MLP's projections have biases, or the config flag that decides it.
+    bias_key
+        Config flag that adds biases to the MLP and to nothing else; None if the config has no such flag.
+    gguf
+        The architecture in GGUF files; None if GGUF export does not support it.
+    stored_as
+        (Part of a module name, its replacement in checkpoints) where transformers renames tensors on loading.
+    activation_keys
+        Config keys of the activation function; the first key with a value applies.
+    mlp_modules
+        Paths, relative to the layer, of the modules that compute the MLP when called in turn: one, or several where
+        the layer itself calls the projections.
+    attention
+        Where the attention heads are; None if heads cannot be cut.
     """
 
     name: str
@@ -119,19 +128,25 @@ class Family:
 
     @property
     def is_conv1d(self) -> bool:
-        """Whether linear maps store their weights as Conv1D does, [in, out]."""
+        """Whether linear maps store their weights as [in, out], as Conv1D does."""
         return self.output.neuron_axis == 0
 
     # The config
 
     def width(self, config: Config) -> int:
-        """Neurons of one MLP. GPT-2 and Falcon mean four times the hidden size by a null width."""
+        """Neurons of one MLP. In GPT-2 and Falcon a null width means four times the hidden size."""
         config = as_config(config)
         width = getattr(config, self.width_key)
         return 4 * self.hidden_size(config) if width is None else int(width)
 
     def widths(self, config: Config) -> list[int]:
-        """Neurons of each layer's MLP, also where `per_layer_config` gives the layers their own."""
+        """Neurons of each layer's MLP; `per_layer_config` overrides the common width.
+
+        Raises
+        ------
+        InvalidInput
+            A width is not an integer, `per_layer_config` is malformed, or the number of layers is out of range.
+        """
         config = as_config(config)
         fields = config.to_dict()
         own = {int(i): v.get(self.width_key) for i, v in per_layer(fields).items()}
@@ -142,7 +157,7 @@ class Family:
         for width in widths:
             if not isinstance(width, int):
                 raise InvalidInput(
-                    f"the config gives a layer {self.width_key} = {reprlib.repr(width)}"
+                    f"a layer's {self.width_key} is {reprlib.repr(width)}: not an integer"
                 )
         return widths
 
@@ -157,7 +172,9 @@ class Family:
         except (TypeError, ValueError, OverflowError):
             count = -1
         if not 0 <= count <= MOST_LAYERS:
-            raise InvalidInput(f"the config means a model of {reprlib.repr(layers)} layers")
+            raise InvalidInput(
+                f"the config says {reprlib.repr(layers)} layers: at most {MOST_LAYERS:,}"
+            )
         return count
 
     def hidden_size(self, config: Config) -> int:
@@ -167,7 +184,7 @@ class Family:
         return int(as_config(config).vocab_size)
 
     def context_length(self, config: Config) -> int:
-        """The longest sequence, in tokens, the model was made for."""
+        """The longest sequence, in tokens, that the model supports."""
         return int(as_config(config).max_position_embeddings)
 
     def has_bias(self, config: Config) -> bool:
@@ -183,11 +200,11 @@ class Family:
         return str(next(name for name in names if name is not None))
 
     def accepts_bias(self, config: Config) -> bool:
-        """Whether `output` has a bias, or a stock config can say that it has one."""
+        """Whether `output` has a bias, or the architecture's config has a flag to add one."""
         return self.bias_key is not None or self.has_bias(config)
 
     def head_shape(self, config: Config) -> HeadShape:
-        """The attention heads of every layer."""
+        """The shape of every layer's attention heads."""
         config = as_config(config)
         heads = int(config.num_attention_heads)
         groups = int(getattr(config, "num_key_value_heads", None) or heads)
@@ -195,16 +212,16 @@ class Family:
         return HeadShape(groups, heads // groups, int(size))
 
     def with_head_groups(self, config: Mapping[str, Any], groups: int) -> dict[str, Any]:
-        """The object in `config.json` of a model with so many groups of heads in every layer.
+        """Return the `config.json` object of a model with `groups` head groups in every layer.
 
         Raises
         ------
         InvalidInput
-            The architecture's heads cannot be cut, or its config does not accept that number.
+            The architecture's heads cannot be cut, or its config does not accept that number of groups.
         """
         if self.attention is None:
             raise InvalidInput(
-                f"attention heads of {self.name} cannot be cut: its config has no head size of their own, "
+                f"attention heads of {self.name} cannot be cut: its config has no separate head size, "
                 "or a norm spans all heads"
             )
         shape = self.head_shape(config)
@@ -218,14 +235,14 @@ class Family:
         return fewer
 
     def set_config_head_groups(self, config: PretrainedConfig, groups: int) -> None:
-        """Have a loaded config say that every layer has so many groups of heads."""
+        """Set the number of head groups of every layer in a loaded config."""
         shape = self.head_shape(config)
         config.head_dim = shape.size
         config.num_key_value_heads = groups
         config.num_attention_heads = groups * shape.queries
 
     def mlp_facts(self) -> dict[str, Any]:
-        """Where the MLPs are, as the JSON object `ragged_mlp` that `modeling_ragged.py` reads."""
+        """The MLPs' places and sizes as the JSON object `ragged_mlp` that `modeling_ragged.py` reads."""
         return {
             "inputs": [asdict(projection) for projection in self.inputs],
             "layers": self.layers,
@@ -236,13 +253,13 @@ class Family:
     # A checkpoint's tensors
 
     def layer_of(self, name: str) -> int | None:
-        """The decoder layer that the tensor of this name belongs to; None if it belongs to none."""
+        """The decoder layer that a tensor belongs to; None for tensors outside the layers."""
         root, _, stem = self.layers.partition(".")
         match = re.match(rf"(?:{re.escape(root)}\.)?{re.escape(stem)}\.(\d+)\.", name)
         return None if match is None else int(match[1])
 
     def locate(self, name: str) -> Location | None:
-        """What the tensor of this name is, or None if it is no part of an MLP."""
+        """The MLP projection that a tensor belongs to; None if it is not part of an MLP."""
         layer, path, part = self._place(name)
         for projection in self.projections:
             if projection.path == path:
@@ -250,7 +267,7 @@ class Family:
         return None
 
     def locate_heads(self, name: str) -> HeadLocation | None:
-        """What the tensor of this name is, or None if it is no part of the attention, or heads cannot be cut."""
+        """The attention projection that a tensor belongs to; None if there is none, or if heads cannot be cut."""
         if self.attention is None:
             return None
         layer, path, part = self._place(name)
@@ -260,7 +277,7 @@ class Family:
         return None
 
     def _place(self, name: str) -> tuple[int, str, Part]:
-        """Layer, module and part of a tensor; the module is empty for what is in no layer."""
+        """Layer, module path and part of a tensor; the path is empty for tensors outside the layers."""
         root, _, stem = self.layers.partition(".")
         match = re.fullmatch(
             rf"(?:{re.escape(root)}\.)?{re.escape(stem)}\.(\d+)\.(.+)\.(weight|bias)", name
@@ -270,7 +287,7 @@ class Family:
         return int(match[1]), match[2], "weight" if match[3] == "weight" else "bias"
 
     def tensor_shape(self, location: Location, hidden: int, width: int) -> tuple[int, ...]:
-        """Shape a checkpoint's MLP tensor has at this hidden size and width."""
+        """Shape of an MLP tensor for the given hidden size and MLP width."""
         neurons = width * location.projection.stacked
         if location.part == "bias":
             return (hidden,) if location.projection is self.output else (neurons,)
@@ -278,6 +295,7 @@ class Family:
 
 
 def per_layer(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a config's `per_layer_config`, empty if absent; raise InvalidInput if it is malformed."""
     own = fields.get("per_layer_config") or {}
     sound = isinstance(own, Mapping) and all(
         re.fullmatch(r"[0-9]{1,9}", str(layer)) and isinstance(values, Mapping)
@@ -285,31 +303,34 @@ def per_layer(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     )
     if not sound:
         raise InvalidInput(
-            f"the config's per_layer_config is no object of layers: {reprlib.repr(own)}"
+            f"the config's per_layer_config must map layer numbers to objects, found {reprlib.repr(own)}"
         )
     return own
 
 
 def as_config(config: Config) -> PretrainedConfig:
-    """The typed config of a `config.json` object: its defaults filled in, its legacy keys
-    translated.
+    """Return the typed config of a `config.json` object, with defaults filled in and legacy keys translated.
 
-    Never runs code from the checkpoint. A loaded config is returned as it is.
+    Code from the checkpoint never runs. A config that is already typed is returned unchanged.
+
+    Raises
+    ------
+    InvalidInput
+        A count is out of range, or transformers rejects the config.
     """
     if not isinstance(config, Mapping):
         return config
-    # Slow to import, and the command line's help needs none of it.
-    from transformers import CONFIG_MAPPING
+    from transformers import CONFIG_MAPPING  # slow to import, and `--help` does not need it
 
     for key in _COUNTS:
         count = config.get(key)
         if isinstance(count, int | float) and not abs(count) <= MOST_LAYERS:
             raise InvalidInput(
-                f"the config says {key} = {reprlib.repr(count)}: no model has so many"
+                f"the config says {key} = {reprlib.repr(count)}: the most supported is {MOST_LAYERS:,}"
             )
     model_type = str(config.get("model_type"))
     try:
         return CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(config)))
-    except Exception as error:  # what a stranger's JSON can do to a config class has no end
+    except Exception as error:  # config classes raise many types of error on malformed values
         reason = " ".join(str(error).split())
         raise InvalidInput(f"the config is not a valid {model_type!r} config: {reason}") from error

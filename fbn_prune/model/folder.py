@@ -1,4 +1,7 @@
-"""The folder of a checkpoint."""
+"""Find a checkpoint's folder, on disk or by download from the Hub, and read its `config.json`.
+
+A download fetches the small files first, so that an unsupported model is refused before its weights are fetched.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "additional_chat_templates/*.jinja",
 )
-"""Patterns of everything a tokenizer and its chat template may be made of."""
+"""Patterns of all files that may belong to a tokenizer and its chat template."""
 
 COMPANION_FILES = ("generation_config.json", "LICENSE*", "NOTICE*", "README.md")
 
@@ -42,11 +45,21 @@ def find_folder(
     accept: Callable[[dict[str, Any]], object],
     trust_remote_code: bool = False,
 ) -> tuple[Path, str | None]:
-    """The folder of a checkpoint, and the Hub id that it was downloaded by.
+    """Return a checkpoint's folder and its Hub id (None for a local folder), downloading the checkpoint if needed.
 
     Parameters
     ----------
-    accept : raises for the `config.json` object of a model whose weights are not to be downloaded.
+    path_or_hub_id
+        A folder, or a Hub id.
+    accept
+        Called with the `config.json` object before the weights are downloaded; raises to refuse the model.
+    trust_remote_code
+        Also download the checkpoint's Python files.
+
+    Raises
+    ------
+    InvalidInput
+        There is no such folder, it is empty, or the Hub cannot provide the model.
     """
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
@@ -64,7 +77,7 @@ def find_folder(
 def _download(
     hub_id: str, accept: Callable[[dict[str, Any]], object], trust_remote_code: bool
 ) -> Path:
-    """Fetch the small files, refuse what they already rule out, and only then fetch the weights."""
+    """Fetch the small files, check the config, and only then fetch the weights."""
     small = ["config.json", INDEX_FILE, *TOKENIZER_FILES, *COMPANION_FILES]
     path = _snapshot(hub_id, small + (["*.py"] if trust_remote_code else []))
     accept(read_config(path))
@@ -78,12 +91,12 @@ def _snapshot(hub_id: str, patterns: list[str]) -> Path:
         return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
     except (OSError, ValueError, EntryNotFoundError) as error:
         raise InvalidInput(
-            f"{hub_id!r} is no folder here, and cannot be had from the Hub: {one_line(error)}"
+            f"{hub_id!r} is not a local folder and cannot be downloaded from the Hub: {one_line(error)}"
         ) from error
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The object in a checkpoint's `config.json`."""
+    """Return the object in a checkpoint's `config.json`; raise InvalidInput if it is missing or not an object."""
     if not (path / "config.json").is_file():
         adapter = (path / "adapter_config.json").is_file()
         hint = "; this is an adapter: merge it into its base model first" if adapter else ""
