@@ -282,8 +282,8 @@ def test_a_damaged_bundle_is_refused(tmp_path: Path) -> None:
     [
         ([8, 8], [[1, 2]], "1 sets of neurons for 2 layers"),
         ([8], [[]], "layer 0: kept neurons must be int64"),
-        ([8], [[2, 1]], "ascending, unique and below 8"),
-        ([8], [[1, 8]], "ascending, unique and below 8"),
+        ([8], [[2, 1]], "must ascend and be below 8"),
+        ([8], [[1, 8]], "must ascend and be below 8"),
     ],
 )
 def test_kept_neurons_fit_together(widths: list[int], kept: list[list[int]], message: str) -> None:

@@ -193,11 +193,11 @@ def test_examples_are_texts_or_questions_with_answers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "holds no examples"),
+        ("", "has no examples"),
         ("not json", "line 1: not JSON"),
-        ('{"text": "a"}\n[1]', "line 2: neither"),
+        ('{"text": "a"}\n[1]', "line 2: give a text"),
         ('{"question": "a"}', "found: question"),
-        ('{"text": ""}', "line 1: neither"),
+        ('{"text": ""}', "line 1: give a text"),
     ],
 )
 def test_a_file_that_holds_no_examples_is_refused(
@@ -305,7 +305,7 @@ def test_a_test_question_among_the_examples_is_refused(
 ) -> None:
     seen = arguments(tiny, files, tmp_path / "out", "--task", str(files["seen"]))
     assert _exit_code(seen) == 2
-    assert "is or holds a test question" in capsys.readouterr().err
+    assert "is or contains a test question" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

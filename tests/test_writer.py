@@ -147,7 +147,7 @@ def test_a_bias_that_is_there_is_replaced(name: str, tmp_path: Path) -> None:
 def test_a_bias_without_a_place_is_refused(name: str, tmp_path: Path) -> None:
     source = Checkpoint.open(save_tiny(tmp_path / "in", name))
     cuts = random_cuts(source, [KEPT] * LAYERS, bias=True)
-    with pytest.raises(InvalidInput, match="no place for an MLP output bias"):
+    with pytest.raises(InvalidInput, match="does not support an MLP output bias"):
         write_checkpoint(source, cuts, tmp_path)
 
 

@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
 from fbn_prune.data import builtin
-from fbn_prune.data.calibration import read_documents
+from fbn_prune.data.documents import read_documents
 from fbn_prune.data.examples import read_examples, recorded_fingerprints
 from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.model.checkpoint import Checkpoint

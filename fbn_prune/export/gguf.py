@@ -23,7 +23,7 @@ from fbn_prune.errors import InvalidInput
 from fbn_prune.export.directory import disk_errors
 from fbn_prune.export.gguf_tokenizer import GgufTokenizer, gguf_tokenizer
 from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.model.families import Gguf, as_config
+from fbn_prune.model.family import Gguf, as_config
 
 GgufType = Literal["auto", "f32", "f16", "bf16"]
 """Type of the matrices; auto keeps the checkpoint's."""

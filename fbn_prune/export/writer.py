@@ -14,8 +14,9 @@ from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.export.directory import disk_errors
 from fbn_prune.export.shards import write_json, write_shards
 from fbn_prune.model import modeling_ragged
-from fbn_prune.model.checkpoint import COMPANION_FILES, TOKENIZER_FILES, Checkpoint
-from fbn_prune.model.families import Location
+from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.family import Location
+from fbn_prune.model.folder import COMPANION_FILES, TOKENIZER_FILES
 from fbn_prune.model.shards import TensorInfo
 from fbn_prune.model.streaming import check_tensors
 from fbn_prune.model.surgery import MlpCut, cut_config, cut_of, cut_shape, cut_tensor, require_bias

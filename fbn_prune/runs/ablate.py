@@ -14,8 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from fbn_prune.data import builtin
-from fbn_prune.data.calibration import Batch, TokenBlocks, read_documents
+from fbn_prune.data.calibration import Batch, TokenBlocks
 from fbn_prune.data.calibration import tokenize_document as tokenize
+from fbn_prune.data.documents import read_documents
 from fbn_prune.errors import InvalidInput
 from fbn_prune.networks.ablation import (
     Ablated,

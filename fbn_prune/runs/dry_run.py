@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fbn_prune.distributed import processes
 from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.model.families import as_config
+from fbn_prune.model.family import as_config
 from fbn_prune.pruning.allocation import (
     at_most,
     budget_from_networks,

@@ -14,7 +14,7 @@ from fbn_prune.errors import InvalidInput
 from fbn_prune.export.directory import check_output, check_room, on_one_disk
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.model.families import Family
+from fbn_prune.model.family import Family
 from fbn_prune.model.placement import device_map
 from fbn_prune.model.streaming import StreamedModel, skeleton
 from fbn_prune.model.surgery import require_bias

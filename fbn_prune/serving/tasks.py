@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.model.families import Location
+from fbn_prune.model.family import Location
 from fbn_prune.model.kept_neurons import KEPT_FILE, KeptNeurons
 from fbn_prune.networks.functional_networks import MEMBER_Z, FunctionalNetworks
 
