@@ -24,7 +24,7 @@ from fbn_prune.recipe import build_recipe
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fbn_prune.networks.ablation import TaskMeasure
+    from fbn_prune.networks.intervention_effects import TaskMeasure
     from fbn_prune.runs.ablate import AblationResult
 
 Action = Annotated[

@@ -14,7 +14,7 @@ from fbn_prune.cli.options import Json
 
 if TYPE_CHECKING:
     from fbn_prune.networks.functional_networks import FunctionalNetworks
-    from fbn_prune.networks.structure import Recurrence
+    from fbn_prune.networks.recurrence import Recurrence
 
 Artifact = Annotated[
     Path, typer.Argument(metavar="PATH", help="networks.safetensors, or a folder that holds one.")
@@ -36,7 +36,7 @@ def command(
 ) -> None:
     """Show the networks of an artifact: size, layers, tokens and contexts, connectivity, recurrence."""
     from fbn_prune.networks.functional_networks import FunctionalNetworks
-    from fbn_prune.networks.structure import recurrence
+    from fbn_prune.networks.recurrence import recurrence
 
     def file(given: Path) -> Path:
         return given / "networks.safetensors" if given.is_dir() else given

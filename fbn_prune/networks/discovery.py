@@ -20,13 +20,13 @@ from fbn_prune.errors import InvalidInput
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.networks import ica
 from fbn_prune.networks.functional_networks import FunctionalNetworks
-from fbn_prune.networks.sampling import SampledActivations
-from fbn_prune.networks.structure import (
+from fbn_prune.networks.recurrence import (
     STARTS,
     connectivity,
     driving_tokens,
     recurrence_between_starts,
 )
+from fbn_prune.networks.sampling import SampledActivations
 from fbn_prune.progress import Advance, StageClock
 
 CONTEXTS_PER_NETWORK = 5

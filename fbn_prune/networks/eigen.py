@@ -102,24 +102,6 @@ class TokenGram:
             block.copy_(block.tril() + block.tril(-1).T)
         return gram
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Everything needed to go on later: ``gram`` (lower triangle), ``sums``, ``neurons``."""
-        if self._lower is None:
-            raise RuntimeError("state_dict after finish: the Gram matrix has been handed over")
-        neurons = torch.tensor(self.neurons, dtype=torch.int64)
-        return {"gram": self._lower, "sums": self._sums, "neurons": neurons}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Replace this accumulator's contents with those of `state_dict`."""
-        device = self._sums.device
-        if state["gram"].shape != (self.tokens, self.tokens):
-            raise InvalidInput(
-                f"saved Gram has shape {tuple(state['gram'].shape)}, not {self.tokens} tokens"
-            )
-        self._lower = state["gram"].to(device, torch.float32).clone()
-        self._sums = state["sums"].to(device, torch.float64).clone()
-        self.neurons = int(state["neurons"])
-
 
 @quick_products()
 def top_eigenvectors(

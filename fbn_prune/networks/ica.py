@@ -14,7 +14,6 @@ This module knows nothing of models; everything runs on the device of the tensor
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -39,7 +38,6 @@ __all__ = [
     "spatial_ica",
     "spatial_overlap",
     "standardise",
-    "time_courses",
     "top_eigenvectors",
 ]
 
@@ -72,7 +70,6 @@ class IcaResult:
     ica_iterations: int
     ica_change: float
     converged: bool
-    seconds: dict[str, float]
 
 
 def standardise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,7 +100,6 @@ def spatial_ica(
     k: int,
     *,
     seed: int = 0,
-    gram: TokenGram | None = None,
     tol: float = 1e-6,
     max_iter: int = 1000,
 ) -> IcaResult:
@@ -118,8 +114,6 @@ def spatial_ica(
         Number of maps, 1 <= k <= min(T - 1, neurons).
     seed
         Of the ICA start (`seeded_start`) and of the eigenvector search.
-    gram
-        A `TokenGram` that has seen exactly these layers; consumed. Saves the first pass.
     tol, max_iter
         See `fastica`.
 
@@ -133,14 +127,12 @@ def spatial_ica(
     A dead neuron, or a dead layer, is a sample at the origin: it gets the same value near zero in
     every map, never NaN.
     """
-    seconds: dict[str, float] = {}
-    clock = time.perf_counter()
+    gram: TokenGram | None = None
+    for z in layers():
+        gram = gram or TokenGram(z.shape[0], device=z.device)
+        gram.update(z)
     if gram is None:
-        for z in layers():
-            gram = gram or TokenGram(z.shape[0], device=z.device)
-            gram.update(z)
-        if gram is None:
-            raise InvalidInput("no layers to find networks in")
+        raise InvalidInput("no layers to find networks in")
     tokens, neurons = gram.tokens, gram.neurons
     if not 1 <= k <= min(tokens - 1, neurons):
         raise InvalidInput(
@@ -150,10 +142,8 @@ def spatial_ica(
     total_variance = gram.total_variance
     centred = gram.finish()
     del gram
-    clock = _lap(seconds, "gram", clock)
     eigen = top_eigenvectors(centred, k, seed=seed)
     del centred
-    clock = _lap(seconds, "eigenvectors", clock)
     projected = torch.cat(
         [z.to(eigen.vectors.device, torch.float32).T @ eigen.vectors for z in layers()]
     )
@@ -163,13 +153,10 @@ def spatial_ica(
         )
     x_white, scaled = _whiten(projected, eigen.vectors)
     del projected
-    clock = _lap(seconds, "whitening", clock)
     unmixing = fastica(x_white, w_init=seeded_start(scaled, seed), tol=tol, max_iter=max_iter)
-    clock = _lap(seconds, "fastica", clock)
     maps, time_courses = _maps(x_white, unmixing.W, scaled)
     explained = time_courses.double().square().sum(dim=0) * neurons / total_variance
     order = explained.argsort(descending=True, stable=True)
-    _lap(seconds, "maps", clock)
     return IcaResult(
         maps=maps[order],
         time_courses=time_courses[:, order],
@@ -179,27 +166,7 @@ def spatial_ica(
         ica_iterations=unmixing.iterations,
         ica_change=unmixing.change,
         converged=eigen.converged and unmixing.converged,
-        seconds=seconds,
     )
-
-
-def time_courses(layers: Layers, maps: Tensor) -> Tensor:
-    """A = Z pinv(maps), [T, k] float32: each network's activity at each token.
-
-    ``maps`` is [k, sum of N_l] over the neurons of ``layers`` in order; the result is on the first layer's device.
-    """
-    activity, start = None, 0
-    for z in layers():
-        part = maps[:, start : start + z.shape[1]]
-        if part.shape[1] != z.shape[1]:
-            break
-        start += z.shape[1]
-        product = z.float() @ part.T.to(z.device, torch.float32)
-        activity = product if activity is None else activity.add_(product.to(activity.device))
-    if activity is None or start != maps.shape[1]:
-        raise InvalidInput(f"maps cover {maps.shape[1]} neurons, the layers another number of them")
-    inverse = torch.linalg.pinv(maps.double() @ maps.double().T, hermitian=True)
-    return (activity.double() @ inverse.to(activity.device)).float()
 
 
 def matched_correlation(maps_a: Tensor, maps_b: Tensor) -> Tensor:
@@ -234,12 +201,6 @@ def match(maps_a: Tensor, maps_b: Tensor) -> tuple[Tensor, Tensor]:
     correlation = (unit_a @ unit_b.T).abs()
     _, partner = linear_sum_assignment(correlation.cpu().numpy(), maximize=True)
     return torch.as_tensor(partner, device=correlation.device), correlation
-
-
-def _lap(seconds: dict[str, float], part: str, since: float) -> float:
-    now = time.perf_counter()
-    seconds[part] = now - since
-    return now
 
 
 def _whiten(projected: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:

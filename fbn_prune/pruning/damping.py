@@ -78,14 +78,6 @@ def warn_of_outliers(gram: Tensor) -> None:
     )
 
 
-def damped(gram: Tensor, share: float) -> Tensor:
-    """H with the :func:`ridge` on its diagonal: of an all-zero H, the identity.
-
-    Positive definite for every share > 0 and exact H, also for dead neurons and fewer tokens than neurons.
-    """
-    return _on_diagonal(gram, ridge(gram, share))
-
-
 def factored(gram: Tensor, added: float) -> Tensor:
     """Cholesky factor of H + `added` I, with as little more on the diagonal as it takes.
 

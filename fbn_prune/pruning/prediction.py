@@ -19,6 +19,7 @@ from fbn_prune.errors import FbnPruneError
 from fbn_prune.model.heads import HeadCut
 from fbn_prune.model.surgery import MlpCut
 from fbn_prune.pruning.criteria import HeadEvidence, LayerEvidence, OutputEvidence
+from fbn_prune.pruning.second_order import output_error
 
 MOST_RISE = 4.0
 """Nats for each unit of summed relative error."""
@@ -58,14 +59,14 @@ def _relative(
     evidence: OutputEvidence, kept: Tensor, new_weight: Tensor, new_bias: Tensor | None
 ) -> float:
     weight, gram, mean = evidence.weight, evidence.gram, evidence.mean
-    difference = weight.clone()
-    difference[:, kept.to(weight.device)] -= new_weight.to(weight)
-    lost = float(((difference @ gram) * difference).sum())
+    kept, new_weight = kept.to(weight.device), new_weight.to(weight)
+    lost = output_error(weight, gram, kept, new_weight)
     if new_bias is not None:
         shift = -new_bias.to(weight)
         if evidence.bias is not None:
             shift = shift + evidence.bias
-        lost += float(2 * shift @ (difference @ mean) + shift @ shift)
+        mean_error = weight @ mean - new_weight @ mean[kept]
+        lost += float(2 * shift @ mean_error + shift @ shift)
     energy = float(((weight @ gram) * weight).sum())
     return max(lost, 0.0) / energy if energy > 0 else 0.0
 

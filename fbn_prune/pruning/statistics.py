@@ -56,14 +56,6 @@ class GramStatistics:
         """Mean activation, float64 [neurons]."""
         return self._sum / (self.count or 1)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"count": torch.tensor(self.count), "sum": self._sum, "upper": self._upper}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.count = state["count"].item()
-        self._sum = state["sum"].clone()
-        self._upper = state["upper"].clone()
-
 
 class CrossStatistics:
     """Cross product of a target t with x, both [tokens, neurons], and the target's mean: what a refit to the output
@@ -100,15 +92,3 @@ class CrossStatistics:
     def target_mean(self) -> Tensor:
         """Mean target, float64 [neurons]."""
         return self._target_sum / (self.count or 1)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {
-            "count": torch.tensor(self.count),
-            "target_sum": self._target_sum,
-            "cross": self._cross,
-        }
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.count = state["count"].item()
-        self._target_sum = state["target_sum"].clone()
-        self._cross = state["cross"].clone()
