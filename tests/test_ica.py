@@ -268,7 +268,7 @@ def test_layers_of_different_token_counts_are_refused() -> None:
 
 
 def test_no_layers_are_refused() -> None:
-    with pytest.raises(InvalidInput, match="no layers"):
+    with pytest.raises(InvalidInput, match="there are no layers"):
         ica.spatial_ica(lambda: [], 3)
 
 
