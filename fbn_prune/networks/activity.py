@@ -1,8 +1,8 @@
 """Time courses of known networks on new text, and the principal components of the same activity.
 
-The mean and standard deviation stored with the networks standardise the new activations to Z; the time courses are A
-= Z pinv(maps) (arXiv 2502.20408). The model runs layer by layer, so only one layer's activations are in memory at a
-time.
+The mean and standard deviation stored with the networks standardise the new activations to Z. The time courses A are
+Z times the pseudo-inverse of the maps (arXiv 2502.20408). The model runs layer by layer, so only one layer's
+activations are in memory at a time.
 """
 
 from __future__ import annotations

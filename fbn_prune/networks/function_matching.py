@@ -19,9 +19,9 @@ from torch import Tensor
 
 SHARPNESS = 3.0
 """How steeply a document's weight grows with its standardised score. Chosen among 0.75, 1.5, 3 and 6 on the embedded
-model only, measured on calibration text that nothing else used (`eval/quality/task_table.py --model builtin
---tune`, `eval/results/task_tuning_builtin.json`). At 1.5, documents of other kinds keep a quarter to a third of
-the weight; at 6, too few documents remain."""
+model only, by `eval/quality/task_table.py --model builtin --tune` on calibration text that nothing else used
+(`eval/results/task_tuning_builtin.json`). At 1.5, documents of other kinds keep a quarter to a third of the
+weight; at 6, too few documents remain."""
 
 EXAMPLES_SHARE = 0.3
 """Share of the statistics that the task's own examples get, whatever their number."""

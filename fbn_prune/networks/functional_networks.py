@@ -123,8 +123,7 @@ class FunctionalNetworks:
         return [int(part.sum()) for part in self.by_layer(self.members(network, z))]
 
     def layers_spanned(self, network: int, z: float = HUB_Z) -> list[int]:
-        """Return the layers that hold at least one member of a network at threshold `z`; by default, at least one
-        hub."""
+        """Return the layers that hold a member of a network at threshold `z`; by default, a hub."""
         return [layer for layer, n in enumerate(self.members_by_layer(network, z)) if n > 0]
 
     def union(self, networks: Sequence[int], z: float = MEMBER_Z) -> Tensor:

@@ -175,8 +175,7 @@ def spatial_ica(
 
 
 def matched_correlation(maps_a: Tensor, maps_b: Tensor) -> Tensor:
-    """Return the abs correlation of each map of A [k, n] with its partner from :func:`match` in B [k, n]; float64
-    [k]."""
+    """Return the abs correlation of each map of A [k, n] with its :func:`match` in B [k, n]; float64 [k]."""
     partner, correlation = match(maps_a, maps_b)
     return correlation.gather(1, partner[:, None])[:, 0]
 

@@ -1,11 +1,10 @@
-"""Measure how a model's loss changes when neurons are masked, retained alone or amplified: the causal test of
-networks.
+"""Measure how a model's loss changes when neurons are masked, retained alone or amplified.
 
-The design follows arXiv 2502.20408: measure each network by itself, then growing unions of the strongest networks,
-and compare both with random sets that have as many neurons in each layer. A second control takes sets of the same
-size from the principal components of the same space; it shows whether statistical independence matters. Losses are
-reported for each text and each task separately, so that they show what a network is for. Hooks change the
-activations; the weights are neither copied nor changed.
+This is the causal test of what networks do, after arXiv 2502.20408: measure each network by itself, then growing
+unions of the strongest networks, and compare both with random sets that have as many neurons in each layer. A second
+control takes sets of the same size from the principal components of the same space; it shows whether statistical
+independence matters. Losses are reported for each text and each task separately, so that they show what a network is
+for. Hooks change the activations; the weights are neither copied nor changed.
 """
 
 from __future__ import annotations
@@ -86,7 +85,7 @@ class Ablated:
 
 @dataclass(frozen=True)
 class Band:
-    """The model's quality with each of several random sets changed; all sets have the same number of neurons in each
+    """The model's quality with each of several random sets changed; the sets have equal numbers of neurons in each
     layer."""
 
     neurons: int
@@ -125,8 +124,7 @@ class Band:
 
 @dataclass(frozen=True)
 class Step:
-    """One point of a growing curve: the union of the first `networks` networks of the order, and its controls of
-    equal size.
+    """One point of a growing curve: the union of the first `networks` networks, and its controls of equal size.
 
     `components` changes the neurons with the largest weights in as many principal components; None without this
     control.

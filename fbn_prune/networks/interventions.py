@@ -38,16 +38,14 @@ def masked(adapter: ModelAdapter, silent: Sequence[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def retained(adapter: ModelAdapter, kept: Sequence[Tensor]) -> Iterator[None]:
-    """Set the activations of all neurons but `kept` to zero inside the context; masks and errors as in
-    :func:`masked`."""
+    """Set the activations of all neurons but `kept` to zero inside the context; see :func:`masked`."""
     with masked(adapter, [~mask for mask in kept]):
         yield
 
 
 @contextmanager
 def amplified(adapter: ModelAdapter, chosen: Sequence[Tensor], factor: float) -> Iterator[None]:
-    """Multiply the activations of `chosen` neurons by `factor` inside the context; masks and errors as in
-    :func:`masked`.
+    """Multiply the activations of `chosen` neurons by `factor` inside the context; see :func:`masked` for the masks.
 
     Factor 1 leaves every logit unchanged to the bit; factor 0 equals :func:`masked` where activations are finite.
     """

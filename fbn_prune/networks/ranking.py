@@ -1,7 +1,7 @@
 """Rank networks: by the output energy that they carry, or by the loss rise when they are knocked out.
 
-The energy of a network is its engagement (the mean square of its time course) times the sum over layers of ``||W_l
-(z_l * std_l)||²``, the squared MLP output for one unit of the time course. Knock-out (arXiv 2502.20408) masks a
+The energy of a network is its engagement (the mean square of its time course) times the squared MLP output for one
+unit of the time course: the sum over layers of ``||W_l (z_l * std_l)||²``. Knock-out (arXiv 2502.20408) masks a
 network's hubs and measures the rise of the loss: the causal test, at one pass per network.
 """
 

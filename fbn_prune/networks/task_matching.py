@@ -61,8 +61,7 @@ class MatchedCalibration:
 def task_calibration(
     task: Task, data: CalibrationData, tokenizer: Any, *, context: int, vocabulary: int
 ) -> TaskCalibration:
-    """Tokenize a task's texts into blocks of at most `context` tokens, and remove its test questions from the generic
-    data.
+    """Tokenize a task into blocks of at most `context` tokens, and remove its test questions from the generic data.
 
     Raises
     ------

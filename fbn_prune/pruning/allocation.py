@@ -62,14 +62,12 @@ def uniform_widths(budget: int, widths: Sequence[int], multiple: int) -> list[in
 
 
 def at_most(budget: int, layers: int, multiple: int) -> int:
-    """Return the largest number of neurons up to `budget` that uniform widths can keep: at least one multiple per
-    layer."""
+    """Return the largest number of neurons up to `budget` for uniform widths of at least one multiple."""
     return max(budget // (layers * multiple), 1) * layers * multiple
 
 
 def network_scores(networks: FunctionalNetworks, down_weights: Iterable[Tensor]) -> list[Tensor]:
-    """Return ``m_j * sqrt(std_j * ||W_j||)`` for each neuron: its weight in the networks times the output that it
-    carries.
+    """Return each neuron's part in the networks times the output that it carries: ``m_j * sqrt(std_j * ||W_j||)``.
 
     m_j is the largest abs z over ALL networks, because a neuron that is small in every network matters to none.
 
@@ -93,8 +91,7 @@ def network_scores(networks: FunctionalNetworks, down_weights: Iterable[Tensor])
 
 
 def member_scores(networks: FunctionalNetworks, kept: Sequence[int]) -> list[Tensor]:
-    """Return the largest abs z over the kept networks (the published threshold rule); float64 [neurons] for each
-    layer."""
+    """Return the largest abs z over the kept networks (the published rule); float64 [neurons] for each layer."""
     strongest = networks.maps[list(kept)].abs().amax(0).double()
     return [strongest[networks.layer_slice(i)] for i in range(len(networks.widths))]
 

@@ -1,10 +1,9 @@
-"""Criteria that cut a layer to a width: the second-order step, and the baselines to compare it with at the same
-budget.
+"""Criteria that cut a layer to a width: the second-order step, and the baselines to compare it with.
 
 A criterion is one function from a layer's evidence and a width to a cut, registered by name. Sources of the
 baselines: Wanda (arXiv 2306.11695), summed over a neuron's column; FLAP (arXiv 2312.11983) with its bias
 compensation; membership, the union of thresholded network maps without a refit (arXiv 2508.05239), and
-membership-bias, which also moves the removed neurons' mean output into a bias, as that paper does.
+membership-bias, that paper's option to move the removed neurons' mean output into a bias.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ class OutputEvidence:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadEvidence(OutputEvidence):
-    """Evidence for one layer's attention: the inputs are the heads' channels, `group` channels for each group of
+    """Evidence for one layer's attention: the inputs are the heads' channels, `group` of them for each group of
     heads."""
 
     group: int
@@ -192,11 +191,10 @@ def membership_with_bias(evidence: LayerEvidence, width: int) -> MlpCut:
 
 @register_criterion("second-order")
 def second_order_cut(evidence: LayerEvidence, width: int) -> MlpCut:
-    """Choose neurons by optimal brain surgeon, and refit the output weights; an output bias absorbs the change of
-    mean.
+    """Choose neurons by optimal brain surgeon, and refit the output weights.
 
-    It does not use the networks, which determine only the budget and the widths: in measurements, protecting the kept
-    networks' hubs raised the perplexity.
+    An output bias, if there is one, absorbs the change of mean. The networks determine only the budget and the
+    widths: in measurements, protecting the kept networks' hubs raised the perplexity.
     """
     gram, cross = _signal(evidence)
     scored = _scored(evidence, gram, cross)
@@ -277,8 +275,7 @@ def cuts_to_widths(
 
 
 def neuron_costs(evidence: LayerEvidence) -> Tensor:
-    """Return each neuron's cost, in squared MLP output, when a layer's neurons are removed cheapest first; float64
-    [N]."""
+    """Return each neuron's cost in squared MLP output, when neurons are removed cheapest first; float64 [N]."""
     gram = evidence.gram
     if evidence.bias is not None:
         gram = centred(gram, evidence.mean)

@@ -234,8 +234,8 @@ def _fitted(
 
 @dataclass(frozen=True)
 class FinishedLayer:
-    """A layer's cut in the dtype that will be stored, its relative error (MLP plus weighted attention), and damping
-    messages."""
+    """A layer's cut in the stored dtype, its relative error (MLP plus weighted attention), and messages about
+    damping."""
 
     cut: MlpCut
     relative_error: float

@@ -79,8 +79,7 @@ def warn_of_outliers(gram: Tensor) -> None:
 
 
 def factored(gram: Tensor, added: float) -> Tensor:
-    """Return the Cholesky factor of H + `added` I; if that fails, add more to the diagonal, with a
-    :class:`DampingWarning`.
+    """Return the Cholesky factor of H + `added` I, with more added (and a :class:`DampingWarning`) if that fails.
 
     Raises
     ------
@@ -139,8 +138,8 @@ def refit_share(share: float, tokens: float, neurons: int) -> float:
 
 
 def constant_neurons(gram: Tensor, mean: Tensor) -> Tensor:
-    """Return a mask, bool [neurons], of neurons whose variance float32 sums cannot distinguish from zero, including
-    dead ones."""
+    """Return a mask, bool [neurons], of neurons whose variance float32 sums cannot distinguish from zero, as of dead
+    ones."""
     energy = gram.diagonal()
     return energy - mean.square() <= RESOLVED_VARIANCE * energy
 

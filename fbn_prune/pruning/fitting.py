@@ -63,8 +63,7 @@ def fitting_cuts(
 
 
 def fitting_head_cut(evidence: HeadEvidence, groups: int, *, stored: torch.dtype) -> HeadCut:
-    """Cut the attention like :func:`fitting_cuts`; the second order chooses the groups, whatever the criterion for
-    neurons."""
+    """Cut the attention as :func:`fitting_cuts` cuts the MLP; the second order always chooses the groups."""
     return _fitting(
         evidence,
         stored,
@@ -114,8 +113,7 @@ class DampingNotes:
 
     @contextmanager
     def heard(self, layer: int, part: str = "") -> Iterator[None]:
-        """Record each :class:`DampingWarning` issued inside the context, with the prefix `part`; other warnings pass
-        through."""
+        """Record each :class:`DampingWarning` issued inside the context, prefixed by `part`; pass other warnings on."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", DampingWarning)
             yield

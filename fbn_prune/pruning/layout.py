@@ -81,8 +81,7 @@ class LayoutRequest:
 
 @dataclass(frozen=True)
 class Layout:
-    """The chosen widths, the rule that gave them, and the loss rise over dense of each candidate tried (nats a
-    token).
+    """The chosen widths, the rule that gave them, and each tried candidate's loss rise over dense, in nats a token.
 
     A rule's name with a number, as in "networks 0.5", is that part of the way from the even split to the rule's own
     widths.
@@ -128,7 +127,7 @@ def choose_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -
     rules = _rules(request)
     if not rules:
         return Layout(_uniform(request), UNIFORM)
-    if request.layout == "ragged" and rules == ["members"]:  # published without a trial
+    if request.layout == "ragged" and rules == ["members"]:  # the published rule has no trial
         return Layout(_ranked(subject, request, "members", clock), "members")
     shaping, trying = subject.blocks.split(_tried_every(subject.blocks.tokens))
     if not shaping.blocks:

@@ -45,8 +45,7 @@ class PredictedRise:
 
 
 def relative_error(evidence: LayerEvidence, cut: MlpCut) -> float:
-    """Return E||y - y'||² / E||y||², for a layer's MLP output y (without its bias in E||y||²) and the cut MLP's
-    output y'."""
+    """Return E||y - y'||² / E||y||² for the outputs y, y' of a layer's MLP before and after (no bias in E||y||²)."""
     return _relative(evidence, cut.kept, cut.down_weight, cut.down_bias)
 
 
@@ -81,8 +80,7 @@ def predicted_rise(errors: Sequence[float]) -> PredictedRise:
 def check_rise(
     before: float, after: float, predicted: PredictedRise, vocabulary: int
 ) -> str | None:
-    """Return a sentence if the measured rise from perplexity `before` to `after` is outside the predicted range, else
-    None.
+    """Return a sentence if the loss rise between two perplexities is outside the predicted range, else None.
 
     Raises
     ------

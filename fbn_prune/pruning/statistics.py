@@ -69,8 +69,7 @@ class CrossStatistics:
         self._cross = torch.zeros(width, width, dtype=torch.float64, device=device)
 
     def update(self, target: Tensor, x: Tensor, weights: Tensor | None = None) -> None:
-        """Add the tokens of target and x, both [tokens, neurons], each counted `weights` [tokens] times (once by
-        default)."""
+        """Add the tokens of target and x, both [tokens, neurons], each counted `weights` [tokens] times."""
         target, x = target.float(), x.float()
         if weights is None:
             self.count += x.shape[0]

@@ -1,5 +1,4 @@
-"""Train low-rank adapters so that the cut model predicts what the dense model predicts, and merge them into its
-weights.
+"""Train low-rank adapters so that the cut model predicts what the dense model predicts, and merge them.
 
 LoRA (arXiv 2106.09685) on every linear map of the decoder layers, through peft and accelerate. The loss is the
 Kullback-Leibler divergence of the cut model's next-token distribution from the dense model's (arXiv 1503.02531), so
@@ -45,8 +44,7 @@ KEEPING_SHARE = 0.05
 """Share of the time to spend on storing states, so that large states are stored less often."""
 
 STATES = "distilled-"
-"""Names of stored states begin with this; the number of finished steps follows, so the last name is the latest state.
-"""
+"""Prefix of the names of stored states; the number of finished steps follows, so the last name is the latest state."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +73,7 @@ class DistillationOptions:
 
     @classmethod
     def for_width(cls, hidden_size: int) -> DistillationOptions:
-        """Return options with a learning rate that falls with the model's width, as a step's effect on a layer's
-        output grows."""
+        """Return options with a learning rate that falls with the width, because a step then changes the output more."""
         return cls(learning_rate=min(5e-3, RATE_TIMES_WIDTH / hidden_size))
 
 
@@ -222,9 +219,7 @@ def _adapted(
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # peft's warnings are about its internals; users cannot act on them
+        warnings.simplefilter("ignore")  # about peft's internals; users cannot act on them
         torch.manual_seed(options.seed)
         adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)

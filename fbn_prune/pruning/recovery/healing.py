@@ -26,8 +26,7 @@ BATCH_TOKENS = 2048
 
 @dataclass(frozen=True)
 class RecoveryOptions:
-    """`passes` over the blocks in each of the two steps, the `rank` of the adapters, and the `seed` of the blocks'
-    order."""
+    """`passes` over the blocks in each of the two steps, `rank` of the adapters, `seed` of the order of the blocks."""
 
     passes: int
     rank: int
@@ -79,8 +78,7 @@ def heal(
 
 
 def linear_maps(adapter: ModelAdapter) -> dict[str, nn.Module]:
-    """Return every linear map of the decoder layers by its name in the live model: the modules that healing may
-    change."""
+    """Return every linear map of the decoder layers, which healing may change, by its name in the live model."""
     return {
         name: module
         for name, module in adapter.model.named_modules()
