@@ -33,8 +33,7 @@ class IcaConvergenceWarning(UserWarning):
 
 @dataclass(frozen=True)
 class EigenResult:
-    """The k leading eigenpairs of a symmetric matrix, largest first: `vectors` [size, k] float32, `values` [k]
-    float64.
+    """The k leading eigenpairs of a symmetric matrix, largest first: `vectors` [size, k], `values` [k].
 
     `residual` estimates the Frobenius norm of the tangents of the angles between `vectors` and the true leading
     subspace: sqrt(sum_i (|K v_i - t_i v_i| / (t_i - t_(k+1)))^2). It is 0 for an exact decomposition.

@@ -85,8 +85,7 @@ class Ablated:
 
 @dataclass(frozen=True)
 class Band:
-    """The model's quality with each of several random sets changed; the sets have equal numbers of neurons in each
-    layer."""
+    """The model's quality with each of several random sets changed, all with equal numbers of neurons in each layer."""
 
     neurons: int
     qualities: tuple[Quality, ...]

@@ -102,18 +102,12 @@ def recurrence_between_starts(
         0.9; `correlation_seeds` and `iou_seeds`, the mean abs correlation and mean overlap of members with the
         partner.
     """
-    each = len(maps) // len(spans)
+    found = [part[:, span] for part, span in zip(maps.chunk(len(spans)), spans, strict=True)]
     shared, correlation, overlap = [], [], []
     for seed in seeds:
-        parts = [
-            _again(maps[i * each : (i + 1) * each, span], seed) for i, span in enumerate(spans)
-        ]
-        found = [maps[i * each : (i + 1) * each, span] for i, span in enumerate(spans)]
-        matched = [ica.matched_correlation(a, b).cpu() for a, b in zip(found, parts, strict=True)]
-        correlation.append(torch.cat(matched))
-        overlap.append(
-            torch.cat([ica.spatial_overlap(a, b).cpu() for a, b in zip(found, parts, strict=True)])
-        )
+        pairs = [(part, _from_start(part, seed)) for part in found]
+        correlation.append(torch.cat([ica.matched_correlation(a, b).cpu() for a, b in pairs]))
+        overlap.append(torch.cat([ica.spatial_overlap(a, b).cpu() for a, b in pairs]))
         shared.append((correlation[-1] >= SHARED_CORRELATION).double())
     return {
         "shared_seeds": torch.stack(shared).mean(0).tolist(),
@@ -122,7 +116,7 @@ def recurrence_between_starts(
     }
 
 
-def _again(maps: Tensor, seed: int) -> Tensor:
+def _from_start(maps: Tensor, seed: int) -> Tensor:
     """The maps that another start finds in the space of `maps`."""
     return fastica(maps.T.contiguous(), seed=seed).W.to(maps.dtype) @ maps
 

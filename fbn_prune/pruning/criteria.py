@@ -56,8 +56,7 @@ class OutputEvidence:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadEvidence(OutputEvidence):
-    """Evidence for one layer's attention: the inputs are the heads' channels, `group` of them for each group of
-    heads."""
+    """Evidence for one layer's attention: the inputs are the heads' channels, `group` of them per group of heads."""
 
     group: int
 

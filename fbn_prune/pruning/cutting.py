@@ -185,8 +185,8 @@ def _finished_layers(
             own = layer
         del layer
         # Without sequential mode, layers do not depend on one another: each process fits one layer of a group.
-        whole = 1 if options.sequential else distributed.world()
-        if len(group) < whole and group[-1] + 1 < layers:
+        size = 1 if options.sequential else distributed.world()
+        if len(group) < size and group[-1] + 1 < layers:
             continue
         finished: list[FinishedLayer] | None = None
         if own is not None:
@@ -234,8 +234,7 @@ def _fitted(
 
 @dataclass(frozen=True)
 class FinishedLayer:
-    """A layer's cut in the stored dtype, its relative error (MLP plus weighted attention), and messages about
-    damping."""
+    """A layer's cut in the stored dtype, its relative error (MLP plus weighted attention), and damping messages."""
 
     cut: MlpCut
     relative_error: float

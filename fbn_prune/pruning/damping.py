@@ -138,8 +138,7 @@ def refit_share(share: float, tokens: float, neurons: int) -> float:
 
 
 def constant_neurons(gram: Tensor, mean: Tensor) -> Tensor:
-    """Return a mask, bool [neurons], of neurons whose variance float32 sums cannot distinguish from zero, as of dead
-    ones."""
+    """Return a mask, bool [neurons], of neurons whose variance float32 sums cannot distinguish from zero."""
     energy = gram.diagonal()
     return energy - mean.square() <= RESOLVED_VARIANCE * energy
 

@@ -217,8 +217,7 @@ class EvidencePass:
 
 
 class _Statistics:
-    """Sums over the input of one output projection; with `both`, also over a target, the mean of both streams'
-    inputs."""
+    """Sums over the input of one output projection; with `both`, also over the mean of both streams' inputs."""
 
     def __init__(self, width: int, device: torch.device, *, both: bool) -> None:
         self.own = GramStatistics(width, device)

@@ -73,7 +73,7 @@ class DistillationOptions:
 
     @classmethod
     def for_width(cls, hidden_size: int) -> DistillationOptions:
-        """Return options with a learning rate that falls with the width, because a step then changes the output more."""
+        """Return options with a learning rate that falls with the width, as a step then changes the output more."""
         return cls(learning_rate=min(5e-3, RATE_TIMES_WIDTH / hidden_size))
 
 
