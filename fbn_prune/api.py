@@ -17,7 +17,7 @@ from fbn_prune.export.hub import check_push, push_to_hub
 from fbn_prune.networks.cards import network_cards
 from fbn_prune.networks.estimator import SpatialICA
 from fbn_prune.networks.functional_networks import FunctionalNetworks
-from fbn_prune.networks.structure import Recurrence, recurrence
+from fbn_prune.networks.recurrence import Recurrence, recurrence
 from fbn_prune.progress import Display, StageClock
 from fbn_prune.pruning.criteria import register_criterion
 from fbn_prune.pruning.recovery.gain import Recovery

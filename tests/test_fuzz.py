@@ -154,7 +154,7 @@ def test_numbers_too_long_for_python_in_the_networks_header_are_refused(tmp_path
     path = tmp_path / "networks.safetensors"
     header = '{"format": ' + "1" * 5000 + "}"
     save_file({"maps": torch.zeros(1, 1)}, path, metadata={METADATA_KEY: header})
-    with pytest.raises(InvalidInput, match="its header is not JSON"):
+    with pytest.raises(InvalidInput, match="the metadata is not JSON"):
         FunctionalNetworks.load(path)
 
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from fbn_prune.cli.main import _exit_code
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.adapter import ModelAdapter
-from fbn_prune.networks.ablation import Ablation, largest, random_like
+from fbn_prune.networks.intervention_effects import Ablation, largest, random_like
 from fbn_prune.networks.interventions import amplified, masked, retained
 
 IDS = torch.arange(2, 40)[None]

@@ -51,23 +51,6 @@ def test_the_order_of_the_batches_leaves_no_trace() -> None:
     assert torch.equal(forwards.gram, forwards.gram.T)
 
 
-def test_a_pass_can_be_split_and_joined_through_its_state() -> None:
-    x, target = torch.randn(30, 4), torch.randn(30, 4)
-    whole, first, second = (GramStatistics(4) for _ in range(3))
-    whole_cross, first_cross, second_cross = (CrossStatistics(4) for _ in range(3))
-    whole.update(x)
-    whole_cross.update(target, x)
-    first.update(x[:13])
-    first_cross.update(target[:13], x[:13])
-    second.load_state_dict(first.state_dict())
-    second_cross.load_state_dict(first_cross.state_dict())
-    second.update(x[13:])
-    second_cross.update(target[13:], x[13:])
-    assert torch.allclose(second.gram, whole.gram, atol=1e-6)
-    assert torch.allclose(second_cross.cross, whole_cross.cross, atol=1e-6)
-    assert torch.allclose(second_cross.target_mean, target.double().mean(0), atol=1e-6)
-
-
 def test_a_nan_or_an_infinity_is_noticed() -> None:
     for bad in (float("nan"), float("inf")):
         x = torch.randn(6, 3)

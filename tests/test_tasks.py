@@ -24,7 +24,6 @@ from fbn_prune.data.examples import (
 )
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.adapter import ModelAdapter
-from fbn_prune.networks import ica
 from fbn_prune.networks.activity import (
     block_activity,
     principal_maps,
@@ -59,14 +58,6 @@ def test_a_weight_counts_like_repetition(repeats: list[int]) -> None:
     again.update(target.repeat_interleave(times, 0), x.repeat_interleave(times, 0))
     assert torch.allclose(crossed.cross, again.cross, atol=1e-5)
     assert torch.allclose(crossed.target_mean, again.target_mean, atol=1e-6)
-
-
-def test_weighted_statistics_survive_their_state_dict() -> None:
-    first, second = GramStatistics(4), GramStatistics(4)
-    first.update(activations(6, 4), torch.full((6,), 0.25, dtype=torch.float64))
-    second.load_state_dict(first.state_dict())
-    assert second.count == 1.5
-    assert torch.equal(first.gram, second.gram)
 
 
 def test_weights_follow_their_blocks_into_batches() -> None:
@@ -150,7 +141,7 @@ def found() -> tuple[FunctionalNetworks, TokenBlocks, torch.Tensor]:
         **options,
     )
     sampled = SampledActivations(adapter, blocks, 10**6, **options)
-    courses = ica.time_courses(lambda: iter(list(sampled)), networks.maps)
+    courses = torch.cat(list(sampled), dim=1) @ torch.linalg.pinv(networks.maps)
     return networks, blocks, courses
 
 

@@ -15,7 +15,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from fbn_prune.data.calibration import Batch, TokenBlocks, read_documents, tokenize_document
+from fbn_prune.data.calibration import Batch, TokenBlocks, tokenize_document
+from fbn_prune.data.documents import read_documents
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint

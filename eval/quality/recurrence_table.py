@@ -29,7 +29,7 @@ from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.perplexity import perplexity
 from fbn_prune.networks.functional_networks import FunctionalNetworks
-from fbn_prune.networks.structure import (
+from fbn_prune.networks.recurrence import (
     SHARED_CORRELATION,
     STARTS,
     recurrence,

@@ -18,7 +18,9 @@ from fbn_prune.data.calibration import Batch, TokenBlocks
 from fbn_prune.data.calibration import tokenize_document as tokenize
 from fbn_prune.data.documents import read_documents
 from fbn_prune.errors import InvalidInput
-from fbn_prune.networks.ablation import (
+from fbn_prune.networks.activity import principal_networks, second_moment, time_courses
+from fbn_prune.networks.functional_networks import HUB_Z
+from fbn_prune.networks.intervention_effects import (
     Ablated,
     Ablation,
     ActionName,
@@ -29,8 +31,6 @@ from fbn_prune.networks.ablation import (
     check_sizes,
     largest,
 )
-from fbn_prune.networks.activity import principal_networks, second_moment, time_courses
-from fbn_prune.networks.functional_networks import HUB_Z
 from fbn_prune.networks.ranking import strongest_first
 from fbn_prune.progress import StageClock
 from fbn_prune.recipe import Recipe

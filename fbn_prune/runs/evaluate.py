@@ -20,7 +20,7 @@ from fbn_prune.data.harness_files import TaskConfig, task_from_file
 from fbn_prune.data.harness_tasks import document_question, load_tasks, task_manager
 from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.networks.ablation import TaskFigures
+from fbn_prune.networks.intervention_effects import TaskFigures
 from fbn_prune.recipe import DtypeName
 from fbn_prune.runs.setup import chosen_device
 
