@@ -212,9 +212,7 @@ class PruningConfig(BaseModel):
         by_members = self.layout != "uniform" and self.widths == "members"
         if self.criterion in CRITERION_NAMES:
             return by_members or self.criterion.startswith("membership")
-        from fbn_prune.pruning.criteria import (
-            NEED_NETWORKS,
-        )  # whoever registered it has loaded torch
+        from fbn_prune.pruning.criteria import NEED_NETWORKS  # imports torch
 
         return by_members or self.criterion in NEED_NETWORKS
 

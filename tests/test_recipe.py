@@ -34,7 +34,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     ("values", "message"),
     [
         ({"keep_network": 5}, "unknown key 'keep_network'; did you mean 'keep_networks'"),
-        ({"zzz": 5}, "unknown key 'zzz'; known: model"),
+        ({"zzz": 5}, "unknown key 'zzz'; known: tokens"),
         ({"keep_networks": 0}, "at least one network"),
         ({"keep_networks": -3}, "at least one network"),
         ({"keep_networks": 65}, "only 64 networks"),

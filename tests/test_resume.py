@@ -404,7 +404,9 @@ def test_a_disk_that_fills_up_while_shards_are_copied_leaves_no_half(
 
     with monkeypatch.context() as patch:
         patch.setattr(store.shutil, "copyfile", full)
-        with pytest.raises(FbnPruneError, match=r"cannot write .*: No space left on device; finished"):
+        with pytest.raises(
+            FbnPruneError, match=r"cannot write .*: No space left on device; finished"
+        ):
             run(place, tmp_path / "out", work_dir=elsewhere, **SHARDED)
     assert not list(tmp_path.iterdir())
     assert resumed(place, tmp_path / "out", work_dir=elsewhere) == []

@@ -193,9 +193,8 @@ def measure_on_tasks(
     InvalidInput, FbnPruneError
         See :func:`resolve_tasks` and :func:`evaluate`.
     """
-    with redirect_stderr(
-        io.StringIO()
-    ):  # loading data sets draws progress bars even without a terminal
+    # Loading data sets draws progress bars even without a terminal.
+    with redirect_stderr(io.StringIO()):
         loaded = load_tasks(resolve_tasks(names))["tasks"]
 
     def with_tokenizer(tokenizer: Any) -> Callable[[PreTrainedModel], TaskFigures]:
