@@ -30,7 +30,7 @@ def read_questions(path: Path) -> list[tuple[str, str]]:
 def token_rows(
     tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], length: int
 ) -> torch.Tensor:
-    """Join the documents, each after a bos token, and cut them into int64 [rows, length], without a shorter last row."""
+    """Join the documents, each after a bos, and cut them into int64 [rows, length], without a shorter last row."""
     stream = [token for text in texts for token in tokenizer(text, verbose=False)["input_ids"]]
     rows = len(stream) // length
     return torch.tensor(stream[: rows * length], dtype=torch.int64).view(rows, length)
