@@ -225,7 +225,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
         assert not output.exists()
 
     code = TaskSource("code", pruned)
-    refused("two tasks have one name", code, code)
+    refused("two tasks have the same name", code, code)
     refused("is not that of .*other", code, base=other)
     trained = tmp_path / "trained"
     shutil.copytree(pruned, trained)
@@ -235,7 +235,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
     refused("layers.1.mlp.up_proj.weight .* or trained afterwards", TaskSource("code", trained))
     wide = KeptNeurons((32,) * LAYERS, (torch.arange(4),) * LAYERS)
     wide.save(tmp_path / "wide.safetensors")
-    refused("is of layers of", TaskSource("code", tmp_path / "wide.safetensors"))
+    refused("is for layers of", TaskSource("code", tmp_path / "wide.safetensors"))
     (trained / KEPT_FILE).unlink()
     refused("no such file", TaskSource("code", trained))
 
@@ -251,7 +251,7 @@ def test_a_damaged_bundle_is_refused(tmp_path: Path) -> None:
     pruned = prune(model, tmp_path / "pruned", [8] * LAYERS, 0)
     folder = tmp_path / "bundle"
     bundled(model, folder, {"code": pruned}, link=True)
-    with pytest.raises(InvalidInput, match="is no bundle"):
+    with pytest.raises(InvalidInput, match="is not a bundle"):
         Bundle.open(pruned)
     task = folder / "tasks" / "code"
     tensors = load_file(task / "down.safetensors")
@@ -269,7 +269,7 @@ def test_a_damaged_bundle_is_refused(tmp_path: Path) -> None:
     for change, message in (
         ({"format": 7}, "format 7"),
         ({"order": []}, "lacks its tasks"),
-        ({"order": ["../code"]}, "is no name of a task"),
+        ({"order": ["../code"]}, "is not a valid task name"),
         ({"base": str(tmp_path / "gone")}, "there is no folder"),
     ):
         (folder / "bundle.json").write_text(json.dumps(content | change))

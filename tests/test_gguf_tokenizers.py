@@ -333,7 +333,7 @@ REFUSED: dict[str, tuple[Callable[[], Tokenizer], str]] = {
     ),
     "not split at all": (
         lambda: byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)),
-        "no name for here",
+        "no name for this way",
     ),
     "digits in runs": (
         lambda: byte_level(
@@ -344,9 +344,9 @@ REFUSED: dict[str, tuple[Callable[[], Tokenizer], str]] = {
                 ]
             )
         ),
-        "no name for here",
+        "no name for this way",
     ),
-    "another expression": (lambda: byte_level(split_by(r"\s+|\S+")), "no name for here"),
+    "another expression": (lambda: byte_level(split_by(r"\s+|\S+")), "no name for this way"),
     "the expression with what follows": (
         lambda: byte_level(
             pre_tokenizers.Sequence(
@@ -356,7 +356,7 @@ REFUSED: dict[str, tuple[Callable[[], Tokenizer], str]] = {
                 ]
             )
         ),
-        "no name for here",
+        "no name for this way",
     ),
     "split twice": (
         lambda: byte_level(
@@ -367,7 +367,7 @@ REFUSED: dict[str, tuple[Callable[[], Tokenizer], str]] = {
                 ]
             )
         ),
-        "no name for here",
+        "no name for this way",
     ),
     "words taken whole": (lambda: byte_level(ignore_merges=True), "ignore_merges"),
     "lower case": (lambda: byte_level(normalizer=normalizers.Lowercase()), "Lowercase"),
@@ -451,7 +451,7 @@ REFUSED: dict[str, tuple[Callable[[], Tokenizer], str]] = {
     ),
     "split by white space": (
         lambda: sentencepiece(pre_tokenizer=pre_tokenizers.Whitespace()),
-        "no name for here",
+        "no name for this way",
     ),
     "token behind a space alone": (
         lambda: with_token(sentencepiece(), "<tool>", normalized=True),

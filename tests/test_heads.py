@@ -153,7 +153,7 @@ def test_what_is_measured_is_what_stock_transformers_loads(
     )
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| attention heads | 12 | 6 | -50.0 % |" in card
-    assert "Of 12 attention heads 6 stay" in card
+    assert "6 of 12 attention heads remain" in card
 
 
 def test_a_refit_beats_leaving_the_kept_heads_as_they_were(text: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A finished output folder on the Hugging Face Hub: refused before any work where it could not go there."""
+"""Push a finished output folder to the Hugging Face Hub, after a check before any work that this will be possible."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,  # of the library that the Hub's client speaks through
+    HTTPError,  # of the HTTP library that huggingface_hub uses
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -45,13 +45,13 @@ def check_push(repo: str, *, overwrite: bool = False) -> None:
         raise InvalidInput(f"--push-to-hub {repo}: write USER/NAME or ORGANISATION/NAME")
     api = HfApi()
     try:
-        person = api.whoami()
-        own = {person["name"], *(group["name"] for group in person.get("orgs", []))}
+        account = api.whoami()
+        own = {account["name"], *(group["name"] for group in account.get("orgs", []))}
         if namespace not in own:
             raise InvalidInput(
-                f"--push-to-hub {repo}: {person['name']} may push to {', '.join(sorted(own))}"
+                f"--push-to-hub {repo}: {account['name']} may push to {', '.join(sorted(own))}"
             )
-        there = _files(api, repo)
+        existing = _files(api, repo)
     except LocalTokenNotFoundError:
         raise InvalidInput(
             f"--push-to-hub {repo}: not logged in: run `hf auth login` or set HF_TOKEN"
@@ -60,9 +60,9 @@ def check_push(repo: str, *, overwrite: bool = False) -> None:
         raise InvalidInput(
             f"--push-to-hub {repo}: the Hub does not accept it: {_line(error)}"
         ) from None
-    if there and not overwrite:
+    if existing and not overwrite:
         raise InvalidInput(
-            f"--push-to-hub {repo}: the repository holds {there[0]}; name another, or --overwrite"
+            f"--push-to-hub {repo}: the repository holds {existing[0]}; name another, or --overwrite"
         )
 
 
@@ -107,7 +107,7 @@ def push_to_hub(
 
 
 def _files(api: HfApi, repo: str) -> list[str]:
-    """What a repository holds beside what the Hub itself puts there; nothing where there is none."""
+    """Return the files of a repository except those that the Hub creates; empty if it does not exist."""
     try:
         return [name for name in api.list_repo_files(repo) if name != ".gitattributes"]
     except RepositoryNotFoundError:
