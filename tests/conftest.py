@@ -1,8 +1,30 @@
-"""Before any test imports torch."""
+"""What every test may ask for: one saved model and one text, and threads that do not spin."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
-# Two workers share two cores: threads that spin while they wait take them from each other.
+import pytest
+
+# Before any test imports torch. Two workers share two cores: threads that spin while they wait take them from each
+# other.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama to read; a test that changes it works on a copy."""
+    from tiny_models import save_tiny
+
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A calibration text of some 14,000 tokens to read."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(
+        "".join(f"{i} apples cost {i * 3} pence, and {i % 7} pears. " for i in range(400))
+    )
+    return path

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import struct
 from collections.abc import Callable
 from fnmatch import fnmatch
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILY_CONFIGS, make_model, save_tiny
+from tiny_models import FAMILY_CONFIGS, PATHS, logits, make_model, save_tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -22,17 +24,23 @@ from fbn_prune.model.families import family_of
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-TOKENS = torch.arange(3, 40).view(1, -1)
+UP = "model.layers.1.mlp.up_proj.weight"
+DOWN = "model.layers.0.mlp.down_proj"
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return save_tiny(tmp_path / "model")
+def folder(tiny: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny, tmp_path / "model")
+
+
+@pytest.fixture(scope="module")
+def saved_in_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("shards"), max_shard_size="8KB")
 
 
 @pytest.fixture
-def sharded(tmp_path: Path) -> Path:
-    return save_tiny(tmp_path / "model", max_shard_size="8KB")
+def sharded(saved_in_shards: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(saved_in_shards, tmp_path / "sharded")
 
 
 def edit_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -55,9 +63,9 @@ def refusal(path: str | Path) -> str:
     return message
 
 
-@pytest.mark.parametrize("name", FAMILY_CONFIGS)
 @pytest.mark.parametrize("shard", ["5GB", "8KB"])
-def test_every_family_opens_and_loads_as_it_was_saved(
+@pytest.mark.parametrize("name", [*PATHS, "llama-tied", "gpt_neox"])
+def test_a_checkpoint_opens_and_loads_as_it_was_saved(
     name: str, shard: str, tmp_path: Path
 ) -> None:
     checkpoint = Checkpoint.open(save_tiny(tmp_path, name, max_shard_size=shard))
@@ -75,8 +83,7 @@ def test_every_family_opens_and_loads_as_it_was_saved(
     model = checkpoint.load_model("cpu", torch.float32)
     assert not model.training
     assert model.config.use_cache is False
-    with torch.no_grad():
-        assert torch.equal(model(TOKENS).logits, original(TOKENS).logits)
+    assert torch.equal(logits(model), logits(original))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -89,7 +96,7 @@ def test_dtype_of_the_file_and_of_the_loaded_model_are_independent(
     assert checkpoint.load_model("cpu", torch.float32).dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "llama", "falcon", "gpt_neox"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama"])
 def test_names_of_the_base_model_are_understood(name: str, tmp_path: Path) -> None:
     save_tiny(tmp_path, name)
     family = family_of(FAMILY_CONFIGS[name]())
@@ -103,8 +110,7 @@ def test_names_of_the_base_model_are_understood(name: str, tmp_path: Path) -> No
     checkpoint = Checkpoint.open(tmp_path)
     assert not any(key.startswith(root) for key in checkpoint.names)
     model = checkpoint.load_model("cpu", torch.float32)
-    with torch.no_grad():
-        assert torch.equal(model(TOKENS).logits, make_model(name)(TOKENS).logits)
+    assert torch.equal(logits(model), logits(make_model(name)))
 
 
 def test_the_meta_device_loads_names_and_shapes_without_weights(folder: Path) -> None:
@@ -128,9 +134,7 @@ def test_opening_changes_nothing_in_the_folder(sharded: Path) -> None:
 # What is asked for
 
 
-@pytest.mark.parametrize(
-    "name", ["./nowhere", "/nowhere/at/all", "~/nowhere-at-all", "a/b/c", "x/"]
-)
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at", "~/nowhere-at", "a/b/c", "x/"])
 def test_a_path_that_does_not_exist_is_not_sought_on_the_hub(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,12 +143,9 @@ def test_a_path_that_does_not_exist_is_not_sought_on_the_hub(
     assert "there is no folder" in refusal(Path("missing"))
 
 
-def test_an_empty_folder(tmp_path: Path) -> None:
+def test_no_folder_of_files(tmp_path: Path, tiny: Path) -> None:
     assert "is empty" in refusal(tmp_path)
-
-
-def test_a_file_in_place_of_the_folder(folder: Path) -> None:
-    assert "is a file" in refusal(folder / WEIGHTS)
+    assert "is a file" in refusal(tiny / WEIGHTS)
 
 
 def test_a_hub_id_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,33 +184,22 @@ def test_from_the_hub_only_safetensors_come_and_only_after_the_config_is_accepte
 # The config
 
 
-def test_no_config(folder: Path) -> None:
-    (folder / "config.json").unlink()
-    assert "no config.json" in refusal(folder)
-    (folder / "adapter_config.json").write_text("{}")
-    assert "merge it" in refusal(folder)
-
-
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("", "not readable JSON"),
-        ("{'model_type'", "not readable JSON"),
-        ("[" * 100_000, "not readable JSON"),
-        ("[1, 2]", "must hold a JSON object, found list"),
-        ("null", "must hold a JSON object, found NoneType"),
-        ("{}", "no model_type"),
-        ('{"model_type": "llama", "intermediate_size": "wide"}', "not a valid 'llama' config"),
+        (b"", "not readable JSON"),
+        (b"{'model_type'", "not readable JSON"),
+        (b"[" * 100_000, "not readable JSON"),
+        (b"\xff\xfe\x00", "not readable JSON"),
+        (b"[1, 2]", "must hold a JSON object, found list"),
+        (b"null", "must hold a JSON object, found NoneType"),
+        (b"{}", "no model_type"),
+        (b'{"model_type": "llama", "intermediate_size": "wide"}', "not a valid 'llama' config"),
     ],
 )
-def test_a_config_that_is_none(folder: Path, text: str, reason: str) -> None:
-    (folder / "config.json").write_text(text)
+def test_a_config_that_is_none(folder: Path, text: bytes, reason: str) -> None:
+    (folder / "config.json").write_bytes(text)
     assert reason in refusal(folder)
-
-
-def test_a_config_in_another_encoding(folder: Path) -> None:
-    (folder / "config.json").write_bytes(b"\xff\xfe\x00")
-    assert "not readable JSON" in refusal(folder)
 
 
 # The weights
@@ -262,47 +252,39 @@ def test_a_broken_safetensors_file_is_named(folder: Path, how: str) -> None:
     assert f"{file} is not a complete safetensors file" in message
 
 
-def test_a_broken_shard_is_named(sharded: Path) -> None:
-    shard = sorted(sharded.glob("*.safetensors"))[1]
-    shard.write_bytes(shard.read_bytes()[:-10])
-    assert shard.name in refusal(sharded)
-
-
-def test_only_pickled_weights(folder: Path) -> None:
-    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
-    message = refusal(folder)
-    assert "pytorch_model.bin" in message
-    assert "convert them to safetensors" in message
-
-
-def test_no_weights_at_all(folder: Path) -> None:
-    (folder / WEIGHTS).unlink()
-    assert f"neither {WEIGHTS} nor {INDEX}" in refusal(folder)
-
-
-def test_shards_without_an_index(sharded: Path) -> None:
-    (sharded / INDEX).unlink()
-    assert "no index names it" in refusal(sharded)
-
-
-def test_an_index_that_names_an_absent_shard(sharded: Path) -> None:
-    shard = sorted(sharded.glob("*.safetensors"))[0]
-    shard.unlink()
-    assert f"names {shard.name}, which is not in the folder" in refusal(sharded)
+def first_shard(folder: Path) -> Path:
+    return sorted(folder.glob("*.safetensors"))[0]
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("damage", "message"),
     [
-        "../secret.safetensors",
-        "sub/../../secret.safetensors",
-        "/etc/secret.safetensors",
-        "..\\secret.safetensors",
-        "C:\\secret.safetensors",
-        "model.bin",
-        7,
+        (lambda f: first_shard(f).write_bytes(b"short"), "model-00001-of"),
+        (lambda f: (f / INDEX).unlink(), "no index names it"),
+        (lambda f: first_shard(f).unlink(), "names model-00001-of"),
+        (
+            lambda f: edit_json(
+                f / INDEX, lambda index: index["weight_map"].update(extra=first_shard(f).name)
+            ),
+            "says that extra is in model-00001-of",
+        ),
+        *(
+            (lambda f, text=text: (f / INDEX).write_text(text), INDEX)
+            for text in ("{}", '{"weight_map": {}}', '{"weight_map": [1]}', "[]", "{")
+        ),
     ],
 )
+def test_shards_and_an_index_that_do_not_go_together(
+    damage: Callable[[Path], object], message: str, sharded: Path
+) -> None:
+    damage(sharded)
+    assert message in refusal(sharded)
+
+
+OUTSIDE = ["../secret", "sub/../../secret", "/etc/secret", "..\\secret", "C:\\secret"]
+
+
+@pytest.mark.parametrize("name", [*(f"{path}.safetensors" for path in OUTSIDE), "model.bin", 7])
 def test_an_index_that_leads_out_of_the_folder(sharded: Path, name: object) -> None:
     (sharded.parent / "secret.safetensors").write_bytes(b"")
 
@@ -313,98 +295,90 @@ def test_an_index_that_leads_out_of_the_folder(sharded: Path, name: object) -> N
     assert "shards must be .safetensors files in the checkpoint's folder" in refusal(sharded)
 
 
-def test_an_index_that_promises_a_tensor_its_shard_has_not(sharded: Path) -> None:
-    shard = sorted(sharded.glob("*.safetensors"))[0].name
-    edit_json(sharded / INDEX, lambda index: index["weight_map"].update(extra=shard))
-    assert f"says that extra is in {shard}, but it is not" in refusal(sharded)
-
-
-@pytest.mark.parametrize("text", ["{}", '{"weight_map": {}}', '{"weight_map": [1]}', "[]", "{"])
-def test_an_index_that_is_none(sharded: Path, text: str) -> None:
-    (sharded / INDEX).write_text(text)
-    assert INDEX in refusal(sharded)
-
-
 # Weights against the config
 
 
-def test_a_missing_mlp_tensor(folder: Path) -> None:
-    edit_tensors(folder / WEIGHTS, lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
-    assert "no tensor model.layers.1.mlp.up_proj.weight" in refusal(folder)
+def change_config(**changes: object) -> Callable[[Path], None]:
+    return lambda f: edit_json(f / "config.json", lambda config: config.update(changes))
 
 
-def test_fewer_layers_than_the_config_means(folder: Path) -> None:
-    edit_json(folder / "config.json", lambda config: config.update(num_hidden_layers=9_000))
-    assert "no tensor model.layers.3.mlp.gate_proj.weight" in refusal(folder)
+def change_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    return lambda f: edit_tensors(f / WEIGHTS, change)
 
 
-def test_no_layers(folder: Path) -> None:
-    edit_json(folder / "config.json", lambda config: config.update(num_hidden_layers=0))
-    assert "0 layers" in refusal(folder)
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "config.json").unlink(), "no config.json"),
+        (lambda f: (f / "config.json").rename(f / "adapter_config.json"), "merge it"),
+        (lambda f: (f / WEIGHTS).unlink(), f"neither {WEIGHTS} nor {INDEX}"),
+        (
+            lambda f: (f / WEIGHTS).rename(f / "pytorch_model.bin"),
+            r"pytorch_model.bin.*convert them to safetensors",
+        ),
+        (change_tensors(lambda t: t.pop(UP)), f"no tensor {UP}"),
+        (change_config(num_hidden_layers=9_000), "no tensor model.layers.3.mlp.gate_proj.weight"),
+        (change_config(num_hidden_layers=0), "0 layers"),
+        (change_config(intermediate_size=20), r"has shape .*config.json means \[(20, 16|16, 20)\]"),
+        (
+            change_tensors(lambda t: t.update({f"{DOWN}.bias": torch.zeros(16)})),
+            "config.json means no MLP bias",
+        ),
+        (
+            change_tensors(lambda t: t.update({f"{DOWN}.weight": t[f"{DOWN}.weight"].char()})),
+            "is stored as torch.int8",
+        ),
+        (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer"),
+        (lambda f: (f / "tokenizer.json").write_text("{}"), "the tokenizer cannot be loaded"),
+    ],
+)
+def test_files_that_are_missing_or_do_not_go_together(
+    damage: Callable[[Path], object], message: str, folder: Path
+) -> None:
+    damage(folder)
+    assert re.search(message, refusal(folder))
 
 
-def test_a_width_other_than_the_configs(folder: Path) -> None:
-    edit_json(folder / "config.json", lambda config: config.update(intermediate_size=20))
-    message = refusal(folder)
-    assert "has shape" in message
-    assert "config.json requires [20, 16]" in message or "config.json requires [16, 20]" in message
-
-
-def test_a_bias_the_config_does_not_mean(folder: Path) -> None:
-    name = "model.layers.0.mlp.down_proj.bias"
-    edit_tensors(folder / WEIGHTS, lambda t: t.update({name: torch.zeros(16)}))
-    assert "config.json says no MLP bias" in refusal(folder)
-
-
-def test_quantized_weights(folder: Path) -> None:
-    name = "model.layers.0.mlp.down_proj.weight"
-    edit_tensors(folder / WEIGHTS, lambda t: t.update({name: t[name].to(torch.int8)}))
-    assert "is stored as torch.int8" in refusal(folder)
-
-
-def test_a_model_with_tensors_missing_is_not_filled_up_with_random_ones(folder: Path) -> None:
-    edit_tensors(folder / WEIGHTS, lambda t: t.pop("model.norm.weight"))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.norm.weight"), r"not in the checkpoint, first model\.norm\.weight"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(5)}),
+            r"model\.norm\.weight has shape \[5\].*needs \[16\]",
+        ),
+    ],
+)
+def test_tensors_outside_the_mlp_are_not_filled_up_with_random_ones(
+    change: Callable[[dict[str, torch.Tensor]], object], message: str, folder: Path
+) -> None:
+    edit_tensors(folder / WEIGHTS, change)
     checkpoint = Checkpoint.open(folder)
-    with pytest.raises(InvalidInput, match=r"not in the checkpoint, first model\.norm\.weight"):
-        checkpoint.load_model("cpu", torch.float32)
-
-
-def test_a_tensor_of_another_shape_is_named_on_loading(folder: Path) -> None:
-    edit_tensors(folder / WEIGHTS, lambda t: t.update({"model.norm.weight": torch.ones(5)}))
-    checkpoint = Checkpoint.open(folder)
-    with pytest.raises(InvalidInput, match=r"model\.norm\.weight has shape \[5\].*needs \[16\]"):
+    with pytest.raises(InvalidInput, match=message):
         checkpoint.load_model("cpu", torch.float32)
 
 
 # The tokenizer
 
 
-def test_no_tokenizer(folder: Path) -> None:
-    (folder / "tokenizer.json").unlink()
-    assert "has no tokenizer" in refusal(folder)
-
-
-def test_a_tokenizer_that_cannot_be_read(folder: Path) -> None:
-    (folder / "tokenizer.json").write_text("{}")
-    assert "the tokenizer cannot be loaded" in refusal(folder)
-
-
-def test_a_tokenizer_that_returns_nothing(folder: Path) -> None:
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())).save_pretrained(folder)
-    assert "returns no tokens" in refusal(folder)
-
-
-def test_a_tokenizer_that_fails_on_text(folder: Path) -> None:
-    tokenizer = Tokenizer(models.WordLevel({"word": 0}))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    assert "the tokenizer fails on text" in refusal(folder)
-
-
-def test_a_tokenizer_that_knows_no_word(folder: Path) -> None:
-    tokenizer = Tokenizer(models.WordLevel({"word": 0, "<unk>": 1}, unk_token="<unk>"))
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: models.BPE(), "makes no tokens of text"),
+        (lambda: models.WordLevel({"word": 0}), "the tokenizer fails on text"),
+        (
+            lambda: models.WordLevel({"word": 0, "<unk>": 1}, unk_token="<unk>"),
+            "nothing but the unknown token",
+        ),
+    ],
+)
+def test_a_tokenizer_that_cannot_read_text(
+    model: Callable[[], Any], message: str, folder: Path
+) -> None:
+    tokenizer = Tokenizer(model())
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
-    assert "only the unknown token" in refusal(folder)
+    assert message in refusal(folder)
 
 
 def test_a_tokenizer_of_a_larger_vocabulary(tmp_path: Path) -> None:

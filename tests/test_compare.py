@@ -12,8 +12,9 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import small_runs
 import torch
-from tiny_models import save_tiny
+from small_runs import refused, run_json
 
 from fbn_prune.cli.main import _exit_code
 from fbn_prune.model.surgery import MlpCut
@@ -22,41 +23,25 @@ from fbn_prune.recipe import CRITERION_NAMES
 from fbn_prune.runs import compare, memory
 from fbn_prune.runs.study import Studied
 
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+TWO = ("--criteria", "flap,second-order")
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(
-        "".join(f"{i} apples cost {i * 3} pence, and {i % 7} pears. " for i in range(400))
-    )
-    return path
-
-
-def arguments(model: Path, text: Path) -> list[str]:
-    small = "--tokens 1000 --network-tokens 600 --networks 6 --context 48 --width-multiple 4"
-    return ["--model", str(model), "--calibration", str(text), *small.split()]
-
-
-def shown(capsys: pytest.CaptureFixture[str], command: list[str]) -> dict[str, Any]:
-    capsys.readouterr()
-    assert _exit_code([*command, "--json"]) == 0, capsys.readouterr().err
-    return json.loads(capsys.readouterr().out)
+def arguments(model: Path, text: Path, *more: str) -> list[str]:
+    return small_runs.arguments(model, text, None, "--width-multiple", "4", *more)
 
 
 def test_a_comparison_gives_what_single_runs_give(
     tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = shown(capsys, ["compare", *arguments(tiny, text), "--kept", "0.67,0.5"])
+    criteria = ("second-order", "membership", "random")
+    flags = ["--kept", "0.67,0.5", "--criteria", ",".join(criteria)]
+    result = run_json(capsys, "compare", *arguments(tiny, text), *flags)
     assert [budget["kept"] for budget in result["budgets"]] == [0.67, 0.5]
-    for criterion in ("second-order", "flap", "membership", "random"):
-        output = tmp_path / criterion
-        more = ["--criterion", criterion, "--sparsity", "0.5", "--output", str(output)]
-        alone = shown(capsys, [*arguments(tiny, text), *more])
+    for criterion in criteria:
+        more = ["--criterion", criterion, "--sparsity", "0.5"]
+        alone = run_json(
+            capsys, *arguments(tiny, text, "--output", str(tmp_path / criterion)), *more
+        )
         cell = result["budgets"][1]
         assert cell["perplexity"][criterion] == pytest.approx(alone["perplexity_after"], rel=1e-5)
         assert cell["widths"] == alone["widths"]
@@ -72,7 +57,7 @@ def test_a_comparison_goes_on_where_it_stopped(
 ) -> None:
     path = tmp_path / "table.json"
     command = ["compare", *arguments(tiny, text), "--kept", "0.5", "--output-path", str(path)]
-    whole = shown(capsys, [*command[:-1], str(tmp_path / "whole.json")])
+    whole = run_json(capsys, *[*command[:-1], str(tmp_path / "whole.json")])
     measured = []
     measure = compare._perplexity
 
@@ -85,11 +70,11 @@ def test_a_comparison_goes_on_where_it_stopped(
     monkeypatch.setattr(compare, "_perplexity", fails_at_the_third)
     assert _exit_code(command) == 130
     assert len(json.loads(path.read_text())["budgets"][0]["perplexity"]) == 2
-    again = shown(capsys, command)
+    again = run_json(capsys, *command)
     # Two were measured and the third was stopped; the rest are done now, and none of it again.
     assert len(measured) == 1 + len(whole["budgets"][0]["perplexity"])
     assert again == whole
-    assert shown(capsys, command) == whole
+    assert run_json(capsys, *command) == whole
     assert len(measured) == 1 + len(whole["budgets"][0]["perplexity"])
 
 
@@ -141,19 +126,12 @@ def _parameters() -> list[torch.nn.Parameter]:
     return [each for each in gc.get_objects() if type(each) is torch.nn.Parameter]
 
 
-@pytest.mark.parametrize("interrupted_in", [None, 1, 2])
+@pytest.mark.parametrize("interrupted_in", [None, 2])
 def test_a_comparison_leaves_the_model_as_it_was_also_when_it_is_interrupted(
     interrupted_in: int | None, tiny: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watched = Watched(monkeypatch, interrupted_in)
-    command = [
-        "compare",
-        *arguments(tiny, text),
-        "--kept",
-        "0.5",
-        "--criteria",
-        "flap,second-order",
-    ]
+    command = ["compare", *arguments(tiny, text, "--kept", "0.5", *TWO)]
     assert _exit_code(command) == (0 if interrupted_in is None else 130)
     assert watched.measured == (interrupted_in or 2)
     assert watched.is_as_before()
@@ -169,8 +147,7 @@ def test_a_comparison_that_fails_leaves_the_model_as_it_was(
         return replace(rounded(cut, dtype), down_weight=cut.down_weight.fill_(torch.inf))
 
     monkeypatch.setattr(cutting, "rounded_cut", infinite)
-    criteria = ["--criteria", "flap,second-order"]
-    command = ["compare", *arguments(tiny, text), "--kept", "0.5", *criteria]
+    command = ["compare", *arguments(tiny, text, "--kept", "0.5", *TWO)]
     assert _exit_code(command) == 1
     assert "not finite" in capsys.readouterr().err
     assert watched.measured == 1
@@ -208,9 +185,8 @@ def test_a_comparison_on_a_disk_without_room_says_so_before_it_cuts(
         "fbn_prune.export.directory.shutil.disk_usage", lambda _: usage._replace(free=10)
     )
     more = ["--kept", "0.5", "--output-path", str(tmp_path / "table.json")]
-    assert _exit_code(["compare", *arguments(tiny, text), *more]) == 2
-    error = capsys.readouterr().err
-    assert f"folder of temporary files {tmp_path} needs" in error
+    message = f"folder of temporary files {tmp_path} needs"
+    refused(capsys, ["compare", *arguments(tiny, text), *more], message)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -219,14 +195,13 @@ def test_another_comparisons_file_is_not_mixed_in(
 ) -> None:
     path = tmp_path / "table.json"
     more = ["--kept", "0.5", "--criteria", "magnitude", "--output-path", str(path)]
-    shown(capsys, ["compare", *arguments(tiny, text), *more])
+    command = ["compare", *arguments(tiny, text, *more)]
+    run_json(capsys, *command)
     content = path.read_text()
-    assert _exit_code(["compare", *arguments(tiny, text), *more, "--seed", "1"]) == 2
-    assert "another model, calibration or seed" in capsys.readouterr().err
+    refused(capsys, [*command, "--seed", "1"], "another model, calibration or seed")
     assert path.read_text() == content
     path.write_text("[]")
-    assert _exit_code(["compare", *arguments(tiny, text), *more]) == 2
-    assert "does not hold a comparison" in capsys.readouterr().err
+    refused(capsys, command, "is no comparison")
 
 
 @pytest.mark.parametrize(
@@ -243,35 +218,24 @@ def test_another_comparisons_file_is_not_mixed_in(
 def test_compare_refuses_in_one_line(
     more: list[str], message: str, tiny: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert _exit_code(["compare", *arguments(tiny, text), *more]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert len(error.splitlines()) == 1
+    refused(capsys, ["compare", *arguments(tiny, text), *more], message)
 
 
-def test_the_table_names_every_criterion(
-    tiny: Path, text: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = ["compare", *arguments(tiny, text), "--kept", "0.5", "--criteria", "flap,random"]
-    assert _exit_code(command) == 0
-    output = capsys.readouterr().out
-    assert "flap" in output
-    assert "random" in output
-    assert "50%" in output
-
-
-def test_the_plot_stands_beside_the_results_and_is_drawn_the_same_again(
+def test_the_table_names_every_criterion_and_its_plot_is_drawn_the_same_again(
     tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "table.json"
     more = ["--kept", "0.67,0.5", "--criteria", "second-order,random", "--output-path", str(path)]
-    shown(capsys, ["compare", *arguments(tiny, text), *more])
+    command = ["compare", *arguments(tiny, text, *more)]
+    assert _exit_code(command) == 0
+    output = capsys.readouterr().out
+    assert all(word in output for word in ("second-order", "random", "50%"))
     plot = (tmp_path / "table.svg").read_text()
     root = ElementTree.fromstring(plot)
     assert root.tag.endswith("svg")
     words = {"".join(element.itertext()).strip() for element in root.iter()}
     assert {"second-order", "random", "dense", "perplexity"} <= words
-    shown(capsys, ["compare", *arguments(tiny, text), *more])
+    run_json(capsys, *command)
     assert (tmp_path / "table.svg").read_text() == plot
     assert {file.name for file in tmp_path.iterdir()} == {"table.json", "table.svg"}
 
@@ -279,11 +243,10 @@ def test_the_plot_stands_beside_the_results_and_is_drawn_the_same_again(
 def test_a_budget_of_networks_is_that_of_a_run_that_keeps_them(
     tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = shown(
-        capsys, ["compare", *arguments(tiny, text), "--kept", "2,0.5", "--criteria", "second-order"]
-    )
+    flags = ["--kept", "2,0.5", "--criteria", "second-order"]
+    result = run_json(capsys, "compare", *arguments(tiny, text, *flags))
     more = ["--keep-networks", "2", "--output", str(tmp_path / "out")]
-    alone = shown(capsys, [*arguments(tiny, text), *more])
+    alone = run_json(capsys, *arguments(tiny, text, *more))
     (by_networks,) = [budget for budget in result["budgets"] if budget["networks"] == 2]
     assert by_networks["widths"] == alone["widths"]
     assert by_networks["perplexity"]["second-order"] == pytest.approx(
@@ -301,7 +264,5 @@ def test_a_model_that_memory_does_not_hold_is_refused_where_it_must_be_whole(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(memory, "free_memory", lambda device: 0)
-    capsys.readouterr()
-    given = [*arguments(tiny, text)][:-2]  # no width multiple: only compare cuts
-    assert _exit_code([command, *given]) == 2
-    assert "needs the whole model in memory" in capsys.readouterr().err
+    given = small_runs.arguments(tiny, text)  # without a width multiple: only compare cuts
+    refused(capsys, [command, *given], "has the whole model in memory")

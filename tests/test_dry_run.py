@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import arguments, run_json
-from tiny_models import FAMILY_CONFIGS, save_tiny
+from small_runs import arguments, run_json
+from tiny_models import PATHS, save_tiny
 
 from fbn_prune.cli.main import _exit_code
 from fbn_prune.recipe import build_recipe
@@ -17,18 +17,6 @@ from fbn_prune.runs.setup import prepare
 
 SIZES = ("parameters_before", "parameters_after", "bytes_after", "neurons_kept")
 HALF = ("--sparsity", "0.5")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"{i} apples cost {i * 3} pence. " for i in range(400)))
-    return path
 
 
 def predicted(capsys: pytest.CaptureFixture[str], model: Path, text: Path, *more: str) -> Any:
@@ -49,7 +37,7 @@ def test_the_sizes_predicted_are_those_written(
     tiny: Path,
     text: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    capsys: Any,
 ) -> None:
     args = arguments(tiny, text, tmp_path / "out", *flags, "--width-multiple", "1")
     said = run_json(capsys, *args, "--dry-run")
@@ -58,12 +46,9 @@ def test_the_sizes_predicted_are_those_written(
     assert {key: said[key] for key in exact} == {key: result[key] for key in exact}
 
 
-@pytest.mark.parametrize("name", FAMILY_CONFIGS)
+@pytest.mark.parametrize("name", PATHS)
 def test_every_architecture_gets_a_range_of_time(
-    name: str,
-    text: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    name: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = predicted(capsys, save_tiny(tmp_path, name), text)
     assert 0 < said["seconds_low"] <= said["seconds_high"] < 3600
@@ -91,10 +76,7 @@ def test_what_a_recipe_adds_is_passed_through_the_model(more: dict[str, Any]) ->
 
 
 def test_a_layer_that_cannot_be_built_or_held_leaves_the_time_out(
-    text: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    text: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = save_tiny(tmp_path / "model")
     there = predicted(capsys, model, text)

@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import CONTEXT, FAMILY_CONFIGS, HIDDEN, LAYERS, VOCAB, WIDTH, make_model
+from tiny_models import (
+    BIASED,
+    CONTEXT,
+    FAMILY_CONFIGS,
+    HIDDEN,
+    LAYERS,
+    VOCAB,
+    WIDTH,
+    logits,
+    make_model,
+)
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -17,12 +27,6 @@ from fbn_prune.model.families import FAMILIES, family_of
 from fbn_prune.model.surgery import MlpCut, cut_config, cut_of, cut_tensor
 
 every_family = pytest.mark.parametrize("name", FAMILY_CONFIGS)
-TOKENS = torch.arange(3, 40).view(1, -1)
-
-
-@torch.no_grad()
-def logits(model: PreTrainedModel) -> Tensor:
-    return model(TOKENS, use_cache=False).logits
 
 
 def plain_cut(model: PreTrainedModel, layer: int, kept: Tensor, **more: Any) -> MlpCut:
@@ -112,18 +116,13 @@ def test_locate_finds_every_mlp_tensor_and_no_other(name: str, prefixed: bool) -
 
 
 @every_family
-def test_keeping_every_neuron_changes_no_logit(name: str) -> None:
-    model = make_model(name)
-    before = logits(model)
-    cut_all(model, family_of(model.config).width(model.config))
-    assert torch.equal(logits(model), before)
-
-
-@every_family
-def test_removing_neurons_with_a_zero_column_changes_no_logit(name: str) -> None:
+def test_a_cut_changes_the_logits_by_what_the_neurons_said_and_no_more(name: str) -> None:
     model = make_model(name)
     adapter = ModelAdapter(model)
     width = adapter.widths[0]
+    before = logits(model)
+    cut_all(model, width)
+    assert torch.equal(logits(model), before), "every neuron was kept"
     for layer in range(LAYERS):
         silent = torch.ones(width, dtype=torch.bool)
         silent[some_neurons(width, width // 2, seed=layer)] = False
@@ -131,14 +130,8 @@ def test_removing_neurons_with_a_zero_column_changes_no_logit(name: str) -> None
     before = logits(model)
     cut_all(model, width // 2)
     torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
-
-
-@every_family
-def test_removing_neurons_that_speak_does_change_the_logits(name: str) -> None:
-    model = make_model(name)
-    before = logits(model)
     cut_all(model, 4)
-    assert (logits(model) - before).abs().max() > 1e-3
+    assert (logits(model) - before).abs().max() > 1e-3, "neurons that speak were removed"
 
 
 @every_family
@@ -162,37 +155,27 @@ def test_the_order_of_neurons_does_not_matter(name: str) -> None:
 
 
 @every_family
-def test_save_pretrained_keeps_the_cut(name: str, tmp_path: Path) -> None:
-    model = make_model(name)
-    cut_all(model, 8)
-    model.save_pretrained(tmp_path)
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert family_of(reloaded.config).width(reloaded.config) == 8
-    assert torch.equal(logits(reloaded), logits(model))
-
-
-@every_family
-def test_cut_tensors_are_the_live_models(name: str) -> None:
+def test_save_pretrained_keeps_the_cut_and_the_files_tensors_are_cut_alike(
+    name: str, tmp_path: Path
+) -> None:
     original, model = make_model(name), make_model(name)
     family = family_of(model.config)
     cuts = cut_all(model, 8)
+    model.save_pretrained(tmp_path)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert family.width(reloaded.config) == 8
+    assert torch.equal(logits(reloaded), logits(model))
     after = model.state_dict()
     for tensor_name, tensor in original.state_dict().items():
         if (cut := cut_of(family, tensor_name, cuts)) is not None:
             tensor = cut_tensor(family, original.config, tensor_name, tensor, cut)
         assert torch.equal(tensor, after[tensor_name]), tensor_name
-
-
-@every_family
-def test_a_module_reports_the_shape_it_has(name: str) -> None:
-    model = make_model(name)
-    cut_all(model, 8)
     module = repr(ModelAdapter(model).output_module(0))
     assert f"{4 * HIDDEN}" not in module
     assert "8" in module
 
 
-def test_output_weights_take_the_values_of_the_stored_dtype() -> None:
+def test_output_weights_take_the_values_of_the_stored_dtype_or_are_an_error() -> None:
     model = make_model("llama")
     cut = plain_cut(model, 0, torch.arange(8))
     adapter = ModelAdapter(model)
@@ -201,10 +184,6 @@ def test_output_weights_take_the_values_of_the_stored_dtype() -> None:
     assert weight.dtype == torch.float32
     assert torch.equal(weight, cut.down_weight.bfloat16().float())
     assert not torch.equal(weight, cut.down_weight)
-
-
-def test_an_output_weight_beyond_the_stored_dtype_is_an_error() -> None:
-    model = make_model("llama")
     cut = MlpCut(torch.arange(2), torch.full((HIDDEN, 2), 1e6))
     with pytest.raises(FbnPruneError, match=r"not finite in torch\.float16"):
         ModelAdapter(model).cut(0, cut, round_to=torch.float16)
@@ -228,7 +207,7 @@ def test_a_new_bias_reaches_the_output_and_the_config(name: str, tmp_path: Path)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval()), cut)
 
 
-@pytest.mark.parametrize("name", ["llama-mlp-bias", "gpt2", "gpt_neox", "opt", "falcon-bias"])
+@pytest.mark.parametrize("name", BIASED)
 def test_a_new_bias_replaces_the_one_that_is_there(name: str) -> None:
     model = make_model(name)
     adapter = ModelAdapter(model)
@@ -237,7 +216,7 @@ def test_a_new_bias_replaces_the_one_that_is_there(name: str) -> None:
     assert torch.equal(adapter.down_bias(0), bias)
 
 
-@pytest.mark.parametrize("name", ["qwen2", "mistral", "gemma2", "phi3", "falcon"])
+@pytest.mark.parametrize("name", ["qwen2", "phi3", "falcon"])
 def test_a_bias_without_a_place_is_refused(name: str) -> None:
     model = make_model(name)
     adapter = ModelAdapter(model)
@@ -264,9 +243,7 @@ def test_a_cut_config_changes_width_and_bias_alone() -> None:
 @pytest.mark.parametrize(
     ("kept", "weight", "bias"),
     [
-        (torch.tensor([2, 1]), torch.zeros(4, 2), None),
-        (torch.tensor([1, 1]), torch.zeros(4, 2), None),
-        (torch.tensor([-1, 1]), torch.zeros(4, 2), None),
+        *((torch.tensor(kept), torch.zeros(4, 2), None) for kept in ([2, 1], [1, 1], [-1, 1])),
         (torch.tensor([], dtype=torch.int64), torch.zeros(4, 0), None),
         (torch.tensor([0.0, 1.0]), torch.zeros(4, 2), None),
         (torch.tensor([0, 1]), torch.zeros(4, 3), None),
@@ -285,23 +262,14 @@ def test_an_inconsistent_cut_cannot_be_made(
     [
         ({}, "no model_type"),
         ({"model_type": 3}, "no model_type"),
-        (
-            {"model_type": "mixtral", "num_local_experts": 8},
-            r"mixture of experts \(num_local_experts=8\)",
-        ),
+        ({"model_type": "mixtral", "num_local_experts": 8}, r"mixture .*\(num_local_experts=8\)"),
         ({"model_type": "llama", "num_local_experts": 4}, "mixture of experts"),
         ({"model_type": "t5", "is_encoder_decoder": True}, "encoder-decoder"),
         ({"model_type": "gpt2", "add_cross_attention": True}, "encoder-decoder"),
         ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, "multimodal"),
         ({"model_type": "mamba"}, "'mamba' is not known"),
-        (
-            {"model_type": "llama", "quantization_config": {"quant_method": "gptq"}},
-            r"quantized \(gptq\)",
-        ),
-        (
-            {"model_type": "llama", "per_layer_config": {"0": {"intermediate_size": 3}}},
-            "different widths",
-        ),
+        ({"model_type": "llama", "quantization_config": {"quant_method": "x"}}, r"quantized \(x\)"),
+        ({"model_type": "llama", "per_layer_config": {"0": {"w": 3}}}, "different widths"),
     ],
 )
 def test_what_cannot_be_pruned_is_refused_in_one_line(config: dict[str, Any], reason: str) -> None:

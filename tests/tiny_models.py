@@ -99,6 +99,15 @@ FAMILY_CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
 }
 """Name -> config. GPT-2 and Falcon leave the width to its default, 4 * HIDDEN."""
 
+# The family table itself is tested for every name, in test_families.py. Elsewhere one name for each way through the
+# code is enough: separate gate and up; both in one tensor, as are the heads; Conv1D with biases and a default width;
+# tensors of other names in a layer that calls the projections itself.
+PATHS = ("llama", "phi3", "gpt2", "opt")
+BIASED = ("llama-mlp-bias", "gpt2", "opt", "falcon-bias")
+"""Families whose down projection has a bias; Falcon runs attention and MLP side by side."""
+
+TOKENS = torch.arange(3, 40).view(1, -1)
+
 
 def make_model(
     name: str,
@@ -115,6 +124,12 @@ def make_model(
             parameter.normal_(mean=0.0, std=0.3)
     model.config.dtype = dtype
     return model.to(dtype).eval()
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
+    """What the model says of a prompt, in float32."""
+    return model(tokens, use_cache=False).logits.float()
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
