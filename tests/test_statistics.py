@@ -9,8 +9,6 @@ from hypothesis import strategies as st
 from fbn_prune.networks.gram import add_gram, mirror_upper
 from fbn_prune.pruning.statistics import CrossStatistics, GramStatistics
 
-torch.set_num_threads(1)
-
 
 @given(tokens=st.integers(1, 40), width=st.sampled_from([1, 7, 512, 1030]), seed=st.integers(0, 99))
 @settings(deadline=None, max_examples=20)
@@ -24,7 +22,7 @@ def test_the_gram_from_half_the_products_is_the_whole_gram(
 
 
 @given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6), seed=st.integers(0, 99))
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 def test_streaming_equals_one_batch(sizes: list[int], seed: int) -> None:
     x = torch.randn(sum(sizes), 5, generator=torch.Generator().manual_seed(seed))
     statistics = GramStatistics(5)
