@@ -28,9 +28,9 @@ from transformers import PreTrainedTokenizerFast
 
 from fbn_prune.cli.main import _exit_code
 from fbn_prune.errors import InvalidInput
-from fbn_prune.export.gguf import write_gguf
 from fbn_prune.export.gguf_forms import _LLAMA_3, _QWEN_2
 from fbn_prune.export.gguf_tokenizer import gguf_tokenizer
+from fbn_prune.export.to_gguf import write as write_gguf
 from fbn_prune.model.checkpoint import Checkpoint
 
 pytest.importorskip("gguf")

@@ -25,7 +25,7 @@ from tiny_models import (
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fbn_prune.errors import InvalidInput
-from fbn_prune.export.gguf import write_gguf
+from fbn_prune.export.to_gguf import write as write_gguf
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.families import family_of

@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from fbn_prune.cli.main import app
+from fbn_prune.cli.main import build_app
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,7 +25,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def _commands() -> Iterator[str]:
-    group = typer.main.get_command(app)
+    group = typer.main.get_command(build_app())
     yield from _command("fbn-prune", group)
     for name, command in sorted(group.commands.items()):  # type: ignore[attr-defined]
         parts = getattr(command, "commands", None) or {"": command}

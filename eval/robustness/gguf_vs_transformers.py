@@ -20,7 +20,7 @@ import torch
 import typer
 
 from fbn_prune.data import builtin
-from fbn_prune.export.gguf import write_gguf
+from fbn_prune.export.to_gguf import write as write_gguf
 from fbn_prune.model.checkpoint import Checkpoint
 
 TEXTS = (
@@ -114,7 +114,7 @@ def main(
         checkpoint = Checkpoint.open(str(source), ragged=True)
         with tempfile.TemporaryDirectory() as temporary:
             gguf = Path(temporary, "model.gguf")
-            write_gguf(checkpoint, gguf, matrices="f32")
+            write_gguf(checkpoint, gguf, dtype="f32")
             table[folder.name] = facts = compare(checkpoint, gguf, tokens)
         good &= all(
             one["same_token_ids"]

@@ -12,7 +12,7 @@ from fbn_prune.cli.options import Json
 
 Model = Annotated[str, typer.Option("--model", help="Checkpoint folder or Hub id, pruned or not.")]
 Output = Annotated[Path, typer.Option("--output", help="File to write, such as model.gguf.")]
-Format = Annotated[Literal["gguf"], typer.Option("--to", help="Format to write.")]
+Format = Annotated[str, typer.Option("--to", help="Format to write.")]
 Matrices = Annotated[
     Literal["auto", "f32", "f16", "bf16"],
     typer.Option("--gguf-type", help="Type of the matrices; auto keeps the checkpoint's type."),
@@ -29,11 +29,13 @@ def command(
     json: Json = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a checkpoint as a GGUF file for llama.cpp."""
+    """Write a checkpoint in another format: GGUF for llama.cpp."""
     from fbn_prune import api
 
     display = console.display()
-    written = api.convert(model, output, gguf_type=gguf_type, overwrite=overwrite, display=display)
+    written = api.convert(
+        model, output, to=to, dtype=gguf_type, overwrite=overwrite, display=display
+    )
     for line in written["notes"]:
         display.note(f"note: {line}")
     if json:

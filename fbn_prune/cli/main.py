@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import os
+import pkgutil
 import signal
 import sys
 import traceback
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
 
-from fbn_prune.cli import (
-    ablate,
-    bundle,
-    compare,
-    convert,
-    dequantize,
-    discover,
-    evaluate,
-    inspect,
-    prune,
-    rank,
-    report,
-    run,
-    work,
-)
+from fbn_prune import cli
+from fbn_prune.cli import prune
 from fbn_prune.cli.options import ALL_FLAGS, DryRun, Json, Private, PushToHub, recipe_flags
 from fbn_prune.cli.quiet import quiet_libraries
 from fbn_prune.distributed import is_first, processes
@@ -44,18 +33,36 @@ fbn-prune --model MODEL --calibration text.txt --sparsity 0.3 --output small
 fbn-prune --model MODEL --task examples.jsonl --sparsity 0.75 --output expert
 """
 
-app = typer.Typer(
-    name="fbn-prune",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    help="Make a causal language model smaller: remove the MLP neurons that matter least, refit the others, and write "
-    "a checkpoint. Functional networks set how many stay (--keep-networks), or a share does (--sparsity).",
-    epilog=EXAMPLES,
-)
+_NO_COMMANDS = ("main", "prune")
+"""Modules whose `command` is the main job, which has no name of its own."""
 
 
-@app.callback(invoke_without_command=True)
+def build_app() -> typer.Typer:
+    """Return the command line: the main job, and every module of this package as a command of the module's name.
+
+    A module that has a function `command` is one command; a module that has an `app` is a group of commands.
+    """
+    app = typer.Typer(
+        name="fbn-prune",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        help="Make a causal language model smaller: remove the MLP neurons that matter least, refit the others, "
+        "and write a checkpoint. Functional networks set how many stay (--keep-networks), or a share does (--sparsity).",
+        epilog=EXAMPLES,
+    )
+    app.callback(invoke_without_command=True)(main_job)
+    for found in pkgutil.iter_modules(cli.__path__):
+        if found.name in _NO_COMMANDS:
+            continue
+        module = import_module(f"{cli.__name__}.{found.name}")
+        if hasattr(module, "command"):
+            app.command(found.name)(module.command)
+        elif hasattr(module, "app"):
+            app.add_typer(module.app, name=found.name)
+    return app
+
+
 @recipe_flags(*ALL_FLAGS)
 def main_job(
     typer_context: typer.Context,
@@ -86,14 +93,6 @@ def main_job(
         )
 
 
-for module in (
-    *(run, discover, rank, inspect, ablate, compare, evaluate, report),
-    *(bundle, convert, dequantize),
-):
-    app.command(module.__name__.rpartition(".")[2])(module.command)
-app.add_typer(work.app, name="work")
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with 0 done, 1 failed, 2 bad usage, 130 interrupted or 143 terminated."""
     sys.exit(_exit_code(sys.argv[1:] if arguments is None else arguments))
@@ -113,7 +112,7 @@ def _exit_code(arguments: list[str]) -> int:
 
 
 def _run(arguments: list[str], debug: bool) -> int:
-    command = typer.main.get_command(app)
+    command = typer.main.get_command(build_app())
     try:
         code = command.main(args=arguments, prog_name="fbn-prune", standalone_mode=False)
         return code if isinstance(code, int) else 0

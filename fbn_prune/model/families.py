@@ -113,8 +113,16 @@ FAMILIES: tuple[Family, ...] = (
     ),
 )
 
-_BY_MODEL_TYPE = {model_type: family for family in FAMILIES for model_type in family.model_types}
-_SUPPORTED = ", ".join(_BY_MODEL_TYPE)
+_BY_MODEL_TYPE: dict[str, Family] = {}
+
+
+def register_family(family: Family) -> None:
+    """Make an architecture known that has no entry in `FAMILIES`; it replaces one of the same model types."""
+    _BY_MODEL_TYPE.update(dict.fromkeys(family.model_types, family))
+
+
+for _family in FAMILIES:
+    register_family(_family)
 
 
 def family_of(config: Config, *, ragged: bool = False) -> Family:
@@ -135,12 +143,13 @@ def family_of(config: Config, *, ragged: bool = False) -> Family:
     """
     fields = config if isinstance(config, Mapping) else config.to_dict()
     model_type = fields.get("model_type") or getattr(config, "model_type", None)
+    supported = f"supported: {', '.join(_BY_MODEL_TYPE)}"
     if not isinstance(model_type, str):
-        raise InvalidInput(f"no model_type in the config ({model_type!r}); supported: {_SUPPORTED}")
+        raise InvalidInput(f"no model_type in the config ({model_type!r}); {supported}")
     if obstacle := _obstacle(fields) or (None if ragged else _raggedness(fields)):
-        raise InvalidInput(f"model_type {model_type!r} {obstacle}; supported: {_SUPPORTED}")
+        raise InvalidInput(f"model_type {model_type!r} {obstacle}; {supported}")
     if model_type not in _BY_MODEL_TYPE:
-        raise InvalidInput(f"model_type {model_type!r} is not known; supported: {_SUPPORTED}")
+        raise InvalidInput(f"model_type {model_type!r} is not known; {supported}")
     return _BY_MODEL_TYPE[model_type]
 
 

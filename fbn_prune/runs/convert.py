@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fbn_prune import export
 from fbn_prune.data import builtin
 from fbn_prune.errors import InvalidInput
 from fbn_prune.export.dequantized import write_dequantized
 from fbn_prune.export.directory import atomic_directory, check_output
-from fbn_prune.export.gguf import GgufType, write_gguf
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.quantized import PLAIN_DTYPES, open_quantized
 from fbn_prune.progress import Display, StageClock
@@ -24,11 +26,14 @@ def convert(
     model: str,
     output: Path,
     *,
-    gguf_type: GgufType = "auto",
+    to: str = "gguf",
+    dtype: str = "auto",
     overwrite: bool = False,
     display: Display | None = None,
 ) -> dict[str, Any]:
-    """Write a checkpoint as a GGUF file for llama.cpp.
+    """Write a checkpoint in another format, such as GGUF for llama.cpp.
+
+    Each module `fbn_prune/export/to_NAME.py` with a function `write` is a format.
 
     Parameters
     ----------
@@ -36,7 +41,9 @@ def convert(
         Checkpoint folder or Hub id, pruned or not.
     output
         File to write.
-    gguf_type
+    to
+        The format.
+    dtype
         Type of the matrices; "auto" keeps the checkpoint's.
     overwrite
         Replace an existing file.
@@ -46,26 +53,29 @@ def convert(
     Returns
     -------
     dict
-        `output`, `format`, `architecture` (GGUF's name for it), `bytes`, and `notes`: how llama.cpp may tokenize
+        `output`, `format`, `architecture` (the format's name for it), `bytes`, and `notes`: how llama.cpp may tokenize
         rare text differently.
 
     Raises
     ------
     InvalidInput
-        If the output exists, the checkpoint has no GGUF form, or the package `gguf` is missing.
+        If the output exists, the format is unknown, the checkpoint has no form in it, or a package is missing.
     FbnPruneError
         If the file cannot be written.
     """
     if output.exists() and not (overwrite and output.is_file()):
         raise InvalidInput(f"the output {output} exists; give another, or --overwrite")
+    formats = [found.name for found in pkgutil.iter_modules(export.__path__)]
+    if f"to_{to}" not in formats:
+        known = ", ".join(name[3:] for name in formats if name.startswith("to_"))
+        raise InvalidInput(f"--to {to}: no such format; known: {known}")
+    write = import_module(f"{export.__name__}.to_{to}").write
     source, notes = Checkpoint.open(model, ragged=True), list[str]()
     with StageClock(display).stage("convert", source.total_bytes, "bytes") as advance:
-        architecture = write_gguf(
-            source, output, matrices=gguf_type, progress=advance, note=notes.append
-        )
+        architecture = write(source, output, dtype=dtype, progress=advance, note=notes.append)
     return {
         "output": str(output),
-        "format": "gguf",
+        "format": to,
         "architecture": architecture,
         "bytes": output.stat().st_size,
         "notes": notes,

@@ -34,11 +34,11 @@ _NAMES_WITH_RULES = ("phi-3", "phi3", "modern-bert")
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
-def write_gguf(
+def write(
     source: Checkpoint,
     path: Path,
     *,
-    matrices: GgufType = "auto",
+    dtype: GgufType = "auto",
     progress: Callable[[int], None] | None = None,
     note: Callable[[str], None] | None = None,
 ) -> str:
@@ -50,8 +50,8 @@ def write_gguf(
         The checkpoint, uniform or ragged.
     path
         The file to write; missing parent folders are created.
-    matrices
-        Dtype of the matrices; "auto" keeps that of the checkpoint.
+    dtype
+        Of the matrices; "auto" keeps that of the checkpoint.
     progress
         Called with the number of bytes of each written tensor.
     note
@@ -78,7 +78,7 @@ def write_gguf(
         source.config,
     )
     config = _OwnAttributes(as_config(source.config))
-    tensors = _plan(source, _Names(gguf, arch, source), matrices)
+    tensors = _plan(source, _Names(gguf, arch, source), dtype)
     extra = _rope_factors(config)
     if note is not None:
         for line in tokenizer.notes:
