@@ -1,9 +1,9 @@
-"""Answers requests of several tasks in one batch, each row through its own task's neurons.
+"""Answer requests for several tasks in one batch, each row through the neurons of its own task.
 
 Usage: python examples/mixed_requests.py BUNDLE TASK=PROMPT... [--tokens 40]
 
-The bundle is one that `fbn-prune bundle` wrote. The same requests are then answered one after the
-other, each alone inside its task's context: the answers are the same.
+BUNDLE is a folder that `fbn-prune bundle` wrote. The script then answers each request alone, inside the context of its
+task, and shows that the answers are the same.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fbn_prune.serving import Bundle
 
 
 def main() -> None:
-    """Print an answer a line, then what the tasks cost."""
+    """Print one answer on each line, then the memory of the tasks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle")
     parser.add_argument("requests", nargs="+", metavar="TASK=PROMPT")
@@ -30,16 +30,18 @@ def main() -> None:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     served = bundle.serve(dtype=torch.float32)
-    model, how = served.model, {"max_new_tokens": options.tokens, "do_sample": False}
+    model, settings = served.model, {"max_new_tokens": options.tokens, "do_sample": False}
 
     batch = tokenizer(list(prompts), return_tensors="pt", padding=True, return_token_type_ids=False)
-    together = model.generate(**batch, **how, network_ids=served.ids(tasks))
+    together = model.generate(**batch, **settings, network_ids=served.ids(tasks))
     for row, (task, prompt) in enumerate(zip(tasks, prompts, strict=True)):
         answer = tokenizer.decode(together[row], skip_special_tokens=True)
         print(f"{task}: {answer!r}")
         alone = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
         with model.networks(task):
-            same = tokenizer.decode(model.generate(**alone, **how)[0], skip_special_tokens=True)
+            same = tokenizer.decode(
+                model.generate(**alone, **settings)[0], skip_special_tokens=True
+            )
         print(f"{' ' * len(task)}  alone {'the same' if same == answer else repr(same)}")
     memory = served.memory
     print(

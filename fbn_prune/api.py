@@ -1,45 +1,90 @@
-"""What Python code and the command line call: thin functions over :mod:`fbn_prune.runs`."""
+"""The Python API: what `import fbn_prune` offers, and one function for every command of the command line.
+
+All functions are thin layers over :mod:`fbn_prune.runs`. They print nothing; a `display` shows progress.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from sklearn.base import BaseEstimator
-from sklearn.utils.validation import check_is_fitted
 from transformers import PreTrainedModel
 
 from fbn_prune.data.given import Dataset
 from fbn_prune.errors import InvalidInput
-from fbn_prune.model.adapter import ModelAdapter
+from fbn_prune.export.hub import check_push, push_to_hub
+from fbn_prune.networks.cards import network_cards
 from fbn_prune.networks.estimator import SpatialICA
-from fbn_prune.networks.functional_networks import HUB_Z, FunctionalNetworks
-from fbn_prune.networks.interventions import amplified, masked, retained
+from fbn_prune.networks.functional_networks import FunctionalNetworks
+from fbn_prune.networks.recurrence import Recurrence, recurrence
 from fbn_prune.progress import Display, StageClock
 from fbn_prune.pruning.criteria import register_criterion
+from fbn_prune.pruning.recovery.gain import Recovery
 from fbn_prune.recipe import PruningConfig, Recipe, build_recipe
-from fbn_prune.runs.live import discover_live, prune_live, time_courses_live
+from fbn_prune.runs.ablate import AblationPlan, AblationResult, run_ablation
+from fbn_prune.runs.compare import Comparison, run_comparison
+from fbn_prune.runs.convert import convert, dequantize, write_bundle
+from fbn_prune.runs.discover import run_discovery
+from fbn_prune.runs.dry_run import Plan, plan
+from fbn_prune.runs.estimator import FunctionalNetworkICA
+from fbn_prune.runs.evaluate import Evaluation, HarnessOptions, evaluate, measure_on_tasks
+from fbn_prune.runs.evaluation_card import evaluation_table, write_evaluation_card
+from fbn_prune.runs.live import (
+    amplify_networks,
+    discover_live,
+    mask_networks,
+    prune_live,
+    retain_networks,
+)
 from fbn_prune.runs.prune import run_prune
-from fbn_prune.runs.result import PruneResult
+from fbn_prune.runs.result import PruneResult, tool_version
+from fbn_prune.runs.setup import prepare
+from fbn_prune.runs.study import Ranking, run_rank
+from fbn_prune.runs.unfinished import UnfinishedRun, clean_runs, unfinished_runs
 
 __all__ = [
+    "AblationPlan",
+    "AblationResult",
+    "Comparison",
+    "Evaluation",
     "FunctionalNetworkICA",
     "FunctionalNetworks",
+    "HarnessOptions",
+    "Plan",
     "PruneResult",
     "PruningConfig",
+    "Ranking",
+    "Recovery",
+    "Recurrence",
     "SpatialICA",
+    "UnfinishedRun",
+    "ablate",
     "amplify_networks",
+    "check_push",
+    "clean_runs",
+    "compare",
+    "convert",
+    "dequantize",
     "discover",
+    "discover_checkpoint",
+    "evaluate",
+    "evaluation_table",
     "mask_networks",
+    "network_cards",
+    "predict",
     "prune",
     "prune_checkpoint",
+    "push_to_hub",
+    "rank",
+    "recurrence",
     "register_criterion",
     "retain_networks",
+    "tool_version",
+    "unfinished_runs",
+    "write_bundle",
+    "write_evaluation_card",
+    "write_report",
 ]
 
 
@@ -51,38 +96,38 @@ def prune(
     *,
     display: Display | None = None,
 ) -> PruneResult:
-    """Prune a live transformers model in place: remove MLP neurons and refit the others.
+    """Prune a transformers model in memory: remove MLP neurons and refit the output weights of the others.
 
-    The model keeps its class and its device; it trains, generates and saves as before. Where the layers keep one width
-    (the default layout), `save_pretrained` writes a stock checkpoint. The weights are those that
-    :func:`prune_checkpoint` writes for a checkpoint of this model stored in its dtype.
+    The model is changed in place. It keeps its class and device, and trains, generates and saves as before; with the
+    default layout (one width for all layers) `save_pretrained` writes a checkpoint that every loader accepts. The
+    weights equal those that :func:`prune_checkpoint` writes for the same model stored in the same dtype.
 
     Parameters
     ----------
     model
-        A causal language model of a supported architecture.
+        Causal language model of a supported architecture.
     tokenizer
-        The model's own.
+        Tokenizer of the model.
     dataset
-        Calibration text: strings (each a document), a `datasets.Dataset` with a column `text` or `input_ids`, a
-        DataLoader of token ids (int64 [blocks, length], or mappings with `input_ids`), or the name of a source as on
-        the command line.
+        Calibration text: a sequence of strings (documents), a `datasets.Dataset` with a column `text` or `input_ids`,
+        a DataLoader of token ids (int64 [blocks, length], or mappings with `input_ids`), or the name of a source as
+        on the command line.
     config
-        The settings; by default ten functional networks set the size.
+        Settings. Default: the members of ten functional networks set the size.
     display
-        Shows progress; by default nothing is shown.
+        Shows progress. Default: nothing is shown.
 
     Returns
     -------
     PruneResult
-        The figures before and after; `result.model` is the pruned model.
+        Sizes and perplexities before and after; `result.model` is the pruned model.
 
     Raises
     ------
     InvalidInput
-        The model, the data or a setting cannot be used; nothing has been changed.
+        If the model, the data or a setting cannot be used; the model is unchanged.
     FbnPruneError
-        The pruned model does not work.
+        If the pruned model does not work.
 
     References
     ----------
@@ -101,8 +146,7 @@ def prune(
     >>> result.widths == [model.config.intermediate_size] * 6
     True
     """
-    config = config or PruningConfig()
-    return prune_live(model, tokenizer, dataset, config, StageClock(display))
+    return prune_live(model, tokenizer, dataset, config or PruningConfig(), StageClock(display))
 
 
 def prune_checkpoint(
@@ -115,35 +159,39 @@ def prune_checkpoint(
     display: Display | None = None,
     **places: Any,
 ) -> PruneResult:
-    """Prune a checkpoint on disk and write a smaller one: streamed where memory is short, resumed where it broke off.
+    """Prune a checkpoint on disk and write a smaller one.
+
+    A model that does not fit into memory is read layer by layer. After a failure, the same call continues from the
+    last finished stage.
 
     Parameters
     ----------
     path
-        A folder of safetensors, or an id on the Hugging Face hub.
+        Folder of safetensors files, or an id on the Hugging Face Hub.
     output
-        The folder to write; it must not exist.
+        Folder to write; it must not exist.
     dataset
-        One or more names of sources: files, folders, ``hf:dataset``, ``builtin``.
+        Names of one or more calibration sources: files, folders, ``hf:dataset``, ``builtin``.
     config
-        The settings of the method.
+        Settings of the method.
     recipe
-        All of the above in one, in place of them.
+        A complete recipe, used instead of all other parameters.
     display
-        Shows progress; by default nothing is shown.
+        Shows progress. Default: nothing is shown.
     **places
-        Further keys of a recipe, such as `device`, `dtype`, `memory_budget`, `overwrite` or `work_dir`.
+        Further recipe keys, such as `device`, `dtype`, `memory_budget`, `overwrite` or `work_dir`.
 
     Returns
     -------
     PruneResult
+        Sizes and perplexities before and after.
 
     Raises
     ------
     InvalidInput
-        Something cannot be used as given; nothing has been written.
+        If an argument cannot be used; nothing is written.
     FbnPruneError
-        The work failed. The same call goes on from the last finished stage.
+        If the work fails; finished stages are kept in the work directory.
     """
     if recipe is None:
         if path is None or output is None:
@@ -152,6 +200,17 @@ def prune_checkpoint(
         named = {"model": str(path), "output": Path(output), "calibration": dataset}
         recipe = build_recipe({**settings, **named, **places}, where="prune_checkpoint")
     return run_prune(recipe, StageClock(display))
+
+
+def predict(recipe: Recipe) -> Plan:
+    """Predict the size, memory and time of a run from the checkpoint's headers, as `--dry-run` does.
+
+    Raises
+    ------
+    InvalidInput
+        If the run itself would refuse the recipe.
+    """
+    return plan(prepare(recipe))
 
 
 def discover(
@@ -163,204 +222,152 @@ def discover(
     recurrence: bool = False,
     display: Display | None = None,
 ) -> FunctionalNetworks:
-    """Find the functional networks of a live model (arXiv 2502.20408); the model is not changed.
+    """Find the functional networks of a transformers model in memory (arXiv 2502.20408) without changing it.
 
     Parameters
     ----------
     model, tokenizer, dataset, config, display
-        See :func:`prune`; `networks`, `network_tokens`, `scope` and `seed` of the settings are read.
+        See :func:`prune`. Of the settings, `networks`, `network_tokens`, `scope` and `seed` are used.
     recurrence
-        Also find out which networks come back in other text and from other starts.
+        Also measure which networks recur on other text and with other seeds.
 
     Raises
     ------
     InvalidInput
-        The model, the data or a setting cannot be used.
+        If the model, the data or a setting cannot be used.
     """
-    config = config or PruningConfig()
-    clock = StageClock(display)
+    config, clock = config or PruningConfig(), StageClock(display)
     return discover_live(model, tokenizer, dataset, config, clock, recurrence=recurrence)
 
 
-class FunctionalNetworkICA(BaseEstimator):
-    """Functional networks of a language model, as an estimator: fit on a model and text, transform text.
+def discover_checkpoint(
+    recipe: Recipe, *, display: Display | None = None
+) -> tuple[FunctionalNetworks, Path]:
+    """Find the functional networks of a checkpoint, measure their recurrence, and write them to the recipe's output.
 
-    Parameters
-    ----------
-    n_components
-        How many networks to find.
-    random_state
-        Seed of the sample of tokens and of the solver's start.
-    network_tokens
-        Tokens that the networks are found on.
-    scope
-        "global": one ICA over the neurons of all layers (arXiv 2502.20408); "layer": one for each layer
-        (arXiv 2508.05239).
-
-    Attributes
-    ----------
-    networks_
-        The :class:`FunctionalNetworks` that were found.
-    components_
-        Their maps, float32 [networks, neurons of all layers], z-scored.
-
-    Examples
-    --------
-    >>> from transformers import AutoModelForCausalLM, AutoTokenizer
-    >>> from fbn_prune import FunctionalNetworkICA
-    >>> from fbn_prune.data.builtin import model_path
-    >>> model = AutoModelForCausalLM.from_pretrained(model_path(), dtype="float32")
-    >>> tokenizer = AutoTokenizer.from_pretrained(model_path())
-    >>> ica = FunctionalNetworkICA(n_components=4, network_tokens=512).fit(model, tokenizer)
-    >>> ica.transform(["def f(x): return x"]).shape[1]
-    4
-    """
-
-    def __init__(
-        self,
-        n_components: int = 64,
-        *,
-        random_state: int = 0,
-        network_tokens: int = 8192,
-        scope: str = "global",
-    ) -> None:
-        self.n_components = n_components
-        self.random_state = random_state
-        self.network_tokens = network_tokens
-        self.scope = scope
-
-    def fit(
-        self, model: PreTrainedModel, tokenizer: Any, dataset: Dataset = "builtin"
-    ) -> FunctionalNetworkICA:
-        """Find the networks of a model on text; see :func:`prune` for what `dataset` may be.
-
-        Raises
-        ------
-        InvalidInput
-            The model, the data or a parameter cannot be used.
-        """
-        self.networks_ = discover(model, tokenizer, dataset, self._config())
-        return self._of(model, tokenizer)
-
-    def transform(
-        self, dataset: Dataset, model: PreTrainedModel | None = None, tokenizer: Any = None
-    ) -> NDArray[np.float64]:
-        """Time courses of the networks: how active each is at every token.
-
-        Parameters
-        ----------
-        dataset
-            See :func:`prune`; all of it is read.
-        model, tokenizer
-            Of the same shape as those of :meth:`fit`; by default those.
-
-        Returns
-        -------
-        float64 [tokens, networks], in the order of the text; special tokens that open a block are among them.
-        """
-        check_is_fitted(self, "networks_")
-        model = model or getattr(self, "_model", None)
-        tokenizer = tokenizer or getattr(self, "_tokenizer", None)
-        if model is None or tokenizer is None:
-            raise InvalidInput("networks from a file: give transform a model and its tokenizer")
-        return time_courses_live(model, tokenizer, dataset, self.networks_).numpy()
-
-    @property
-    def components_(self) -> NDArray[np.float32]:
-        return self.networks_.maps.numpy()
-
-    def save(self, path: str | Path) -> None:
-        """Write the networks as `networks.safetensors` files hold them; the model is not part of it."""
-        check_is_fitted(self, "networks_")
-        self.networks_.save(path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> FunctionalNetworkICA:
-        """The estimator of a file that :meth:`save` or the `discover` command wrote.
-
-        Raises
-        ------
-        InvalidInput
-            The file is no artifact of functional networks.
-        """
-        networks = FunctionalNetworks.load(path)
-        header = networks.header
-        found = cls(
-            len(networks.maps),
-            random_state=int(header.get("seed", 0)),
-            network_tokens=int(header.get("tokens", 8192)),
-            scope=str(header.get("scope", "global")),
-        )
-        found.networks_ = networks
-        return found
-
-    def _of(self, model: PreTrainedModel, tokenizer: Any) -> FunctionalNetworkICA:
-        self._model, self._tokenizer = model, tokenizer
-        return self
-
-    def _config(self) -> PruningConfig:
-        return PruningConfig(
-            networks=self.n_components,
-            network_tokens=self.network_tokens,
-            tokens=max(self.network_tokens, self.n_components + 1),
-            scope=self.scope,  # type: ignore[arg-type]
-            seed=self.random_state,
-            report_networks=True,
-            keep_networks=1,
-        )
-
-
-def mask_networks(
-    model: PreTrainedModel, networks: FunctionalNetworks, ids: Sequence[int], *, z: float = HUB_Z
-) -> AbstractContextManager[PreTrainedModel]:
-    """Silence the neurons of some networks while the context lasts (the causal test of arXiv 2502.20408).
-
-    Parameters
-    ----------
-    model
-        The model that the networks were found in.
-    ids
-        Numbers of the networks, from 0.
-    z
-        Neurons with an absolute z-score of at least this belong to a network: 3 for its hubs, 2 for its members.
+    Returns
+    -------
+    networks, path
+        The networks and the path of their `networks.safetensors`.
 
     Raises
     ------
     InvalidInput
-        A network does not exist, or the model has other widths.
-
-    Examples
-    --------
-    >>> with mask_networks(model, networks, [2, 5]):  # doctest: +SKIP
-    ...     model(**inputs)
+        If the recipe has no output, or names something that cannot be used.
     """
-    return _changed(model, lambda adapter: masked(adapter, _neurons(networks, ids, z)))
+    return run_discovery(recipe, StageClock(display))
 
 
-def retain_networks(
-    model: PreTrainedModel, networks: FunctionalNetworks, ids: Sequence[int], *, z: float = HUB_Z
-) -> AbstractContextManager[PreTrainedModel]:
-    """Silence all neurons but those of some networks; parameters and errors as in :func:`mask_networks`."""
-    return _changed(model, lambda adapter: retained(adapter, _neurons(networks, ids, z)))
+def rank(recipe: Recipe, *, display: Display | None = None) -> Ranking:
+    """Score the networks of a checkpoint by the recipe's `rank` rule and sort them, strongest first.
+
+    Raises
+    ------
+    InvalidInput
+        If the recipe names something that cannot be used, or the model does not fit into memory.
+    """
+    return run_rank(recipe, StageClock(display))
 
 
-def amplify_networks(
-    model: PreTrainedModel,
-    networks: FunctionalNetworks,
-    ids: Sequence[int],
+def ablate(
+    recipe: Recipe,
+    plan: AblationPlan | None = None,
+    tasks: Sequence[str] = (),
+    options: HarnessOptions | None = None,
     *,
-    factor: float = 2.0,
-    z: float = HUB_Z,
-) -> AbstractContextManager[PreTrainedModel]:
-    """Multiply the activations of some networks' neurons by `factor`; the rest as in :func:`mask_networks`."""
-    return _changed(model, lambda adapter: amplified(adapter, _neurons(networks, ids, z), factor))
+    display: Display | None = None,
+) -> AblationResult:
+    """Mask, retain or amplify networks in the running model, and measure the effect beside random sets of neurons.
+
+    Parameters
+    ----------
+    recipe
+        The model, its networks (or how to find them) and the calibration text.
+    plan
+        Which networks to change, how, and the texts to measure on. Default: mask each network alone.
+    tasks
+        Harness tasks to measure as well; see :func:`evaluate`.
+    options
+        Options of the harness for these tasks.
+    display
+        Shows progress. Default: nothing is shown.
+
+    Raises
+    ------
+    InvalidInput
+        If a network, a text, a task or the recipe cannot be used, or the model does not fit into memory.
+    FbnPruneError
+        If tasks are given and lm-evaluation-harness is missing.
+    """
+    measure = measure_on_tasks(tasks, options or HarnessOptions()) if tasks else None
+    return run_ablation(recipe, plan or AblationPlan(), StageClock(display), measure)
 
 
-def _neurons(networks: FunctionalNetworks, ids: Sequence[int], z: float) -> list[torch.Tensor]:
-    return networks.by_layer(networks.union(ids, z))
+def compare(
+    recipe: Recipe,
+    criteria: Sequence[str] = (),
+    kept: Sequence[float] = (0.7, 0.5, 0.3),
+    path: Path | None = None,
+    *,
+    display: Display | None = None,
+) -> Comparison:
+    """Measure the held-out perplexity of every criterion at several budgets, all from one calibration sample.
+
+    Parameters
+    ----------
+    recipe
+        The model, its calibration text and the settings of the cut.
+    criteria
+        Names of criteria. Default: all built-in ones.
+    kept
+        Budgets: shares of neurons to keep (between 0 and 1), or whole numbers of networks whose members set the size.
+    path
+        JSON file for the results. It is updated after each measurement, and an existing one is continued. A plot is
+        written beside it.
+    display
+        Shows progress. Default: nothing is shown.
+
+    Raises
+    ------
+    InvalidInput
+        If a criterion, a budget, the file or the recipe cannot be used, or the model does not fit into memory.
+    """
+    return run_comparison(recipe, criteria, kept, path, StageClock(display))
 
 
-@contextmanager
-def _changed(model: PreTrainedModel, change: Any) -> Iterator[PreTrainedModel]:
-    with change(ModelAdapter(model)):
-        yield model
+def write_report(
+    folder: Path,
+    output: Path,
+    *,
+    compare: Path | None = None,
+    ablate: Path | None = None,
+    evaluate: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write one self-contained HTML page about a finished run.
+
+    Parameters
+    ----------
+    folder
+        Output of :func:`prune_checkpoint` or :func:`discover_checkpoint`.
+    output
+        HTML file to write.
+    compare, ablate, evaluate
+        JSON results of these commands, to be added to the page.
+    overwrite
+        Replace an existing file.
+
+    Raises
+    ------
+    InvalidInput
+        If the output exists, or an input is missing or damaged.
+    """
+    if output.exists() and not overwrite:
+        raise InvalidInput(f"the output {output} exists; give another, or --overwrite")
+    if not output.resolve().parent.is_dir():
+        raise InvalidInput(f"{output}: there is no folder {output.resolve().parent}")
+    from fbn_prune.export.report import facts, page  # loads matplotlib
+
+    page.write_report(
+        facts.read_facts(folder, compare=compare, ablate=ablate, evaluate=evaluate), output
+    )

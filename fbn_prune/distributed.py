@@ -1,11 +1,11 @@
-"""Several processes on one job: each runs a share of the data, all know the sums, the first one writes.
+"""Communication between the processes of one job: each runs a share of the data, sums go to all, rank 0 writes.
 
-`accelerate launch -m fbn_prune ...` and torchrun start the processes and tell each its place through its environment;
-accelerate joins them (gloo between CPUs, nccl between GPUs), and torch.distributed carries the sums. In a process that
-was started alone every function here does nothing, so stages are written one way for one process and for many. Every
-process must make the same calls in the same order: whatever decides about a call must be equal in all of them.
+`accelerate launch -m fbn_prune ...` or torchrun starts the processes and sets their ranks in the environment. The
+process group uses gloo between CPUs and nccl between GPUs. In a single process the functions return their input, so
+stages need no second code path. All processes must make the same calls in the same order; a condition that guards a
+call must therefore have the same value in all of them.
 
-torch is imported when it is first needed, so that the command line can ask for its place in the job without it.
+torch is imported inside the functions, because the command line asks for the rank before it needs torch.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ Item = TypeVar("Item")
 
 
 def processes() -> int:
-    """How many processes the launcher started for the job."""
+    """Return the number of processes that the launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and prints."""
+    """Return whether this is rank 0, the process that writes and prints."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def local_index() -> int | None:
-    """This process's index on its machine, or None when no launcher started it."""
+    """Return the index of this process on its machine, or None without a launcher."""
     index = os.environ.get("LOCAL_RANK")
     return None if index is None else int(index)
 
 
 def world() -> int:
-    """How many processes have joined for the job."""
+    """Return the number of processes in the process group; 1 before :func:`joined`."""
     if processes() == 1:
         return 1
     import torch.distributed as dist
@@ -50,7 +50,7 @@ def world() -> int:
 
 
 def rank() -> int:
-    """This process's place among them, from 0."""
+    """Return the rank of this process in the process group."""
     if world() == 1:
         return 0
     import torch.distributed as dist
@@ -60,12 +60,17 @@ def rank() -> int:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
-    """Join the processes that the launcher started, if it started several; leave them at the end.
+    """Create the process group if the launcher started several processes, and destroy it at the end.
+
+    Parameters
+    ----------
+    device
+        Device of this process; its type selects the backend.
 
     Raises
     ------
     FbnPruneError
-        Another process ended before its time, or could not be reached.
+        If another process ended early or cannot be reached.
     """
     if processes() == 1 or world() > 1:
         yield
@@ -80,8 +85,8 @@ def joined(device: torch.device) -> Iterator[None]:
         if isinstance(error, FbnPruneError) or not _is_lost_peer(error):
             raise
         raise FbnPruneError(
-            f"process {rank()} of {world()} lost another one, whose own message says why; "
-            "run the same command again to go on"
+            f"process {rank()} of {world()} lost the connection to another process, whose own message says why; "
+            "run the same command again to continue"
         ) from error
     finally:
         if dist.is_initialized():
@@ -90,7 +95,7 @@ def joined(device: torch.device) -> Iterator[None]:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """The GPU of this process, where `device` names no single one."""
+    """Return the GPU of this process if `device` is "cuda" without an index, else `device`."""
     if device.type == "cuda" and device.index is None and local_index() is not None:
         import torch
 
@@ -99,18 +104,18 @@ def local_device(device: torch.device) -> torch.device:
 
 
 def owner(index: int) -> int:
-    """Which process does the index-th of many like pieces of work."""
+    """Return the rank that processes the item with this index when items are dealt out in turn."""
     return index % world()
 
 
 def share(items: Sequence[Item]) -> Sequence[Item]:
-    """The items that are this process's, in order; together the processes hold each item once."""
-    first, stop = (len(items) * place // world() for place in (rank(), rank() + 1))
+    """Return this process's contiguous share of the items; each item belongs to exactly one process."""
+    first, stop = (len(items) * index // world() for index in (rank(), rank() + 1))
     return items[first:stop]
 
 
 def add_up(*tensors: Tensor) -> None:
-    """Replace each tensor by its sum over all processes."""
+    """Replace each tensor, in place, by its sum over all processes."""
     if world() > 1:
         import torch.distributed as dist
 
@@ -119,16 +124,16 @@ def add_up(*tensors: Tensor) -> None:
 
 
 def total(*numbers: float) -> list[float]:
-    """Each number summed over all processes, in float64."""
+    """Return the sum of each number over all processes, computed in float64."""
     import torch
 
-    sums = torch.tensor(numbers, dtype=torch.float64, device=_wire())
+    sums = torch.tensor(numbers, dtype=torch.float64, device=_send_device())
     add_up(sums)
     return sums.tolist()
 
 
 def joined_rows(rows: Tensor) -> Tensor:
-    """The rows of all processes one after another; the processes may have different numbers of them."""
+    """Return the rows of all processes, concatenated by rank; the numbers of rows may differ."""
     if world() == 1:
         return rows
     import torch
@@ -146,33 +151,35 @@ def joined_rows(rows: Tensor) -> Tensor:
 
 
 def broadcast(data: bytes | None, source: int = 0) -> bytes | None:
-    """What one process holds, on all of them, whatever the others pass."""
+    """Return the bytes (or None) that the process `source` passes; what the other processes pass is ignored."""
     if world() == 1:
         return data
     import torch
     import torch.distributed as dist
 
-    size = torch.tensor([-1 if data is None else len(data)], dtype=torch.int64, device=_wire())
+    size = torch.tensor(
+        [-1 if data is None else len(data)], dtype=torch.int64, device=_send_device()
+    )
     dist.broadcast(size, src=source)
     if int(size) < 0:
         return None
-    wire = torch.empty(int(size), dtype=torch.uint8, device=_wire())
+    buffer = torch.empty(int(size), dtype=torch.uint8, device=_send_device())
     if rank() == source and data:
-        wire.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-    dist.broadcast(wire, src=source)
-    return wire.cpu().numpy().tobytes()
+        buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    dist.broadcast(buffer, src=source)
+    return buffer.cpu().numpy().tobytes()
 
 
 def wait() -> None:
-    """Wait until all processes are here."""
+    """Wait until all processes have called this function."""
     if world() > 1:
         import torch.distributed as dist
 
         dist.barrier()
 
 
-def _wire() -> torch.device:
-    """Where tensors must lie to be sent."""
+def _send_device() -> torch.device:
+    """Return the device that the backend sends tensors from."""
     import torch
     import torch.distributed as dist
 

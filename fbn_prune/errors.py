@@ -1,15 +1,15 @@
-"""The two ways in which a run ends early; the command line turns them into one line and an exit code."""
+"""The two exceptions of the package. The command line prints their message as one line and returns their exit code."""
 
 from __future__ import annotations
 
 
 class FbnPruneError(Exception):
-    """The work failed. The message is one line: what went wrong, where, and what to do. Exit code 1."""
+    """The work failed; the message is one line that says what went wrong, where, and what to do. Exit code 1."""
 
     exit_code = 1
 
 
 class InvalidInput(FbnPruneError):
-    """The input cannot be used as given. Raised before anything is written. Exit code 2."""
+    """An input cannot be used; raised before anything is written. Exit code 2."""
 
     exit_code = 2

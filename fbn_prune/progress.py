@@ -1,7 +1,7 @@
-"""Progress and timing of a run's stages, without printing: the command line supplies the display.
+"""Progress and timing of a run's stages.
 
-Library functions take a :class:`Progress` and say what they do; :class:`StageClock` keeps the seconds of each stage,
-which the result reports as `stages`.
+Library functions report their stages to a :class:`StageClock` and print nothing; the command line passes the clock a
+:class:`Display`. The result of a run reports the clock's seconds as `stages`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 Advance = Callable[[int], None]
-"""Called with the number of units done since the last call."""
+"""A function to call with the number of units that were finished since its last call."""
 
 
 class Display(Protocol):
-    """What shows a stage while it runs."""
+    """Shows the running stage and notes to the user."""
 
     def stage(self, name: str, total: int, unit: str) -> AbstractContextManager[Advance]: ...
 
@@ -24,7 +24,7 @@ class Display(Protocol):
 
 
 class SilentDisplay:
-    """Shows nothing: the default of the Python API."""
+    """Shows nothing; the default of the Python API."""
 
     def stage(self, name: str, total: int, unit: str) -> AbstractContextManager[Advance]:
         return nullcontext(lambda done: None)
@@ -34,12 +34,17 @@ class SilentDisplay:
 
 
 class StageClock:
-    """Names the stages of a run, shows them on a display and keeps their wall time.
+    """Shows the stages of a run on a display and measures their wall time.
+
+    Parameters
+    ----------
+    display
+        Default: nothing is shown.
 
     Attributes
     ----------
     seconds
-        Stage name -> wall seconds, in the order in which the stages first ran.
+        Wall seconds by stage name, in the order in which the stages first ran.
     """
 
     def __init__(self, display: Display | None = None) -> None:
@@ -48,6 +53,17 @@ class StageClock:
 
     @contextmanager
     def stage(self, name: str, total: int = 1, unit: str = "steps") -> Iterator[Advance]:
+        """Time a stage and show it; yields the function that reports progress.
+
+        Parameters
+        ----------
+        name
+            Name of the stage. The seconds of stages with the same name are added up.
+        total
+            Number of units in the stage.
+        unit
+            Name of the unit, in the plural.
+        """
         start = time.perf_counter()
         try:
             with self.display.stage(name, total, unit) as advance:
@@ -56,5 +72,5 @@ class StageClock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def note(self, line: str) -> None:
-        """Say something the user should know, once, on the log stream."""
+        """Show one line to the user."""
         self.display.note(line)

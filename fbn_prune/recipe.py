@@ -1,6 +1,6 @@
-"""One typed, validated description of a run: Python arguments, a YAML file and flags are three spellings of it.
+"""The settings of a run, typed and validated; they come from Python arguments, a YAML file or command-line flags.
 
-Longer than other modules because every setting is declared here, once, with the words that help and docs show.
+Longer than 400 lines because it declares every setting, once, with the text that the help and the docs show.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fbn_prune.data.text_files import is_text, read_text, read_yaml
 from fbn_prune.errors import InvalidInput
 
 MOST_BYTES = 2**20
-"""A recipe larger than that is none."""
+"""Largest recipe file that is read."""
 
 CRITERION_NAMES = (
     "second-order",
@@ -31,7 +31,7 @@ CRITERION_NAMES = (
     "magnitude",
     "random",
 )
-"""Criteria that need no look into the registry (:mod:`fbn_prune.pruning.criteria`), which imports torch."""
+"""The built-in criteria; listed here because their registry (:mod:`fbn_prune.pruning.criteria`) imports torch."""
 
 RankName = Literal["energy", "knockout", "task"]
 Scope = Literal["global", "layer"]
@@ -41,14 +41,14 @@ LayoutName = Literal["uniform", "ragged", "auto"]
 WidthRule = Literal["networks", "loss", "members", "auto"]
 
 BUDGET_KEYS = ("sparsity", "target_params", "target_size")
-"""What may state how much stays instead of the kept networks."""
+"""Keys that set the size of the result, instead of `keep_networks`."""
 
 MODEL, CALIBRATION, CUT = "Model and output", "Calibration", "What to cut"
 QUALITY, MACHINE = "Quality", "Machine"
 
 
 def _key(group: str, default: Any = None, *, more: bool = False, **limits: Any) -> Any:
-    """A recipe key and the panel that its flag stands in, of `--help` or only of `--help-all`."""
+    """Declare a recipe key and the panel of its flag; with `more`, only `--help-all` shows the flag."""
     return Field(default, json_schema_extra={"group": group, "advanced": more}, **limits)
 
 
@@ -56,14 +56,14 @@ _more = partial(_key, more=True)
 
 
 class PruningConfig(BaseModel):
-    """The settings of the method, for :func:`fbn_prune.prune` and as keys of a recipe alike; frozen.
+    """The settings of the pruning method; immutable. All have defaults.
 
-    Every field has a default: ``PruningConfig(sparsity=0.5)`` removes half of the MLP neurons.
+    ``PruningConfig(sparsity=0.5)`` removes half of the MLP neurons.
 
     Raises
     ------
     InvalidInput
-        An unknown setting, or a value that is not accepted.
+        If a setting is unknown or its value is not accepted.
     """
 
     model_config = ConfigDict(
@@ -71,75 +71,75 @@ class PruningConfig(BaseModel):
     )
 
     tokens: int = _key(CALIBRATION, 131072, ge=1, le=10**12)
-    """Calibration tokens, shared evenly by sources."""
+    """Calibration tokens, divided evenly among the sources."""
     context: int | None = _more(CALIBRATION, ge=8)
-    """Tokens of a block. Default: the model's, at most 2048."""
+    """Tokens per block. Default: the model's context length, at most 2048."""
     held_out: float = _more(CALIBRATION, 0.1, gt=0, lt=1)
-    """Share of text kept from calibration for before/after figures."""
+    """Share of the text to keep out of calibration; perplexity before and after is measured on it."""
     networks: int = _more(CUT, 64, ge=1, le=10**6)
-    """Functional networks to discover."""
+    """Number of functional networks to discover."""
     network_tokens: int = _more(CUT, 8192, ge=2, le=10**9)
-    """Tokens that the networks are found on."""
+    """Tokens that the networks are discovered on."""
     scope: Scope = _more(CUT, "global")
     """One ICA over all layers, or one for each layer."""
     networks_from: Path | None = _more(CUT)
-    """A networks.safetensors to use instead of discovering anew."""
+    """A networks.safetensors to use instead of discovering networks."""
     report_networks: bool = _more(CUT, False)
-    """Discover the networks for the report, even where the result does not depend on them."""
+    """Discover the networks for the report, even if the pruned model does not depend on them."""
     keep_networks: int | None = _key(CUT)
-    """Keep as many neurons as belong to this many networks: the size dial. Default: 10."""
+    """Keep as many neurons as this many networks have as members: the size dial. Default: 10."""
     sparsity: float | None = _key(CUT)
     """Share of MLP neurons to remove, instead of --keep-networks."""
     head_sparsity: float | None = _more(CUT, gt=0, lt=1)
-    """Share of attention heads to remove besides, the same number in every layer; key-value heads go with the
-    query heads that read them. Default: none."""
+    """Share of attention heads to remove as well, the same number in every layer; each key-value head is removed
+    with its query heads. Default: none."""
     rank: RankName | None = _more(CUT)
-    """Order of networks: output energy, loss rise when knocked out, or how far they stand out on the task.
-    Default: task with --task, else energy."""
+    """Order of the networks: by output energy, by the rise of the loss when they are knocked out, or by how much
+    the task's activity differs from generic text. Default: task with --task, else energy."""
     task: str | None = _key(CALIBRATION)
     """The task to keep: a few examples in FILE.jsonl (text, or question and answer), the training split of a task
     of lm-evaluation-harness (lm_eval:NAME or lm_eval:FILE.yaml), or builtin:SKILL."""
     task_examples: int = _more(CALIBRATION, 64, ge=1)
-    """Examples to draw of lm_eval: and builtin: tasks; a file is used whole."""
+    """Number of examples to draw from lm_eval: and builtin: tasks; a file is used completely."""
     task_networks: int | None = _more(CALIBRATION, ge=1)
-    """Networks on which calibration text is matched to the task. Default: as many as --keep-networks, or 10."""
+    """Number of networks used to match calibration text to the task. Default: --keep-networks, or 10."""
     task_test: Path | None = _more(CALIBRATION)
-    """Questions of the task, as in a FILE.jsonl, that must not calibrate; measured on. lm_eval: and builtin: tasks
-    bring their own."""
+    """FILE.jsonl with test questions of the task: kept out of calibration, and measured. lm_eval: and builtin:
+    tasks have their own."""
     criterion: str = _more(CUT, "second-order")
-    """Which neurons go: by second-order, flap, wanda, membership, membership-bias, magnitude, random, or a
-    registered criterion."""
+    """Criterion that selects the neurons to remove: second-order, flap, wanda, membership, membership-bias,
+    magnitude, random, or a registered one."""
     target_params: str | None = _key(CUT)
-    """Parameters of the result, as 5000000, 350M or 1.5B: sets the budget."""
+    """Largest number of parameters of the result, as 5000000, 350M or 1.5B; instead of --keep-networks."""
     target_size: str | None = _key(CUT)
-    """Largest size of the result's weights, as 2GB or 900MB: sets the budget."""
+    """Largest size of the result's weights, as 2GB or 900MB; instead of --keep-networks."""
     layout: LayoutName = _key(CUT, "uniform")
-    """The same width in every layer, which every loader takes; or widths of their own (ragged: better, loads with
-    trust_remote_code); or ragged only where a trial shows that it gains enough (auto)."""
+    """One width for all layers (uniform: every loader accepts it), a width per layer (ragged: lower loss, needs
+    trust_remote_code to load), or ragged only if a trial shows enough gain (auto)."""
     widths: WidthRule = _more(CUT, "networks")
-    """Ragged widths by all networks, by the loss's removal curves, by membership in the kept networks, or the
-    best of the first two and an even split in a trial (auto)."""
+    """Rule for ragged widths: all networks, how the loss rises as neurons are removed (loss), membership in the
+    kept networks (members), or the best of networks, loss and equal widths in a trial (auto)."""
     loss_aware: bool = _key(QUALITY, False)
-    """Score errors as the loss feels them (takes a backward pass)."""
+    """Weigh output errors by their effect on the loss (needs a backward pass)."""
     keep_layers: str | None = _more(CUT)
-    """Layers to leave whole, as 0,1,-1. Needs --layout ragged."""
+    """Layers to leave uncut, as 0,1,-1. Needs --layout ragged."""
     width_multiple: int | None = _more(CUT, ge=1)
-    """Widths are multiples of this. Default: 64, or 8 below width 2048."""
+    """Make widths multiples of this. Default: 64, or 8 for models with widths below 2048."""
     sequential: bool = _key(QUALITY, False)
-    """Fit each layer on the output of the layers already pruned."""
+    """Fit each layer on the output of the layers that are already pruned."""
     recover: bool = _key(QUALITY, False)
-    """Train the cut model towards the dense one on the calibration text: its layers' outputs, then its
-    predictions (low-rank adapters, merged)."""
+    """After pruning, train merged low-rank adapters on the calibration text to match the original model's layer
+    outputs and then its predictions."""
     recover_passes: int = _more(QUALITY, 2, ge=1)
-    """Passes over the calibration text in each of the two steps."""
+    """Passes over the calibration text in each of the two steps of --recover."""
     recover_rank: int = _more(QUALITY, 32, ge=1)
-    """Rank of the adapters."""
+    """Rank of the adapters of --recover."""
     damping: float = _more(QUALITY, 1e-2, gt=0)
-    """Share of mean diag(H) added while choosing."""
+    """Damping while neurons are selected, as a share of the mean diagonal of H."""
     refit_damping: float = _more(QUALITY, 1e-3, gt=0)
-    """The same share while refitting; more where tokens are few."""
+    """Damping of the refit, as a share of the mean diagonal of H; raise it if tokens are few."""
     seed: int = _key(MACHINE, 0, ge=0, lt=2**32)
-    """Seed of every random choice."""
+    """Seed of all random choices."""
 
     if not TYPE_CHECKING:
 
@@ -165,30 +165,30 @@ class PruningConfig(BaseModel):
 
     @field_validator("task", "task_test", "networks_from")
     @classmethod
-    def _names_of_files(cls, value: Any) -> Any:
-        """No file has such a name, and asking for it is no clean error everywhere."""
+    def _file_names(cls, value: Any) -> Any:
+        """Refuse strings that cannot be file names; the operating system's own error is not always clear."""
         for name in value if isinstance(value, tuple) else (value,):
             if name is not None and not is_text(str(name)):
-                raise ValueError("a name cannot hold a NUL or half a character")
+                raise ValueError("a name cannot contain a NUL or half a surrogate pair")
         return value
 
     @field_validator("criterion", mode="before")
     @classmethod
     def _former_names(cls, value: Any) -> Any:
         if value == "networks":
-            raise ValueError("this criterion is called second-order")
+            raise ValueError("this criterion is now called second-order")
         return value
 
     @field_validator("target_params", "target_size", "keep_layers", mode="before")
     @classmethod
-    def _numbers_are_words_too(cls, value: Any) -> Any:
-        """YAML reads 5000000, and a single layer, as a number."""
+    def _numbers_as_text(cls, value: Any) -> Any:
+        """Accept numbers, because YAML reads 5000000 or a single layer as one."""
         whole = isinstance(value, int | float) and not isinstance(value, bool)
         return format(value, "d" if isinstance(value, int) else "f") if whole else value
 
     @property
     def stated_budget(self) -> str | None:
-        """The key that sets the budget; None where the kept networks do."""
+        """The key that sets the size of the result, or None if `keep_networks` does."""
         return next((key for key in BUDGET_KEYS if getattr(self, key) is not None), None)
 
     @property
@@ -197,7 +197,7 @@ class PruningConfig(BaseModel):
 
     @property
     def needs_networks(self) -> bool:
-        """Whether the result depends on the networks, or a report of them is asked for."""
+        """Whether the result depends on the networks, or `report_networks` asks for them."""
         return (
             self.report_networks
             or self.task is not None
@@ -208,17 +208,17 @@ class PruningConfig(BaseModel):
 
     @property
     def _cuts_by_kept_networks(self) -> bool:
-        """Whether it matters which networks are kept, beside how many neurons they have."""
+        """Whether the choice of kept networks affects the cut, and not only the number of their members."""
         by_members = self.layout != "uniform" and self.widths == "members"
         if self.criterion in CRITERION_NAMES:
             return by_members or self.criterion.startswith("membership")
-        from fbn_prune.pruning.criteria import NEED_NETWORKS  # a registered one: torch is there
+        from fbn_prune.pruning.criteria import NEED_NETWORKS  # imports torch
 
         return by_members or self.criterion in NEED_NETWORKS
 
     @property
     def notes(self) -> list[str]:
-        """What its user should know of keys that do not change the result, a line each."""
+        """One line for each key that the user set and that does not change the result."""
         lines, budget = [], self.stated_budget
         matched = self.task is not None and self.task_networks is None
         if self.keep_networks and budget and not (matched or self._cuts_by_kept_networks):
@@ -233,50 +233,50 @@ class PruningConfig(BaseModel):
 
     @property
     def needs_gradients(self) -> bool:
-        """Whether a backward pass is needed."""
+        """Whether the method needs a backward pass."""
         by_loss = self.layout != "uniform" and self.widths in ("loss", "auto")
         return self.loss_aware or by_loss
 
     @property
     def needs_whole_model(self) -> bool:
-        """Whether the model cannot be read a layer at a time: gradients flow through all of it."""
+        """Whether the whole model must be in memory, because gradients flow through it."""
         return self.needs_gradients or self.recover
 
 
 class Recipe(PruningConfig):
-    """Everything that decides the result of a run: the settings of the method, the model, its text, the machine.
+    """All settings of a run: those of the method, and the model, the text and the machine.
 
-    Each field is a recipe key and, with dashes, a flag of the command line.
+    Each field is a key of a YAML recipe and, written with dashes, a command-line flag.
     """
 
     model: str = _key(MODEL, "builtin")
-    """Checkpoint folder, hub id, or `builtin`."""
+    """Checkpoint folder, Hub id, or `builtin`."""
     output: Path | None = _key(MODEL)
     """Folder to write; it must not exist."""
     calibration: tuple[str, ...] = _key(CALIBRATION, ("builtin",))
-    """Text: FILE.txt, FILE.jsonl[:field], a folder, hf:dataset[:config[:split[:field]]] or `builtin`. Repeat for
-    several."""
+    """Calibration text: FILE.txt, FILE.jsonl[:field], a folder, hf:dataset[:config[:split[:field]]] or `builtin`.
+    Repeat for several."""
     max_shard_size: str = _more(MODEL, "5GB")
-    """Largest safetensors shard to write."""
+    """Size of the largest safetensors shard to write."""
     device: str = _key(MACHINE, "auto")
     """auto, cpu, cuda or cuda:N."""
     dtype: DtypeName = _more(MACHINE, "auto")
-    """Compute type. The checkpoint keeps its own."""
+    """Dtype of the computation. The checkpoint keeps its own."""
     memory_budget: str | None = _key(MACHINE)
-    """Most memory to take, as 4GB: a model that does not fit is read layer by layer, and what else does not fit
-    goes to disk. Default: what is free."""
+    """Memory limit, as 4GB: a model that does not fit is read layer by layer, and activations that do not fit are
+    written to disk. Default: the free memory."""
     trust_remote_code: bool = _more(MODEL, False)
-    """Let the tokenizer be code from the checkpoint; the model never is."""
+    """Allow the tokenizer to run code from the checkpoint; the model's code is never run."""
     overwrite: bool = _key(MODEL, False)
     """Replace an existing output folder."""
     work_dir: Path | None = _more(MACHINE)
-    """Where finished stages lie until the output stands: a run that died goes on from there. Default: .NAME.work
+    """Folder for finished stages, from which the same command continues after a failure. Default: .NAME.work
     beside the output."""
 
     @field_validator("model", "output", "calibration", "work_dir")
     @classmethod
     def _places(cls, value: Any) -> Any:
-        return cls._names_of_files(value)
+        return cls._file_names(value)
 
     @field_validator("calibration", mode="before")
     @classmethod
@@ -284,17 +284,17 @@ class Recipe(PruningConfig):
         return (value,) if isinstance(value, str) else value
 
     def to_yaml(self) -> str:
-        """The resolved recipe, every key spelled out that has a part in the result."""
+        """Return the recipe as YAML, with the value of every key but `work_dir`."""
         return yaml.safe_dump(self.model_dump(mode="json", exclude={"work_dir"}), sort_keys=False)
 
 
 def recipe_key(name: object, known: Collection[str]) -> str:
-    """The one of the `known` keys that `name` spells, with dashes or underscores.
+    """Return the known key that `name` spells, with dashes or underscores.
 
     Raises
     ------
     InvalidInput
-        There is none.
+        If there is no such key; the message suggests the closest one.
     """
     key = str(name).replace("-", "_")
     if key not in known:
@@ -304,18 +304,44 @@ def recipe_key(name: object, known: Collection[str]) -> str:
     return key
 
 
-def build_recipe(values: dict[str, Any], *, where: str = "command line") -> Recipe:
-    """A recipe from keys with dashes or underscores.
+def recipe_setting(text: str, known: Collection[str]) -> tuple[str, Any]:
+    """Read `KEY=VALUE`, with the value written as in a YAML recipe.
 
     Parameters
     ----------
-    where
-        Where the keys come from: what an error begins with.
+    text
+        The argument of the flag `--set`.
+    known
+        Keys that may be set.
 
     Raises
     ------
     InvalidInput
-        One line that names the key, the offending value and what is accepted.
+        If the text has another form, or the key is unknown.
+    """
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise InvalidInput(f"--set {text}: write KEY=VALUE")
+    try:
+        return recipe_key(name.strip(), known), read_yaml(value, text)
+    except InvalidInput as error:
+        raise InvalidInput(f"--set: {error}") from None
+
+
+def build_recipe(values: dict[str, Any], *, where: str = "command line") -> Recipe:
+    """Return the recipe with these keys, written with dashes or underscores.
+
+    Parameters
+    ----------
+    values
+        Value by key; all other keys get their defaults.
+    where
+        Where the keys come from; error messages begin with it.
+
+    Raises
+    ------
+    InvalidInput
+        If a key is unknown or a value is not accepted; the message names the key, the value and what is accepted.
     """
     try:
         return Recipe(**values)
@@ -328,7 +354,7 @@ def _refuse(config: PruningConfig, key: str, why: str) -> NoReturn:
 
 
 def _check(recipe: PruningConfig) -> None:
-    """Refuse what one field alone cannot show."""
+    """Refuse values that a field's own validation cannot refuse, such as two keys that exclude each other."""
     refuse = partial(_refuse, recipe)
     if recipe.keep_networks is not None and recipe.keep_networks < 1:
         refuse("keep_networks", "at least one network must be kept")
@@ -343,11 +369,11 @@ def _check(recipe: PruningConfig) -> None:
                 why = f"only {recipe.networks} networks are discovered; lower it or raise networks"
                 refuse(key, why)
     if recipe.sparsity is not None and not 0 < recipe.sparsity < 1:
-        refuse("sparsity", "the share of neurons to remove lies between 0 and 1")
+        refuse("sparsity", "the share of neurons to remove must be between 0 and 1")
     _check_sizes(recipe)
     _check_layout(recipe)
     if recipe.rank == "task" and recipe.task is None:
-        refuse("rank", "name the task's examples with task")
+        refuse("rank", "give the task's examples with task")
     for key, verb in (("task_test", "test"), ("task_networks", "match")):
         if getattr(recipe, key) is not None and recipe.task is None:
             refuse(key, f"there is no task to {verb}")
@@ -357,7 +383,7 @@ def _check(recipe: PruningConfig) -> None:
     if recipe.needs_networks and recipe.networks >= tokens:
         refuse(
             "networks",
-            f"{tokens} tokens allow fewer than that many; lower networks or raise tokens and network_tokens",
+            f"{tokens} tokens allow at most {tokens - 1}; lower networks, or raise tokens and network_tokens",
         )
 
 
@@ -375,36 +401,32 @@ def _check_sizes(recipe: PruningConfig) -> None:
 def _check_layout(recipe: PruningConfig) -> None:
     refuse = partial(_refuse, recipe)
     if recipe.layout == "uniform" and recipe.widths != "networks":
-        why = "uniform layers have no widths of their own: add layout = ragged or auto"
+        why = "this rule is for ragged layers: add layout = ragged or auto"
         refuse("widths", why)
     if recipe.keep_layers is not None:
         if recipe.layout != "ragged":
-            refuse("keep_layers", "whole layers beside cut ones need layout = ragged")
+            refuse("keep_layers", "uncut layers beside cut ones need layout = ragged")
         parse_layers(recipe.keep_layers, "keep_layers")
         if recipe.head_sparsity is not None:
-            why = "head_sparsity takes heads from every layer alike: give one of the two"
+            why = "head_sparsity removes heads from every layer: give one of the two"
             refuse("keep_layers", why)
     if recipe.loss_aware and recipe.criterion != "second-order":
-        refuse("loss_aware", f"criterion {recipe.criterion} scores no errors")
+        refuse("loss_aware", f"criterion {recipe.criterion} does not score output errors")
 
 
 def parse_count(text: str, name: str) -> int:
-    """A number of parameters: 5000000, 350M, 1.5B.
+    """Return the number that a text such as 5000000, 350M or 1.5B gives.
 
     Raises
     ------
     InvalidInput
+        If it has another form; `name` is the key in the message.
     """
     return _parse(text, {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}, name, "5000000, 350M or 1.5B")
 
 
 def parse_size(text: str, name: str) -> int:
-    """A size in bytes: 2GB, 900MB, 1.5GiB.
-
-    Raises
-    ------
-    InvalidInput
-    """
+    """Return the bytes that a text such as 2GB, 900MB or 1.5GiB gives; `name` and errors as in :func:`parse_count`."""
     units = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
     return _parse(text, units, name, "2GB, 900MB or 1.5GiB")
@@ -418,12 +440,7 @@ def _parse(text: str, units: dict[str, int], name: str, examples: str) -> int:
 
 
 def parse_layers(text: str, name: str) -> tuple[int, ...]:
-    """Layers as 0,1,-1, where -1 is the last.
-
-    Raises
-    ------
-    InvalidInput
-    """
+    """Return the layers in a text such as 0,1,-1; -1 is the last. `name` and errors as in :func:`parse_count`."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -431,12 +448,19 @@ def parse_layers(text: str, name: str) -> tuple[int, ...]:
 
 
 def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
-    """Read a YAML recipe; `overrides` (flags given by the user) win over the file.
+    """Read a recipe from a YAML file.
+
+    Parameters
+    ----------
+    path
+        The file.
+    overrides
+        Values that replace those of the file, such as the user's flags.
 
     Raises
     ------
     InvalidInput
-        The file is missing, is not YAML, is not a mapping, or holds an unknown key or a bad value.
+        If the file is missing or not a YAML mapping, or has an unknown key or a bad value.
     """
     name = f"recipe {path}"
     values = read_yaml(read_text(path, name, most_bytes=MOST_BYTES), name)

@@ -1,9 +1,9 @@
-"""A store of bytes beside a run's output: what the run has finished, until the output stands.
+"""Storage of the finished parts of a run, so that the same command can continue after a failure.
 
-A work directory holds a folder for each unfinished run, named by a fingerprint of all that decides the run's result.
-In it lie finished parts, each put in place whole and recorded with its SHA-256: the same command goes on from them, and
-what does not match its record is made again. Callers turn their values into bytes and back without loss, so that a
-resumed run ends in the same bytes as an undisturbed one.
+A work directory holds one folder per unfinished run. The folder's name is a fingerprint of everything that decides the
+run's result. It contains the finished parts (files) and a record with the SHA-256 of each. A part is written under a
+temporary name and then renamed; a part that does not match its hash is computed again. Callers encode values without
+loss, so a resumed run writes the same bytes as an uninterrupted one. The folder is removed when the output is written.
 """
 
 from __future__ import annotations
@@ -28,37 +28,37 @@ LOCK = "lock"
 
 LAYERS, MATCHED_LAYERS, SHARDS = "layer-", "match-", "shard-"
 KINDS = {"layers": LAYERS, "matched layers": MATCHED_LAYERS, "shards": SHARDS}
-"""What there are many of in a run, and what their names begin with; all others are stages."""
+"""Kinds of parts that a run has many of, and the prefix of their names. All other parts are stages."""
 
 Put = Callable[[bytes | memoryview], object]
-"""Takes the next bytes of a file."""
+"""A function that appends bytes to a file."""
 
 Value = TypeVar("Value")
 
 
 def default_place(output: Path) -> Path:
-    """The work directory of a run that names none: hidden, beside its output."""
+    """Return the default work directory of a run: `.NAME.work` beside the output `NAME`."""
     target = output.expanduser().resolve()
     return target.with_name(f".{target.name}.work")
 
 
 def fingerprint(facts: dict[str, Any]) -> str:
-    """Name of the folder of the run that these facts decide."""
+    """Return a hash of these facts, 16 hexadecimal digits; names the folder of a run."""
     text = json.dumps({"format": FORMAT, **facts}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class Store:
-    """Finished parts of one run, by name; without a folder nothing is kept, and every part is made.
+    """The finished parts of one run, by name. A store without a folder keeps nothing.
 
-    Of several processes on one job the first has the folder, and the others have stores without one.
+    In a job of several processes only rank 0 has a folder.
 
     Parameters
     ----------
     folder
-        The run's own folder, which exists.
+        Existing folder of the run. Default: nothing is kept.
     about
-        What a listing of unfinished runs says of this one.
+        Facts that `fbn-prune work list` shows about the run.
     """
 
     def __init__(self, folder: Path | None = None, about: dict[str, Any] | None = None) -> None:
@@ -69,19 +69,19 @@ class Store:
 
     @property
     def started(self) -> bool:
-        """Whether there is a finished part to go on from."""
+        """Whether the run has a finished part."""
         return bool(self._record["stages"])
 
     @property
     def words(self) -> str:
-        """What there is to go on from."""
+        """One line that counts the finished parts."""
         found = [
             f"{count} {kind}" for kind, count in counted(self._record["stages"]).items() if count
         ]
         return f"{', '.join(found)} finished before ({self._folder})"
 
     def tidy(self) -> None:
-        """Remove files that the record does not name: a killed run's, half written, or what has been replaced."""
+        """Remove files that the record does not list: incomplete ones of a killed run, and replaced parts."""
         if self._folder is not None:
             for file in self._folder.iterdir():
                 if file.name not in {RECORD, LOCK, *self._record["stages"]}:
@@ -89,12 +89,12 @@ class Store:
                         file.unlink()
 
     def bind(self, calibration: str) -> bool:
-        """Record the calibration text's fingerprint, and forget what was made from another text.
+        """Record the fingerprint of the calibration text, and drop all parts that were made from another text.
 
         Returns
         -------
         bool
-            Whether anything was forgotten.
+            Whether parts were dropped.
         """
         before = self._record.get("calibration")
         if before == calibration:
@@ -106,42 +106,44 @@ class Store:
         return stale
 
     def names(self, prefix: str) -> list[str]:
-        """Names of this process's parts that begin with `prefix`, in order."""
+        """Return the sorted names of this process's parts that begin with `prefix`."""
         return sorted(name for name in self._record["stages"] if name.startswith(prefix))
 
     def read(self, name: str) -> bytes | None:
-        """A part as it was written; None where there is none, or where it is damaged.
+        """Return the bytes of a part, or None if it is missing or damaged.
 
-        All processes call it and get what the first one finds, so that all go on from the same place.
+        All processes must call this; rank 0 reads and broadcasts, so that all continue from the same part.
         """
         return distributed.broadcast(self._read(name))
 
     def read_last(self, prefix: str) -> bytes | None:
-        """The last undamaged part, by name, that begins with `prefix`; otherwise as :meth:`read`."""
+        """Return the last undamaged part, in order of names, that begins with `prefix`; see :meth:`read`."""
         found = (self._read(name) for name in reversed(self.names(prefix)))
         return distributed.broadcast(next((data for data in found if data is not None), None))
 
     def write(
         self, name: str, write: Callable[[Put], object], *, replaces: Iterable[str] = ()
     ) -> None:
-        """Keep what `write` puts, once all of it is on the disk. It is not called where nothing is kept.
+        """Write a part and record it when it is completely on disk; does nothing in a store without a folder.
 
         Parameters
         ----------
+        name, write
+            File name of the part; called with a function that appends bytes to it.
         replaces
-            Names of parts that are forgotten in the same moment.
+            Names of parts to remove at the same time.
 
         Raises
         ------
         FbnPruneError
-            The folder cannot be written to.
+            If the folder cannot be written to.
         """
         if self._folder is None:
             return
         if not name.startswith(SHARDS):
-            # Shards are made from the parts before them, and a part made again may differ.
+            # Shards are made from the other parts, so a new part makes them out of date.
             replaces = {*replaces, *self.names(SHARDS)}
-        with suppress(OSError):  # what is there is damaged, and takes room
+        with suppress(OSError):  # free the space of a damaged part
             (self._folder / name).unlink()
         self._record["stages"][name] = self._write(name, write)
         self._save_record(without=set(replaces) - {name})
@@ -153,7 +155,7 @@ class Store:
         encode: Callable[[Value], bytes],
         decode: Callable[[bytes], Value],
     ) -> Value:
-        """A part's value: decoded where it was kept, otherwise computed and kept. All processes call it."""
+        """Return a part's value: decoded if stored, otherwise computed and stored. All processes must call this."""
         data = self.read(name)
         if data is not None:
             return decode(data)
@@ -161,15 +163,15 @@ class Store:
         self.write(name, lambda put: put(encode(value)))
         return value
 
-    # Shards: too large to be read whole, and the first process's alone.
+    # For shards, which are too large to read at once and which only rank 0 handles.
 
     def keep_only(self, prefix: str, names: Collection[str]) -> None:
-        """Forget the parts that begin with `prefix` and are not among `names`."""
+        """Remove the parts that begin with `prefix` and are not in `names`."""
         if others := set(self.names(prefix)) - set(names):
             self._save_record(without=others)
 
     def holds(self, name: str, head: bytes, size: int) -> bool:
-        """Whether a part is kept and undamaged, starts with `head` and has `size` bytes."""
+        """Return whether a part is stored and undamaged, starts with `head` and has `size` bytes."""
         expected = self._record["stages"].get(name)
         if self._folder is None or expected is None:
             return False
@@ -179,17 +181,18 @@ class Store:
                 digest = hashlib.sha256(start)
                 while chunk := file.read(2**20):
                     digest.update(chunk)
-                return digest.hexdigest() == expected
+                return bool(digest.hexdigest() == expected)
         return False
 
     def put(self, name: str, target: Path) -> None:
-        """Have a part at `target` too: by a hard link where the file system has them, so that nothing is lost if the
-        run is killed before the output stands; else moved there, or copied from another file system.
+        """Place a part at `target`: by hard link, else by moving it, else (on another file system) by copying it.
+
+        A hard link keeps the part in the store in case the run is killed before the output is complete.
 
         Raises
         ------
         FbnPruneError
-            There is no room for a copy.
+            If the disk has no room for a copy.
         """
         assert self._folder is not None
         for put in (os.link, os.rename):
@@ -220,7 +223,7 @@ class Store:
                 self.tidy()
 
     def _write(self, name: str, write: Callable[[Put], object]) -> str:
-        """Write a file and put it in place when it is on the disk; its SHA-256."""
+        """Write a file, rename it into place once it is on disk, and return its SHA-256."""
         assert self._folder is not None
         temporary = self._folder / f"{name}.tmp"
         digest = hashlib.sha256()
@@ -245,20 +248,20 @@ class Store:
 
 
 def counted(names: Collection[str]) -> dict[str, int]:
-    """How many stages, and how many of each of :data:`KINDS`, these names of parts are."""
+    """Count the stages among these names of parts, and the parts of each of :data:`KINDS`."""
     kinds = {kind: sum(name.startswith(start) for name in names) for kind, start in KINDS.items()}
     return {"stages": len(names) - sum(kinds.values()), **kinds}
 
 
 def _unwritable(folder: Path, error: OSError) -> FbnPruneError:
     return FbnPruneError(
-        f"cannot write {folder}: {error.strerror or error}; what is finished is kept: make room, or "
-        "repair what is wrong, and run the same command again"
+        f"cannot write {folder}: {error.strerror or error}; finished stages are kept: free disk space or "
+        "fix the cause, and run the same command again"
     )
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """What a run's folder says of itself; None where it is damaged, or of another version."""
+    """Return the record in a run's folder, or None if it is damaged or has another format version."""
     try:
         record = json.loads((folder / RECORD).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -271,28 +274,30 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 def store_in(
     place: Path, key: str, about: dict[str, Any], *, keep_place: bool = False
 ) -> Iterator[Store]:
-    """The store of the run `key` in the work directory `place`; this process alone has it inside the block.
+    """Open the store of one run and lock it for this process.
 
-    The folder goes when the block ends well, or when nothing in it would help another run: where no part was
-    finished, or the input was refused.
+    The run's folder is removed when the block succeeds, and also when it fails without a finished part or with
+    invalid input, because then it would not help the next attempt.
 
     Parameters
     ----------
+    place, key
+        Work directory, and the fingerprint of the run.
     about
-        What a listing says of the run.
+        Facts that `fbn-prune work list` shows about the run.
     keep_place
-        Leave `place` itself when it is empty.
+        Do not remove `place` when it becomes empty.
 
     Raises
     ------
     InvalidInput
-        Another process is at work on the same run.
+        If another process works on the same run.
     FbnPruneError
-        The folder cannot be written to.
+        If the folder cannot be written to.
     """
     folder = place / key
     made = [parent for parent in place.resolve().parents if not parent.exists()]
-    with locked(folder, LOCK, "the same run is at work there: wait for it to end"):
+    with locked(folder, LOCK, "the same run is in progress; wait until it ends"):
         store = Store(folder, about)
         store.tidy()
         try:
@@ -310,21 +315,21 @@ def store_in(
 
 
 def remove(folder: Path, place: Path, keep_place: bool) -> None:
-    """Remove a run's folder from a work directory, and that too if nothing else is in it."""
+    """Remove a run's folder, and then the work directory if it is empty (unless `keep_place`)."""
     shutil.rmtree(folder, ignore_errors=True)
     if not keep_place:
         with suppress(OSError):
             place.rmdir()
 
 
-# Locks that a dead process cannot leave behind: the kernel lets go of them when it ends, however it ends.
+# The kernel releases these locks when the process ends for any reason, so none can be left behind.
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)
-"""What file systems say that know no locks; there nobody is kept out."""
+"""Errors of file systems without locks; there a run is not protected from a second one."""
 
 
 def try_lock(handle: int) -> bool:
-    """Lock an open file or folder for this process; False where another one has it."""
+    """Lock an open file or folder for this process; return False if another process holds the lock."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -336,7 +341,7 @@ def try_lock(handle: int) -> bool:
 
 
 def owned(path: Path) -> bool:
-    """Whether a process holds the lock of a file or folder."""
+    """Return whether a process holds the lock of a file or folder."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError:
@@ -349,14 +354,21 @@ def owned(path: Path) -> bool:
 
 @contextmanager
 def locked(folder: Path, name: str, otherwise: str) -> Iterator[None]:
-    """Make a folder if need be and hold the lock of the file `name` in it; it says which process does.
+    """Create a folder if necessary and hold the lock of a file in it.
+
+    Parameters
+    ----------
+    folder, name
+        The folder, and the name of the lock file, which holds the process id.
+    otherwise
+        Advice that ends the message if another process holds the lock.
 
     Raises
     ------
     InvalidInput
-        Another process holds it; the line ends with `otherwise`.
+        If another process holds the lock.
     FbnPruneError
-        The folder cannot be made or written to.
+        If the folder cannot be created or written to.
     """
     try:
         handle = _open(folder, name, otherwise)
@@ -364,7 +376,7 @@ def locked(folder: Path, name: str, otherwise: str) -> Iterator[None]:
         raise FbnPruneError(f"cannot write {folder}: {error.strerror or error}") from error
     try:
         os.truncate(handle, 0)
-        with suppress(OSError):  # a full disk must not keep a run from saying so itself
+        with suppress(OSError):  # the run itself reports a full disk with more context
             os.write(handle, f"{os.getpid()}\n".encode())
         yield
     finally:
@@ -379,7 +391,7 @@ def _open(folder: Path, name: str, otherwise: str) -> int:
             owner = os.read(handle, 32).decode("ascii", "replace").strip()
             os.close(handle)
             raise InvalidInput(f"{folder} is in use by process {owner}: {otherwise}")
-        # Between opening and locking, the process that had it may have removed the folder.
+        # The previous owner may have removed the folder after we opened the file: then try again.
         with suppress(OSError):
             if os.stat(folder / name).st_ino == os.fstat(handle).st_ino:
                 return handle

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fbn_prune.networks.functional_networks import FunctionalNetworks
-from fbn_prune.networks.structure import connectivity
+from fbn_prune.networks.recurrence import connectivity
 
 LAYERS, WIDTH, NETWORKS, KEPT = 6, 64, 20, 4
 HOSTILE = (

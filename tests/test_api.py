@@ -225,9 +225,10 @@ def test_every_public_name_is_there_and_documented() -> None:
 
 def test_the_examples_in_the_docstrings_run() -> None:
     from fbn_prune import api
-    from fbn_prune.networks import estimator
+    from fbn_prune.networks import estimator as of_arrays
+    from fbn_prune.runs import estimator as of_models
 
-    for module in (api, estimator):
+    for module in (api, of_arrays, of_models):
         outcome = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
         assert outcome.attempted > 3
         assert outcome.failed == 0

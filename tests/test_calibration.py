@@ -11,12 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import VOCAB, make_tokenizer
 
-from fbn_prune.data.calibration import (
-    TokenBlocks,
-    calibration_data,
-    read_documents,
-    tokenize_document,
-)
+from fbn_prune.data.calibration import TokenBlocks, calibration_data, tokenize_document
+from fbn_prune.data.documents import read_documents
 from fbn_prune.errors import InvalidInput
 
 TOKENIZER = make_tokenizer()
@@ -119,11 +115,11 @@ def test_a_data_set_is_read_through_datasets(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "holds no text"),
-        ("  \n ", "holds no text"),
+        ("", "has no text"),
+        ("  \n ", "has no text"),
         ("too short", "too short"),
-        ("ab", "no document gives"),
-        ("x" * 3200, "repeats what is held out"),
+        ("ab", "every document has fewer"),
+        ("x" * 3200, "differ from the held-out"),
     ],
 )
 def test_unusable_text_is_refused(tmp_path: Path, content: str, message: str) -> None:
@@ -143,7 +139,7 @@ def test_unreadable_sources_are_refused_by_name(tmp_path: Path) -> None:
         "latin.txt": "not UTF-8",
         "bad.jsonl": "line 2: not JSON",
         "field.jsonl": "no text field 'text'",
-        "empty": "holds no",
+        "empty": "has no",
     }
     for name, message in cases.items():
         with pytest.raises(InvalidInput, match=message):
@@ -151,5 +147,5 @@ def test_unreadable_sources_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_ids_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match="vocabulary has 50"):
+    with pytest.raises(InvalidInput, match="vocabulary has only 50"):
         data([text_file(tmp_path)], vocabulary=50)

@@ -235,7 +235,7 @@ def test_a_damaged_model_is_refused_in_one_line(
         (["--networks", "72", "--keep-networks", "2"], "72 neurons"),
         (["--sparsity", "0"], "between 0 and 1"),
         (["--sparsity", "1.5"], "between 0 and 1"),
-        (["--context", "65"], "64 at most"),
+        (["--context", "65"], "at most 64 tokens"),
         (["--device", "warp"], "write auto, cpu"),
         (["--criterion", "luck"], "luck"),
         (["--width-multiple", "25"], "only 24 neurons"),

@@ -23,7 +23,7 @@ def test_a_long_step_is_not_passed_in_silence(
 ) -> None:
     monkeypatch.setattr(console, "LINE_SECONDS", 0.02)
     with console.LineDisplay().stage("prune", 4, "layers") as advance:
-        assert "prune: 0%, at work for" in wait_for(capsys, "at work for")
+        assert "prune: 0% after" in wait_for(capsys, "0% after")
         advance(1)
         said = wait_for(capsys, "25%")
         assert "layers/s" in said

@@ -203,7 +203,7 @@ def test_a_lost_process_ends_the_job_and_the_rest_can_be_gone_on_with(
     assert list(work.glob("*/dense.json")), "what was finished is kept"
     done = launched(2, arguments)
     assert done.returncode == 0, done.stderr
-    assert "going on from" in done.stderr
+    assert "continuing from" in done.stderr
     undisturbed = launched(2, ["-m", "fbn_prune", *job(place, str(whole), *flags)])
     assert undisturbed.returncode == 0, undisturbed.stderr
     weights = {path.name: path.read_bytes() for path in whole.glob("model*.safetensors")}

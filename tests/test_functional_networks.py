@@ -145,11 +145,17 @@ def test_what_is_no_file_of_networks_is_refused(tmp_path: Path) -> None:
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON"),
         ("[1]", "format version None"),
-        ('{"format": 2}', "format version 2, but this fbn-prune reads 1"),
-        ('{"format": 1, "widths": [3, 2]}', "lacks widths or facts"),
+        ('{"format": 2}', "format version 2, but this fbn-prune reads version 1"),
+        ('{"format": 1, "widths": [3, 2]}', "the widths or the header are missing"),
         ('{"format": 1, "widths": [3, 3], "header": {}}', "6 neurons"),
-        ('{"format": 1, "widths": [6, -1], "header": {}}', "not one size for each layer"),
-        ('{"format": 1, "widths": ["3", 2], "header": {}}', "not one size for each layer"),
+        (
+            '{"format": 1, "widths": [6, -1], "header": {}}',
+            "not one number of neurons for each layer",
+        ),
+        (
+            '{"format": 1, "widths": ["3", 2], "header": {}}',
+            "not one number of neurons for each layer",
+        ),
     ],
 )
 def test_damaged_metadata_is_refused(tmp_path: Path, text: str, complaint: str) -> None:

@@ -12,10 +12,10 @@ from fuzz_readers import READERS, fuzz
 from safetensors.torch import save_file
 from tiny_models import save_tiny
 
-from fbn_prune.data import calibration
+from fbn_prune.data import documents
 from fbn_prune.data import examples as task_data
 from fbn_prune.data import text_files as texts
-from fbn_prune.data.calibration import read_documents
+from fbn_prune.data.documents import read_documents
 from fbn_prune.data.examples import read_examples
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.checkpoint import Checkpoint
@@ -68,7 +68,7 @@ def test_a_recipe_without_end_is_not_read_or_unfolded_whole(tmp_path: Path) -> N
     lines = ["a: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"b{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
     (tmp_path / "r.yaml").write_text("\n".join([*lines, "tokens: *a11"]))
-    with pytest.raises(InvalidInput, match="refers back to its own parts"):
+    with pytest.raises(InvalidInput, match="uses YAML aliases"):
         load_recipe(tmp_path / "r.yaml")
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({"model": "x" * 2**20}))
     with pytest.raises(InvalidInput, match="larger than 1,048,576 bytes"):
@@ -84,16 +84,16 @@ def test_a_long_wrong_value_is_not_repeated_whole() -> None:
 def test_half_a_character_in_json_is_refused_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "good"}\n{"text": "bad \\ud800"}\n')
-    with pytest.raises(InvalidInput, match="line 2: a NUL, or half a character"):
+    with pytest.raises(InvalidInput, match=r"line 2: .*contains a NUL"):
         list(read_documents(str(path), characters=1000))
-    with pytest.raises(InvalidInput, match="line 2: a NUL, or half a character"):
+    with pytest.raises(InvalidInput, match=r"line 2: .*contains a NUL"):
         read_examples(path)
 
 
 def test_a_line_or_a_file_without_end_is_not_read_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibration, "LONGEST_LINE", 100)
+    monkeypatch.setattr(documents, "LONGEST_LINE", 100)
     monkeypatch.setattr(task_data, "MOST_BYTES", 100)
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x" * 200}))
     with pytest.raises(InvalidInput, match="line 1: longer than 100 characters"):
@@ -105,7 +105,7 @@ def test_a_line_or_a_file_without_end_is_not_read_whole(
 @pytest.mark.parametrize("key", ["num_hidden_layers", "num_labels"])
 def test_a_config_of_endless_layers_is_refused_before_lists_are_made(key: str) -> None:
     config = {"model_type": "qwen2", "num_hidden_layers": 2, key: 10**9}
-    with pytest.raises(InvalidInput, match=f"{key} = 1000000000: no model has so many"):
+    with pytest.raises(InvalidInput, match=f"{key} = 1000000000: the most supported"):
         family_of(config).width(config)
 
 
@@ -128,7 +128,7 @@ def test_a_number_of_layers_that_is_none_is_refused(key: str, layers: object) ->
 def test_widths_of_layers_that_are_none_are_refused(own: object) -> None:
     config = {"model_type": "llama", "num_hidden_layers": 2, "per_layer_config": own}
     with pytest.raises(
-        InvalidInput, match=r"per_layer_config is no object|gives a layer|is not a valid"
+        InvalidInput, match=r"per_layer_config must map|not an integer|is not a valid"
     ):
         family_of(config, ragged=True).widths(config)
 
@@ -145,7 +145,7 @@ def test_numbers_too_long_for_python_in_the_networks_header_are_refused(tmp_path
     path = tmp_path / "networks.safetensors"
     header = '{"format": ' + "1" * 5000 + "}"
     save_file({"maps": torch.zeros(1, 1)}, path, metadata={METADATA_KEY: header})
-    with pytest.raises(InvalidInput, match="its header is not JSON"):
+    with pytest.raises(InvalidInput, match="the metadata is not JSON"):
         FunctionalNetworks.load(path)
 
 

@@ -16,8 +16,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from fbn_prune.cli.main import _exit_code
 from fbn_prune.errors import InvalidInput
-from fbn_prune.export.gguf import write_gguf
 from fbn_prune.export.gguf_tokenizer import CONTROL, UNUSED
+from fbn_prune.export.to_gguf import write as write_gguf
 from fbn_prune.model.checkpoint import Checkpoint
 
 gguf = pytest.importorskip("gguf")
@@ -155,7 +155,7 @@ def test_matrices_take_the_type_asked_for_and_vectors_stay_float32(
     kind: Any, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     source = Checkpoint.open(save_tiny(tmp_path / "in"))
-    write_gguf(source, tmp_path / "m.gguf", matrices=kind)
+    write_gguf(source, tmp_path / "m.gguf", dtype=kind)
     stored = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
     assert stored["blk.0.ffn_up.weight"] == kind.upper()
     assert stored["blk.0.attn_norm.weight"] == stored["output_norm.weight"] == "F32"

@@ -28,9 +28,9 @@ from transformers import PreTrainedTokenizerFast
 
 from fbn_prune.cli.main import _exit_code
 from fbn_prune.errors import InvalidInput
-from fbn_prune.export.gguf import write_gguf
 from fbn_prune.export.gguf_forms import _LLAMA_3, _QWEN_2
 from fbn_prune.export.gguf_tokenizer import gguf_tokenizer
+from fbn_prune.export.to_gguf import write as write_gguf
 from fbn_prune.model.checkpoint import Checkpoint
 
 pytest.importorskip("gguf")
@@ -421,7 +421,7 @@ REFUSED: dict[str, tuple[Callable[[], Tokenizer], str]] = {
     ),
     "split by white space": (
         lambda: sentencepiece(pre_tokenizer=pre_tokenizers.Whitespace()),
-        "no name for here",
+        "no name for this way",
     ),
     "token behind a space alone": (
         lambda: with_token(sentencepiece(), "<tool>", normalized=True),

@@ -25,7 +25,7 @@ from tiny_models import (
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fbn_prune.errors import InvalidInput
-from fbn_prune.export.gguf import write_gguf
+from fbn_prune.export.to_gguf import write as write_gguf
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.families import family_of
@@ -229,7 +229,9 @@ def test_a_share_that_the_config_does_not_accept_is_refused_with_those_that_it_d
     )
     config.num_key_value_heads = 4
     model = save_tiny(tmp_path / "model", config=config)
-    with pytest.raises(InvalidInput, match=r"3 of 4 key-value heads .* can go: 0\.5, 0\.75$"):
+    with pytest.raises(
+        InvalidInput, match=r"3 of 4 key-value heads .* possible shares: 0\.5, 0\.75$"
+    ):
         prepare(recipe(model, text, head_sparsity=0.25))
     with pytest.raises(InvalidInput, match="0 of 4 key-value heads"):
         prepare(recipe(model, text, head_sparsity=0.9))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -170,33 +170,12 @@ def test_each_layer_on_its_own_is_the_same_function_on_one_layer() -> None:
         assert ica.matched_correlation(maps, truth[:, half]).min() >= 0.99
 
 
-def test_a_ready_gram_saves_the_first_pass_and_changes_nothing() -> None:
-    z = standardised()
-    passes = 0
-
-    def layers() -> Iterator[Tensor]:
-        nonlocal passes
-        passes += 1
-        yield z
-
-    gram = TokenGram(80)
-    gram.update(z)
-    ready = ica.spatial_ica(layers, 6, gram=gram)
-    assert passes == 1
-    assert torch.equal(ready.maps, found(z, 6).maps)
-
-
-def test_a_saved_gram_goes_on_where_it_stopped_and_is_handed_over_once() -> None:
-    z = torch.randn(600, 50, generator=torch.Generator().manual_seed(0))
-    first, second = TokenGram(600), TokenGram(600)
-    first.update(z[:, :20])
-    second.load_state_dict(first.state_dict())
-    second.update(z[:, 20:])
-    centred = (z - z.mean(1, keepdim=True)).double()
-    assert second.neurons == 50
-    torch.testing.assert_close(second.finish().double(), centred @ centred.T, atol=1e-4, rtol=1e-5)
+def test_the_gram_is_handed_over_once() -> None:
+    gram = TokenGram(4)
+    gram.update(torch.ones(4, 3))
+    gram.finish()
     with pytest.raises(RuntimeError, match="handed over"):
-        second.update(z)
+        gram.update(torch.ones(4, 3))
 
 
 def test_a_dead_neuron_is_all_zero_after_standardising() -> None:
@@ -225,8 +204,6 @@ def test_time_courses_are_the_least_squares_loadings_of_the_maps() -> None:
     z = standardised()
     result = found(z, 6)
     expected = (z.double() @ torch.linalg.pinv(result.maps.double())).float()
-    streamed = ica.time_courses(lambda: z.split(1000, dim=1), result.maps)
-    torch.testing.assert_close(streamed, expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(result.time_courses, expected, atol=1e-3, rtol=1e-3)
 
 
@@ -262,7 +239,7 @@ def of_rank_3() -> Tensor:
             3,
             r"shape \(41, 10\), not \[40, neurons\]",
         ),
-        (lambda: [], 3, "no layers"),
+        (lambda: [], 3, "there are no layers"),
     ],
 )
 def test_activations_that_cannot_be_decomposed_are_refused(

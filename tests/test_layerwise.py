@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import CONTEXT, FAMILY_CONFIGS, make_model
+from small_runs import blocks
+from tiny_models import FAMILY_CONFIGS, PATHS, logits, make_model
 
-from fbn_prune.data.calibration import TokenBlocks
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.layerwise import LayerwiseForward
 from fbn_prune.model.perplexity import mean_loss
-
-torch.set_num_threads(1)
-
-
-def blocks(*lengths: int) -> TokenBlocks:
-    generator = torch.Generator().manual_seed(3)
-    return TokenBlocks(
-        tuple(torch.randint(0, 256, (n,), generator=generator) for n in lengths), CONTEXT, ("x",)
-    )
 
 
 @pytest.mark.parametrize("name", FAMILY_CONFIGS)
@@ -50,7 +41,7 @@ def test_layer_by_layer_equals_the_whole_forward_pass(name: str) -> None:
         handle.remove()
 
 
-@pytest.mark.parametrize("name", FAMILY_CONFIGS)
+@pytest.mark.parametrize("name", [*PATHS, "falcon"])
 def test_padding_changes_nothing(name: str) -> None:
     adapter = ModelAdapter(make_model(name))
     data = blocks(40, 9, 23)
@@ -62,8 +53,7 @@ def test_padding_changes_nothing(name: str) -> None:
 def test_the_model_is_left_as_it_was_even_after_an_error() -> None:
     model = make_model("llama")
     adapter = ModelAdapter(model)
-    ids = torch.arange(12)[None]
-    before = model(input_ids=ids).logits
+    before = logits(model)
     stream = LayerwiseForward(adapter, blocks(16).batches(16))
 
     def fail(index: int, x: torch.Tensor) -> None:
@@ -72,7 +62,7 @@ def test_the_model_is_left_as_it_was_even_after_an_error() -> None:
     with pytest.raises(RuntimeError, match="observer"):
         stream.advance(fail)
     assert all("forward" not in layer.__dict__ for layer in adapter.layers)
-    assert torch.equal(model(input_ids=ids).logits, before)
+    assert torch.equal(logits(model), before)
 
 
 def test_the_time_of_observers_is_not_counted_as_the_models() -> None:

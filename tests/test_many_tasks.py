@@ -351,7 +351,7 @@ def test_what_cannot_be_served_is_refused() -> None:
     tasks = three_tasks(model)
     with pytest.raises(InvalidInput, match="no tasks"):
         attach(model, {})
-    with pytest.raises(InvalidInput, match="'code' is of layers of"):
+    with pytest.raises(InvalidInput, match="'code' is for layers of"):
         attach(model, {"code": tasks["code"][:2]})
     with pytest.raises(InvalidInput, match="layer 1: kept neurons"):
         attach(model, {"code": [torch.tensor([1]), torch.tensor([3, 2]), torch.tensor([0])]})
@@ -364,9 +364,9 @@ def test_what_cannot_be_served_is_refused() -> None:
     with attach(model, tasks) as served:
         with pytest.raises(InvalidInput, match="serves tasks already"):
             attach(model, tasks)
-        with pytest.raises(InvalidInput, match="no task 'poems'; there are code, prose, sums"):
+        with pytest.raises(InvalidInput, match="no task 'poems'; the tasks are code, prose, sums"):
             served.ids(["code", "poems"])
-        with pytest.raises(InvalidInput, match="network_ids holds 3: 3 tasks"):
+        with pytest.raises(InvalidInput, match="network_ids holds 3, but there are 3 tasks"):
             logits(model, network_ids=torch.tensor([0, 3]))
         with (
             pytest.raises(InvalidInput, match="no task 'poems'"),

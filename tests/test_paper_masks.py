@@ -70,4 +70,4 @@ def test_a_bias_that_the_architecture_cannot_store_is_refused_before_any_work(
     args = ["--model", str(model), "--output", str(tmp_path / "out"), "--sparsity", "0.5"]
     capsys.readouterr()
     assert _exit_code([*args, "--criterion", "membership-bias"]) == 2
-    assert "has no place for an MLP output bias" in capsys.readouterr().err
+    assert "does not support an MLP output bias" in capsys.readouterr().err

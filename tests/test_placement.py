@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import FAMILY_CONFIGS, LAYERS, make_model, save_tiny
+from tiny_models import FAMILY_CONFIGS, LAYERS, PATHS, make_model, save_tiny
 
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.families import family_of
@@ -78,7 +78,7 @@ def test_every_weight_has_its_device_and_a_layer_has_one(name: str) -> None:
         assert places[module] == ("cuda:0" if layer is None else str(layers[layer]))
 
 
-@pytest.mark.parametrize("name", FAMILY_CONFIGS)
+@pytest.mark.parametrize("name", [*PATHS, "llama-tied"])
 def test_layers_and_all_else_are_the_whole_checkpoint(name: str, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(save_tiny(tmp_path / "model", name))
     layers, rest = layer_bytes(checkpoint, torch.bfloat16)
@@ -117,8 +117,8 @@ def _index(gpu: int | torch.device) -> int:
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
-    return Machine(monkeypatch, save_tiny(tmp_path / "model"))
+def machine(monkeypatch: pytest.MonkeyPatch, tiny: Path) -> Machine:
+    return Machine(monkeypatch, tiny)
 
 
 def test_a_model_that_one_gpu_holds_stays_on_it(machine: Machine) -> None:

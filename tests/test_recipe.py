@@ -34,7 +34,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     ("values", "message"),
     [
         ({"keep_network": 5}, "unknown key 'keep_network'; did you mean 'keep_networks'"),
-        ({"zzz": 5}, "unknown key 'zzz'; known: model"),
+        ({"zzz": 5}, "unknown key 'zzz'; known: tokens"),
         ({"keep_networks": 0}, "at least one network"),
         ({"keep_networks": -3}, "at least one network"),
         ({"keep_networks": 65}, "only 64 networks"),
@@ -44,7 +44,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         ({"sparsity": float("nan")}, "should be a finite number"),
         ({"networks": 100, "network_tokens": 100}, "allow fewer"),
         ({"criterion": "luck"}, "criterion = 'luck'"),
-        ({"criterion": "networks"}, "this criterion is called second-order"),
+        ({"criterion": "networks"}, "this criterion is now called second-order"),
         ({"task": "t.jsonl", "task_networks": 65}, "task_networks = 65: only 64 networks"),
         ({"task_networks": 5}, "no task to match"),
         ({"tokens": "many"}, "tokens = 'many'"),

@@ -27,7 +27,7 @@ HEADINGS = {
     "quality": "Quality against size",
     "ablation": "What the networks do",
     "evaluation": "Evaluation",
-    "connectivity": "How the networks go together",
+    "connectivity": "Functional connectivity",
     "cards": "Networks kept",
     "recipe": "Recipe",
 }
@@ -203,8 +203,8 @@ def test_figures_that_are_not_finite_do_not_stop_the_page(material: Path, tmp_pa
     ("arguments", "message"),
     [
         (["nowhere"], "neither result.json nor"),
-        (["{out}", "--compare", "{folder}/ablate.json"], "no JSON of a comparison"),
-        (["{out}", "--ablate", "{folder}/compare.json"], "no JSON of a ablation"),
+        (["{out}", "--compare", "{folder}/ablate.json"], "not the JSON output of compare"),
+        (["{out}", "--ablate", "{folder}/compare.json"], "not the JSON output of ablate"),
         (["{out}", "--evaluate", "{folder}/none.json"], "cannot read"),
         (["{out}", "--output", "/nowhere/at/all.html"], "no folder"),
         (["{out}", "--output", "{folder}/compare.json"], "exists"),

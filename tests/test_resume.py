@@ -25,7 +25,7 @@ from fbn_prune.runs.kept import numbers, tensors
 from fbn_prune.runs.memory import MemoryPlan, plan_memory
 from fbn_prune.runs.prune import run_prune
 from fbn_prune.runs.setup import prepare
-from fbn_prune.runs.unfinished import clean, unfinished
+from fbn_prune.runs.unfinished import clean_runs, unfinished_runs
 from fbn_prune.store import Store, locked, owned, store_in
 
 torch.set_num_threads(1)
@@ -161,7 +161,7 @@ def test_a_finished_run_leaves_no_work_and_a_named_directory_stays(
 
 def test_a_refused_input_leaves_nothing(place: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("short")
-    with pytest.raises(InvalidInput, match=r"too short|no document"):
+    with pytest.raises(InvalidInput, match=r"too short|every document"):
         run(place, tmp_path / "deep" / "out", calibration=[str(tmp_path / "short.txt")])
     assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
 
@@ -210,7 +210,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(
     with monkeypatch.context() as patch:
         patch.setattr(store.os, "replace", full)
         with pytest.raises(
-            FbnPruneError, match="No space left on device; what is finished is kept"
+            FbnPruneError, match="No space left on device; finished stages are kept"
         ):
             run(place, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -404,7 +404,9 @@ def test_a_disk_that_fills_up_while_shards_are_copied_leaves_no_half(
 
     with monkeypatch.context() as patch:
         patch.setattr(store.shutil, "copyfile", full)
-        with pytest.raises(FbnPruneError, match=r"cannot write .*: No space left on device; what"):
+        with pytest.raises(
+            FbnPruneError, match=r"cannot write .*: No space left on device; finished"
+        ):
             run(place, tmp_path / "out", work_dir=elsewhere, **SHARDED)
     assert not list(tmp_path.iterdir())
     assert resumed(place, tmp_path / "out", work_dir=elsewhere) == []
@@ -423,7 +425,7 @@ def test_a_disk_that_fills_up_in_a_shard_keeps_the_finished_ones(
     with monkeypatch.context() as patch:
         patch.setattr(store.os, "replace", full)
         with pytest.raises(
-            FbnPruneError, match="No space left on device; what is finished is kept"
+            FbnPruneError, match="No space left on device; finished stages are kept"
         ):
             run(place, tmp_path / "out", **SHARDED)
     assert [path.name for path in tmp_path.iterdir()] == [".out.work"]
@@ -512,7 +514,7 @@ def test_the_same_run_is_refused_while_one_is_at_work(place: Path, tmp_path: Pat
     (folder,) = (tmp_path / ".out.work").iterdir()
     with (
         locked(folder, store.LOCK, "x"),
-        pytest.raises(InvalidInput, match=r"is in use by process \d+: the same run is at work"),
+        pytest.raises(InvalidInput, match=r"is in use by process \d+: the same run is in progress"),
     ):
         run(place, tmp_path / "out")
     assert not owned(folder / store.LOCK)
@@ -550,15 +552,15 @@ def test_a_run_at_work_is_not_cleaned_away(tmp_path: Path) -> None:
     with store_in(tmp_path / "w", "key", {"model": "m", "output": "o"}) as mine:
         mine.bind("text")
         numbers(mine, "dense", lambda: 1.5)
-        removed, left = clean(tmp_path / "w")
+        removed, left = clean_runs(tmp_path / "w")
         assert (removed, [run.in_use for run in left]) == ([], [True])
         assert numbers(mine, "dense", lambda: pytest.fail("done again")) == 1.5
-    assert unfinished(tmp_path) == []
+    assert unfinished_runs(tmp_path) == []
 
 
 def test_where_there_is_no_folder_nothing_is_listed(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="there is no folder"):
-        unfinished(tmp_path / "nowhere")
+        unfinished_runs(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("value", [0.1, 1e-300, float("inf"), [1, 2], {"a": 1 / 3}, None])
@@ -587,4 +589,4 @@ def test_a_damaged_record_is_no_work(text: str, tmp_path: Path) -> None:
     (tmp_path / "key").mkdir()
     (tmp_path / "key" / store.RECORD).write_text(text, encoding="latin-1")
     assert not Store(tmp_path / "key").started
-    assert unfinished(tmp_path) == []
+    assert unfinished_runs(tmp_path) == []

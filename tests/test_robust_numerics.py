@@ -298,7 +298,7 @@ def test_the_relative_error_is_the_share_of_the_output_that_is_missing() -> None
 def test_a_rise_within_the_range_passes_and_one_outside_is_told() -> None:
     predicted = predicted_rise([0.1, 0.05])
     assert check_rise(10.0, 12.0, predicted, 1000) is None
-    assert "lead to expect 9.048 to 20.14" in str(check_rise(10.0, 40.0, predicted, 1000))
+    assert "predict 9.048 to 20.14" in str(check_rise(10.0, 40.0, predicted, 1000))
     assert "too short to tell" in str(check_rise(10.0, 5.0, predicted, 1000))
 
 
@@ -316,7 +316,7 @@ def test_a_warning_is_in_the_result_and_on_the_card(
     )
     model = save_tiny(tmp_path / "model")
     result = run_prune(small_recipe(model, text, tmp_path / "out"), StageClock())
-    assert "where the statistics of the cut lead to expect" in str(result.warning)
+    assert "but the statistics of the cut predict" in str(result.warning)
     assert "**Warning:** the pruned model's" in (tmp_path / "out" / "README.md").read_text()
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fbn_prune.pruning.damping import centred, damped
+from fbn_prune.pruning.damping import centred, ridge
 from fbn_prune.pruning.second_order import (
     choose_neurons,
     loss_root,
@@ -87,13 +87,13 @@ def test_the_order_of_the_neurons_does_not_matter(seed: int, keep: int) -> None:
 
 def test_one_neuron_is_removed_exactly_as_an_exhaustive_search_would() -> None:
     weight, _, gram = problem(4, neurons=8)
-    ridge = damped(gram, 1e-2)
+    ridged = gram + ridge(gram, 1e-2) * torch.eye(len(gram), dtype=gram.dtype)
     kept = choose_neurons(weight, gram, 7, damping=1e-2)
     errors = {}
     for gone in range(8):
         rest = torch.tensor([i for i in range(8) if i != gone])
-        new = refit(weight, ridge, rest, damping=1e-12)
-        errors[gone] = output_error(weight, ridge, rest, new)
+        new = refit(weight, ridged, rest, damping=1e-12)
+        errors[gone] = output_error(weight, ridged, rest, new)
     best = min(errors, key=errors.__getitem__)
     assert set(range(8)) - set(kept.tolist()) == {best}
 
@@ -155,9 +155,9 @@ def test_the_removal_curve_is_that_of_the_choice(seed: int, keep: int) -> None:
 
 def test_the_removal_curve_starts_with_the_true_cost_of_the_first() -> None:
     weight, _, gram = problem(9)
-    ridge = damped(gram, 1e-2)
+    ridged = gram + ridge(gram, 1e-2) * torch.eye(len(gram), dtype=gram.dtype)
     kept = choose_neurons(weight, gram, 11, damping=1e-2)
-    error = output_error(weight, ridge, kept, refit(weight, ridge, kept, damping=1e-14))
+    error = output_error(weight, ridged, kept, refit(weight, ridged, kept, damping=1e-14))
     assert float(removal_costs(weight, gram, damping=1e-2).min()) == pytest.approx(error, rel=1e-6)
 
 

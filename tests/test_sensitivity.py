@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import CONTEXT, FAMILY_CONFIGS, HIDDEN, LAYERS, make_model
+from small_runs import blocks
+from tiny_models import CONTEXT, HIDDEN, LAYERS, PATHS, logits, make_model
 
 from fbn_prune.data.calibration import TokenBlocks
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.sensitivity import output_sensitivity
 
-torch.set_num_threads(1)
 
-
-def blocks(*lengths: int) -> TokenBlocks:
-    generator = torch.Generator().manual_seed(3)
-    return TokenBlocks(
-        tuple(torch.randint(0, 256, (n,), generator=generator) for n in lengths), CONTEXT, ("x",)
-    )
-
-
-@pytest.mark.parametrize("name", FAMILY_CONFIGS)
+@pytest.mark.parametrize("name", [*PATHS, "falcon"])
 def test_it_is_the_gradient_of_the_loss_by_the_mlp_output(name: str) -> None:
     """Of two tokens only the first one's output can matter: F is the outer product of its gradient, halved."""
     model = make_model(name)
@@ -62,9 +54,8 @@ def test_padding_and_batching_change_nothing() -> None:
 def test_the_model_is_left_as_it_was() -> None:
     model = make_model("llama")
     adapter = ModelAdapter(model)
-    ids = torch.arange(12)[None]
-    before = model(input_ids=ids).logits
+    before = logits(model)
     output_sensitivity(adapter, blocks(16).batches(16), StageClock())
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert torch.equal(model(input_ids=ids).logits, before)
+    assert torch.equal(logits(model), before)

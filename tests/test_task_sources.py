@@ -155,7 +155,7 @@ def test_an_example_file_that_holds_a_test_question_in_its_text_is_refused(tmp_p
     seen = [{"text": "We know that 3+3=6 and more."}]
     examples = lines(tmp_path / "examples.jsonl", [{"text": "nothing"}, *seen])
     test = Path(lines(tmp_path / "test.jsonl", sums(range(3, 5))))
-    with pytest.raises(InvalidInput, match=r"example 2 of .* is or holds a test question"):
+    with pytest.raises(InvalidInput, match=r"example 2 of .* is or contains a test question"):
         Task.read(examples, test, drawn=9, seed=0)
 
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILY_CONFIGS, HIDDEN, LAYERS, WIDTH, save_tiny
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from small_runs import cut_live, export, random_cuts
+from tiny_models import BIASED, HIDDEN, LAYERS, PATHS, WIDTH, logits, save_tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.export import directory
@@ -26,50 +25,20 @@ from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.surgery import MlpCut
 
-every_family = pytest.mark.parametrize("name", FAMILY_CONFIGS)
-BIASED = ("llama-mlp-bias", "gpt2", "gpt_neox", "opt", "falcon-bias")
-TOKENS = torch.arange(3, 40).view(1, -1)
 KEPT = 8
+CUT = [KEPT] * LAYERS
 
 
-@torch.no_grad()
-def logits(model: PreTrainedModel) -> Tensor:
-    return model(TOKENS, use_cache=False).logits.float()
+@pytest.fixture
+def source(tiny: Path) -> Checkpoint:
+    return Checkpoint.open(tiny)
 
 
-def random_cuts(source: Checkpoint, widths: Sequence[int], *, bias: bool = False) -> list[MlpCut]:
-    """New output weights no neuron had before, as a refit gives them."""
-    generator = torch.Generator().manual_seed(0)
-    full = source.family.width(source.config)
-    return [
-        MlpCut(
-            torch.randperm(full, generator=generator)[:width].sort().values,
-            torch.randn(HIDDEN, width, generator=generator, dtype=torch.float64),
-            torch.randn(HIDDEN, generator=generator) if bias else None,
-        )
-        for width in widths
-    ]
-
-
-def cut_live(source: Checkpoint, cuts: Sequence[MlpCut]) -> PreTrainedModel:
-    adapter = ModelAdapter(source.load_model("cpu", torch.float32))
-    for layer, cut in enumerate(cuts):
-        adapter.cut(layer, cut, round_to=source.storage_dtype)
-    return adapter.model
-
-
-def export(source: Checkpoint, cuts: Sequence[MlpCut], directory: Path, **more: Any) -> Path:
-    directory.mkdir()
-    write_checkpoint(source, cuts, directory, **more)
-    verify_export(directory)
-    return directory
-
-
-@every_family
 @pytest.mark.parametrize("max_shard_size", ["5GB", "6KB"])
+@pytest.mark.parametrize("name", [*PATHS, "llama-tied"])
 def test_the_export_is_the_live_model(name: str, max_shard_size: str, tmp_path: Path) -> None:
     source = Checkpoint.open(save_tiny(tmp_path / "in", name))
-    cuts = random_cuts(source, [KEPT] * LAYERS)
+    cuts = random_cuts(source, CUT)
     out = export(source, cuts, tmp_path / "out", max_shard_size=max_shard_size)
     reloaded = AutoModelForCausalLM.from_pretrained(out).eval()
     assert torch.equal(logits(reloaded), logits(cut_live(source, cuts)))
@@ -77,12 +46,14 @@ def test_the_export_is_the_live_model(name: str, max_shard_size: str, tmp_path: 
     prompt = AutoTokenizer.from_pretrained(out)("Once", return_tensors="pt")
     answer = reloaded.generate(**prompt, max_new_tokens=5, min_new_tokens=5, do_sample=False)
     assert answer.shape == (1, 9)
+    tied = reloaded.get_output_embeddings().weight is reloaded.get_input_embeddings().weight
+    assert tied == (name == "llama-tied" or name not in ("llama", "phi3"))
 
 
-@every_family
+@pytest.mark.parametrize("name", [*PATHS, "llama-mlp-bias", "falcon"])
 def test_parameters_and_bytes_fall_by_exactly_what_was_cut(name: str, tmp_path: Path) -> None:
     source = Checkpoint.open(save_tiny(tmp_path / "in", name))
-    out = export(source, random_cuts(source, [KEPT] * LAYERS), tmp_path / "out")
+    out = export(source, random_cuts(source, CUT), tmp_path / "out")
     written = Checkpoint.open(out)
     projections = 2 if name.startswith(("gpt", "opt", "falcon")) else 3
     a_neuron = projections * HIDDEN + (projections - 1 if name in BIASED else 0)
@@ -92,63 +63,38 @@ def test_parameters_and_bytes_fall_by_exactly_what_was_cut(name: str, tmp_path: 
     assert sorted(written.names) == sorted(source.names)
 
 
-@every_family
-def test_keeping_every_neuron_writes_the_same_tensors(name: str, tmp_path: Path) -> None:
-    source = Checkpoint.open(save_tiny(tmp_path / "in", name))
-    model = source.load_model("cpu", torch.float32)
-    down = ModelAdapter(model).down_weights()
-    cuts = [MlpCut(torch.arange(weight.shape[1]), weight) for weight in down]
-    out = export(source, cuts, tmp_path / "out")
-    written = Checkpoint.open(out)
-    for tensor_name in source.names:
-        assert torch.equal(written.tensor(tensor_name), source.tensor(tensor_name))
-    assert torch.equal(logits(written.load_model("cpu", torch.float32)), logits(model))
-
-
-@every_family
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", PATHS)
 def test_the_stored_dtype_is_kept_and_the_live_model_rounded_to_it(
     name: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     source = Checkpoint.open(save_tiny(tmp_path / "in", name, dtype=dtype))
-    cuts = random_cuts(source, [KEPT] * LAYERS)
+    cuts = random_cuts(source, CUT)
     written = Checkpoint.open(export(source, cuts, tmp_path / "out"))
     assert {written.dtype(tensor_name) for tensor_name in written.names} == {dtype}
     reloaded = written.load_model("cpu", torch.float32)
     assert torch.equal(logits(reloaded), logits(cut_live(source, cuts)))
 
 
-@pytest.mark.parametrize("name", ["llama", "granite"])
-def test_a_new_bias_is_written_where_the_config_can_say_so(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["llama", "granite", *BIASED])
+def test_a_bias_is_replaced_or_written_where_the_config_can_say_so(
+    name: str, tmp_path: Path
+) -> None:
     source = Checkpoint.open(save_tiny(tmp_path / "in", name))
-    cuts = random_cuts(source, [KEPT] * LAYERS, bias=True)
-    cuts[1] = MlpCut(cuts[1].kept, cuts[1].down_weight)
+    cuts = random_cuts(source, CUT, bias=True)
+    if name not in BIASED:
+        cuts[1] = MlpCut(cuts[1].kept, cuts[1].down_weight)
     out = export(source, cuts, tmp_path / "out")
-    assert json.loads((out / "config.json").read_text())["mlp_bias"] is True
     written = Checkpoint.open(out)
+    reloaded = written.load_model("cpu", torch.float32)
+    assert torch.equal(logits(reloaded), logits(cut_live(source, cuts)))
+    if name in BIASED:
+        assert sorted(written.names) == sorted(source.names)
+        return
+    assert json.loads((out / "config.json").read_text())["mlp_bias"] is True
     assert len(written.names) == len(source.names) + 3 * LAYERS
     assert not written.tensor("model.layers.0.mlp.gate_proj.bias").any()
     assert not written.tensor("model.layers.1.mlp.down_proj.bias").any()
-    reloaded = written.load_model("cpu", torch.float32)
-    assert torch.equal(logits(reloaded), logits(cut_live(source, cuts)))
-
-
-@pytest.mark.parametrize("name", BIASED)
-def test_a_bias_that_is_there_is_replaced(name: str, tmp_path: Path) -> None:
-    source = Checkpoint.open(save_tiny(tmp_path / "in", name))
-    cuts = random_cuts(source, [KEPT] * LAYERS, bias=True)
-    written = Checkpoint.open(export(source, cuts, tmp_path / "out"))
-    assert sorted(written.names) == sorted(source.names)
-    reloaded = written.load_model("cpu", torch.float32)
-    assert torch.equal(logits(reloaded), logits(cut_live(source, cuts)))
-
-
-@pytest.mark.parametrize("name", ["qwen2", "mistral", "phi3"])
-def test_a_bias_without_a_place_is_refused(name: str, tmp_path: Path) -> None:
-    source = Checkpoint.open(save_tiny(tmp_path / "in", name))
-    cuts = random_cuts(source, [KEPT] * LAYERS, bias=True)
-    with pytest.raises(InvalidInput, match="no place for an MLP output bias"):
-        write_checkpoint(source, cuts, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt"])
@@ -160,87 +106,57 @@ def test_names_of_the_base_model_stay_as_they_are(name: str, tmp_path: Path) -> 
     stripped["h.0.attn.bias"] = torch.ones(1, 1, 4, 4)  # a buffer of older releases
     save_file(stripped, folder / "model.safetensors", {"format": "pt"})
     source = Checkpoint.open(folder)
-    cuts = random_cuts(source, [KEPT] * LAYERS)
+    cuts = random_cuts(source, CUT)
     written = Checkpoint.open(export(source, cuts, tmp_path / "out"))
     assert sorted(written.names) == sorted(source.names)
     reloaded = written.load_model("cpu", torch.float32)
     assert torch.equal(logits(reloaded), logits(cut_live(source, cuts)))
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "llama"])
-def test_tied_embeddings_stay_tied_and_untied_ones_untied(name: str, tmp_path: Path) -> None:
-    source = Checkpoint.open(save_tiny(tmp_path / "in", name))
-    out = export(source, random_cuts(source, [KEPT] * LAYERS), tmp_path / "out")
-    model = AutoModelForCausalLM.from_pretrained(out)
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    assert tied == (name == "llama-tied")
-    assert ("lm_head.weight" in Checkpoint.open(out).names) != tied
-
-
-def test_layers_of_different_widths_alone_have_no_stock_config(tmp_path: Path) -> None:
-    source = Checkpoint.open(save_tiny(tmp_path / "in"))
-    for widths in ([4, 8, 6], [8, 8, 8]):
-        out = export(source, random_cuts(source, widths), tmp_path / f"{widths}")
-        tensors = load_file(out / "model.safetensors")
-        found = [tensors[f"model.layers.{i}.mlp.down_proj.weight"].shape[1] for i in range(LAYERS)]
-        assert found == widths
-        stock = len(set(widths)) == 1
-        assert (out / "modeling_ragged.py").exists() != stock
-        config = json.loads((out / "config.json").read_text())
-        assert (config.keys() & {"auto_map", "per_layer_config", "ragged_mlp"} == set()) == stock
-
-
-def test_a_wrong_number_of_cuts_is_a_mistake(tmp_path: Path) -> None:
-    source = Checkpoint.open(save_tiny(tmp_path / "in"))
-    with pytest.raises(ValueError, match="2 cuts for 3 layers"):
-        write_checkpoint(source, random_cuts(source, [4, 4]), tmp_path)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_file_is_byte_for_byte_the_librarys(dtype: torch.dtype, tmp_path: Path) -> None:
     source = Checkpoint.open(save_tiny(tmp_path / "in", dtype=dtype))
-    out = export(source, random_cuts(source, [KEPT] * LAYERS), tmp_path / "out")
+    out = export(source, random_cuts(source, CUT), tmp_path / "out")
     again = tmp_path / "again.safetensors"
     save_file(load_file(out / "model.safetensors"), again, {"format": "pt"})
     assert (out / "model.safetensors").read_bytes() == again.read_bytes()
 
 
-def test_the_same_cut_gives_the_same_bytes(tmp_path: Path) -> None:
-    source = Checkpoint.open(save_tiny(tmp_path / "in"))
-    cuts = random_cuts(source, [KEPT] * LAYERS)
-    first, second = (
-        {file.name: file.read_bytes() for file in export(source, cuts, tmp_path / name).iterdir()}
-        for name in ("a", "b")
-    )
-    assert first == second
+@pytest.mark.parametrize("name", PATHS)
+def test_keeping_every_neuron_writes_the_same_tensors(name: str, tmp_path: Path) -> None:
+    source = Checkpoint.open(save_tiny(tmp_path / "in", name))
+    down = ModelAdapter(source.load_model("cpu", torch.float32)).down_weights()
+    cuts = [MlpCut(torch.arange(weight.shape[1]), weight) for weight in down]
+    written = Checkpoint.open(export(source, cuts, tmp_path / "out"))
+    for tensor_name in source.names:
+        assert torch.equal(written.tensor(tensor_name), source.tensor(tensor_name))
 
 
-def test_the_index_tells_the_weights_of_a_single_file_from_other_files_beside_it(
-    tmp_path: Path,
+def test_the_same_cut_gives_the_same_bytes_and_the_index_names_the_weights_file(
+    source: Checkpoint, tmp_path: Path
 ) -> None:
-    source = Checkpoint.open(save_tiny(tmp_path / "in"))
-    out = export(source, random_cuts(source, [KEPT] * LAYERS), tmp_path / "out")
-    index = json.loads((out / "model.safetensors.index.json").read_text())
-    assert set(index["weight_map"].values()) == {"model.safetensors"}
-    assert index["weight_map"].keys() == load_file(out / "model.safetensors").keys()
+    cuts = random_cuts(source, CUT)
+    out = export(source, cuts, tmp_path / "out")
+    assert tree(out) == tree(export(source, cuts, tmp_path / "again"))
+    weight_map = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert weight_map == dict.fromkeys(load_file(out / "model.safetensors"), "model.safetensors")
 
 
-def test_progress_adds_up_to_the_bytes_written(tmp_path: Path) -> None:
-    source = Checkpoint.open(save_tiny(tmp_path / "in"))
+def test_what_cannot_be_written_is_refused(source: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="2 cuts for 3 layers"):
+        write_checkpoint(source, random_cuts(source, [4, 4]), tmp_path)
+    with pytest.raises(InvalidInput, match="max_shard_size 'lots'"):
+        write_checkpoint(source, random_cuts(source, CUT), tmp_path, max_shard_size="lots")
+
+
+def test_progress_adds_up_to_the_bytes_written(source: Checkpoint, tmp_path: Path) -> None:
     done: list[int] = []
-    cuts = random_cuts(source, [KEPT] * LAYERS)
+    cuts = random_cuts(source, CUT)
     out = export(source, cuts, tmp_path / "out", progress=done.append, max_shard_size="6KB")
     index = json.loads((out / "model.safetensors.index.json").read_text())
     written = Checkpoint.open(out)
     assert sum(done) == written.total_bytes == index["metadata"]["total_size"]
     assert index["metadata"]["total_parameters"] == written.total_parameters
-
-
-def test_a_shard_size_that_is_none_is_refused(tmp_path: Path) -> None:
-    source = Checkpoint.open(save_tiny(tmp_path / "in"))
-    cuts = random_cuts(source, [KEPT] * LAYERS)
-    with pytest.raises(InvalidInput, match="max_shard_size 'lots'"):
-        write_checkpoint(source, cuts, tmp_path, max_shard_size="lots")
 
 
 def test_the_tokenizer_comes_along_and_code_and_pickle_do_not(tmp_path: Path) -> None:
@@ -254,7 +170,7 @@ def test_the_tokenizer_comes_along_and_code_and_pickle_do_not(tmp_path: Path) ->
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "m.M"}}))
     source = Checkpoint.open(folder)
-    out = export(source, random_cuts(source, [KEPT] * LAYERS), tmp_path / "out")
+    out = export(source, random_cuts(source, CUT), tmp_path / "out")
     assert {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()} == {
         "LICENSE",
         "additional_chat_templates/tool.jinja",
@@ -267,29 +183,25 @@ def test_the_tokenizer_comes_along_and_code_and_pickle_do_not(tmp_path: Path) ->
         "tokenizer_config.json",
     }
     assert "auto_map" not in json.loads((out / "config.json").read_text())
-    assert AutoTokenizer.from_pretrained(out).chat_template == "{{ messages }}" or isinstance(
-        AutoTokenizer.from_pretrained(out).chat_template, dict
-    )
+    assert AutoTokenizer.from_pretrained(out).get_chat_template() == "{{ messages }}"
 
 
-def test_a_checkpoint_that_contradicts_its_config_does_not_pass(tmp_path: Path) -> None:
-    source = Checkpoint.open(save_tiny(tmp_path / "in"))
-    out = export(source, random_cuts(source, [KEPT] * LAYERS), tmp_path / "out")
-    config = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(config | {"intermediate_size": KEPT + 1}))
-    with pytest.raises(FbnPruneError, match="the written checkpoint does not load") as failure:
+@pytest.mark.parametrize("damage", ["config", "tensor"])
+def test_a_checkpoint_that_contradicts_its_config_or_lost_a_tensor_does_not_pass(
+    damage: str, source: Checkpoint, tmp_path: Path
+) -> None:
+    out = export(source, random_cuts(source, CUT), tmp_path / "out")
+    if damage == "config":
+        config = json.loads((out / "config.json").read_text())
+        (out / "config.json").write_text(json.dumps(config | {"intermediate_size": KEPT + 1}))
+    else:
+        tensors = load_file(out / "model.safetensors")
+        del tensors["model.norm.weight"]
+        save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    said = "the written checkpoint does not load" if damage == "config" else r"model\.norm\.weight"
+    with pytest.raises(FbnPruneError, match=said) as failure:
         verify_export(out)
     assert failure.value.exit_code == 1
-
-
-def test_a_checkpoint_with_a_tensor_lost_does_not_pass(tmp_path: Path) -> None:
-    source = Checkpoint.open(save_tiny(tmp_path / "in"))
-    out = export(source, random_cuts(source, [KEPT] * LAYERS), tmp_path / "out")
-    tensors = load_file(out / "model.safetensors")
-    del tensors["model.norm.weight"]
-    save_file(tensors, out / "model.safetensors", {"format": "pt"})
-    with pytest.raises(FbnPruneError, match=r"model\.norm\.weight"):
-        verify_export(out)
 
 
 # The output folder
@@ -311,6 +223,14 @@ def test_the_folder_appears_only_when_it_is_whole(tmp_path: Path) -> None:
     assert tree(tmp_path / "deep") == {"er": None, "er/out": None, "er/out/a": b"1"}
 
 
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """An output of an earlier run."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("1")
+    return tmp_path / "out"
+
+
 def run(
     output: Path,
     *,
@@ -327,35 +247,27 @@ def run(
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_a_run_that_dies_leaves_nothing(error: type[BaseException], tmp_path: Path) -> None:
+def test_a_run_that_dies_leaves_nothing_and_an_old_output_as_it_was(
+    error: type[BaseException], old: Path, tmp_path: Path
+) -> None:
+    before = tree(tmp_path)
     with pytest.raises(error):
         run(tmp_path / "deep" / "out", error=error)
-    assert tree(tmp_path) == {}
-
-
-def test_a_run_that_dies_leaves_the_old_output_as_it_was(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").write_text("1")
-    before = tree(tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "out", overwrite=True, error=KeyboardInterrupt)
+    with pytest.raises(error):
+        run(old, overwrite=True, error=error)
     assert tree(tmp_path) == before
 
 
-def test_an_old_output_stays_until_the_end_and_is_then_replaced_whole(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").write_text("1")
-    with atomic_directory(tmp_path / "out", overwrite=True) as partial:
-        (partial / "new").write_text("2")
-        assert (tmp_path / "out" / "old").read_text() == "1"
+def test_an_old_output_stays_until_the_end_and_is_then_replaced_whole(
+    old: Path, tmp_path: Path
+) -> None:
+    run(old, overwrite=True, meanwhile=lambda: (old / "old").read_text())
     assert tree(tmp_path) == {"out": None, "out/new": b"2"}
 
 
 def test_an_old_output_comes_back_when_the_new_one_cannot_be_put_in_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").write_text("1")
     before = tree(tmp_path)
     rename = Path.rename
 
@@ -366,7 +278,7 @@ def test_an_old_output_comes_back_when_the_new_one_cannot_be_put_in_place(
 
     monkeypatch.setattr(Path, "rename", fail_for_the_new)
     with pytest.raises(FbnPruneError, match="disk on fire"):
-        run(tmp_path / "out", overwrite=True)
+        run(old, overwrite=True)
     assert tree(tmp_path) == before
 
 
@@ -380,12 +292,6 @@ def test_an_output_that_appears_during_the_run_is_not_touched(tmp_path: Path) ->
     assert tree(tmp_path) == {"out": None, "out/theirs": b"1"}
 
 
-def test_an_empty_output_folder_is_filled(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    run(tmp_path / "out")
-    assert tree(tmp_path) == {"out": None, "out/new": b"2"}
-
-
 def test_a_linked_output_is_replaced_where_the_link_leads(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "disk")
@@ -395,7 +301,10 @@ def test_a_linked_output_is_replaced_where_the_link_leads(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_what_a_killed_run_left_is_removed(overwrite: bool, tmp_path: Path) -> None:
+def test_what_a_killed_run_left_is_removed_and_an_empty_folder_filled(
+    overwrite: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
     for left in (".out.0123abcd.partial", ".out.0123abcd.old"):
         (tmp_path / left).mkdir()
         (tmp_path / left / "model.safetensors").write_text("half")
@@ -413,17 +322,15 @@ def test_what_another_run_is_writing_is_left_alone(tmp_path: Path) -> None:
     assert tree(tmp_path) == {"out": None, "out/its": b"1"}
 
 
-def test_a_full_disk_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = Checkpoint.open(save_tiny(tmp_path / "in"))
-    cuts = random_cuts(source, [KEPT] * LAYERS)
-
+def test_a_full_disk_is_told_in_one_line(
+    source: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("fbn_prune.export.writer.write_shards", full)
-    (tmp_path / "out").mkdir()
     with pytest.raises(FbnPruneError, match=r"cannot write .*No space left on device"):
-        write_checkpoint(source, cuts, tmp_path / "out")
+        write_checkpoint(source, random_cuts(source, CUT), tmp_path)
 
 
 def test_what_a_killed_run_left_beside_the_output_counts_as_room(
@@ -443,20 +350,15 @@ def test_what_a_killed_run_left_beside_the_output_counts_as_room(
         check_output(tmp_path / "another", False, None, needed_bytes=10_001)
 
 
-def test_outputs_that_can_be_written_are_accepted(tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    model.mkdir()
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "file").write_text("1")
-    check_output(tmp_path / "new", False, model)
-    check_output(tmp_path / "a" / "b" / "new", False, model)
-    check_output(tmp_path / "old", True, model)
-    check_output(model / "inside", False, model)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "old"]
+def test_outputs_that_can_be_written_are_accepted(old: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    for output in ("new", "a/b/new", "out", "model/inside"):
+        check_output(tmp_path / output, output == "out", tmp_path / "model")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
 
 
 def test_outputs_that_must_not_be_written_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, work, home = (tmp_path / name for name in ("models/model", "work/here", "homes/me"))
     for folder in (model, work, home):
@@ -471,10 +373,8 @@ def test_outputs_that_must_not_be_written_are_refused(
             check_output(output, overwrite, model, needed_bytes)
         return str(refusal.value)
 
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "file").write_text("1")
     (tmp_path / "empty").mkdir()
-    for existing in (tmp_path / "old", tmp_path / "empty"):
+    for existing in (old, tmp_path / "empty"):
         assert "--overwrite" in refused(existing, overwrite=False)
     assert "is a file" in refused(tmp_path / "file")
     for output in (model, model.parent, tmp_path / "link", model / ".." / "model"):
@@ -498,13 +398,6 @@ def test_a_mount_point_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_folder_in_which_none_can_be_made_is_refused() -> None:
     with pytest.raises(InvalidInput, match="is not writable"):
         check_output(Path("/proc/out"), False, None)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_an_output_in_a_read_only_folder_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "fixed").mkdir(mode=0o500)
-    with pytest.raises(InvalidInput, match="is not writable"):
-        check_output(tmp_path / "fixed" / "out", False, None)
 
 
 # The card
@@ -551,7 +444,7 @@ def test_the_cards_figures_are_the_runs() -> None:
     assert "| weights on disk (MB) | 4.0 | 3.0 | -25.0 % |" in card
     assert "| perplexity | 16.62 | 18.00 | +8.3 % |" in card
     assert "removing 48 of its 72 MLP neurons" in card
-    assert "Of 64 functional networks 10 set the budget." in card
+    assert "10 of 64 functional networks set the budget." in card
     assert "recipe.yaml" in card
 
 
@@ -574,16 +467,14 @@ def test_a_local_base_is_no_hub_id_and_its_folder_is_not_told() -> None:
             {"license": "other", "license_name": "own"},
         ),
         ("# no front matter\n", {}),
+        (None, {}),
         ("---\n: [\n---\n", {}),
         ("---\nlicense: [mit, bsd]\n---\n", {}),
     ],
 )
 def test_the_licence_is_the_source_cards(
-    text: str, expected: dict[str, str], tmp_path: Path
+    text: str | None, expected: dict[str, str], tmp_path: Path
 ) -> None:
-    (tmp_path / "README.md").write_text(text)
+    if text is not None:
+        (tmp_path / "README.md").write_text(text)
     assert source_license(tmp_path / "README.md") == expected
-
-
-def test_without_a_source_card_there_is_no_licence(tmp_path: Path) -> None:
-    assert source_license(tmp_path / "README.md") == {}

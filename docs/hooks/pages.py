@@ -1,6 +1,6 @@
-"""Fills pages of the site from what they describe: flags, recipes, and documents that lie elsewhere in the repository.
+"""Generate parts of the site: tables of flags, recipes, copies of documents from elsewhere in the repository.
 
-A page holds `<!-- cli -->`, `<!-- recipes -->` or `<!-- file: PATH -->` where the text goes.
+A page marks the place with `<!-- cli -->`, `<!-- recipes -->` or `<!-- file: PATH -->`.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from typing import Any
 
 import typer
 
-from fbn_prune.cli.main import app
+from fbn_prune.cli.main import build_app
 
 ROOT = Path(__file__).parents[2]
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Called by mkdocs for every page."""
+    """Replace the marks of one page; mkdocs calls this for every page."""
     markdown = markdown.replace("<!-- cli -->", "\n".join(_commands()))
     markdown = markdown.replace("<!-- recipes -->", "\n".join(_recipes()))
     return re.sub(r"<!-- file: (\S+) -->", lambda match: _document(match[1]), markdown)
 
 
 def _commands() -> Iterator[str]:
-    group = typer.main.get_command(app)
+    group = typer.main.get_command(build_app())
     yield from _command("fbn-prune", group)
     for name, command in sorted(group.commands.items()):  # type: ignore[attr-defined]
         parts = getattr(command, "commands", None) or {"": command}
@@ -48,17 +48,17 @@ def _command(name: str, command: Any) -> Iterator[str]:
         p for p in command.params if p.param_type_name == "option" and "--help-all" not in p.opts
     ]
     panels = dict.fromkeys(getattr(option, "rich_help_panel", None) or "" for option in options)
-    yield from ("| flag | what it is |", "|---|---|")
+    yield from ("| flag | meaning |", "|---|---|")
     for panel in panels:
         if panel:
             yield f"| **{panel}** | |"
         for option in options:
             if (getattr(option, "rich_help_panel", None) or "") == panel:
-                yield f"| `{'`, `'.join(option.opts)}` | {_words(option)} |"
+                yield f"| `{'`, `'.join(option.opts)}` | {_description(option)} |"
     yield ""
 
 
-def _words(option: Any) -> str:
+def _description(option: Any) -> str:
     text = " ".join((option.help or "").split()).replace("|", "\\|")
     default = option.default
     known = default not in (None, False, (), []) and not callable(default)
@@ -71,6 +71,6 @@ def _recipes() -> Iterator[str]:
 
 
 def _document(name: str) -> str:
-    """A Markdown file, its links to other files left as text: the site holds only its own pages."""
+    """A Markdown file with its links to other files turned into text, since the site holds only its own pages."""
     text = (ROOT / name).read_text("utf-8")
     return re.sub(r"\[([^\]]+)\]\((?!https?://|#)[^)]+\)", r"\1", text)

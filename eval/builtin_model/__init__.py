@@ -1,1 +1,1 @@
-"""How the embedded model and its texts were made: `cd eval && python -m builtin_model.train --output DIR`."""
+"""Train the embedded model and write its texts: `cd eval && python -m builtin_model.train --output DIR`."""

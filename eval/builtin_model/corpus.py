@@ -1,9 +1,8 @@
-"""Prose and code that every Python installation carries: its own documentation and its standard
-library.
+"""Collect prose and code from the documentation and the standard library of a Python installation.
 
-Prose is `pydoc_data.topics` (the language reference) and the docstrings of the standard library's
-modules; code is the same modules' source without those docstrings, so that the two skills share
-no sentence. A module held out for one is held out for the other.
+Prose is `pydoc_data.topics` (the language reference) and the docstrings of the standard library; code is the source of
+the same modules without those docstrings, so that the two skills share no sentence. A module held out for one skill is
+held out for the other.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ SHORTEST_DOCUMENT = 400
 
 @dataclass(frozen=True)
 class Document:
-    """A text and the name by which it is dealt to training or held out."""
+    """A text, and the name that decides whether it is held out."""
 
     name: str
     text: str
@@ -51,13 +50,13 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """What the running Python has to read, in the order of its names."""
+    """All prose and code of the running Python, in the order of names."""
 
     prose: list[Document]
     code: list[Document]
 
     def documents(self, skill: str, *, held_out: bool) -> list[Document]:
-        """The `prose` or `code` documents of one side of the split."""
+        """Return the `prose` or `code` documents of one side of the split."""
         return [d for d in getattr(self, skill) if d.held_out == held_out]
 
 
@@ -80,7 +79,7 @@ def collect() -> Corpus:
 
 
 def standard_library() -> Iterator[tuple[str, str]]:
-    """Name and source of every standard library module that is neither test nor table."""
+    """Yield the name and source of every standard library module that is neither a test nor a table."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
@@ -95,13 +94,13 @@ def standard_library() -> Iterator[tuple[str, str]]:
 
 
 def docstrings(tree: ast.Module) -> list[str]:
-    """The long docstrings of a module, its classes and functions, in source order."""
+    """Return the long docstrings of a module, its classes and functions, in source order."""
     found = (ast.get_docstring(node) for node, _ in _documented(tree))
     return [d for d in found if d and len(d) >= SHORTEST_DOCSTRING]
 
 
 def builtin_docstrings(module: ModuleType) -> list[str]:
-    """The docstrings of a module compiled into the interpreter and of what it defines."""
+    """Return the docstrings of a built-in module and of its members."""
     objects: list[object] = [module]
     for _, member in sorted(vars(module).items()):
         if inspect.isclass(member):
@@ -113,7 +112,7 @@ def builtin_docstrings(module: ModuleType) -> list[str]:
 
 
 def without_docstrings(source: str, tree: ast.Module) -> str:
-    """The source without its docstrings' lines; a docstring that is a whole body stays."""
+    """Return the source without the lines of its docstrings; a docstring that is a whole body stays."""
     lines = source.splitlines(keepends=True)
     for node, docstring in _documented(tree):
         if len(node.body) > 1:
@@ -132,7 +131,7 @@ def _documented(tree: ast.Module) -> Iterator[tuple[Documented, ast.stmt]]:
 
 
 def _docstring(thing: object) -> str | None:
-    # An instance answers with its class's docstring: that is not its own.
+    # An instance without a docstring returns that of its class.
     text = getattr(thing, "__doc__", None)
     if not isinstance(text, str) or text == type(thing).__doc__:
         return None

@@ -1,4 +1,4 @@
-"""What the embedded model reads and is measured on: training rows, and the shipped files."""
+"""Make the training rows of the embedded model, and the calibration, held-out and question files shipped with it."""
 
 from __future__ import annotations
 
@@ -26,17 +26,15 @@ GENERATED_CALIBRATION_BYTES = 100_000
 GENERATED_HELD_OUT_BYTES = 35_000
 EXCERPT_CHARACTERS = 8_000
 ROW_LINES = {"arithmetic": 28, "brackets": 16, "copy": 18}
-"""How many lines fill a row of 256 tokens."""
+"""Number of lines that fill a row of 256 tokens."""
 QUESTIONS = 200
-
-
 QUESTION_WEIGHT = 0.1
-"""How much a question's tokens, which nothing foretells, count in the loss; all others count 1."""
+"""Weight in the loss of a question's tokens, which cannot be predicted; all other tokens have weight 1."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens to train on and how much each counts as a target."""
+    """Tokens to train on, with the weight of each in the loss."""
 
     tokens: list[int]
     weights: list[float]
@@ -44,7 +42,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Files:
-    """The text and question files of a folder laid out like this package."""
+    """The paths of the text and question files below a root folder."""
 
     root: Path
 
@@ -59,7 +57,7 @@ class Files:
 
 
 def write_files(files: Files, corpus: Corpus, seed: int) -> None:
-    """Write every skill's calibration and held-out text, and its held-out questions if any."""
+    """Write the calibration and held-out text of every skill, and its held-out questions if it has any."""
     rng = random.Random(seed)
     for skill in SKILLS:
         for held_out, path in ((False, files.calibration(skill)), (True, files.held_out(skill))):
@@ -78,7 +76,7 @@ def write_files(files: Files, corpus: Corpus, seed: int) -> None:
 
 
 def tokenizer_texts(corpus: Corpus, seed: int) -> Iterator[str]:
-    """Training text of all skills to learn merges from, as much code as prose."""
+    """Yield training text of all skills for the tokenizer, with as much code as prose."""
     rng = random.Random(seed)
     prose = [d.text for d in corpus.documents("prose", held_out=False)]
     size = sum(map(len, prose))
@@ -96,7 +94,7 @@ def training_rows(
     length: int,
     seed: int,
 ) -> Iterator[Row]:
-    """Endless token rows of a skill: its documents in ever new orders, or ever new questions."""
+    """Yield token rows of a skill without end: its documents in new random orders, or new questions."""
     rng = random.Random(f"{skill} {seed}")
     if skill in QUESTION_SKILLS:
         return _generated_rows(skill, tokenizer, length, rng)

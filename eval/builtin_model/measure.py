@@ -1,8 +1,7 @@
-"""What the embedded model can do: perplexity on text, exact answers to questions.
+"""Measure perplexity on text and the share of questions that a model answers exactly.
 
-Greedy generation gives an answer exactly when every token of it is the likeliest one after the
-right tokens before it, so one forward pass over question and answer settles what generating
-would.
+Greedy generation gives an answer exactly if each of its tokens is the most likely one after the correct tokens before
+it. One forward pass over question and answer therefore gives the same result as generation.
 """
 
 from __future__ import annotations
@@ -19,19 +18,19 @@ ROWS_AT_ONCE = 16
 
 
 def read_texts(path: Path) -> list[str]:
-    """The `text` of every line of a JSON lines file."""
+    """Return the `text` of every line of a JSON lines file."""
     return [record["text"] for record in _records(path)]
 
 
 def read_questions(path: Path) -> list[tuple[str, str]]:
-    """Question and answer of every line of a JSON lines file."""
+    """Return the question and answer of every line of a JSON lines file."""
     return [(record["question"], record["answer"]) for record in _records(path)]
 
 
 def token_rows(
     tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], length: int
 ) -> torch.Tensor:
-    """Documents end to end, a bos before each, cut into int64 [rows, length]; no last short row."""
+    """Join the documents, each after a bos token, and cut them into int64 [rows, length]; drop a shorter last row."""
     stream = [token for text in texts for token in tokenizer(text, verbose=False)["input_ids"]]
     rows = len(stream) // length
     return torch.tensor(stream[: rows * length], dtype=torch.int64).view(rows, length)
@@ -39,7 +38,7 @@ def token_rows(
 
 @torch.inference_mode()
 def perplexity(model: PreTrainedModel, rows: torch.Tensor) -> float:
-    """exp of the mean next-token loss (nats) over int64 token rows [rows, length]."""
+    """Return exp of the mean next-token loss (nats) over int64 token rows [rows, length]."""
     total = 0.0
     for batch in torch.split(rows, ROWS_AT_ONCE):
         logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
@@ -55,13 +54,13 @@ def exact_share(
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[tuple[str, str]],
 ) -> float:
-    """The share of questions that greedy generation answers exactly, line end included."""
+    """Return the share of questions that greedy generation answers exactly, line end included."""
     right = 0
     for start in range(0, len(questions), ROWS_AT_ONCE):
         pairs = questions[start : start + ROWS_AT_ONCE]
         lines = [tokenizer(f"{question}{answer}\n")["input_ids"] for question, answer in pairs]
         longest = max(map(len, lines))
-        # Right padding is out of sight of every token that is scored.
+        # No scored token attends to the right padding.
         batch = torch.full((len(lines), longest), int(tokenizer.pad_token_id))
         for row, line in enumerate(lines):
             batch[row, : len(line)] = torch.tensor(line)

@@ -1,10 +1,9 @@
-"""Tasks with an answer to check: two-digit arithmetic, closing brackets, copying letters.
+"""Generate questions with exact answers: two-digit arithmetic, closing brackets, copying letters.
 
-Every task is a line `question + answer`; a document is a group of lines. The tokenizer's
-pre-tokens never cross from question to answer (a digit, a space or a line end starts the answer's
-first token), so that the tokens of a question alone are a prefix of the tokens of its whole line.
-About one question in twenty is held out, by a hash of what it asks: the split needs no file, and
-two runs with other seeds share it.
+A question and its answer make one line, and a group of lines makes a document. No pre-token of the tokenizer spans
+question and answer (the answer begins with a digit, a space or a line end), so the tokens of a question are a prefix of
+the tokens of its line. A hash of its content decides whether a question is held out (about one in twenty), so the split
+needs no file and is the same for every seed.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ HELD_OUT_SHARE = 20
 
 @dataclass(frozen=True)
 class Question:
-    """One task: `question` is the prompt, `answer` the exact completion before the line's end."""
+    """One question: `question` is the prompt, `answer` the exact completion up to the line end."""
 
     question: str
     answer: str
     key: str | None
-    """What is asked, in one form for `17+72` and `72+17`; None if it is never held out."""
+    """Canonical form of the question, the same for `17+72` and `72+17`; None if it is never held out."""
 
     @property
     def line(self) -> str:
@@ -40,16 +39,16 @@ class Question:
 
 
 def is_held_out(key: str) -> bool:
-    """Whether the question or document of this name is kept from training: one in twenty is."""
+    """Return whether the question or document of this name is held out from training (one in twenty is)."""
     digest = hashlib.sha256(key.encode()).digest()
     return int.from_bytes(digest[:8], "big") % HELD_OUT_SHARE == 0
 
 
 def arithmetic(rng: random.Random) -> Question:
-    """A sum or a difference (never negative) of numbers below 100, digits padded with zeros.
+    """Draw a sum or a non-negative difference of numbers below 100, padded with zeros.
 
-    Half of the questions have two numbers from 10 to 99: those alone may be held out. The others
-    have numbers below 10: without them a small model goes on guessing the last digit for long.
+    Half of the questions have two numbers from 10 to 99; only these may be held out. The others have numbers below 10,
+    without which a small model takes long to learn the last digit.
     """
     ranges = rng.choices([(ONE, ONE), (ONE, TWO), (TWO, TWO)], weights=(3, 2, 5))[0]
     low, high = sorted(rng.choice(digits) for digits in ranges)
@@ -63,7 +62,7 @@ def arithmetic(rng: random.Random) -> Question:
 
 
 def brackets(rng: random.Random) -> Question:
-    """Two to six open brackets of four kinds, up to two closed pairs between them, to be closed."""
+    """Draw two to six open brackets of four kinds, with up to two closed pairs between them, to be closed."""
     opened: list[str] = []
     written: list[str] = []
     pairs = rng.randint(0, 2)
@@ -98,7 +97,7 @@ GENERATORS: dict[str, Callable[[random.Random], Question]] = {
 
 
 def questions(skill: str, rng: random.Random, *, held_out: bool) -> Iterator[Question]:
-    """Endless questions of a skill from one side of the split; they may repeat."""
+    """Yield questions of a skill from one side of the split without end; they may repeat."""
     generate = GENERATORS[skill]
     while True:
         question = generate(rng)
@@ -107,7 +106,7 @@ def questions(skill: str, rng: random.Random, *, held_out: bool) -> Iterator[Que
 
 
 def distinct_questions(skill: str, seed: int, count: int) -> list[Question]:
-    """`count` held-out questions, no two asking the same."""
+    """Return `count` held-out questions that all differ."""
     found: dict[str, Question] = {}
     for question in questions(skill, random.Random(seed), held_out=True):
         found.setdefault(question.question, question)
@@ -117,11 +116,11 @@ def distinct_questions(skill: str, seed: int, count: int) -> list[Question]:
 
 
 def document(source: Iterator[Question], lines: int) -> str:
-    """The next `lines` questions with their answers, a line each."""
+    """Return the next `lines` questions with their answers, one on each line."""
     return "".join(next(source).line for _ in range(lines))
 
 
 def is_exact(completion: str, answer: str) -> bool:
-    """Whether a model's completion is the answer and nothing else on its first line."""
+    """Return whether the first line of a completion is exactly the answer."""
     first, ended, _ = completion.partition("\n")
     return bool(ended) and first == answer

@@ -1,4 +1,4 @@
-"""The embedded model's tokenizer: byte-level BPE, trained on its text, that merges no digits."""
+"""Train and save the tokenizer of the embedded model: byte-level BPE that merges no digits."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] != 'user' %}{{ '\\n' }}{% endif %}{% endfor %}"
 )
-"""A turn of a conversation as the training text has it: a question and, on the same line, its answer."""
+"""Formats a conversation like the training text: a question and its answer on one line."""
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int, context: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of `vocabulary` tokens; digits are single tokens, a bos opens every text."""
+    """Train a byte-level BPE of `vocabulary` tokens; digits are single tokens, and each text begins with a bos."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -55,10 +55,10 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, context: int) -> PreT
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write tokenizer.json and a tokenizer_config.json that transformers 4 and 5 both open."""
+    """Write tokenizer.json and a tokenizer_config.json that transformers 4 and 5 can both open."""
     tokenizer.save_pretrained(folder, save_jinja_files=False)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    # The name that version 5 writes is unknown to version 4; the old one both know.
+    # Version 4 does not know the class name that version 5 writes; both know this one.
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

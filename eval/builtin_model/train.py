@@ -1,10 +1,9 @@
-"""Make the embedded model again: `python -m builtin_model.train --output DIR`.
+"""Train the embedded model again: `python -m builtin_model.train --output DIR`.
 
-The folder gets the layout of this package: model/, text/, questions/ and training.json. The
-learning rate rises over the first fiftieth of the run, stays, and falls linearly to nothing over
-the second half. Hidden matrices are trained with Muon (Jordan et al. 2024), embeddings and norms
-with AdamW. With `--minutes` the schedule follows the clock; with `--steps` it follows the steps,
-and the run can be repeated exactly.
+The output folder holds model/, text/, questions/ and training.json. The learning rate rises over the first fiftieth of
+the run, stays constant, and falls linearly to zero over the second half. Muon (Jordan et al. 2024) trains the hidden
+matrices, AdamW the embeddings and norms. With `--minutes` the schedule follows the clock; with `--steps` it follows the
+steps, and the run can be repeated exactly.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ STEPS_A_RECORD = 50
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run was asked to do; recorded with its figures."""
+    """The settings of a run, recorded with its figures."""
 
     output: Path
     minutes: float
@@ -76,7 +75,7 @@ class Settings:
 
 @dataclass
 class Progress:
-    """How far a run has come, and its loss curve: nats a token by skill, means of some steps."""
+    """The progress of a run, and its loss curve: nats per token by skill, averaged over some steps."""
 
     started: float = field(default_factory=time.monotonic)
     steps: int = 0
@@ -88,19 +87,19 @@ class Progress:
         return time.monotonic() - self.started
 
     def share(self, settings: Settings) -> float:
-        """The share of the run that is done, from 0 to 1."""
+        """Return the finished share of the run, from 0 to 1."""
         if settings.steps is not None:
             return self.steps / settings.steps
         return self.seconds / (60 * settings.minutes)
 
 
 def rate_factor(share: float) -> float:
-    """The learning rate at a share of the run, relative to its peak."""
+    """Return the learning rate at a share of the run, relative to its peak."""
     return max(0.0, min(share / WARM_UP, 1.0, (1 - share) / (1 - DECAY_FROM)))
 
 
 def new_model(seed: int, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
-    """An untrained Llama of about 3.6 million parameters."""
+    """Return an untrained Llama of about 3.6 million parameters."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -112,14 +111,14 @@ def new_model(seed: int, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM
         **SHAPE,
     )
     model = LlamaForCausalLM(config)
-    # Compiled, plain attention is a quarter faster on a processor than the fused one.
+    # With torch.compile on a CPU, eager attention is a quarter faster than the fused one.
     model.set_attn_implementation("eager")
     model.generation_config.do_sample = False
     return model
 
 
 def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for the rest, each with its peak rate."""
+    """Return Muon for the layers' matrices and AdamW for the rest, each with its peak rate."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.model.parameters() if not any(p is m for m in matrices)]
     return [
@@ -135,7 +134,7 @@ def train(
     progress: Progress,
     save: Callable[[], None],
 ) -> None:
-    """Train the model in place on batches of one-skill rows, recording and saving on the way."""
+    """Train the model in place on batches of rows, each of one skill; record and save at intervals."""
 
     def token_losses(tokens: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -160,7 +159,7 @@ def train(
         rows = [next_rows[skill]() for skill in skills]
         losses = forward(torch.tensor([row.tokens for row in rows]))
         weights = torch.tensor([row.weights[1:] for row in rows])
-        # Every row weighs the same, however few of its tokens count.
+        # Every row has the same weight, whatever the weights of its tokens.
         ((losses * weights).sum(1) / weights.sum(1)).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for stepper in steppers:
@@ -180,7 +179,7 @@ def train(
 
 
 def record(progress: Progress, settings: Settings, recent: dict[str, list[float]]) -> None:
-    """Add a point to the curve and say on stderr how fast it goes and how long it will take."""
+    """Add a point to the curve, and print the speed and the remaining time on stderr."""
     point = {skill: round(sum(recent[skill]) / len(recent[skill]), 4) for skill in recent}
     seconds = progress.seconds
     progress.curve.append({"step": progress.steps, "seconds": round(seconds, 1), **point})
@@ -198,7 +197,7 @@ def record(progress: Progress, settings: Settings, recent: dict[str, list[float]
 def save_and_measure(
     settings: Settings, model: LlamaForCausalLM, progress: Progress, wall_started: float
 ) -> dict[str, Any]:
-    """Write the model in float16, load it again, measure what was loaded, write training.json."""
+    """Write the model in float16, load and measure the written model, and write training.json."""
     folder, files = settings.output / "model", Files(settings.output)
     copy.deepcopy(model).half().save_pretrained(folder)
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -242,7 +241,7 @@ def save_and_measure(
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """Collect text, train tokenizer and model, write the folder; returns the recorded figures."""
+    """Collect text, train tokenizer and model, write the folder, and return the recorded figures."""
     wall_started = time.monotonic()
     corpus = collect()
     tokenizer = train_tokenizer(tokenizer_texts(corpus, settings.seed), VOCABULARY, CONTEXT)
@@ -261,7 +260,7 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 def parse(arguments: list[str] | None = None) -> Settings:
-    """Settings from the command line."""
+    """Return the settings from the command line."""
     parser = argparse.ArgumentParser(description="Train the embedded model of fbn-prune.")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     length = parser.add_mutually_exclusive_group()

@@ -1,9 +1,9 @@
-"""Draw what `fbn-prune ablate --json` measured: every network, growing sets, and what each of the strongest is for.
+"""Draw the results of `fbn-prune ablate --json`: each network, growing sets of networks, and their effect on each text.
 
     fbn-prune ablate --rank knockout --text builtin --grow 1,2,4,8,16,32 --components --json > RESULT.json
     python eval/quality/ablation_figure.py RESULT.json FIGURE.svg
 
-Needs growing sets and components in the result. The same result gives the same bytes.
+The result must hold growing sets and components. The same result gives the same bytes.
 """
 
 from __future__ import annotations
@@ -22,20 +22,17 @@ import matplotlib.pyplot as plt
 
 NETWORKS, RANDOM, COMPONENTS = "#1f5fa8", "#8a8a8a", "#c4622d"
 SHOWN = 10
-"""Networks of which the texts are shown apart."""
+"""Number of networks whose effect is shown for each text."""
 
 
 def draw_each(axes: Axes, facts: dict[str, Any]) -> None:
-    """Perplexity with each network masked, strongest first, over the band of random sets."""
-    for entries, colour, label in (
-        (facts["networks"], NETWORKS, "a network"),
-        (
-            facts["components"],
-            COMPONENTS,
-            "a principal component, as many neurons as the strongest network",
-        ),
+    """Draw the perplexity with each network masked, strongest first, over the band of random sets."""
+    component = "a principal component, as many neurons as the strongest network"
+    for kind, colour, label in (
+        ("networks", NETWORKS, "a network"),
+        ("components", COMPONENTS, component),
     ):
-        values = sorted((entry["perplexity"] for entry in entries), reverse=True)
+        values = sorted((entry["perplexity"] for entry in facts[kind]), reverse=True)
         axes.plot(range(1, len(values) + 1), values, ".-", color=colour, label=label)
     band = facts["random"]
     axes.axhspan(band["mean"] - band["std"], band["mean"] + band["std"], color=RANDOM, alpha=0.35)
@@ -46,31 +43,29 @@ def draw_each(axes: Axes, facts: dict[str, Any]) -> None:
 
 
 def draw_growing(axes: Axes, facts: dict[str, Any], name: str) -> None:
-    """Perplexity with the top n masked, or with nothing but them, and both controls of equal size."""
+    """Draw the perplexity with the top n networks masked or retained, and both controls of equal size."""
     steps = facts["growing"][name]
     sizes = [step["n"] for step in steps]
-    share = [step["neurons"] for step in steps]
-    mean = [step["random"]["mean"] for step in steps]
-    low = [max(s["random"]["mean"] - s["random"]["std"], facts["dense"] / 2) for s in steps]
-    high = [s["random"]["mean"] + s["random"]["std"] for s in steps]
+    mean, std = ([step["random"][key] for step in steps] for key in ("mean", "std"))
+    low = [max(m - s, facts["dense"] / 2) for m, s in zip(mean, std, strict=True)]
+    high = [m + s for m, s in zip(mean, std, strict=True)]
     axes.fill_between(sizes, low, high, color=RANDOM, alpha=0.35, linewidth=0)
     axes.plot(sizes, mean, color=RANDOM, label="random sets")
-    control = [step["components"]["perplexity"] for step in steps]
-    axes.plot(sizes, control, ".-", color=COMPONENTS, label="principal components")
-    own = [step["perplexity"] for step in steps]
-    axes.plot(sizes, own, ".-", color=NETWORKS, label="networks")
+    components = [step["components"]["perplexity"] for step in steps]
+    axes.plot(sizes, components, ".-", color=COMPONENTS, label="principal components")
+    networks = [step["perplexity"] for step in steps]
+    axes.plot(sizes, networks, ".-", color=NETWORKS, label="networks")
     axes.axhline(facts["dense"], color="black", linestyle=":", label="unchanged")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks(sizes, [f"{n}\n({count})" for n, count in zip(sizes, share, strict=True)])
-    axes.set(
-        xlabel="top n networks (their neurons)", ylabel="perplexity", title=f"{name} the top n"
-    )
+    axes.set_xticks(sizes, [f"{step['n']}\n({step['neurons']})" for step in steps])
+    axes.set(xlabel="top n networks (their neurons)", ylabel="perplexity")
+    axes.set_title(f"{name} the top n")
     axes.legend(fontsize=7, frameon=False)
 
 
 def draw_texts(axes: Axes, facts: dict[str, Any]) -> None:
-    """How far the loss of every text rises with each of the strongest networks masked."""
+    """Draw how far the loss of each text rises when each of the strongest networks is masked."""
     strongest = _strongest(facts["networks"])
     texts = list(facts["tokens"])
     rises = [[entry["rise_by_text"][text] for text in texts] for entry in strongest]
@@ -91,7 +86,7 @@ def draw_texts(axes: Axes, facts: dict[str, Any]) -> None:
 
 
 def on_one_text(entries: list[dict[str, Any]]) -> float:
-    """How much of the rise falls on the text that suffers most: the mean over the strongest entries."""
+    """Return the share of the rise on the text that loses most, averaged over the strongest entries."""
     rises = [
         [max(0.0, rise) for rise in one["rise_by_text"].values()] for one in _strongest(entries)
     ]
@@ -107,14 +102,8 @@ def main(
     figure: Annotated[Path, typer.Argument(help="SVG to write.")],
 ) -> None:
     facts = json.loads(result.read_text(encoding="utf-8"))
-    matplotlib.rcParams.update(
-        {
-            "svg.hashsalt": "fbn-prune",
-            "svg.fonttype": "none",
-            "font.family": "sans-serif",
-            "font.size": 9,
-        }
-    )
+    style = {"svg.hashsalt": "fbn-prune", "svg.fonttype": "none"}
+    matplotlib.rcParams.update({**style, "font.family": "sans-serif", "font.size": 9})
     drawing, ((each, texts), (mask, retain)) = plt.subplots(
         2, 2, figsize=(10, 7.2), layout="constrained"
     )

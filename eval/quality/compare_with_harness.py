@@ -1,10 +1,10 @@
-"""Print a checkpoint's figures from `fbn-prune evaluate` beside those of a plain `lm_eval run` of the same task files.
+"""Compare `fbn-prune evaluate` with a plain `lm_eval run` of the same task files.
 
     python eval/quality/compare_with_harness.py --model DIR --task FILE.jsonl [--limit 60] [--output RESULT.json]
 
-The harness gets each file as the task (YAML) that `fbn_prune.data.harness_files` makes, and runs in its own process
-in which nothing of ours is loaded. Every metric and every standard error must be the same number; the script ends with
-code 1 where one is not. A result file that is there is added to.
+The harness gets each file as the YAML task that `fbn_prune.data.harness_files` makes, and runs in a process of its own
+that loads nothing of fbn-prune. Every metric and standard error must be the same number, or the script ends with exit
+code 1. An existing result file is extended.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
+import protocol
 import typer
 import yaml
 from rich.console import Console
@@ -25,7 +26,7 @@ from fbn_prune.data.harness_files import task_from_file
 
 
 def ours(model: Path, task: Path, *options: str) -> dict[str, dict[str, Any]]:
-    """Metric -> value and standard error, from the command that users have."""
+    """Return each metric's value and standard error from `fbn-prune evaluate`."""
     command = [sys.executable, "-m", "fbn_prune", "evaluate", "--model", str(model)]
     run = subprocess.run(
         [*command, "--tasks", str(task), "--dtype", "float32", "--json", *options],
@@ -40,7 +41,7 @@ def ours(model: Path, task: Path, *options: str) -> dict[str, dict[str, Any]]:
 def plain(
     model: Path, task: Path, folder: Path, more: str, *options: str
 ) -> dict[str, dict[str, Any]]:
-    """The same from the harness's own command; `more` is added to the model's arguments."""
+    """Return the same from the harness's own command; `more` is appended to the model's arguments."""
     config = folder / f"{task.stem}.yaml"
     config.write_text(yaml.safe_dump(task_from_file(task)), encoding="utf-8")
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--tasks", str(config)]
@@ -64,14 +65,14 @@ def plain(
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Checkpoint folder.")],
+    model: protocol.Model,
     task: Annotated[list[Path], typer.Option(help="Question file; repeat for several.")],
     limit: Annotated[int | None, typer.Option(help="Questions of each; default all.")] = None,
-    batch_size: Annotated[int, typer.Option()] = 8,
+    batch_size: int = 8,
     max_length: Annotated[
-        int | None, typer.Option(help="Longest prompt, where an answer exceeds the model's.")
+        int | None, typer.Option(help="Longest prompt, if not the model's context.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Also write JSON here.")] = None,
+    output: protocol.Output = None,
 ) -> None:
     few = [] if limit is None else ["--limit", str(limit)]
     longest = [] if max_length is None else ["--max-length", str(max_length)]
@@ -84,17 +85,19 @@ def main(
     for path in task:
         lines = sum(1 for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
         questions = lines if limit is None else min(limit, lines)
-        mine = ours(model, path, "--batch-size", str(batch_size), *longest, *few)
+        own = ours(model, path, "--batch-size", str(batch_size), *longest, *few)
         with tempfile.TemporaryDirectory() as folder:
-            theirs = plain(model, path, Path(folder), more, "--batch_size", str(batch_size), *few)
+            harness_run = plain(
+                model, path, Path(folder), more, "--batch_size", str(batch_size), *few
+            )
         entry: dict[str, Any] = {"questions": questions, "batch_size": batch_size}
         entry |= {"max_length": max_length, "metrics": {}}
-        for metric in sorted(mine.keys() | theirs.keys()):
+        for metric in sorted(own.keys() | harness_run.keys()):
             pair = [
                 {key: found[metric][key] for key in ("value", "stderr")}
                 if metric in found
                 else None
-                for found in (mine, theirs)
+                for found in (own, harness_run)
             ]
             same = pair[0] == pair[1]
             all_same &= same
@@ -105,8 +108,7 @@ def main(
             ]
             table.add_row(path.stem, str(questions), metric, *shown, "yes" if same else "NO")
         facts["tasks"][path.stem] = entry
-        if output is not None:
-            output.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        protocol.save_json(output, facts)
     Console(width=160).print(table)
     if not all_same:
         raise SystemExit(1)

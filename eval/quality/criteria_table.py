@@ -1,39 +1,31 @@
-"""Print perplexity of every criterion at equal budgets, and the size dial, for any model and text.
+"""Print the perplexity of every criterion at equal budgets, and the size dial, for any model and text.
 
     python eval/quality/criteria_table.py --model DIR --calibrate a.txt --calibrate b.txt --evaluate c.txt
 
-All criteria see one pass over one calibration sample. Blocks for calibration are drawn from the first blocks of each
-text, those for evaluation are its first ones; perplexity is over all evaluation tokens together, in float32.
-Widths are the same in every layer, except under `network widths` (`--layout ragged --widths networks`), `+ loss-aware`
-(the same, errors scored as the loss feels them), `loss widths` and `auto widths` (`--widths loss` and `auto`, scored
-so too), which keep exactly as many neurons in all; how far each goes from an even split is tried on calibration text.
-`uniform, loss-aware` is what their scoring alone does. `membership, global` is the published procedure instead: one
-threshold over all layers, no refit, shown by silencing the neurons of the dense model.
+All criteria use one pass over one calibration sample (see `protocol.py`); perplexity is over all evaluation tokens in
+float32. All layers have the same width except under `network widths` (`--layout ragged --widths networks`),
+`+ loss-aware` (the same with loss-aware scores), `loss widths` and `auto widths` (`--widths loss` and `auto`, also
+loss-aware), which keep exactly as many neurons in total; calibration text decides how far they go from even widths.
+`uniform, loss-aware` shows the effect of loss-aware scores alone. `membership, global` is the published procedure: one
+threshold over all layers and no refit, measured by masking neurons of the dense model.
 """
 
 from __future__ import annotations
 
 import copy
-import json
-import random
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import protocol
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from fbn_prune.data.calibration import TokenBlocks, read_documents, tokenize_document
-from fbn_prune.errors import InvalidInput
-from fbn_prune.model.adapter import ModelAdapter
-from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.perplexity import perplexity
 from fbn_prune.model.surgery import MlpCut
-from fbn_prune.networks.discovery import DiscoveryOptions, discover
-from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.networks.interventions import masked
 from fbn_prune.networks.ranking import output_energy, strongest_first
 from fbn_prune.progress import StageClock
@@ -44,12 +36,11 @@ from fbn_prune.pruning.allocation import (
 )
 from fbn_prune.pruning.criteria import CRITERIA, cuts_to_widths
 from fbn_prune.pruning.cutting import CutPlan, cut_layers
-from fbn_prune.pruning.evidence import CutOptions, EvidencePass
+from fbn_prune.pruning.evidence import EvidencePass
 from fbn_prune.pruning.layout import Layout, LayoutRequest, Subject, choose_layout
 from fbn_prune.pruning.second_order import loss_root
 from fbn_prune.pruning.sensitivity import output_sensitivity
 
-BATCH_TOKENS = 4096
 GRADIENT_BATCH_TOKENS = 1024
 RAGGED = {
     "network widths": ("networks", False),
@@ -57,66 +48,27 @@ RAGGED = {
     "loss widths": ("loss", True),
     "auto widths": ("auto", True),
 }
-"""What `--widths` says, and whether errors are scored as the loss feels them."""
+"""The value of `--widths`, and whether the scores are loss-aware."""
 
 UNIFORM_AWARE = "uniform, loss-aware"
 SCORED_BY_LOSS = {name: aware for name, (_, aware) in RAGGED.items()} | {UNIFORM_AWARE: True}
 
 
 class Comparison:
-    """One model, one calibration sample, one evaluation sample, one set of networks."""
+    """The criteria on one model, one sample of text and one set of networks."""
 
     def __init__(
-        self,
-        model: Path,
-        calibrate: list[Path],
-        evaluate: list[Path],
-        *,
-        context: int,
-        blocks: int,
-        evaluation_blocks: int,
-        first: int,
-        networks: int,
-        network_tokens: int,
-        multiple: int,
-        seed: int,
+        self, sample: protocol.Sample, networks: int, network_tokens: int, multiple: int, seed: int
     ) -> None:
-        checkpoint = Checkpoint.open(model)
-        self.adapter = ModelAdapter(checkpoint.load_model("cpu", torch.float32))
+        self.sample, self.adapter = sample, sample.adapter
         self.multiple, self.seed = multiple, seed
         self.layouts: dict[tuple[str, int], Layout] = {}
-        context = min(context, checkpoint.family.context_length(checkpoint.config))
-        tokenizer = checkpoint.load_tokenizer()
-        draw = random.Random(seed)
-        sample: list[torch.Tensor] = []
-        for file in calibrate:
-            found = first_blocks(file, tokenizer, context, first)
-            sample += draw.sample(found, min(blocks, len(found)))
-        draw.shuffle(sample)
-        held = [
-            b
-            for file in evaluate
-            for b in first_blocks(file, tokenizer, context, evaluation_blocks)
-        ]
-        self.calibration = TokenBlocks(tuple(sample), context, tuple(map(str, calibrate)))
-        self.held_out = TokenBlocks(tuple(held), context, tuple(map(str, evaluate)))
-        self.batches = self.calibration.batches(BATCH_TOKENS)
-        self.held_out_batches = self.held_out.batches(BATCH_TOKENS)
+        self.batches = sample.batches
         self.full = self.adapter.widths
-        self.networks: FunctionalNetworks = discover(
-            self.adapter,
-            self.calibration,
-            DiscoveryOptions(networks, network_tokens, "global", seed),
-            tokenizer=tokenizer,
-            batch_tokens=BATCH_TOKENS,
-            keep=True,
-            header={},
-            clock=StageClock(),
+        self.networks = protocol.find_networks(
+            self.adapter, sample.calibration, sample.tokenizer, networks, network_tokens, seed
         )
         self.order = strongest_first(output_energy(self.networks, self.adapter.down_weights()))
-
-    def options(self, *, sequential: bool = False) -> CutOptions:
-        return CutOptions(sequential, 1e-2, 1e-3, self.seed, torch.float32)
 
     def membership(self, kept: list[int]) -> list[torch.Tensor]:
         strongest = self.networks.maps[kept].abs().amax(0).double()
@@ -128,8 +80,10 @@ class Comparison:
     def one_shot(
         self, wanted: list[tuple[str, int]], kept: list[int]
     ) -> dict[tuple[str, int], float]:
-        """Perplexity for each (criterion, budget), from one pass over the calibration sample."""
-        evidence = EvidencePass(self.adapter, self.batches, self.options(), clock=StageClock())
+        """Return the perplexity for each (criterion, budget), from one pass over the calibration sample."""
+        evidence = EvidencePass(
+            self.adapter, self.batches, protocol.cut_options(self.seed), clock=StageClock()
+        )
         members = self.membership(kept)
         cuts: dict[tuple[str, int], list[MlpCut]] = {key: [] for key in wanted}
         for layer in evidence:
@@ -140,18 +94,18 @@ class Comparison:
         return {key: self.cut_perplexity(parts) for key, parts in cuts.items()}
 
     def ragged(self, budgets: list[int]) -> dict[tuple[str, int], float]:
-        """Perplexity for each (rule for ragged widths, budget); as many neurons as uniform widths keep."""
-        small = self.calibration.batches(GRADIENT_BATCH_TOKENS)
+        """Return the perplexity for each (rule for ragged widths, budget), with as many neurons as uniform widths."""
+        small = self.sample.calibration.batches(GRADIENT_BATCH_TOKENS)
         sensitivity = output_sensitivity(self.adapter, small, StageClock())
         roots = [loss_root(matrix) for matrix in sensitivity]
         cuts: dict[tuple[str, int], list[MlpCut]] = {}
         for name, (rule, loss_aware) in RAGGED.items():
             subject = Subject(
                 self.adapter,
-                self.calibration,
-                BATCH_TOKENS,
+                self.sample.calibration,
+                protocol.BATCH_TOKENS,
                 "second-order",
-                replace(self.options(), loss_aware=loss_aware),
+                protocol.cut_options(self.seed, loss_aware=loss_aware),
                 self.networks,
                 self.order,
                 roots,
@@ -168,12 +122,9 @@ class Comparison:
                 )
                 self.layouts[name, budget] = choose_layout(subject, request, StageClock())
                 cuts[name, budget] = []
+        options = protocol.cut_options(self.seed)
         evidence = EvidencePass(
-            self.adapter,
-            self.batches,
-            self.options(),
-            loss_roots=roots,
-            clock=StageClock(),
+            self.adapter, self.batches, options, loss_roots=roots, clock=StageClock()
         )
         cuts |= {(UNIFORM_AWARE, budget): [] for budget in budgets}
         for layer in evidence:
@@ -193,7 +144,7 @@ class Comparison:
 
     def cut_perplexity(self, cuts: list[MlpCut]) -> float:
         with self.adapter.trying(cuts):
-            return perplexity(self.adapter, self.held_out_batches)
+            return perplexity(self.adapter, self.sample.held_out)
 
     def sequential(self, budget: int) -> float:
         adapter = copy.deepcopy(self.adapter)
@@ -201,10 +152,10 @@ class Comparison:
             adapter,
             self.batches,
             CutPlan("second-order", self.widths(budget)),
-            self.options(sequential=True),
+            protocol.cut_options(self.seed, sequential=True),
             clock=StageClock(),
         )
-        return perplexity(adapter, self.held_out_batches)
+        return perplexity(adapter, self.sample.held_out)
 
     def membership_global(self, budget: int, kept: list[int]) -> float:
         strongest = torch.cat(self.membership(kept))
@@ -212,55 +163,39 @@ class Comparison:
         silent[torch.argsort(strongest, descending=True, stable=True)[:budget]] = False
         masks = [silent[self.networks.layer_slice(i)] for i in range(len(self.full))]
         with masked(self.adapter, masks):
-            return perplexity(self.adapter, self.held_out_batches)
-
-
-def first_blocks(file: Path, tokenizer: Any, context: int, count: int) -> list[torch.Tensor]:
-    """The first `count` whole blocks of a text."""
-    blocks: list[torch.Tensor] = []
-    for document in read_documents(str(file), characters=count * context * 12):
-        blocks += [
-            block
-            for block in tokenize_document(tokenizer, document, context)
-            if len(block) == context
-        ]
-    if not blocks:
-        raise InvalidInput(f"{file} gives no block of {context} tokens")
-    return blocks[:count]
+            return perplexity(self.adapter, self.sample.held_out)
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Checkpoint folder.")],
-    calibrate: Annotated[list[Path], typer.Option(help="Calibration text; repeat for several.")],
-    evaluate: Annotated[list[Path], typer.Option(help="Evaluation text; repeat for several.")],
+    model: protocol.Model,
+    calibrate: protocol.Calibrate,
+    evaluate: protocol.Evaluate,
     kept: Annotated[list[float], typer.Option(help="Shares of neurons kept.")] = [0.7, 0.5, 0.3],  # noqa: B006
     dial: Annotated[list[int], typer.Option(help="Networks kept.")] = [5, 10, 20, 40],  # noqa: B006
-    context: Annotated[int, typer.Option()] = 256,
-    blocks: Annotated[int, typer.Option(help="Calibration blocks of each text.")] = 32,
-    evaluation_blocks: Annotated[int, typer.Option(help="First blocks of each text.")] = 32,
+    context: protocol.Context = 256,
+    blocks: protocol.Blocks = 32,
+    evaluation_blocks: protocol.EvaluationBlocks = 32,
     dial_blocks: Annotated[int, typer.Option(help="Calibration blocks for the size dial.")] = 24,
-    first: Annotated[int, typer.Option(help="Calibration blocks are drawn from these.")] = 400,
-    networks: Annotated[int, typer.Option()] = 64,
-    network_tokens: Annotated[int, typer.Option()] = 6144,
+    first: protocol.First = 400,
+    networks: int = 64,
+    network_tokens: int = 6144,
     multiple: Annotated[int, typer.Option(help="Width multiple.")] = 1,
     sequential: Annotated[bool, typer.Option(help="Add the sequential refit.")] = False,
-    seed: Annotated[int, typer.Option()] = 0,
-    output: Annotated[Path | None, typer.Option(help="Also write JSON here.")] = None,
+    seed: int = 0,
+    output: protocol.Output = None,
 ) -> None:
-    common: dict[str, Any] = {
-        "context": context,
-        "evaluation_blocks": evaluation_blocks,
-        "first": first,
-        "networks": networks,
-        "network_tokens": network_tokens,
-        "multiple": multiple,
-        "seed": seed,
-    }
+    drawn = {"context": context, "evaluation_blocks": evaluation_blocks, "first": first}
+    search = {"networks": networks, "network_tokens": network_tokens, "multiple": multiple}
+
+    def compared(blocks: int) -> Comparison:
+        sample = protocol.load_sample(model, calibrate, evaluate, blocks=blocks, seed=seed, **drawn)
+        return Comparison(sample, seed=seed, **search)
+
     names = ["second-order", "flap", "wanda", "membership", "magnitude", "random"]
     console = Console(width=140)
-    run = Comparison(model, calibrate, evaluate, blocks=blocks, **common)
+    run = compared(blocks)
     total = sum(run.full)
-    dense = perplexity(run.adapter, run.held_out_batches)
+    dense = perplexity(run.adapter, run.sample.held_out)
     budgets = [budget_from_sparsity(total, 1 - share) for share in kept]
     cells = run.one_shot([(name, b) for name in names for b in budgets], run.order)
     cells |= run.ragged(budgets)
@@ -281,16 +216,10 @@ def main(
 
     dial_rows: list[dict[str, Any]] = []
     if dial:
-        run = Comparison(model, calibrate, evaluate, blocks=dial_blocks, **common)
-        dense = perplexity(run.adapter, run.held_out_batches)
-        table = Table(
-            "K",
-            "neurons kept",
-            "uniform widths",
-            *SCORED_BY_LOSS,
-            "membership alone",
-            title=f"size dial of {networks}",
-        )
+        run = compared(dial_blocks)
+        dense = perplexity(run.adapter, run.sample.held_out)
+        columns = ["K", "neurons kept", "uniform widths", *SCORED_BY_LOSS, "membership alone"]
+        table = Table(*columns, title=f"size dial of {networks}")
         kept_by = {count: run.order[:count] for count in dial}
         budget_by = {k: budget_from_networks(run.networks, keep) for k, keep in kept_by.items()}
         ragged = run.ragged(list(budget_by.values()))
@@ -303,14 +232,10 @@ def main(
             shown = [cells[name] for name in ("uniform", *SCORED_BY_LOSS, "membership")]
             table.add_row(str(count), f"{budget / total:.1%}", *(f"{v:.2f}" for v in shown))
         console.print(table)
-    if output is not None:
-        texts = {"calibrate": calibrate, "evaluate": evaluate}
-        # In their order: the draw goes through them one after the other.
-        named = {key: [file.name for file in files] for key, files in texts.items()}
-        facts = {"model": model.name, "dense": dense, **named, **common, "blocks": blocks}
-        output.write_text(
-            json.dumps({**facts, "budgets": rows, "dial": dial_rows}, indent=1) + "\n"
-        )
+    # The texts in their order: the draw goes through them one after the other.
+    texts = {"calibrate": [f.name for f in calibrate], "evaluate": [f.name for f in evaluate]}
+    facts = {"model": model.name, "dense": dense, **texts, **drawn, **search, "seed": seed}
+    protocol.save_json(output, {**facts, "blocks": blocks, "budgets": rows, "dial": dial_rows})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What the refit's damping should be where calibration tokens are few for a layer's neurons.
+"""Find the refit damping that suits a layer with few calibration tokens for each neuron.
 
-Cuts a model to half its neurons on so many tokens a neuron, refits at several dampings and at the adapted one, and
-prints the perplexity on 8192 held-out tokens:
+The script cuts a model to half its neurons at several numbers of tokens a neuron, refits with several dampings and the
+adapted one, and prints the perplexity on 8192 held-out tokens:
 
     python eval/quality/few_tokens.py MODEL TEXT [TEXT ...] --json eval/results/few_tokens_MODEL.json
 """
@@ -9,22 +9,17 @@ prints the perplexity on 8192 held-out tokens:
 from __future__ import annotations
 
 import argparse
-import json
 import warnings
 from pathlib import Path
 
-import torch
+import protocol
 
-from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.perplexity import perplexity
 from fbn_prune.model.surgery import MlpCut
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.damping import DampingWarning, refit_share
-from fbn_prune.pruning.evidence import CutOptions, EvidencePass
+from fbn_prune.pruning.evidence import EvidencePass
 from fbn_prune.pruning.second_order import choose_neurons, refit
-from fbn_prune.recipe import build_recipe
-from fbn_prune.runs.opening import read_texts
-from fbn_prune.runs.setup import prepare
 
 TOKENS_PER_NEURON = (0.5, 1, 4, 16)
 DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -37,21 +32,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", DampingWarning)
-    known = {"model": arguments.model, "calibration": arguments.texts, "networks": 1}
-    recipe = build_recipe({**known, "tokens": 65536, "context": 256})
-    prepared = prepare(recipe)
-    adapter = ModelAdapter(prepared.checkpoint.load_model("cpu", torch.float32))
-    data = read_texts(prepared, prepared.checkpoint.load_tokenizer())[0]
-    held_out = data.held_out.subset(8192).batches(4096)
-    width = prepared.width
+    run = protocol.open_texts(arguments.model, arguments.texts, tokens=65536)
+    recipe, width = run.prepared.recipe, run.prepared.width
+    held_out = run.data.held_out.subset(8192).batches(4096)
     table: dict[str, dict[str, float]] = {}
     for ratio in TOKENS_PER_NEURON:
-        blocks = data.calibrating.subset(round(ratio * width))
+        blocks = run.data.calibrating.subset(round(ratio * width))
         evidence = EvidencePass(
-            adapter,
-            blocks.batches(4096),
-            CutOptions(False, recipe.damping, recipe.refit_damping, 0, torch.float32),
-            clock=StageClock(),
+            run.adapter, blocks.batches(4096), protocol.cut_options(0), clock=StageClock()
         )
         adapted = refit_share(recipe.refit_damping, blocks.tokens, width)
         tried = {f"{damping:g}": damping for damping in DAMPINGS} | {"adapted": adapted}
@@ -64,12 +52,11 @@ def main() -> None:
                 )
         row = {"tokens_per_neuron": blocks.tokens / width, "adapted_damping": adapted}
         for name, parts in cuts.items():
-            with adapter.trying(parts):
-                row[name] = perplexity(adapter, held_out)
+            with run.adapter.trying(parts):
+                row[name] = perplexity(run.adapter, held_out)
         table[f"{ratio:g}"] = row
         print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    protocol.save_json(arguments.json, table)
 
 
 if __name__ == "__main__":

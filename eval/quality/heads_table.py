@@ -1,35 +1,30 @@
-"""Print what attention heads cost a model, by how they are chosen, and what the same parameters cost among its neurons.
+"""Print the perplexity with fewer attention heads, by how the heads are chosen, and with fewer neurons instead.
 
     python eval/quality/heads_table.py --model DIR --calibrate a.txt --calibrate b.txt --evaluate c.txt
 
-MLPs stay whole. Columns: the second order with its refit (`--head-sparsity`), one-shot and `--sequential`; the same
-heads without a refit; heads by the variance of what they put out times the weights that read it (FLAP's score), with
-no refit; chance, the mean of several draws; and `neurons instead`, where the attention stays whole and as many
-parameters go from the MLPs by `--criterion second-order`. A live model can have any number of heads; counts that the
-architecture's stock config accepts, and that can be exported, have a star. Text and blocks as in criteria_table.py.
+The MLPs stay whole. Columns: the second order with its refit (`--head-sparsity`), one-shot and `--sequential`; the same
+heads without a refit; heads by FLAP's score (the variance of their outputs times the squared weights that read them)
+without a refit; random heads, the mean of several draws; and `neurons instead`, which keeps the attention whole and
+removes as many parameters from the MLPs by `--criterion second-order`. A live model can have any number of heads; a
+star marks the counts that the architecture's stock config accepts, which can be exported. Samples as in `protocol.py`.
 """
 
 from __future__ import annotations
 
 import copy
-import json
-import random
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
+import protocol
 import torch
 import typer
-from criteria_table import BATCH_TOKENS, first_blocks
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fbn_prune.data.calibration import TokenBlocks
 from fbn_prune.errors import InvalidInput
-from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.heads import HeadCut
 from fbn_prune.model.perplexity import perplexity
@@ -38,32 +33,32 @@ from fbn_prune.progress import StageClock
 from fbn_prune.pruning.criteria import CRITERIA, HeadEvidence, head_cut
 from fbn_prune.pruning.cutting import CutPlan, cut_layers
 from fbn_prune.pruning.damping import centred
-from fbn_prune.pruning.evidence import CutOptions, EvidencePass
+from fbn_prune.pruning.evidence import EvidencePass
 
 DRAWS = 5
 Chosen = Callable[[HeadEvidence, int], HeadCut]
 
 
 def as_they_are(evidence: HeadEvidence, kept: Tensor) -> HeadCut:
-    """The groups `kept` with the output weights that they have."""
+    """Return the groups `kept` with their original output weights."""
     channels = (kept[:, None] * evidence.group + torch.arange(evidence.group)).flatten()
     return HeadCut(kept, evidence.weight[:, channels], evidence.bias)
 
 
 def without_refit(evidence: HeadEvidence, groups: int) -> HeadCut:
-    """The second order's heads as they are."""
+    """Choose heads by the second order, without its refit."""
     return as_they_are(evidence, head_cut(evidence, groups).kept)
 
 
 def by_variance(evidence: HeadEvidence, groups: int) -> HeadCut:
-    """FLAP's score, summed over a group's channels."""
+    """Choose heads by FLAP's score, summed over the channels of a group."""
     variance = centred(evidence.gram, evidence.mean).diagonal()
     score = (variance * evidence.weight.square().sum(0)).view(-1, evidence.group).sum(1)
     return as_they_are(evidence, score.argsort(descending=True)[:groups].sort().values)
 
 
 def by_chance(seed: int) -> Chosen:
-    """A uniform draw in each layer."""
+    """Return a choice that draws heads uniformly in each layer."""
     draw = torch.Generator().manual_seed(seed)
 
     def choose(evidence: HeadEvidence, groups: int) -> HeadCut:
@@ -75,37 +70,24 @@ def by_chance(seed: int) -> Chosen:
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Checkpoint folder.")],
-    calibrate: Annotated[list[Path], typer.Option(help="Calibration text; repeat for several.")],
-    evaluate: Annotated[list[Path], typer.Option(help="Evaluation text; repeat for several.")],
-    context: Annotated[int, typer.Option()] = 256,
-    blocks: Annotated[int, typer.Option(help="Calibration blocks of each text.")] = 32,
-    evaluation_blocks: Annotated[int, typer.Option(help="First blocks of each text.")] = 32,
-    first: Annotated[int, typer.Option(help="Calibration blocks are drawn from these.")] = 400,
-    seed: Annotated[int, typer.Option()] = 0,
-    output: Annotated[Path | None, typer.Option(help="Also write JSON here.")] = None,
+    model: protocol.Model,
+    calibrate: protocol.Calibrate,
+    evaluate: protocol.Evaluate,
+    context: protocol.Context = 256,
+    blocks: protocol.Blocks = 32,
+    evaluation_blocks: protocol.EvaluationBlocks = 32,
+    first: protocol.First = 400,
+    seed: int = 0,
+    output: protocol.Output = None,
 ) -> None:
-    checkpoint = Checkpoint.open(model)
-    dense = ModelAdapter(checkpoint.load_model("cpu", torch.float32))
-    tokenizer = checkpoint.load_tokenizer()
-    draw = random.Random(seed)
-    sample: list[Tensor] = []
-    for file in calibrate:
-        found = first_blocks(file, tokenizer, context, first)
-        sample += draw.sample(found, min(blocks, len(found)))
-    draw.shuffle(sample)
-    held = [
-        block
-        for file in evaluate
-        for block in first_blocks(file, tokenizer, context, evaluation_blocks)
-    ]
-    batches = TokenBlocks(tuple(sample), context, tuple(map(str, calibrate))).batches(BATCH_TOKENS)
-    held_out = TokenBlocks(tuple(held), context, tuple(map(str, evaluate))).batches(BATCH_TOKENS)
+    drawn = {"context": context, "blocks": blocks, "evaluation_blocks": evaluation_blocks}
+    sample = protocol.load_sample(model, calibrate, evaluate, first=first, seed=seed, **drawn)
+    checkpoint, dense = sample.checkpoint, sample.adapter
+    batches, held_out = sample.batches, sample.held_out
     shape, hidden = checkpoint.family.head_shape(checkpoint.config), dense.hidden_size
     width = dense.widths[0]
     counts = list(range(shape.groups - 1, 0, -1))
-    plain = CutOptions(False, 1e-2, 1e-3, seed, torch.float32)
-    options = {groups: replace(plain, head_groups=groups) for groups in counts}
+    options = {groups: protocol.cut_options(seed, head_groups=groups) for groups in counts}
     ways: dict[str, list[Chosen]] = {
         "second order": [head_cut],
         "no refit": [without_refit],
@@ -114,7 +96,7 @@ def main(
     }
 
     def fewer_neurons(groups: int) -> int:
-        """Width at which the MLPs have lost as many parameters as the attention would."""
+        """Return the width at which the MLPs lose as many parameters as the attention would."""
         gone = (shape.groups - groups) * 2 * hidden * shape.size * (shape.queries + 1)
         return max(1, round(width - gone / (3 * hidden)))
 
@@ -150,11 +132,13 @@ def main(
     table = Table("heads kept", *headings, title=f"{model.name}: perplexity, dense {before:.2f}")
     rows: list[dict[str, Any]] = []
     for groups in counts:
-        found_: dict[str, list[float]] = {"sequential": [sequential(groups)]}
+        values_by_way: dict[str, list[float]] = {"sequential": [sequential(groups)]}
         for (name, kept, _), parts in cuts.items():
             if kept == groups:
-                found_.setdefault(name, []).append(measured(parts))
-        row: dict[str, Any] = {name: statistics.mean(values) for name, values in found_.items()}
+                values_by_way.setdefault(name, []).append(measured(parts))
+        row: dict[str, Any] = {
+            name: statistics.mean(values) for name, values in values_by_way.items()
+        }
         row |= {"groups": groups, "exports": accepted(checkpoint, groups)}
         row["neurons_instead_width"] = fewer_neurons(groups)
         rows.append(row)
@@ -162,13 +146,12 @@ def main(
         shown = [f"{row[name]:.2f}" if name in row else "" for name in headings]
         table.add_row(f"{groups} of {shape.groups}{star}", *shown)
     Console(width=120).print(table)
-    if output is not None:
-        facts = {"model": model.name, "dense": before, "context": context, "blocks": blocks}
-        output.write_text(json.dumps({**facts, "seed": seed, "rows": rows}, indent=1) + "\n")
+    facts = {"model": model.name, "dense": before, "context": context, "blocks": blocks}
+    protocol.save_json(output, {**facts, "seed": seed, "rows": rows})
 
 
 def accepted(checkpoint: Checkpoint, groups: int) -> bool:
-    """Whether the architecture's stock config can say that there are so many."""
+    """Return whether the architecture's stock config accepts this number of key-value groups."""
     try:
         checkpoint.family.with_head_groups(checkpoint.config, groups)
     except InvalidInput:

@@ -2,21 +2,21 @@
 
     python eval/quality/paper_masks.py --model DIR --calibrate a.txt
 
-The other implementation shares no code with ours but the text: forward hooks on a transformers model collect the
-activations, scikit-learn's FastICA decomposes each layer's, maps are z-scored over neurons, and a neuron stays if abs z
-reaches the threshold in any map (arXiv 2508.05239). FastICA starts at random and has more than one fixed point where
-components are many, so a second run of scikit-learn from another seed says how much agreement there is to be had.
+The other implementation shares only the text with ours: forward hooks on a transformers model collect the activations,
+scikit-learn's FastICA decomposes those of each layer, maps are z-scored over neurons, and a neuron stays if abs z is
+above the threshold in any map (arXiv 2508.05239). FastICA starts at random and with many components has several fixed
+points, so a second scikit-learn run from another seed shows how much agreement is possible.
 """
 
 from __future__ import annotations
 
-import json
 import tempfile
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import protocol
 import torch
 import typer
 from rich.console import Console
@@ -36,7 +36,7 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "paper-layerwise.yaml"
 
 
 def layer_activations(model: Any, blocks: TokenBlocks) -> list[np.ndarray]:
-    """What the output projections of a Llama's MLPs are fed, [tokens, neurons] for each layer."""
+    """Return the inputs of the `down` projections of a Llama, [tokens, neurons] for each layer."""
     seen: list[list[torch.Tensor]] = [[] for _ in model.model.layers]
     handles = [
         layer.mlp.down_proj.register_forward_pre_hook(
@@ -53,29 +53,28 @@ def layer_activations(model: Any, blocks: TokenBlocks) -> list[np.ndarray]:
 
 
 def strongest_z(activations: np.ndarray, networks: int, seed: int) -> np.ndarray:
-    """Largest abs z of each neuron over one layer's networks, [neurons]."""
+    """Return the largest abs z of each neuron over one layer's networks, [neurons]."""
     deviation = activations.std(0)
     z = (activations - activations.mean(0)) / np.where(deviation > 0, deviation, 1)
     ica = FastICA(
         networks, fun="cube", whiten="unit-variance", max_iter=1000, tol=1e-5, random_state=seed
     )
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # the agreement of two seeds says what its convergence is worth
+        # The agreement of two seeds shows how much a run that did not converge is worth.
+        warnings.simplefilter("ignore")
         maps = ica.fit_transform(z.T).T
     maps = (maps - maps.mean(1, keepdims=True)) / maps.std(1, keepdims=True)
     return np.abs(maps).max(0)
 
 
 def kept_by_threshold(strongest: list[np.ndarray], budget: int) -> list[np.ndarray]:
-    """For each layer bool [neurons]: at or above the one threshold that as many neurons reach as the budget says."""
+    """Return for each layer bool [neurons]: the neurons above one threshold, which `budget` neurons of all reach."""
     threshold = np.sort(np.concatenate(strongest))[::-1][budget - 1]
     return [layer >= threshold for layer in strongest]
 
 
 def kept_in_checkpoint(before: Checkpoint, after: Checkpoint, layer: int) -> np.ndarray:
-    """Bool [neurons]: which rows of the source's gate are still there."""
+    """Return which rows of the source's gate are still there, bool [neurons]."""
     name = f"model.layers.{layer}.mlp.gate_proj.weight"
     old, new = before.tensor(name).float().numpy(), after.tensor(name).float().numpy()
     left = {row.tobytes() for row in new}
@@ -83,7 +82,7 @@ def kept_in_checkpoint(before: Checkpoint, after: Checkpoint, layer: int) -> np.
 
 
 def overlap(first: list[np.ndarray], second: list[np.ndarray]) -> float:
-    """Neurons kept by both over neurons kept by either."""
+    """Return the neurons kept by both over those kept by either."""
     a, b = np.concatenate(first), np.concatenate(second)
     return float((a & b).sum() / (a | b).sum())
 
@@ -91,12 +90,12 @@ def overlap(first: list[np.ndarray], second: list[np.ndarray]) -> float:
 def main(
     model: Annotated[Path, typer.Option(help="A Llama's folder.")],
     calibrate: Annotated[list[str], typer.Option(help="Calibration text; repeat for several.")],
-    tokens: Annotated[int, typer.Option(help="All of them are decomposed.")] = 8192,
-    context: Annotated[int, typer.Option()] = 256,
+    tokens: Annotated[int, typer.Option(help="Calibration tokens, all used by the ICA.")] = 8192,
+    context: protocol.Context = 256,
     networks: Annotated[int, typer.Option(help="Components of a layer.")] = 128,
     sparsity: Annotated[float, typer.Option(help="Over all layers.")] = 0.1,
     keep_layers: Annotated[str, typer.Option(help="Layers left whole.")] = "0,1,2,-2,-1",
-    output: Annotated[Path | None, typer.Option(help="Also write JSON here.")] = None,
+    output: protocol.Output = None,
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         given = {
@@ -104,7 +103,7 @@ def main(
             "calibration": calibrate,
             "output": Path(folder) / "pruned",
             "tokens": tokens,
-            "network_tokens": 2 * tokens,  # more than there are: all
+            "network_tokens": 2 * tokens,  # more than there are, so that all are used
             "context": context,
             "networks": networks,
             "sparsity": sparsity,
@@ -114,13 +113,11 @@ def main(
         recipe = load_recipe(RECIPE, given)
         prepared = prepare(recipe)
         result = run_prune(recipe, StageClock())
-        before, after = (
-            Checkpoint.open(model),
-            Checkpoint.open(Path(folder) / "pruned", ragged=True),
-        )
+        before = Checkpoint.open(model)
+        after = Checkpoint.open(Path(folder) / "pruned", ragged=True)
         cut = [layer for layer in range(prepared.layers) if layer not in prepared.whole]
         ours = [kept_in_checkpoint(before, after, layer) for layer in cut]
-    blocks = read_texts(prepared, before.load_tokenizer())[0].calibrating
+    blocks = read_texts(prepared, before.load_tokenizer(), calibrate)[0].calibrating
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     activations = layer_activations(plain, blocks)
     budget = sum(result.widths[layer] for layer in cut)
@@ -148,8 +145,7 @@ def main(
     table.add_row("scikit-learn's two seeds", f"{facts['overlap_sklearn_seeds']:.3f}")
     table.add_row("two random choices of that size", f"{chance:.3f}")
     Console().print(table)
-    if output is not None:
-        output.write_text(json.dumps(facts, indent=1) + "\n")
+    protocol.save_json(output, facts)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""How the loss rise of pruned models compares with the sum of their layers' relative errors: what the check after
-pruning is calibrated on.
+"""Compare the loss rise of pruned models with the sum of their layers' relative errors, to calibrate the prediction.
 
-Cuts every model by five criteria to five widths, and its attention to every number of heads, on 8192 calibration
-tokens, and measures on 2048 held-out ones:
+The script cuts each model by five criteria to five widths, and its attention to every number of heads, on 8192
+calibration tokens, and measures the loss on 2048 held-out ones:
 
     python eval/quality/predicted_rise.py builtin=builtin MODEL=TEXT[,TEXT] ... --json eval/results/predicted_rise.json
 """
@@ -11,19 +10,18 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
+import protocol
 import torch
 
-from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.perplexity import mean_loss
 from fbn_prune.model.surgery import MlpCut
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.criteria import CRITERIA, head_cut
-from fbn_prune.pruning.evidence import CutOptions, EvidencePass
+from fbn_prune.pruning.evidence import EvidencePass
 from fbn_prune.pruning.fitting import DampingNotes
 from fbn_prune.pruning.prediction import (
     HEAD_WEIGHT,
@@ -31,9 +29,6 @@ from fbn_prune.pruning.prediction import (
     relative_error,
     relative_head_error,
 )
-from fbn_prune.recipe import build_recipe
-from fbn_prune.runs.opening import read_texts
-from fbn_prune.runs.setup import prepare
 
 TOKENS, HELD_OUT_TOKENS = 8192, 2048
 CRITERIA_TRIED = ("second-order", "flap", "wanda", "magnitude", "random")
@@ -42,38 +37,28 @@ SHARES = (0.9, 0.7, 0.5, 0.3, 0.1)
 
 
 def measure(name: str, texts: list[str]) -> list[dict[str, Any]]:
-    """One row a criterion and width: the summed relative error and the loss rise in nats."""
-    recipe = build_recipe(
-        {"model": name, "calibration": texts, "tokens": TOKENS, "context": 256, "networks": 1}
-    )
-    prepared = prepare(recipe)
-    adapter = ModelAdapter(prepared.checkpoint.load_model("cpu", torch.float32))
-    data = read_texts(prepared, prepared.checkpoint.load_tokenizer())[0]
-    held_out = data.held_out.subset(HELD_OUT_TOKENS).batches(4096)
-    family, config = prepared.family, prepared.checkpoint.config
+    """Return for each criterion and width the summed relative error and the loss rise in nats."""
+    run = protocol.open_texts(name, texts, TOKENS)
+    adapter, width = run.adapter, run.prepared.width
+    held_out = run.data.held_out.subset(HELD_OUT_TOKENS).batches(4096)
+    family, config = run.prepared.family, run.prepared.checkpoint.config
     groups = family.head_shape(config).groups if family.attention is not None else 1
-    options = CutOptions(
-        False,
-        recipe.damping,
-        recipe.refit_damping,
-        0,
-        torch.float32,
-        head_groups=None if groups == 1 else 1,
-    )
-    evidence = EvidencePass(adapter, data.calibrating.batches(4096), options, clock=StageClock())
+    options = protocol.cut_options(0, head_groups=None if groups == 1 else 1)
+    batches = run.data.calibrating.batches(4096)
+    evidence = EvidencePass(adapter, batches, options, clock=StageClock())
     cuts: dict[tuple[str, float], list[MlpCut]] = {}
     errors: dict[tuple[str, float], list[float]] = {}
     for layer in evidence:
         for criterion in CRITERIA_TRIED:
             for share in SHARES:
                 with DampingNotes().heard(layer.layer):
-                    cut = CRITERIA[criterion](layer, round(prepared.width * share))
+                    cut = CRITERIA[criterion](layer, round(width * share))
                 cuts.setdefault((criterion, share), []).append(cut)
                 errors.setdefault((criterion, share), []).append(relative_error(layer, cut))
         for kept in range(1, groups):
             assert layer.heads is not None
             heads = head_cut(layer.heads, kept)
-            whole = MlpCut(torch.arange(prepared.width), layer.weight, heads=heads)
+            whole = MlpCut(torch.arange(width), layer.weight, heads=heads)
             cuts.setdefault((HEADS, kept / groups), []).append(whole)
             error = relative_head_error(layer.heads, heads)
             errors.setdefault((HEADS, kept / groups), []).append(error)
@@ -88,15 +73,8 @@ def measure(name: str, texts: list[str]) -> list[dict[str, Any]]:
         else:
             with adapter.trying(parts):
                 rise = mean_loss(adapter, held_out) - dense
-        rows.append(
-            {
-                "model": Path(name).name,
-                "criterion": criterion,
-                "kept": share,
-                "summed_error": sum(errors[criterion, share]),
-                "rise": rise,
-            }
-        )
+        row = {"model": Path(name).name, "criterion": criterion, "kept": share}
+        rows.append({**row, "summed_error": sum(errors[criterion, share]), "rise": rise})
     return rows
 
 
@@ -133,8 +111,7 @@ def main() -> None:
         )
     print(f"lowest rise of all {min(row['rise'] for row in rows):.3f}")
     print(f"outside the predicted range: {len(outside)} of {len(rows)}: {'; '.join(outside)}")
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    protocol.save_json(arguments.json, rows)
 
 
 if __name__ == "__main__":

@@ -1,52 +1,49 @@
-"""Print how far a model's networks recur: from other starts, in other text, in one task's text, after a fine-tune.
+"""Print how far a model's networks recur: from other starts, in other text, in one task's text, after fine-tuning.
 
     python eval/quality/recurrence_table.py --model DIR --text prose=a.txt --text code=b.txt --finetune-on prose
 
-Each line compares with the networks of a mixture of all texts: their maps matched one to one, the overlap of members
-(IoU) beside what shuffled neurons reach. `other sample` is a mixture of other blocks; a text's own line has that text
-alone, as many tokens; `fine-tuned` is the model trained on one text for a few steps and looked at on the first mixture,
-with its networks from that text too; `untrained` has the same shape and random weights: the floor.
+Each line compares a set of networks with those found on a mixture of all texts: maps are matched one to one, and the
+overlap of members (IoU) stands beside that of shuffled neurons. `other sample` is a mixture of other blocks; a text's
+line uses equally many tokens of that text alone; `fine-tuned` is the model after a few steps of training on one text,
+compared on the first mixture and on that text; `untrained` has the same shape and random weights and gives the floor.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import protocol
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from fbn_prune.data.calibration import TokenBlocks, read_documents, tokenize_document
+from fbn_prune.data.calibration import TokenBlocks
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.perplexity import perplexity
-from fbn_prune.networks.discovery import DiscoveryOptions, discover
 from fbn_prune.networks.functional_networks import FunctionalNetworks
-from fbn_prune.networks.structure import (
+from fbn_prune.networks.recurrence import (
     SHARED_CORRELATION,
     STARTS,
     recurrence,
     recurrence_between_starts,
 )
-from fbn_prune.progress import StageClock
 
-BATCH_TOKENS = 4096
 TRAINING_BLOCKS = 8
 TRAINING_POOL = 256
-"""Blocks to train on, behind those that networks are found on."""
+"""Number of blocks to train on; they follow those on which networks are found."""
 LEARNING_RATE = 5e-5
 
 
 class Subject:
-    """A model's shape and texts, and what finds its networks."""
+    """A checkpoint and its texts, with the settings for finding networks."""
 
     def __init__(
         self, model: Path, texts: dict[str, Path], *, context: int, tokens: int, networks: int
@@ -60,26 +57,19 @@ class Subject:
         self.blocks = {name: self._blocks(path, self.each) for name, path in texts.items()}
 
     def sample(self, names: Sequence[str], half: int) -> TokenBlocks:
-        """Blocks of some texts evenly, from the even or the odd blocks of each."""
+        """Return equally many blocks of each text, from its even (0) or odd (1) blocks."""
         share = -(-self.tokens // self.context // len(names)) + 1
         chosen = [block for name in names for block in self.blocks[name][half::2][:share]]
         random.Random(0).shuffle(chosen)
         return TokenBlocks(tuple(chosen), self.context, tuple(names))
 
     def found(self, model: PreTrainedModel, blocks: TokenBlocks) -> FunctionalNetworks:
-        return discover(
-            ModelAdapter(model),
-            blocks,
-            DiscoveryOptions(self.networks, self.tokens, "global", 0),
-            tokenizer=self.tokenizer,
-            batch_tokens=BATCH_TOKENS,
-            keep=True,
-            header={},
-            clock=StageClock(),
+        return protocol.find_networks(
+            ModelAdapter(model), blocks, self.tokenizer, self.networks, self.tokens, seed=0
         )
 
     def finetuned(self, model: PreTrainedModel, name: str, steps: int) -> PreTrainedModel:
-        """A copy trained on blocks of one text that nothing is measured on; AdamW, linear decay."""
+        """Return a copy trained on blocks of one text outside all samples, by AdamW with linear decay."""
         tuned = copy.deepcopy(model).train()
         blocks = self._blocks(self.texts[name], self.each + TRAINING_POOL)[self.each :]
         optimizer = torch.optim.AdamW(tuned.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
@@ -95,21 +85,15 @@ class Subject:
         return tuned.eval()
 
     def perplexity(self, model: PreTrainedModel, name: str) -> float:
-        """On the blocks that networks are found on, which nothing was trained on here."""
+        """Return the perplexity on the blocks on which networks are found; none of them was trained on here."""
         held = TokenBlocks(tuple(self.blocks[name]), self.context, (name,))
-        return perplexity(ModelAdapter(model), held.batches(BATCH_TOKENS))
+        return perplexity(ModelAdapter(model), held.batches(protocol.BATCH_TOKENS))
 
     def _blocks(self, path: Path, count: int) -> list[torch.Tensor]:
-        blocks: list[torch.Tensor] = []
-        for document in read_documents(str(path), characters=count * self.context * 12):
-            blocks += [
-                block
-                for block in tokenize_document(self.tokenizer, document, self.context)
-                if len(block) == self.context
-            ]
+        blocks = protocol.first_blocks(path, self.tokenizer, self.context, count)
         if len(blocks) < count:
             raise InvalidInput(f"{path} gives {len(blocks)} blocks of {self.context}, not {count}")
-        return blocks[:count]
+        return blocks
 
 
 def _row(name: str, a: FunctionalNetworks, b: FunctionalNetworks) -> dict[str, Any]:
@@ -120,14 +104,14 @@ def _row(name: str, a: FunctionalNetworks, b: FunctionalNetworks) -> dict[str, A
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Checkpoint folder.")],
+    model: protocol.Model,
     text: Annotated[list[str], typer.Option(help="NAME=FILE; repeat for several.")],
     finetune_on: Annotated[str, typer.Option(help="Name of the text to train on.")],
-    steps: Annotated[int, typer.Option()] = 48,
-    context: Annotated[int, typer.Option()] = 256,
+    steps: int = 48,
+    context: protocol.Context = 256,
     tokens: Annotated[int, typer.Option(help="Tokens that networks are found on.")] = 8192,
-    networks: Annotated[int, typer.Option()] = 64,
-    output: Annotated[Path | None, typer.Option(help="Also write JSON here.")] = None,
+    networks: int = 64,
+    output: protocol.Output = None,
 ) -> None:
     texts = {name: Path(path) for name, _, path in (entry.partition("=") for entry in text)}
     if finetune_on not in texts:
@@ -174,18 +158,9 @@ def main(
     )
     for name, (before, after) in shifts.items():
         console.print(f"perplexity on {name}: {before:.2f}, fine-tuned {after:.2f}")
-    if output is not None:
-        facts = {
-            "model": model.name,
-            "texts": names,
-            "tokens": tokens,
-            "networks": networks,
-            "steps": steps,
-            "starts": starts,
-            "perplexity": shifts,
-            "rows": rows,
-        }
-        output.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    facts = {"model": model.name, "texts": names, "tokens": tokens, "networks": networks}
+    facts |= {"steps": steps, "starts": starts, "perplexity": shifts, "rows": rows}
+    protocol.save_json(output, facts)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,19 @@
-"""What each choice of refit costs a served task in memory and gives it in perplexity.
+"""Print the memory and the perplexity of each choice of refit for a served task.
 
-Usage: python eval/quality/serving_table.py --model builtin --task code=PRUNED,TEXT --task prose=PRUNED,TEXT
-           [--rank 8 --rank 32 --rank 128] [--tokens 4096] [--output table.json]
+    python eval/quality/serving_table.py --model builtin --task code=PRUNED,TEXT --task prose=PRUNED,TEXT
+        [--rank 8 --rank 32 --rank 128] [--tokens 4096] [--output table.json]
 
-For each task, on its own held-out text: the whole model, the set with the whole model's output
-weights (`none`), with a correction of low rank, with its own in full, and the exported checkpoint,
-which the full choice must equal.
+For each task, on its own text: the whole model; the task's neurons with the whole model's output weights (`none`), a
+low-rank correction or their own output weights (`full`); and the exported checkpoint, which `full` must equal.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+import protocol
 import torch
 
 from fbn_prune.data import builtin
@@ -30,7 +29,7 @@ BATCH_TOKENS = 2048
 
 
 def text_batches(base: Checkpoint, source: str, tokens: int) -> list[Batch]:
-    """About `tokens` tokens of a text, in blocks of `CONTEXT`."""
+    """Return about `tokens` tokens of a text, in blocks of `CONTEXT`."""
     data = calibration_data(
         [source],
         base.load_tokenizer(),
@@ -46,7 +45,7 @@ def text_batches(base: Checkpoint, source: str, tokens: int) -> list[Batch]:
 def rows_of_task(
     base: Checkpoint, name: str, pruned: Checkpoint, text: str, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """One row for each choice."""
+    """Measure every choice for one task; return one row for each."""
     batches = text_batches(base, text, options.tokens)
     adapter = ModelAdapter(base.load_model("cpu", torch.float32))
     found: list[dict[str, Any]] = []
@@ -71,7 +70,7 @@ def rows_of_task(
 
 
 def main() -> None:
-    """Print the table, and write it."""
+    """Print the table and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="builtin")
     parser.add_argument("--task", action="append", required=True, metavar="NAME=PRUNED,TEXT")
@@ -86,10 +85,8 @@ def main() -> None:
         folder, _, source = places.partition(",")
         pruned = Checkpoint.open(Path(folder), ragged=True)
         rows += rows_of_task(base, name, pruned, source, options)
-    if options.output is not None:
-        facts = {"model": options.model, "tokens": options.tokens, "torch": torch.__version__}
-        facts |= {"context": CONTEXT, "rows": rows}
-        options.output.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    facts = {"model": options.model, "tokens": options.tokens, "torch": torch.__version__}
+    protocol.save_json(options.output, {**facts, "context": CONTEXT, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""One model and one pool of documents, of which it knows the statistics: cuts for a task at the price of a sum.
+"""Cut a model for tasks: many weightings of one pool of documents, whose statistics are collected once.
 
-The pool holds as many generic documents of every domain, and beside them a few more of each, drawn several times, that
-play the examples of a task. Every way to weigh the pool's documents gives joint statistics, hence a cut model. Used by
-`task_table.py`, which says what the ways are.
+The pool holds equally many generic documents of every domain, and for each domain some further documents that serve as
+the examples of a task, drawn several times. A weighting of the documents gives joint statistics, and these a cut model.
+`task_table.py` uses this module and describes the weightings.
 """
 
 from __future__ import annotations
@@ -14,18 +14,17 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from protocol import BATCH_TOKENS, cut_options, find_networks, first_blocks
 from torch import Tensor
 
-from fbn_prune.data.calibration import Batch, TokenBlocks, read_documents, tokenize_document
+from fbn_prune.data.calibration import Batch, TokenBlocks
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.layerwise import LayerwiseForward
 from fbn_prune.networks.activity import principal_maps, second_moment, time_courses
-from fbn_prune.networks.discovery import DiscoveryOptions, discover
 from fbn_prune.networks.function_matching import (
     match_documents,
     mixture_weights,
@@ -35,20 +34,19 @@ from fbn_prune.networks.function_matching import (
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.allocation import budget_from_sparsity, uniform_widths
 from fbn_prune.pruning.criteria import CRITERIA
-from fbn_prune.pruning.evidence import CutOptions, EvidencePass
+from fbn_prune.pruning.evidence import EvidencePass
 
-BATCH_TOKENS = 4096
 FIRST_BLOCKS = 400
 EVALUATION_BLOCKS = 32
 CONTEXT_LINES = 4
-"""Lines of the evaluation text before each `Q: ... A: ...` question, as the model met them in training."""
+"""Lines of the evaluation text in front of each `Q: ... A: ...` question, as in the training text."""
 
 Questions = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Domain:
-    """A kind of text: what calibrates and what it is measured on."""
+    """A kind of text, with one file to calibrate on and one to evaluate on."""
 
     name: str
     calibrate: Path
@@ -57,7 +55,7 @@ class Domain:
 
 @dataclass(frozen=True)
 class Setting:
-    """How large an experiment is."""
+    """The sizes of an experiment."""
 
     context: int
     generic: int
@@ -67,17 +65,17 @@ class Setting:
     network_tokens: int
     seed: int
     tune: bool
-    """Measure on blocks of the calibration text that the pool does not hold, not on the evaluation text."""
+    """Evaluate on blocks of the calibration text outside the pool instead of on the evaluation text."""
 
 
 class Experiment:
-    """A model, a pool of documents, and statistics of every document of it."""
+    """A model, a pool of documents, and the statistics of every document in it."""
 
     def __init__(self, model: str, domains: list[Domain], setting: Setting) -> None:
         checkpoint = Checkpoint.open(model)
         self.adapter = ModelAdapter(checkpoint.load_model("cpu", torch.float32))
         self.tokenizer = checkpoint.load_tokenizer()
-        if self.tokenizer.pad_token_id is None:  # padding is never scored: any id will do
+        if self.tokenizer.pad_token_id is None:  # padding is never scored, so any id will do
             self.tokenizer.pad_token = self.tokenizer.decode([0])
         self.domains, self.setting = domains, setting
         draw = random.Random(setting.seed)
@@ -88,7 +86,7 @@ class Experiment:
         extra: list[Tensor] = []
         share = setting.generic // len(domains)
         for place, domain in enumerate(domains):
-            found = _blocks(domain.calibrate, self.tokenizer, setting.context, FIRST_BLOCKS)
+            found = first_blocks(domain.calibrate, self.tokenizer, setting.context, FIRST_BLOCKS)
             needed = share + setting.examples * setting.draws
             order = draw.sample(range(len(found)), len(found))
             if len(found) < needed + EVALUATION_BLOCKS * setting.tune:
@@ -97,18 +95,15 @@ class Experiment:
             documents += taken[:share]
             self.own.append(list(range(place * share, (place + 1) * share)))
             start = share * len(domains) + len(extra)
-            each = setting.examples
+            ids = list(range(start, start + needed - share))
             self.examples.append(
-                [
-                    list(range(start + d * each, start + (d + 1) * each))
-                    for d in range(setting.draws)
-                ]
+                [ids[d * setting.examples :][: setting.examples] for d in range(setting.draws)]
             )
             extra += taken[share:]
             if setting.tune:
                 measured = [found[i] for i in order[needed : needed + EVALUATION_BLOCKS]]
             else:
-                measured = _blocks(
+                measured = first_blocks(
                     domain.evaluate, self.tokenizer, setting.context, EVALUATION_BLOCKS
                 )
             held_out = TokenBlocks(tuple(measured), setting.context, (domain.name,))
@@ -120,15 +115,14 @@ class Experiment:
         clock = StageClock()
         mixed = list(documents)
         random.Random(setting.seed).shuffle(mixed)
-        networks = discover(
+        sample = TokenBlocks(tuple(mixed), setting.context, names)
+        networks = find_networks(
             self.adapter,
-            TokenBlocks(tuple(mixed), setting.context, names),
-            DiscoveryOptions(setting.networks, setting.network_tokens, "global", setting.seed),
-            tokenizer=self.tokenizer,
-            batch_tokens=BATCH_TOKENS,
-            keep=True,
-            header={},
-            clock=clock,
+            sample,
+            self.tokenizer,
+            setting.networks,
+            setting.network_tokens,
+            setting.seed,
         )
         singles = self.pool.batches(1)  # one document a batch, in the order of the pool
         courses = time_courses(self.adapter, networks, singles, clock)
@@ -138,13 +132,13 @@ class Experiment:
         in_components = time_courses(self.adapter, components, singles, clock)
         self.component_activity = torch.stack([course.mean(0) for course in in_components])
         self.grams, self.means = self._document_statistics(singles)
-        options = CutOptions(False, 1e-2, 1e-3, setting.seed, torch.float32)
+        options = cut_options(setting.seed)
         self.evidence = list(
             EvidencePass(self.adapter, generic_blocks.batches(BATCH_TOKENS), options, clock=clock)
         )
 
     def _document_statistics(self, singles: Sequence[Batch]) -> tuple[list[Tensor], list[Tensor]]:
-        """For each layer xᵀx / tokens of every document, float32 [documents, N, N], and E[x] [documents, N]."""
+        """Return for each layer xᵀx / tokens, float32 [documents, N, N], and E[x] [documents, N], of each document."""
         stream = LayerwiseForward(self.adapter, singles)
         grams: list[Tensor] = []
         means: list[Tensor] = []
@@ -162,7 +156,7 @@ class Experiment:
         return grams, means
 
     def cut(self, weights: Tensor, keep: float) -> ModelAdapter:
-        """The model cut on statistics in which document i of the pool has weight i."""
+        """Return the model cut on statistics in which document i of the pool has weight i."""
         weights = (weights / weights.sum()).float()
         used = weights.nonzero()[:, 0]
         adapter = copy.deepcopy(self.adapter)
@@ -174,20 +168,20 @@ class Experiment:
                 gram.add_(grams[index], alpha=float(weights[index]))
             mean = weights.double() @ means.double()
             weighted = replace(evidence, gram=gram, mean=mean)
-            cut = CRITERIA["networks"](weighted, widths[evidence.layer])
+            cut = CRITERIA["second-order"](weighted, widths[evidence.layer])
             adapter.cut(evidence.layer, cut)
         return adapter
 
     def weights_by_method(
         self, place: int, draw: int, matched: Sequence[int], sharpness: Sequence[float]
     ) -> dict[str, Tensor]:
-        """For each method the weights of the pool's documents, float64 [documents]."""
+        """Return for each method the weights of the pool's documents, float64 [documents]."""
         own, examples = self.own[place], self.examples[place][draw]
         neurons = torch.cat(self.means, dim=1).double()
         generic = self.generic
 
         def spread(of_generic: Tensor, share: float) -> Tensor:
-            """Generic documents by their weights, the examples with `share` of all."""
+            """Weigh the generic documents by `of_generic`, and give the examples `share` of the total weight."""
             lengths = [len(block) for block in self.pool.blocks]
             weights = torch.zeros(len(lengths), dtype=torch.float64)
             weights[generic], weights[examples] = mixture_weights(
@@ -228,16 +222,16 @@ class Experiment:
         return methods
 
     def own_share(self, weights: Tensor, place: int) -> float:
-        """How much of the generic documents' weight lies on those of the task's domain."""
+        """Return the share of the generic documents' weight that lies on the task's domain."""
         return float(weights[self.own[place]].sum() / weights[self.generic].sum().clamp_min(1e-300))
 
     def effective_documents(self, weights: Tensor) -> float:
-        """How many generic documents of equal weight would vary as little: (sum w)² / sum w²."""
+        """Return the effective number of generic documents, (sum w)² / sum w²."""
         generic = weights[self.generic]
         return float(generic.sum().square() / generic.square().sum().clamp_min(1e-300))
 
     def questions(self, place: int, count: int) -> Questions:
-        """`Q: ... A: ...` lines of the evaluation text, each behind a few of its lines, none of which calibrated."""
+        """Return `Q: ... A: ...` lines of the evaluation text after their context lines, without those in the pool."""
         lines = self.domains[place].evaluate.read_text(encoding="utf-8").splitlines()
         seen = self._seen()
         found = []
@@ -249,20 +243,10 @@ class Experiment:
         return found[:count]
 
     def questions_of(self, file: Path) -> Questions:
-        """Questions and answers of a JSON-lines file, without those that a document of the pool holds."""
+        """Return the questions and answers of a JSON-lines file, without those in a document of the pool."""
         records = map(json.loads, file.read_text(encoding="utf-8").splitlines())
         seen = self._seen()
         return [(r["question"], r["answer"]) for r in records if r["question"] not in seen]
 
     def _seen(self) -> str:
         return "\n".join(self.tokenizer.decode(block) for block in self.pool.blocks)
-
-
-def _blocks(file: Path, tokenizer: Any, context: int, count: int) -> list[Tensor]:
-    blocks: list[Tensor] = []
-    for document in read_documents(str(file), characters=count * context * 12):
-        parts = tokenize_document(tokenizer, document, context)
-        blocks += [block for block in parts if len(block) == context]
-    if not blocks:
-        raise InvalidInput(f"{file} gives no block of {context} tokens")
-    return blocks[:count]

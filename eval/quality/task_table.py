@@ -1,36 +1,35 @@
-"""Print how well a model cut for a task of a few examples does, by what its statistics were weighed with.
+"""Print how well a model cut for a task of a few examples does, by how the calibration documents are weighted.
 
     python eval/quality/task_table.py --model DIR --domain prose=CALIBRATE.txt,EVALUATE.txt --domain code=... \
         [--questions arithmetic]
     python eval/quality/task_table.py --model builtin
 
-For each domain as the task, and each draw of examples: perplexity on the domain's evaluation text (and the share of its
-`Q: ... A: ...` lines, or of a question file's lines, answered exactly) when a share of the neurons is kept, uniform
-widths, second order and refit. The generic documents hold as many blocks of every domain. What differs is the
-statistics:
+Each domain is the task in turn. For each draw of examples a share of the neurons is kept (uniform widths, second order
+and refit). The script prints the perplexity on the domain's evaluation text and, where questions are given, the share
+answered exactly. The generic documents hold equally many blocks of every domain. The weightings are:
 
 generic             all generic documents alike
 examples alone      the task's few blocks
 half and half       half the weight to each of these two
 oracle              the task's own generic documents and its examples, all alike
 networks, K, s      function-matched (`fbn_prune.networks.function_matching`) on the K networks where the task
-                    stands out most, weights of sharpness s
+                    stands out most, with weights of sharpness s
 components, K, s    the same with principal components of the same space
-mean activations, s documents by cosine of the mean activations of all neurons, standardised
+mean activations, s by the cosine of the mean activations of all neurons, standardised
 
-`--tune` measures on blocks of the calibration text that take no other part: for choosing settings without having seen
-the evaluation text. "own" is the part of the generic documents' weight that falls on documents of the task's domain,
-"documents" how many of equal weight would vary as little.
+`--tune` evaluates on blocks of the calibration text outside the pool, to choose settings without seeing the evaluation
+text. Column "own" is the share of the generic documents' weight on the task's domain, "documents" the effective number
+of generic documents.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import protocol
 import torch
 import typer
 from rich.console import Console
@@ -57,9 +56,8 @@ def _domain(text: str) -> Domain:
 
 def _builtin_domains() -> list[Domain]:
     held_out = builtin.held_out_files()
-    return [
-        Domain(name, path, held_out[name]) for name, path in builtin.calibration_files().items()
-    ]
+    files = builtin.calibration_files().items()
+    return [Domain(name, path, held_out[name]) for name, path in files]
 
 
 def _asked(run: Experiment, place: int, questions: list[str]) -> Questions:
@@ -89,7 +87,7 @@ def task_rows(
     asked: Questions,
     only: list[str],
 ) -> dict[str, Row]:
-    """Method -> figure -> one number a draw."""
+    """Return for each method and figure one number a draw."""
     results: dict[str, Row] = {}
     known: dict[bytes, dict[str, float]] = {}
     for draw in range(run.setting.draws):
@@ -134,23 +132,24 @@ def main(
     ] = None,
     task: Annotated[list[str] | None, typer.Option(help="Only these domains as task.")] = None,
     questions: Annotated[
-        list[str] | None, typer.Option(help="NAME of Q: A: lines, or NAME=FILE.jsonl.")
+        list[str] | None,
+        typer.Option(help="NAME of a domain with Q: A: lines, or NAME=FILE.jsonl."),
     ] = None,
     method: Annotated[
-        list[str] | None, typer.Option(help="Only methods whose names begin so.")
+        list[str] | None, typer.Option(help="Only methods whose names begin with this.")
     ] = None,
     kept: Annotated[float, typer.Option(help="Share of neurons kept.")] = 0.3,
-    context: Annotated[int, typer.Option()] = 256,
+    context: protocol.Context = 256,
     generic: Annotated[int, typer.Option(help="Generic documents in all.")] = 120,
     examples: Annotated[int, typer.Option(help="Documents of the task.")] = 4,
     draws: Annotated[int, typer.Option(help="Draws of examples.")] = 5,
-    networks: Annotated[int, typer.Option()] = 64,
-    network_tokens: Annotated[int, typer.Option()] = 6144,
+    networks: int = 64,
+    network_tokens: int = 6144,
     matched: Annotated[list[int], typer.Option(help="Networks matched on.")] = [10, 64],  # noqa: B006
     sharpness: Annotated[list[float], typer.Option(help="Steepness of weights.")] = [SHARPNESS],  # noqa: B006
-    seed: Annotated[int, typer.Option()] = 0,
-    tune: Annotated[bool, typer.Option(help="Leave the evaluation text alone.")] = False,
-    output: Annotated[Path | None, typer.Option(help="Also write JSON here.")] = None,
+    seed: int = 0,
+    tune: Annotated[bool, typer.Option(help="Evaluate on unused calibration text.")] = False,
+    output: protocol.Output = None,
 ) -> None:
     of_builtin = model == "builtin"
     domains = _builtin_domains() if of_builtin else [_domain(text) for text in domain or []]
@@ -170,8 +169,7 @@ def main(
         dense = _measure(run, place, run.adapter, asked)
         facts["tasks"][one.name] = {"dense": dense, "questions": len(asked), "methods": rows}
         console.print(_table(one.name, dense, rows))
-        if output is not None:
-            output.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        protocol.save_json(output, facts)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Check dequantising against the libraries that made the formats: the same weights, to the last bit.
+"""Check that dequantising gives the same weights, bit for bit, as the libraries that define the formats.
 
     pip install compressed-tensors bitsandbytes
     python eval/robustness/dequantize_vs_libraries.py [--rows 200] [--columns 256]
 
-Each library quantises a random weight, its state dict is written as a checkpoint holds it, and what it dequantises to
-is compared with what `fbn_prune.model` makes of the file. Prints a line for each form; leaves with 1 if one differs.
+Each library quantises a random weight. The script stores the library's state dict as a checkpoint, and compares the
+library's dequantised weight with the one that `fbn_prune.model` reads from the file. It prints a line for each format
+and ends with exit code 1 if one differs.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from fbn_prune.model.shards import SINGLE_FILE, read_headers
 
 NAME = "model.layers.0.mlp.up_proj"
 
+_GROUP = {"strategy": "group", "group_size": 32}
+_BLOCKS = {"strategy": "block", "type": "float", "block_structure": [128, 128]}
 _FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "int8 by tensor": ("int-quantized", {"strategy": "tensor"}),
     "int8 by channel": ("naive-quantized", {"strategy": "channel"}),
@@ -36,30 +39,21 @@ _FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "float8 by tensor": ("float-quantized", {"strategy": "tensor", "type": "float"}),
     "float8 by channel": ("float-quantized", {"strategy": "channel", "type": "float"}),
-    "float8 by blocks": (
-        "float-quantized",
-        {"strategy": "block", "type": "float", "block_structure": [128, 128]},
-    ),
-    "4 bits by group": (
-        "pack-quantized",
-        {"num_bits": 4, "strategy": "group", "group_size": 32},
-    ),
+    "float8 by blocks": ("float-quantized", _BLOCKS),
+    "4 bits by group": ("pack-quantized", {"num_bits": 4, **_GROUP}),
     "4 bits by group, zero points": (
         "pack-quantized",
-        {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": False},
+        {"num_bits": 4, **_GROUP, "symmetric": False},
     ),
     "8 bits by channel, zero points": (
         "pack-quantized",
         {"num_bits": 8, "strategy": "channel", "symmetric": False},
     ),
-    "2 bits by group": (
-        "pack-quantized",
-        {"num_bits": 2, "strategy": "group", "group_size": 32},
-    ),
+    "2 bits by group": ("pack-quantized", {"num_bits": 2, **_GROUP}),
 }
 
 Case = tuple[str, dict[str, Any], dict[str, Tensor], Tensor]
-"""What it is, the config, the stored tensors, what the library makes of them."""
+"""The format in words, the quantisation config, the stored tensors, and the library's dequantised weight."""
 
 
 def compressed_cases(weight: Tensor) -> Iterator[Case]:
@@ -96,7 +90,7 @@ def compressed_cases(weight: Tensor) -> Iterator[Case]:
 
 
 def _ends(weight: Tensor, block: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """The least and the largest value of each block."""
+    """Return the smallest and the largest value of each block."""
     rows = [
         [(part.min(), part.max()) for part in strip.split(block[1], dim=1)]
         for strip in weight.split(block[0], dim=0)
@@ -139,7 +133,7 @@ def main(
     rows: Annotated[int, typer.Option(min=1)] = 200,
     columns: Annotated[int, typer.Option(min=64)] = 256,
 ) -> None:
-    """Compare every form on one random weight."""
+    """Compare every format on one random weight."""
     for library in ("compressed-tensors", "bitsandbytes"):
         print(library, importlib.metadata.version(library))
     torch.manual_seed(0)

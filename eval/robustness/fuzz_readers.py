@@ -1,14 +1,13 @@
-"""Fuzzers of everything that reads files which others may have made: weights, index, config, recipe, calibration text,
-task files, networks, quantised weights and what says how they are stored, records of unfinished work.
+"""Fuzz everything that reads files from elsewhere: weights, index, config, recipe, calibration text, task files,
+networks, quantised weights and their quantisation configs, and records of unfinished work.
 
-A reader may return a value or raise InvalidInput, nothing else; it may not take memory that the input's size does not
-justify, and a shard may not be sought outside the checkpoint's folder. Inputs are valid files with random edits, at the
-level of bytes and of JSON nodes, drawn by hypothesis, which also shrinks what it finds.
+A reader must return a value or raise InvalidInput. It must not allocate memory out of proportion to its input, and must
+not look for shards outside the checkpoint's folder. The inputs are valid files with random edits of bytes or of JSON
+nodes, which hypothesis draws and shrinks.
 
     python eval/robustness/fuzz_readers.py --minutes 10 [READER ...]
 
-runs each reader for so much processor time under a memory limit and prints what was found; the tests run each
-briefly.
+runs each reader for that much processor time under a memory limit and prints what it found. The tests run each briefly.
 """
 
 from __future__ import annotations
@@ -29,27 +28,27 @@ from typing import Any
 import torch
 from hypothesis import HealthCheck, Verbosity, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from fbn_prune.data import builtin
-from fbn_prune.data.calibration import read_documents
+from fbn_prune.data.documents import read_documents
 from fbn_prune.data.examples import read_examples, recorded_fingerprints
 from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.families import family_of
 from fbn_prune.model.quantized_formats import stored_weights
 from fbn_prune.model.quantized_values import plain
-from fbn_prune.model.shards import INDEX_FILE, SINGLE_FILE, read_headers, read_index
+from fbn_prune.model.shards import INDEX_FILE, SINGLE_FILE, read_headers, read_index, read_object
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.recipe import Recipe, load_recipe
 from fbn_prune.runs.kept import numbers
-from fbn_prune.runs.unfinished import unfinished
+from fbn_prune.runs.unfinished import unfinished_runs
 from fbn_prune.store import FORMAT, RECORD, Store
 
 MEMORY_LIMIT = 3 * 2**30
-"""Bytes that a fuzzing process may take beyond what it holds at the start."""
+"""Bytes of memory that a fuzzing process may take beyond its use at the start."""
 
-# What is drawn
+# Inputs
 
 _TEXT = st.text(max_size=20) | st.sampled_from(
     ["", "\0", "..", "../x", "/etc/passwd", "\ud800", "C:\\x", "nan", "1e999", "~", "hf", "auto"]
@@ -80,7 +79,7 @@ def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
 
 @st.composite
 def _edited_json(draw: st.DrawFn, samples: list[Any]) -> bytes:
-    """A valid object with some of its nodes replaced, added or gone, as JSON text."""
+    """Draw a valid object with some of its nodes replaced, added or deleted, as JSON text."""
     value = copy.deepcopy(draw(st.sampled_from(samples)))
     for _ in range(draw(st.integers(1, 3))):
         path = draw(st.sampled_from(list(_places(value))))
@@ -106,7 +105,7 @@ def _as_json(value: Any) -> bytes:
 
 @st.composite
 def _edited_bytes(draw: st.DrawFn, samples: list[bytes]) -> bytes:
-    """A valid file with bytes replaced, inserted, repeated or cut off."""
+    """Draw a valid file with bytes replaced, inserted, repeated or cut off."""
     data = bytearray(draw(st.sampled_from(samples)))
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, len(data)))
@@ -123,31 +122,36 @@ def _edited_bytes(draw: st.DrawFn, samples: list[bytes]) -> bytes:
 
 @st.composite
 def _edited_safetensors(draw: st.DrawFn, header: dict[str, Any], data: bytes) -> bytes:
-    """A safetensors file whose header's nodes or whose header length were edited."""
+    """Draw a safetensors file with edited header nodes or an edited header length."""
     text = draw(_edited_json([header]))
     length = draw(st.just(len(text)) | st.integers(0, 2**64 - 1))
     return length.to_bytes(8, "little") + text + data
 
 
-# What is fuzzed
+def _json_like(samples: list[Any]) -> st.SearchStrategy[bytes]:
+    return _edited_json(samples) | _edited_bytes([_as_json(sample) for sample in samples])
+
+
+def _safetensors_like(sample: bytes) -> st.SearchStrategy[bytes]:
+    length = int.from_bytes(sample[:8], "little")
+    header = json.loads(sample[8 : 8 + length])
+    return _edited_bytes([sample]) | _edited_safetensors(header, sample[8 + length :])
+
+
+# Readers
 
 
 @dataclass(frozen=True)
 class Reader:
-    """How inputs are drawn, and what reads one from a file in a fresh folder."""
+    """How to draw inputs, and the function that reads one from a file in a new folder."""
 
     inputs: st.SearchStrategy[bytes]
     read: Callable[[bytes, Path], object]
 
     def __call__(self, data: bytes) -> None:
-        """Raises whatever is neither a value nor a clean refusal."""
+        """Read one input; any exception but InvalidInput passes through."""
         with tempfile.TemporaryDirectory(prefix="fuzz-") as folder, suppress(InvalidInput):
             self.read(data, Path(folder))
-
-
-def _split(data: bytes) -> tuple[dict[str, Any], bytes]:
-    length = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + length]), data[8 + length :]
 
 
 @cache
@@ -156,9 +160,7 @@ def _small_safetensors() -> bytes:
         "model.layers.0.mlp.down_proj.weight": torch.zeros(2, 3),
         "b": torch.ones(4, dtype=torch.bfloat16),
     }
-    with tempfile.TemporaryDirectory() as folder:
-        save_file(tensors, Path(folder, "x"), {"format": "pt"})
-        return Path(folder, "x").read_bytes()
+    return save(tensors, {"format": "pt"})
 
 
 @cache
@@ -218,17 +220,10 @@ def _read_config(data: bytes, folder: Path) -> object:
 
 def _read_any_config(data: bytes, folder: Path) -> object:
     (folder / "config.json").write_bytes(data)
-    from fbn_prune.model.shards import read_object
-
     config = read_object(folder / "config.json")
     family = family_of(config, ragged=True)
-    return (
-        family.widths(config),
-        family.hidden_size(config),
-        family.vocab_size(config),
-        family.context_length(config),
-        family.has_bias(config),
-    )
+    sizes = family.widths(config), family.hidden_size(config), family.vocab_size(config)
+    return *sizes, family.context_length(config), family.has_bias(config)
 
 
 def _configs() -> list[Any]:
@@ -245,7 +240,7 @@ def _configs() -> list[Any]:
 
 @cache
 def _small_quantized() -> bytes:
-    """A weight of every form in which weights are stored."""
+    """One weight in each of the quantised storage formats."""
     state = {"quant_type": "nf4", "blocksize": 4, "dtype": "float32", "shape": [2, 6]}
     state |= {"nested_blocksize": 2, "nested_offset": 0.5}
     words = torch.zeros(2, 1, dtype=torch.int32)
@@ -271,9 +266,7 @@ def _small_quantized() -> bytes:
             list(json.dumps(state).encode()), dtype=torch.uint8
         ),
     }
-    with tempfile.TemporaryDirectory() as folder:
-        save_file(tensors, Path(folder, "x"), {"format": "pt"})
-        return Path(folder, "x").read_bytes()
+    return save(tensors, {"format": "pt"})
 
 
 def _quantizations() -> list[Any]:
@@ -290,21 +283,19 @@ def _quantizations() -> list[Any]:
 
 
 def _dequantize(weights: bytes, quantization: Any, folder: Path, letters: str = "abcd") -> object:
-    """What the method makes of those of its modules that have these names."""
+    """Dequantise the modules whose names begin with one of `letters`."""
     (folder / SINGLE_FILE).write_bytes(weights)
     headers = read_headers(folder)
     headers = {name: info for name, info in headers.items() if name[:1] in letters}
     tensors = load_file(folder / SINGLE_FILE)
     stored = stored_weights(headers, quantization, tensors.__getitem__)
     for name, weight in stored.items():
-        with suppress(FbnPruneError):  # values that no type holds
+        with suppress(FbnPruneError):  # values out of the range of the dtype
             plain(name, weight, tensors.__getitem__, torch.bfloat16)
     return list(stored)
 
 
 def _read_quantization(data: bytes, folder: Path) -> object:
-    from fbn_prune.model.shards import read_object
-
     (folder / "config.json").write_bytes(data)
     config = read_object(folder / "config.json")
     for letter in "abcd":
@@ -337,7 +328,7 @@ def _read_work(data: bytes, folder: Path) -> object:
     store = Store(run)
     store.bind("text")
     dense = numbers(store, "dense", lambda: 2.5)
-    return unfinished(folder), store.words, dense, store.read("layer-00000.safetensors")
+    return unfinished_runs(folder), store.words, dense, store.read("layer-00000.safetensors")
 
 
 _WORK = {
@@ -368,16 +359,10 @@ def _documents(path: Path) -> object:
 
 
 READERS: dict[str, Reader] = {
-    "weights": Reader(
-        _edited_bytes([_small_safetensors()]) | _edited_safetensors(*_split(_small_safetensors())),
-        _read_weights,
-    ),
-    "index": Reader(_edited_json([_INDEX]) | _edited_bytes([_as_json(_INDEX)]), _read_index),
+    "weights": Reader(_safetensors_like(_small_safetensors()), _read_weights),
+    "index": Reader(_json_like([_INDEX]), _read_index),
     "config": Reader(_edited_json([_config()]), _read_config),
-    "configs": Reader(
-        _edited_json(_configs()) | _edited_bytes([_as_json(c) for c in _configs()]),
-        _read_any_config,
-    ),
+    "configs": Reader(_json_like(_configs()), _read_any_config),
     "recipe": Reader(
         _edited_bytes(_YAML) | _RECIPES.map(_as_json), _write_and("recipe.yaml", load_recipe)
     ),
@@ -390,32 +375,24 @@ READERS: dict[str, Reader] = {
     ),
     "task": Reader(
         _edited_bytes(_LINES) | _VALUES.map(_as_json),
-        _write_and(
-            "a.jsonl", lambda path: [example.fingerprint for example in read_examples(path)]
-        ),
+        _write_and("a.jsonl", lambda path: [one.fingerprint for one in read_examples(path)]),
     ),
     "task record": Reader(
         _edited_json([{"file": "a", "questions_sha256": ["0" * 64]}]),
         _write_and("task.json", lambda path: recorded_fingerprints(path.parent)),
     ),
-    "work": Reader(_edited_json([_WORK]) | _edited_bytes([_as_json(_WORK)]), _read_work),
-    "quantization": Reader(
-        _edited_json(_quantizations()) | _edited_bytes([_as_json(c) for c in _quantizations()]),
-        _read_quantization,
-    ),
-    "quantized weights": Reader(
-        _edited_bytes([_small_quantized()]) | _edited_safetensors(*_split(_small_quantized())),
-        _read_quantized,
-    ),
+    "work": Reader(_json_like([_WORK]), _read_work),
+    "quantization": Reader(_json_like(_quantizations()), _read_quantization),
+    "quantized weights": Reader(_safetensors_like(_small_quantized()), _read_quantized),
     "networks": Reader(
-        _edited_bytes([_small_networks()]) | _edited_safetensors(*_split(_small_networks())),
+        _safetensors_like(_small_networks()),
         _write_and("networks.safetensors", FunctionalNetworks.load),
     ),
 }
 
 
 def fuzz(reader: Reader, examples: int, *, seconds: float | None = None) -> int:
-    """Read at least so many inputs, or go on until the processor time is over; returns how many were read."""
+    """Read at least `examples` inputs, for at least `seconds` of processor time; return how many were read."""
     count = 0
 
     @settings(
@@ -449,12 +426,10 @@ def main() -> None:
     with open("/proc/self/statm", encoding="ascii") as statm:
         held = int(statm.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY_LIMIT, held + MEMORY_LIMIT))
-    failed = 0
     for name in arguments.readers or READERS:
         try:
             count = fuzz(READERS[name], 1000, seconds=60 * arguments.minutes)
         except Exception as error:
-            failed += 1
             notes = " ".join(getattr(error, "__notes__", []))
             print(f"{name}: {type(error).__name__}: {error} {notes}", flush=True)
             raise

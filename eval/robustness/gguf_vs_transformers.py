@@ -1,11 +1,11 @@
-"""Check converted models in llama.cpp itself: the same tokens of a text, the same logits, the same greedy answer.
+"""Check converted models in llama.cpp: the same token ids for a text, the same logits, the same greedy answer.
 
-    pip install gguf llama-cpp-python      # the latter builds llama.cpp: minutes
+    pip install gguf llama-cpp-python      # the latter compiles llama.cpp, which takes minutes
     python eval/robustness/gguf_vs_transformers.py --model DIR --model DIR ... [--results FILE.json]
 
-Each checkpoint, of one width or of many, is converted with float32 matrices; llama.cpp keeps its keys and values in
-float32 too, so that only the order of additions differs. Prints what was found, and leaves with 1 where greedy tokens
-or the tokens of a text differ, or a logit is off by more than `--tolerance` of their standard deviation.
+Each checkpoint, uniform or ragged, is converted with float32 matrices, and llama.cpp keeps its key-value cache in
+float32, so that only the order of additions differs. The script ends with exit code 1 if token ids or greedy tokens
+differ, or if a logit differs by more than `--tolerance` times the logits' standard deviation.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 import typer
 
 from fbn_prune.data import builtin
-from fbn_prune.export.gguf import write_gguf
+from fbn_prune.export.to_gguf import write as write_gguf
 from fbn_prune.model.checkpoint import Checkpoint
 
 TEXTS = (
@@ -33,7 +33,7 @@ GGML_TYPE_F32 = 0
 
 
 def greedy(model: Any, ids: list[int], count: int) -> list[int]:
-    """The `count` tokens that follow `ids`, the most probable each time."""
+    """Return the `count` greedy tokens that follow `ids`."""
     answer = list(ids)
     for _ in range(count):
         logits = model(torch.tensor([answer]), use_cache=False).logits[0, -1]
@@ -52,7 +52,7 @@ def greedy_llama_cpp(llama: Any, ids: list[int], count: int) -> list[int]:
 
 
 def equal_tokens(ours: list[int], theirs: list[int]) -> int:
-    """How many tokens agree before the first that does not."""
+    """Return how many tokens agree before the first difference."""
     pairs = enumerate(zip(ours, theirs, strict=True))
     return next((index for index, (one, other) in pairs if one != other), len(ours))
 
@@ -101,8 +101,10 @@ def main(
     model: Annotated[
         list[Path], typer.Option(help="A checkpoint or `builtin`; repeat for several.")
     ],
-    tokens: Annotated[int, typer.Option(help="Tokens that both write.")] = 100,
-    tolerance: Annotated[float, typer.Option(help="Largest difference of a logit.")] = 1e-3,
+    tokens: Annotated[int, typer.Option(help="Greedy tokens to compare.")] = 100,
+    tolerance: Annotated[
+        float, typer.Option(help="Largest difference of a logit, in standard deviations.")
+    ] = 1e-3,
     results: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     table: dict[str, Any] = {}
@@ -112,7 +114,7 @@ def main(
         checkpoint = Checkpoint.open(str(source), ragged=True)
         with tempfile.TemporaryDirectory() as temporary:
             gguf = Path(temporary, "model.gguf")
-            write_gguf(checkpoint, gguf, matrices="f32")
+            write_gguf(checkpoint, gguf, dtype="f32")
             table[folder.name] = facts = compare(checkpoint, gguf, tokens)
         good &= all(
             one["same_token_ids"]

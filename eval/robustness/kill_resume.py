@@ -1,16 +1,15 @@
-"""Kill a run at random moments with SIGKILL, start it again each time, and compare what it ends in with an
-undisturbed run.
+"""Kill a run with SIGKILL at random moments, resume it each time, and compare its output with an undisturbed run's.
 
     python eval/robustness/kill_resume.py --kills 20
     python eval/robustness/kill_resume.py --max-shard-size 300KB --aim  # also in the middle of layers and shards
     python eval/robustness/kill_resume.py --max-shard-size 300KB --aim --recover  # of matching and distillation too
-    python eval/robustness/kill_resume.py --disk  # as root: a small tmpfs is filled while the run is at work
+    python eval/robustness/kill_resume.py --disk  # as root: fill a small tmpfs while the run computes
     python eval/robustness/kill_resume.py --disk --fill-at shard- --max-shard-size 300KB  # while it writes its output
 
-All use the embedded model on few tokens unless told otherwise (flags behind -- go to fbn-prune), check after every
-kill that no folder in sight loads as a model, and at the end that nothing but the output is left. Moments are drawn
-over the time that an undisturbed run takes. With --aim every other kill comes instead when a run has just finished
-some more layers, matched layers, training states or shards: what lasts a moment only on a small model is hit too.
+By default the script prunes the embedded model on few tokens; flags after -- go to fbn-prune. After a kill it checks
+that no visible folder loads as a model, and at the end that nothing but the output is left. The moments are drawn from
+the time that an undisturbed run takes. With --aim, every other kill comes when the run has just finished one or more
+layers, matched layers, training states or shards, which take only a moment on a small model.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import argparse
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -31,30 +31,21 @@ from pathlib import Path
 
 import torch
 
-import fbn_prune.runs.prune  # noqa: F401 - so that a run need not
+import fbn_prune.runs.prune  # noqa: F401 - imported once, before the runs are forked
 from fbn_prune.cli.main import main as main_of_tool
 
-SMALL = (
-    "--tokens",
-    "8192",
-    "--network-tokens",
-    "2048",
-    "--context",
-    "128",
-    "--keep-networks",
-    "10",
-)
+SMALL = shlex.split("--tokens 8192 --network-tokens 2048 --context 128 --keep-networks 10")
 OUTPUT = "out"
 SMALL_PASSES = ("--recover-passes", "3")
 
 MANY = ("layer-", "match-", "distilled-", "shard-")
-"""What the names of kept files begin with of which a run has many."""
+"""Prefixes of the kept files of stages that keep many files."""
 
 
 class Run:
-    """A run in a process of its own, forked from this one, which has already imported what takes seconds to import.
+    """A run in a process forked from this one, so that it need not import anything again.
 
-    It has its own working folder and an output of the same name everywhere: recipe.yaml holds the name.
+    Each run has its own working folder, but the output has the same name in all, because recipe.yaml holds that name.
     """
 
     def __init__(self, folder: Path, flags: Sequence[str]) -> None:
@@ -80,50 +71,43 @@ class Run:
         return self._code is not None
 
     def wait(self, seconds: float = float("inf")) -> bool:
-        """Whether it ended within so many seconds."""
+        """Return whether the run ended within `seconds`."""
         end = time.perf_counter() + seconds
         while not self.ended() and time.perf_counter() < end:
             time.sleep(0.005)
         return self.ended()
 
-    def kill(self) -> None:
-        os.kill(self._process, signal.SIGKILL)
-        self.wait()
-
-    def pause(self) -> None:
-        os.kill(self._process, signal.SIGSTOP)
-
-    def go_on(self) -> None:
-        os.kill(self._process, signal.SIGCONT)
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self._process, number)
 
     def finish(self) -> tuple[int, str]:
-        """Exit code, and what it said last."""
+        """Wait for the end; return the exit code and the last line on stderr."""
         self.wait()
         assert self._code is not None
         self._errors.seek(0)
         return self._code, (self._errors.read().strip().splitlines() or [""])[-1]
 
 
-def completed(folder: Path, flags: Sequence[str]) -> None:
-    """A run that has to end well."""
+def complete(folder: Path, flags: Sequence[str]) -> None:
+    """Run to the end, and stop the script if the run fails."""
     code, last = Run(folder, flags).finish()
     if code != 0:
         raise SystemExit(f"a run ended with {code}: {last}")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
+    """Return the bytes of every file in a folder, by relative path."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """Names of files that are not the same in both folders."""
+    """Return what differs: the files that are not the same in both folders."""
     a, b = contents(one), contents(other)
-    return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+    return [f"{name} differs" for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
 
 
 def loadable_halves(folder: Path) -> list[str]:
-    """Visible folders with a config and weights, which a loader would take for a model."""
+    """Return the visible folders with a config and weights, which a loader would take for a model."""
     found = [
         path.parent
         for path in folder.rglob("config.json")
@@ -132,22 +116,29 @@ def loadable_halves(folder: Path) -> list[str]:
     return [str(path) for path in found if list(path.glob("*.safetensors"))]
 
 
+def final_faults(base: Path, place: Path, flags: Sequence[str]) -> list[str]:
+    """Complete the run and return how its output differs from the undisturbed one, and what else is left."""
+    complete(place, flags)
+    left = [f"left behind: {path.name}" for path in place.iterdir() if path.name != OUTPUT]
+    return differences(place / OUTPUT, base / "undisturbed" / OUTPUT) + left
+
+
 def undisturbed(folder: Path, flags: Sequence[str]) -> float:
-    """An undisturbed run in `folder`; its seconds."""
+    """Complete a run in a new folder and return its seconds."""
     folder.mkdir()
     start = time.perf_counter()
-    completed(folder, flags)
+    complete(folder, flags)
     return time.perf_counter() - start
 
 
 def kept(place: Path) -> list[str]:
-    """Names of the files that the unfinished run has kept, in the order in which they were finished."""
+    """Return the names of the files that the unfinished run has kept, in the order in which they were finished."""
     records = list(place.glob(f".{OUTPUT}.work/*/work.json"))
     return list(json.loads(records[0].read_text())["stages"]) if records else []
 
 
 def wait_for(run: Run, place: Path, kind: str, more: int) -> bool:
-    """Wait until the run has kept so many more files of a kind; whether it ended before that."""
+    """Wait until the run has kept `more` further files of a kind; return whether it ended before that."""
     before = {name for name in kept(place) if name.startswith(kind)}
     seen: set[str] = set()
     while not run.ended():
@@ -161,7 +152,7 @@ def wait_for(run: Run, place: Path, kind: str, more: int) -> bool:
 def kill_and_resume(
     base: Path, flags: Sequence[str], kills: int, seed: int, aim: bool
 ) -> tuple[list[str], dict[str, int]]:
-    """What went wrong, nothing if all is as it should be; and how many kills came when what had been finished last."""
+    """Return the faults found, and how many kills came right after each kind of stage."""
     seconds = undisturbed(base / "undisturbed", flags)
     print(f"undisturbed: {seconds:.1f} s", flush=True)
     place = base / "killed"
@@ -179,7 +170,8 @@ def kill_and_resume(
         else:
             ended = run.wait(moments.uniform(0.0, 1.1 * seconds))
         if not ended:
-            run.kill()
+            run.signal(signal.SIGKILL)
+            run.wait()
             done += 1
             halves = [
                 half
@@ -192,27 +184,21 @@ def kill_and_resume(
             after = time.perf_counter() - start
             print(f"kill {done:2d} after {after:5.1f} s; finished last: {name}", flush=True)
             if (place / OUTPUT).exists():
-                shutil.rmtree(place / OUTPUT)  # killed on its way out, the output whole
+                shutil.rmtree(place / OUTPUT)  # killed after the output was complete
             continue
         code, words = run.finish()
         if code != 0:
             return [*wrong, f"a resumed run failed: {words}"], dict(last)
-        wrong += [
-            f"{name} differs" for name in differences(place / OUTPUT, base / "undisturbed" / OUTPUT)
-        ]
+        wrong += differences(place / OUTPUT, base / "undisturbed" / OUTPUT)
         finished += 1
         shutil.rmtree(place / OUTPUT)
-    completed(place, flags)
-    wrong += [
-        f"{name} differs" for name in differences(place / OUTPUT, base / "undisturbed" / OUTPUT)
-    ]
-    wrong += [f"left behind: {path.name}" for path in place.iterdir() if path.name != OUTPUT]
+    wrong += final_faults(base, place, flags)
     print(f"{done} kills, {finished + 1} runs that ended", flush=True)
     return wrong, dict(last)
 
 
 def shards(folder: Path) -> dict[str, int]:
-    """Inodes of the kept shards, by their names in the output."""
+    """Return the inodes of the kept shards, by their names in the output."""
     return {
         path.name.removeprefix("shard-"): path.stat().st_ino
         for path in folder.glob(f".{OUTPUT}.work/*/shard-*")
@@ -220,7 +206,7 @@ def shards(folder: Path) -> dict[str, int]:
 
 
 def fill_and_resume(base: Path, flags: Sequence[str], megabytes: int, fill_at: str) -> list[str]:
-    """The same with a disk that fills up when the first layer or shard is finished, and gets room again."""
+    """Fill the disk when the run has finished its first layer or shard, free it again, and return the faults found."""
     undisturbed(base / "undisturbed", flags)
     place = base / "small"
     place.mkdir()
@@ -234,7 +220,7 @@ def fill_and_resume(base: Path, flags: Sequence[str], megabytes: int, fill_at: s
             time.sleep(0.001)
         if run.ended():
             raise SystemExit(f"the run ended before the disk was full: {run.finish()}")
-        run.pause()
+        run.signal(signal.SIGSTOP)
         held = shutil.disk_usage(place)
         print(f"{held.used / 1e6:.1f} of {held.total / 1e6:.1f} MB in use", flush=True)
         filler = place / "filler"
@@ -245,26 +231,22 @@ def fill_and_resume(base: Path, flags: Sequence[str], megabytes: int, fill_at: s
                     file.write(bytes(4096))
             except OSError:
                 pass
-        run.go_on()
+        run.signal(signal.SIGCONT)
         code, last = run.finish()
         print(f"exit {code}: {last}", flush=True)
         if code != 1 or "No space left on device" not in last:
-            wrong.append("a full disk was not told")
-        wrong += [f"a half: {half}" for half in loadable_halves(place)]
+            wrong.append("the run did not report the full disk")
+        wrong += [f"an incomplete model: {half}" for half in loadable_halves(place)]
         wrong += [f"left: {path}" for path in place.rglob("*.partial")]
         finished = shards(place)
         print(f"{len(finished)} shards kept", flush=True)
         if fill_at == "shard-" and not finished:
             wrong.append("no shard was kept")
         filler.unlink()
-        completed(place, flags)
+        wrong += final_faults(base, place, flags)
         for name, inode in finished.items():
             if (place / OUTPUT / name).stat().st_ino != inode:
                 wrong.append(f"{name} was written again")
-        wrong += [
-            f"{name} differs" for name in differences(place / OUTPUT, base / "undisturbed" / OUTPUT)
-        ]
-        wrong += [f"left behind: {path.name}" for path in place.iterdir() if path.name != OUTPUT]
     finally:
         subprocess.run(["umount", "--lazy", str(place)], check=True)
     return wrong
@@ -278,16 +260,16 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=24, help="size of the small disk")
     parser.add_argument("--fill-at", choices=("layer-", "shard-"), default="layer-")
     parser.add_argument(
-        "--aim", action="store_true", help="every other kill in a stage of many parts"
+        "--aim", action="store_true", help="every other kill within a stage that keeps many files"
     )
     parser.add_argument("--recover", action="store_true", help="with recovery, in three passes")
-    parser.add_argument("--max-shard-size", help="of the output, as 300KB")
-    parser.add_argument("--json", type=Path, help="write the outcome here")
-    parser.add_argument("flags", nargs="*", default=SMALL, help="flags of fbn-prune, behind --")
+    parser.add_argument("--max-shard-size", help="of the output, for example 300KB")
+    parser.add_argument("--json", type=Path, help="write the outcome to this file")
+    parser.add_argument("flags", nargs="*", default=SMALL, help="flags of fbn-prune, after --")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # a forked process has none of its parent's threads
+    torch.set_num_threads(1)  # a forked process does not have its parent's threads
     if arguments.disk and os.geteuid() != 0:
-        print("skipped: mounting a small disk takes root")
+        print("skipped: mounting a small disk needs root")
         return
     flags = list(arguments.flags)
     if arguments.recover:

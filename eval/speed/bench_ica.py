@@ -1,18 +1,17 @@
-"""How fast the ICA solver is and how near to the exact answer, beside other solvers, in one run.
+"""Compare the speed of the ICA solver, and its distance from the exact answer, with other solvers in one run.
 
     python eval/speed/bench_ica.py                       # [4096 tokens, 11008 neurons], 128 components
     python eval/speed/bench_ica.py --small               # the same in a minute or two
     python eval/speed/bench_ica.py --real MODEL --text FILE ... [--tokens 8192 6144]
 
-The first two compare with scikit-learn, picard and icalens (where installed) on planted maps and on
-the activations of a Llama-shaped MLP with random weights. `--real` compares with the exact
-decomposition alone, on the inputs of every `mlp.down_proj` of a checkpoint.
+The first two compare with scikit-learn, picard and icalens (if installed) on planted maps and on the activations of a
+Llama-shaped MLP with random weights. `--real` compares only with the exact decomposition, on the inputs of every
+`mlp.down_proj` of a checkpoint.
 
-Exact means: a full float64 eigendecomposition, then FastICA in float64 to a change of 1e-9. All solvers
-get the same standardised data and the same ICA start (drawn in token space). Where the data do not
-determine a map (its kurtosis is that of noise, or eigenvalue k has no gap after it), the exact solver
-itself gives another answer from another start: `determined` counts the maps that all starts share.
-Two starts often agree by luck, hence `--starts`.
+The exact answer is a full float64 eigendecomposition, then FastICA in float64 to a change of 1e-9. All solvers get the
+same standardised data and the same ICA start. Where the data do not determine a map (its kurtosis is that of noise, or
+there is no gap after eigenvalue k), the exact solver itself finds another map from another start: `determined` counts
+the maps that all starts share. Two starts often agree by chance, so `--starts` sets how many there are.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import argparse
 import importlib.util
 import itertools
 import json
-import sys
+import runpy
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -46,7 +45,7 @@ AGREE = 0.99
 
 @dataclass(frozen=True)
 class Exact:
-    """Maps [k, N] from each of several starts, the token basis [T, k] with its signs, and the time."""
+    """Maps [k, N] from each of several starts, the signed token basis [T, k], and the seconds spent."""
 
     maps: list[Tensor]
     basis: Tensor
@@ -56,13 +55,13 @@ class Exact:
 
     @property
     def determined(self) -> Tensor:
-        """[k] bool: maps of the first start that every other start finds again."""
+        """Which maps of the first start every other start finds again, bool [k]."""
         matched = [ica.matched_correlation(self.maps[0], other) for other in self.maps[1:]]
         return torch.stack(matched).amin(dim=0) >= AGREE
 
     @property
     def between_starts(self) -> dict[str, Any]:
-        """Agreement over all pairs of starts, and how many different sets of maps they end in."""
+        """Agreement over all pairs of starts, and the number of different sets of maps."""
         pairs = list(itertools.combinations(range(len(self.maps)), 2))
         matched = [ica.matched_correlation(self.maps[a], self.maps[b]) for a, b in pairs]
         first: list[int] = []  # the first start of each different set of maps
@@ -81,7 +80,7 @@ class Exact:
 
 
 def exact(z: Tensor, k: int, seeds: Sequence[int]) -> Exact:
-    """The reference. Decomposes the smaller of the token and the neuron covariance, in float64."""
+    """Return the reference, from the smaller of the token and the neuron covariance, in float64."""
     clock = time.perf_counter()
     centred = z.double() - z.double().mean(dim=1, keepdim=True)
     wide = centred.shape[0] <= centred.shape[1]
@@ -106,7 +105,7 @@ def exact(z: Tensor, k: int, seeds: Sequence[int]) -> Exact:
 
 
 def ours(tol: float) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
-    """`spatial_ica`, which draws the same start from the seed, stopped at a change of `tol`."""
+    """Return a solver that runs `spatial_ica`, which draws the same start from the seed, to a change of `tol`."""
 
     def run(z: Tensor, k: int, start: Tensor, seed: int) -> tuple[Tensor, dict[str, Any]]:
         result = ica.spatial_ica(lambda: [z], k, seed=seed, tol=tol)
@@ -122,51 +121,37 @@ def ours(tol: float) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
 
 
 def scikit_learn(solver: str) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
-    """FastICA with its default stopping rule: a change of 1e-4, at most 200 iterations."""
+    """Return a solver that runs FastICA with its default stopping rule: a change of 1e-4, at most 200 iterations."""
 
     def run(z: Tensor, k: int, start: Tensor, seed: int) -> tuple[Tensor, dict[str, Any]]:
-        model = FastICA(
-            k, fun="cube", whiten="unit-variance", whiten_solver=solver, w_init=start.numpy()
-        )
-        maps = model.fit_transform(z.T.numpy())
-        return torch.from_numpy(maps.T), {
-            "iterations": model.n_iter_,
-            "converged": model.n_iter_ < 200,
-        }
+        how = {"whiten": "unit-variance", "whiten_solver": solver, "w_init": start.numpy()}
+        model = FastICA(k, fun="cube", **how)
+        maps = torch.from_numpy(model.fit_transform(z.T.numpy()).T)
+        return maps, {"iterations": model.n_iter_, "converged": model.n_iter_ < 200}
 
     return run
 
 
 def picard_o(z: Tensor, k: int, start: Tensor, seed: int) -> tuple[Tensor, dict[str, Any]]:
-    """Picard-O, cube, defaults. Whitened here by the call it makes itself, to fix the signs."""
+    """Run Picard-O with the cube contrast and its defaults; whiten here as picard does, to fix the signs."""
     centred = (z - z.mean(dim=1, keepdim=True)).numpy()
     u, d, _ = scipy.linalg.svd(centred, full_matrices=False)
     white = ((u / d).T[:k] * np.sign(u[0, :k])[:, None]) @ centred * z.shape[1] ** 0.5
     w_init = torch.linalg.svd(start)
-    _, _, sources, iterations = picard.picard(
-        white,
-        fun="cube",
-        whiten=False,
-        centering=False,
-        w_init=(w_init.U @ w_init.Vh).numpy(),
-        return_n_iter=True,
-    )
+    how = {"whiten": False, "centering": False, "return_n_iter": True}
+    rotation = (w_init.U @ w_init.Vh).numpy()
+    _, _, sources, iterations = picard.picard(white, fun="cube", w_init=rotation, **how)
     return torch.from_numpy(sources), {"iterations": iterations, "converged": iterations < 499}
 
 
 def icalens(z: Tensor, k: int, start: Tensor, seed: int) -> tuple[Tensor, dict[str, Any]]:
-    """The private solver of icalens 0.4: float64 eigh, then always max_iter (200) iterations."""
+    """Run the private solver of icalens 0.4: float64 eigh, then always max_iter (200) iterations."""
     spec = importlib.util.find_spec("icalens")
     assert spec is not None and spec.submodule_search_locations  # noqa: PT018
-    path = Path(spec.submodule_search_locations[0]) / "_fastica.py"
-    solver_spec = importlib.util.spec_from_file_location("icalens_fastica", path)
-    assert solver_spec is not None and solver_spec.loader is not None  # noqa: PT018
-    solver = importlib.util.module_from_spec(solver_spec)
-    # The package itself pins another transformers; its solver needs torch alone.
-    sys.modules["icalens_fastica"] = solver
-    solver_spec.loader.exec_module(solver)
+    # The package itself pins another transformers; its solver needs only torch.
+    solver = runpy.run_path(str(Path(spec.submodule_search_locations[0]) / "_fastica.py"))
     w_init = torch.linalg.svd(start)
-    result = solver.fit_fastica(
+    result = solver["fit_fastica"](
         z.T.contiguous(),
         n_components=k,
         fun="cube",
@@ -179,9 +164,7 @@ def icalens(z: Tensor, k: int, start: Tensor, seed: int) -> tuple[Tensor, dict[s
 
 
 SOLVERS: dict[str, Callable[..., tuple[Tensor, dict[str, Any]]]] = {
-    "fbn-prune at 1e-4": ours(
-        1e-4
-    ),  # scikit-learn's rule, which the comparison of times is held by
+    "fbn-prune at 1e-4": ours(1e-4),  # scikit-learn's stopping rule, for the comparison of times
     "fbn-prune": ours(1e-6),  # the default
     "scikit-learn": scikit_learn("svd"),
     "scikit-learn eigh": scikit_learn("eigh"),
@@ -191,7 +174,7 @@ SOLVERS: dict[str, Callable[..., tuple[Tensor, dict[str, Any]]]] = {
 
 
 def planted(tokens: int, neurons: int, k: int) -> Tensor:
-    """Z [tokens, neurons] of k heavy-tailed maps of falling strength, in as much noise again."""
+    """Return Z [tokens, neurons] of k heavy-tailed maps of falling strength, with noise of equal strength."""
     g = torch.Generator().manual_seed(0)
     maps = torch.randn(k, neurons, generator=g) ** 3
     strengths = (1 + torch.arange(k)) ** -0.34
@@ -201,16 +184,11 @@ def planted(tokens: int, neurons: int, k: int) -> Tensor:
 
 
 def llama(tokens: int, neurons: int, k: int) -> Tensor:
-    """Z of one Llama layer with random weights, on random tokens of a natural (Zipf) frequency."""
+    """Return Z of one Llama layer with random weights, on random tokens of natural (Zipf) frequency."""
     torch.manual_seed(0)
     hidden = 4096 * neurons // 11008 // 128 * 128
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=neurons,
-        num_hidden_layers=1,
-        num_attention_heads=hidden // 128,
-        vocab_size=8192,
-    )
+    sizes = {"hidden_size": hidden, "intermediate_size": neurons, "vocab_size": 8192}
+    config = LlamaConfig(num_hidden_layers=1, num_attention_heads=hidden // 128, **sizes)
     model = LlamaModel(config).eval()
     g = torch.Generator().manual_seed(0)
     frequency = 1.0 / (1 + torch.arange(config.vocab_size))
@@ -219,7 +197,7 @@ def llama(tokens: int, neurons: int, k: int) -> Tensor:
 
 
 def down_inputs(model: nn.Module, blocks: Tensor) -> list[Tensor]:
-    """Input of every `mlp.down_proj`, [tokens, neurons] each, over all blocks [n, context]."""
+    """Return the input of every `mlp.down_proj`, [tokens, neurons] each, over all blocks [n, context]."""
     rows: dict[str, list[Tensor]] = {}
     hooks = [
         module.register_forward_pre_hook(
@@ -237,7 +215,7 @@ def down_inputs(model: nn.Module, blocks: Tensor) -> list[Tensor]:
 
 
 def agreement(maps: Tensor, reference: Tensor) -> dict[str, float]:
-    """Matched abs correlations of two sets of maps, in three figures."""
+    """Return three figures of the matched absolute correlations of two sets of maps."""
     matched = ica.matched_correlation(maps, reference)
     return {
         "min": float(matched.min()),
@@ -247,7 +225,7 @@ def agreement(maps: Tensor, reference: Tensor) -> dict[str, float]:
 
 
 def compare(z: Tensor, k: int, names: Sequence[str], seed: int, starts: int) -> dict[str, Any]:
-    """Every solver on the same data and start, after the exact answer."""
+    """Run the exact solver, then every other on the same data and start."""
     truth = exact(z, k, range(seed, seed + starts))
     determined = truth.determined
     start = ica.seeded_start(truth.basis, seed)
@@ -275,10 +253,9 @@ def compare(z: Tensor, k: int, names: Sequence[str], seed: int, starts: int) -> 
         print(f"  {name}: {seconds:.1f} s, {processor:.1f} s of processor time", flush=True)
     for name, maps in found.items():
         if "scikit-learn" in found:
+            ratio = rows["scikit-learn"]["seconds"] / rows[name]["seconds"]
             rows[name]["to_scikit_learn"] = agreement(found["scikit-learn"], maps)
-            rows[name]["times_faster"] = round(
-                rows["scikit-learn"]["seconds"] / rows[name]["seconds"], 1
-            )
+            rows[name]["times_faster"] = round(ratio, 1)
     return {
         "shape": [*z.shape],
         "components": k,
@@ -294,7 +271,7 @@ def compare(z: Tensor, k: int, names: Sequence[str], seed: int, starts: int) -> 
 
 
 def show(title: str, result: dict[str, Any]) -> None:
-    """One table as plain lines."""
+    """Print one comparison as a table."""
     truth, k = result["exact"], result["components"]
     print(
         f"\n{title}: {result['shape'][0]} tokens x {result['shape'][1]} neurons, {k} components; "
@@ -321,7 +298,7 @@ def show(title: str, result: dict[str, Any]) -> None:
 def text_blocks(
     model: str, files: Sequence[Path], tokens: int, context: int, sample: int
 ) -> Tensor:
-    """Random blocks [tokens // context, context] of token ids, evenly over the files."""
+    """Return random blocks [tokens // context, context] of token ids, evenly over the files."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     g = torch.Generator().manual_seed(sample)
     wanted = tokens // context
@@ -335,7 +312,7 @@ def text_blocks(
 
 
 def real(args: argparse.Namespace) -> dict[str, Any]:
-    """Fast against exact maps on a checkpoint's activations, for two seeds and two token samples."""
+    """Compare fast with exact maps on a checkpoint's activations, for two seeds and two token samples."""
     model = AutoModelForCausalLM.from_pretrained(args.real, dtype=torch.float32).eval()
     rows = []
     for tokens in args.tokens:
@@ -393,12 +370,16 @@ def main() -> None:
     )
     parser.add_argument("--solvers", nargs="+", choices=list(SOLVERS), default=list(SOLVERS))
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--starts", type=int, default=4, help="exact solutions to compare, >= 2")
+    parser.add_argument(
+        "--starts", type=int, default=4, help="exact solutions to compare, at least 2"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("bench_ica.json"))
     args = parser.parse_args()
     if args.starts < 2:
-        parser.error(f"--starts {args.starts}: telling what is determined takes at least 2")
+        parser.error(
+            f"--starts {args.starts}: at least 2 are needed to see which maps are determined"
+        )
     torch.set_num_threads(args.threads)
     report: dict[str, Any] = {"threads": args.threads, "torch": torch.__version__}
     if args.real:

@@ -1,14 +1,14 @@
-"""Prune checkpoints larger than the memory allowed, and compare a streamed run with one in memory.
+"""Prune checkpoints that are larger than the memory allowed, and compare a streamed run with one in memory.
 
     python eval/speed/bench_memory.py cap --shape 7gb --cap 4GB --budget 3GB
     python eval/speed/bench_memory.py compare --shape 1b
     python eval/speed/bench_memory.py reads --shape small --budget 1GB
 
-The checkpoints are Llama-shaped, random, in float16, with the tokenizer and the text of the built-in model; they are
-made once in --folder. `cap` runs the dry run, then the main job in a child process whose address space is limited
-(RLIMIT_AS, what `ulimit -v` sets), and prints predicted and measured peak of resident memory and the longest silence
-between two lines of progress. `compare` runs the job twice, whole and streamed, and compares weights, neurons and time.
-`reads` streams it and counts how often each weight is read.
+The checkpoints are Llama-shaped with random float16 weights, and use the tokenizer and the text of the built-in model;
+they are made once in --folder. `cap` makes a dry run, then runs the main job in a child process whose address space is
+limited (RLIMIT_AS, as `ulimit -v` does), and prints the predicted and the measured peak of resident memory and the
+longest time between two lines of progress. `compare` runs the job in memory and streamed, and compares weights, kept
+neurons and time. `reads` runs it streamed and counts how often each weight is read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import resource
 import shutil
 import subprocess
 import sys
-import threading
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +31,7 @@ import count_reads
 import torch
 import typer
 from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fbn_prune.data import builtin
 from fbn_prune.model.checkpoint import Checkpoint
@@ -38,19 +39,19 @@ from fbn_prune.recipe import parse_size
 
 RESULTS = Path(__file__).parents[1] / "results"
 PROGRAM = ("-m", "fbn_prune")
-"""What a child's Python runs."""
+"""Arguments with which a child's Python runs the command line."""
 
 COUNTING = (str(Path(count_reads.__file__)),)
-"""The same, with the bytes that it reads of each weight in its last line."""
+"""The same, for a command line whose last line has the bytes read of each weight."""
 
 COPIED = ("stages", "forward_seconds", "perplexity_before", "perplexity_after", "calibration_tokens",
           "held_out_tokens", "neurons_kept", "neurons_total")  # fmt: skip
-"""What is kept of a run's own result."""
+"""Keys that are copied from the run's own result."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama's sizes."""
+    """The sizes of a Llama."""
 
     hidden: int
     width: int
@@ -60,8 +61,32 @@ class Shape:
     vocabulary: int = 32000
 
 
+@dataclass(frozen=True)
+class Ran:
+    """A finished child: its JSON output, its lines on stderr with their time in seconds, and what it used."""
+
+    result: dict[str, Any]
+    lines: list[tuple[float, str]]
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        times = [0.0, *(moment for moment, _ in self.lines), self.seconds]
+        return {
+            "peak_bytes": self.peak_bytes,
+            "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
+            **{key: self.result[key] for key in COPIED},
+            "progress_lines": sum("s left" in line for _, line in self.lines),
+            "longest_silence_seconds": max(b - a for a, b in pairwise(times)),
+        }
+
+
 SHAPES = {
-    "7gb": Shape(4096, 2048, 36, 32, 32),  # narrow MLPs: the second order takes their third power
+    "7gb": Shape(
+        4096, 2048, 36, 32, 32
+    ),  # narrow MLPs: the second order takes time cubic in their width
     "1b": Shape(2048, 5632, 22, 32, 4),  # TinyLlama's
     "wide": Shape(4096, 3584, 3, 32, 32),
     "slim": Shape(1024, 1024, 24, 16, 4),
@@ -83,23 +108,21 @@ def cap(
     tokens: Tokens = 2048,
     out: Path | None = None,
 ) -> None:
-    """Prune within a hard limit and compare the peak with the prediction."""
+    """Prune within a hard limit and compare the peak memory with the prediction."""
     model = make_checkpoint(folder / shape, SHAPES[shape])
     flags = [*_flags(model, tokens), "--memory-budget", budget]
-    predicted = json.loads(run_child([*flags, "--dry-run"], None)[0])
-    ran = measured_run([*flags, "--output", str(folder / "pruned")], parse_size(limit, "--cap"))
-    stored = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    predicted = run_child([*flags, "--dry-run"]).result
+    limit_bytes = parse_size(limit, "--cap")
+    ran = run_child([*flags, "--output", str(folder / "pruned")], limit_bytes)
     report = {
         "shape": vars(SHAPES[shape]),
-        "checkpoint_bytes": stored,
-        "cap_bytes": parse_size(limit, "--cap"),
+        "checkpoint_bytes": sum(file.stat().st_size for file in model.glob("*.safetensors")),
+        "cap_bytes": limit_bytes,
         "budget_bytes": parse_size(budget, "--budget"),
         "tokens": tokens,
-        "predicted_peak_bytes": predicted["peak_memory_bytes"],
-        "predicted_seconds": [predicted["seconds_low"], predicted["seconds_high"]],
-        "plan": predicted["memory"],
-        **ran,
-        "measured_over_predicted": ran["peak_bytes"] / predicted["peak_memory_bytes"],
+        **_predicted(predicted),
+        **ran.to_json(),
+        "measured_over_predicted": ran.peak_bytes / predicted["peak_memory_bytes"],
     }
     _finish(report, out or RESULTS / f"memory_cap_{shape}.json")
     shutil.rmtree(folder / "pruned")
@@ -113,19 +136,15 @@ def compare(
     tokens: Tokens = 2048,
     out: Path | None = None,
 ) -> None:
-    """Prune in memory and streamed; compare what is written, and time."""
+    """Prune in memory and streamed, and compare the checkpoints and the time."""
     model = make_checkpoint(folder / shape, SHAPES[shape])
     flags = _flags(model, tokens)
     runs: dict[str, Any] = {}
-    for name, more in (("whole", ["1000GB"]), ("streamed", [budget])):
-        output = ["--memory-budget", *more, "--output", str(folder / name)]
-        predicted = json.loads(run_child([*flags, *output[:2], "--dry-run"], None)[0])
-        runs[name] = {
-            "plan": predicted["memory"],
-            "predicted_peak_bytes": predicted["peak_memory_bytes"],
-            "predicted_seconds": [predicted["seconds_low"], predicted["seconds_high"]],
-            **measured_run([*flags, *output], None),
-        }
+    for name, memory in (("whole", "1000GB"), ("streamed", budget)):
+        limited = [*flags, "--memory-budget", memory]
+        predicted = run_child([*limited, "--dry-run"]).result
+        ran = run_child([*limited, "--output", str(folder / name)])
+        runs[name] = {**_predicted(predicted), **ran.to_json()}
     difference, neurons = _differences(folder / "whole", folder / "streamed")
     report = {
         "shape": vars(SHAPES[shape]),
@@ -151,15 +170,14 @@ def reads(
 ) -> None:
     """Prune streamed; print the bytes of weights read, and how often each kind of weight was read."""
     model = make_checkpoint(folder / shape, SHAPES[shape])
-    output = ["--memory-budget", budget, "--output", str(folder / "streamed")]
-    flags = _flags(model, tokens)
-    plan = json.loads(run_child([*flags, *output[:2], "--dry-run"], None)[0])["memory"]
+    flags = [*_flags(model, tokens), "--memory-budget", budget]
+    plan = run_child([*flags, "--dry-run"]).result["memory"]
     if "streamed" not in plan:
         raise SystemExit(f"--budget {budget}: {plan}; give less")
-    heard: list[str] = []
-    ran = measured_run([*flags, *output], None, COUNTING, heard)
-    said = next(line for line in heard if line.startswith(count_reads.SAID))
-    found: dict[str, int] = json.loads(said.removeprefix(count_reads.SAID))
+    child = run_child([*flags, "--output", str(folder / "streamed")], program=COUNTING)
+    ran = child.to_json()
+    counted = next(line for _, line in child.lines if line.startswith(count_reads.PREFIX))
+    found: dict[str, int] = json.loads(counted.removeprefix(count_reads.PREFIX))
     tensors = Checkpoint.open(model).tensors
     times: dict[str, list[float]] = {}
     for name, info in tensors.items():
@@ -181,19 +199,36 @@ def reads(
 
 
 def make_checkpoint(path: Path, shape: Shape) -> Path:
-    """Write a random checkpoint, a layer a shard, unless it is there already."""
+    """Write a random checkpoint, one layer a shard, unless it is there already."""
     if (path / "config.json").is_file():
         return path
     path.mkdir(parents=True, exist_ok=True)
+    config = LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.width,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_heads,
+        vocab_size=shape.vocabulary,
+        architectures=["LlamaForCausalLM"],
+        dtype="float16",
+    )
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(config).state_dict()
+    parts: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, tensor in empty.items():
+        layer = name.split(".")[2] if ".layers." in name else "embeddings"
+        parts.setdefault(layer, {})[name] = tuple(tensor.shape)
     generator = torch.Generator().manual_seed(0)
-    parts = tensor_shapes(shape)
     weight_map: dict[str, str] = {}
     drawn: dict[tuple[int, ...], torch.Tensor] = {}
-    for index, part in enumerate(parts):
+    for index, part in enumerate(parts.values()):
         file = f"model-{index:05d}.safetensors"
         tensors = {}
         for place, (name, size) in enumerate(part.items()):
-            if size not in drawn:  # drawn once, and turned by a few rows for each further tensor
+            if (
+                size not in drawn
+            ):  # drawn once for each shape, and rolled by a few rows for each further tensor
                 random = torch.randn(size, generator=generator) * 0.7 / size[-1] ** 0.5
                 drawn[size] = (torch.ones(size) if len(size) == 1 else random).half()
             tensors[name] = drawn[size].roll(31 * index + 7 * place, 0)
@@ -203,128 +238,43 @@ def make_checkpoint(path: Path, shape: Shape) -> Path:
     (path / "model.safetensors.index.json").write_text(json.dumps(index_file))
     for given in builtin.model_path().glob("*token*"):
         shutil.copyfile(given, path / given.name)
-    (path / "config.json").write_text(json.dumps(config_of(shape)))
+    config.save_pretrained(path)
     return path
 
 
-def tensor_shapes(shape: Shape) -> list[dict[str, tuple[int, ...]]]:
-    """The tensors of a checkpoint by name: the embeddings, then each layer."""
-    keys = shape.hidden // shape.heads * shape.key_heads
-    embedding = (shape.vocabulary, shape.hidden)
-    parts: list[dict[str, tuple[int, ...]]] = [
-        {
-            "model.embed_tokens.weight": embedding,
-            "lm_head.weight": embedding,
-            "model.norm.weight": (shape.hidden,),
-        }
-    ]
-    for layer in range(shape.layers):
-        sizes = {
-            "self_attn.q_proj": (shape.hidden, shape.hidden),
-            "self_attn.k_proj": (keys, shape.hidden),
-            "self_attn.v_proj": (keys, shape.hidden),
-            "self_attn.o_proj": (shape.hidden, shape.hidden),
-            "mlp.gate_proj": (shape.width, shape.hidden),
-            "mlp.up_proj": (shape.width, shape.hidden),
-            "mlp.down_proj": (shape.hidden, shape.width),
-            "input_layernorm": (shape.hidden,),
-            "post_attention_layernorm": (shape.hidden,),
-        }
-        parts.append({f"model.layers.{layer}.{k}.weight": size for k, size in sizes.items()})
-    return parts
-
-
-def config_of(shape: Shape) -> dict[str, Any]:
-    """What `config.json` holds."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "dtype": "float16",
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.width,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.key_heads,
-        "vocab_size": shape.vocabulary,
-        "max_position_embeddings": 2048,
-        "tie_word_embeddings": False,
-    }
-
-
-def measured_run(
-    flags: list[str],
-    limit: int | None,
-    program: Sequence[str] = PROGRAM,
-    heard: list[str] | None = None,
-) -> dict[str, Any]:
-    """Run the main job in a child; its peak memory, time, and how it spoke of its progress.
-
-    `heard` gets the lines of its stderr.
-    """
-    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    printed, said, peak = run_child(flags, limit, program)
-    after, seconds = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - start
-    result = json.loads(printed)
-    if heard is not None:
-        heard.extend(line for _, line in said)
-    times = [0.0, *(moment for moment, _ in said), seconds]
-    return {
-        "peak_bytes": peak,
-        "seconds": seconds,
-        "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-        **{key: result[key] for key in COPIED},
-        "progress_lines": sum("s left" in line for _, line in said),
-        "longest_silence_seconds": max(b - a for a, b in pairwise(times)),
-    }
-
-
-def run_child(
-    flags: list[str], limit: int | None, program: Sequence[str] = PROGRAM
-) -> tuple[str, list[tuple[float, str]], int]:
-    """The command line in a child: stdout, lines of stderr with their seconds, highest resident memory in bytes."""
+def run_child(flags: list[str], limit: int | None = None, program: Sequence[str] = PROGRAM) -> Ran:
+    """Run the command line in a child process whose address space is limited to `limit` bytes."""
 
     def restrict() -> None:
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
-    child = subprocess.Popen(
-        [sys.executable, *program, *flags, "--json"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=restrict,
-    )
-    assert child.stdout is not None
-    assert child.stderr is not None
-    start, said, peak = time.perf_counter(), [], [0]
-
-    def watch() -> None:
-        status = Path(f"/proc/{child.pid}/status")
-        while child.poll() is None:
-            try:
-                fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-            except (OSError, ValueError):
-                break
-            if "VmHWM" in fields:
-                peak[0] = max(peak[0], int(fields["VmHWM"].split()[0]) * 1024)
-            time.sleep(0.1)
-
-    def listen() -> None:
+    command, lines = [sys.executable, *program, *flags, "--json"], []
+    with tempfile.TemporaryFile("w+") as printed:
+        start = time.perf_counter()
+        child = subprocess.Popen(
+            command, stdout=printed, stderr=subprocess.PIPE, text=True, preexec_fn=restrict
+        )
         assert child.stderr is not None
         for line in child.stderr:
-            said.append((time.perf_counter() - start, line.rstrip()))
+            lines.append((time.perf_counter() - start, line.rstrip()))
             print(line, end="", file=sys.stderr, flush=True)
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if status != 0:
+            raise SystemExit(f"fbn-prune {' '.join(flags)} ended with {child.returncode}")
+        seconds = time.perf_counter() - start
+        printed.seek(0)
+        cpu = usage.ru_utime + usage.ru_stime
+        return Ran(json.load(printed), lines, seconds, cpu, usage.ru_maxrss * 1024)
 
-    threads = [threading.Thread(target=work) for work in (watch, listen)]
-    for thread in threads:
-        thread.start()
-    printed = child.stdout.read()
-    status = child.wait()
-    for thread in threads:
-        thread.join()
-    if status != 0:
-        raise SystemExit(f"fbn-prune {' '.join(flags)} ended with {status}")
-    return printed, said, peak[0]
+
+def _predicted(dry_run: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "predicted_peak_bytes": dry_run["peak_memory_bytes"],
+        "predicted_seconds": [dry_run["seconds_low"], dry_run["seconds_high"]],
+        "plan": dry_run["memory"],
+    }
 
 
 def _flags(model: Path, tokens: int) -> list[str]:
@@ -336,7 +286,7 @@ def _flags(model: Path, tokens: int) -> list[str]:
 
 
 def _differences(first: Path, second: Path) -> tuple[float, bool]:
-    """The largest difference of any weight, and whether all but the refitted weights are equal to the bit."""
+    """Return the largest difference of any weight, and whether all but the refitted weights are bit-equal."""
     a, b = Checkpoint.open(first), Checkpoint.open(second)
     largest, equal = 0.0, True
     for name in a.names:

@@ -1,11 +1,10 @@
-"""One process against several on the same job: the same neurons, the weights, and how much sooner each stage ends.
+"""Run the same job in one process and in several, and compare neurons, weights and the time of each stage.
 
     python eval/speed/bench_processes.py --model MODEL --calibrate FILE ... [--processes 2 4] [--float32]
 
-Every process computes with one thread, so that two of them on two cores have twice one's means. The calibration stage
-is what runs tokens through the model for the cut (`prune`), its second order included, and for the networks
-(`activations`). Weights are compared as stored: a checkpoint of float16 can differ by one last place where one of
-float32 differs by 1e-7; `--float32` prunes a copy stored so.
+Every process computes with one thread. The calibration stages are those that run tokens through the model: for the cut,
+including its second order (`prune`), and for the networks (`activations`). Weights are compared as stored: float16
+weights can differ in the last place where float32 ones differ by 1e-7; `--float32` prunes a copy stored in float32.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ STAGES = ("activations", "prune")
 
 
 def run(processes: int, arguments: list[str], output: Path) -> dict[str, Any]:
-    """The job's result as its `--json` says it."""
+    """Run the job and return its `--json` output."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone"]
@@ -42,7 +41,7 @@ def run(processes: int, arguments: list[str], output: Path) -> dict[str, Any]:
 
 
 def in_float32(model: str, folder: Path) -> str:
-    """A copy of a model, stored in float32."""
+    """Store a copy of a model in float32 and return its folder."""
     source = str(builtin.model_path()) if model == "builtin" else model
     AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
@@ -50,7 +49,7 @@ def in_float32(model: str, folder: Path) -> str:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, float64."""
+    """Return all tensors of a checkpoint in float64."""
     found = {}
     for file in sorted(folder.glob("model*.safetensors")):
         found |= {name: tensor.double() for name, tensor in load_file(file).items()}
@@ -58,7 +57,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    """Run, compare, print, write JSON."""
+    """Run the job with each number of processes, print the comparison and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="builtin")
     parser.add_argument("--calibrate", nargs="+", default=["builtin"], metavar="FILE")
@@ -68,8 +67,7 @@ def main() -> None:
     parser.add_argument("--keep-networks", type=int, default=10)
     parser.add_argument("--output", type=Path, default=Path("processes.json"))
     args = parser.parse_args()
-    job = ["--tokens", str(args.tokens)]
-    job += ["--keep-networks", str(args.keep_networks)]
+    job = ["--tokens", str(args.tokens), "--keep-networks", str(args.keep_networks)]
     job += [word for file in args.calibrate for word in ("--calibration", file)]
     with tempfile.TemporaryDirectory() as scratch:
         model = in_float32(args.model, Path(scratch) / "model") if args.float32 else args.model
@@ -84,14 +82,13 @@ def main() -> None:
             after, kept = weights(folder), load_file(folder / "kept_neurons.safetensors")
             same = all(torch.equal(kept[name], neurons[name]) for name in neurons)
             spent = [sum(result["stages"][stage] for stage in STAGES) for result in (one, many)]
+            largest = None
+            if same:
+                largest = max(float((after[name] - before[name]).abs().max()) for name in before)
             row = {
                 "processes": processes,
                 "same_neurons": same,
-                "largest_difference": max(
-                    float((after[name] - before[name]).abs().max()) for name in before
-                )
-                if same
-                else None,
+                "largest_difference": largest,
                 "stages": many["stages"],
                 "calibration_speed_up": spent[0] / spent[1],
                 "total_speed_up": sum(one["stages"].values()) / sum(many["stages"].values()),
@@ -100,17 +97,13 @@ def main() -> None:
             rows.append(row)
             print(
                 f"{processes} processes: same neurons {same}, largest difference "
-                f"{row['largest_difference']}, calibration {row['calibration_speed_up']:.2f} times as fast, "
+                f"{largest}, calibration {row['calibration_speed_up']:.2f} times as fast, "
                 f"all stages {row['total_speed_up']:.2f}",
                 flush=True,
             )
-    report = {
-        "model": Path(args.model).name,
-        "float32": args.float32,
-        "tokens": args.tokens,
-        "cores": os.cpu_count(),
-    }
-    args.output.write_text(json.dumps(report | {"one": one["stages"], "many": rows}, indent=1))
+    report = {"model": Path(args.model).name, "float32": args.float32, "tokens": args.tokens}
+    report |= {"cores": os.cpu_count(), "one": one["stages"], "many": rows}
+    args.output.write_text(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The command line, counting the bytes of weights that it reads from its checkpoint; the last line on stderr has them.
+"""Run the command line and count the bytes of weights read from its checkpoint; the last line on stderr has the counts.
 
-`bench_memory.py reads` runs it in a child. What transformers reads when it loads a whole model is not seen.
+`bench_memory.py reads` runs this in a child process. Reads by transformers, when it loads a whole model, do not count.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 from fbn_prune.cli.main import main
 from fbn_prune.model.checkpoint import Checkpoint
 
-SAID = "bytes of weights read: "
+PREFIX = "bytes of weights read: "
 
 
 def count_reads() -> Counter[str]:
-    """From now on the bytes read of each tensor, by name; a tensor that is mapped counts as read."""
+    """Count from now on the bytes read of each tensor, by name; a memory-mapped tensor counts as read."""
     seen: Counter[str] = Counter()
     tensor, read = Checkpoint.tensor, Checkpoint.read
 
@@ -31,7 +31,7 @@ def count_reads() -> Counter[str]:
     def counted_read(
         self: Checkpoint, name: str, device: torch.device, dtype: torch.dtype
     ) -> Tensor:
-        if self.shape(name):  # else it is read by `tensor`
+        if self.shape(name):  # a scalar is read by `tensor`, which counts it
             seen[name] += self.tensors[name].nbytes
         return read(self, name, device, dtype)
 
@@ -41,5 +41,5 @@ def count_reads() -> Counter[str]:
 
 if __name__ == "__main__":
     found = count_reads()
-    atexit.register(lambda: print(SAID + json.dumps(found), file=sys.stderr))
+    atexit.register(lambda: print(PREFIX + json.dumps(found), file=sys.stderr))
     main()

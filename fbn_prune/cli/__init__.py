@@ -1,1 +1,1 @@
-"""The command line: one file a command, and the only place that prints."""
+"""The command line: one module per command. It calls :mod:`fbn_prune.api` and is the only part that prints."""

@@ -1,4 +1,4 @@
-"""`fbn-prune ablate`: mask, retain alone or amplify networks in the running model, and measure what that does."""
+"""`fbn-prune ablate`: mask, retain or amplify networks in the running model and measure the effect."""
 
 from __future__ import annotations
 
@@ -18,46 +18,52 @@ from fbn_prune.cli.options import (
     recipe_flags,
     task_names,
 )
-from fbn_prune.errors import FbnPruneError, InvalidInput
+from fbn_prune.errors import InvalidInput
 from fbn_prune.recipe import build_recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from fbn_prune.networks.ablation import TaskMeasure
-    from fbn_prune.runs.ablate import AblationResult
+    from fbn_prune.api import AblationResult
 
 Action = Annotated[
     Literal["mask", "retain", "amplify"],
-    typer.Option("--action", help="Silence the neurons, silence all others, or multiply them."),
+    typer.Option(
+        "--action",
+        help="Zero the networks' neurons, zero all others, or multiply them by --factor.",
+    ),
 ]
-Factor = Annotated[float, typer.Option("--factor", help="What `amplify` multiplies by.")]
+Factor = Annotated[float, typer.Option("--factor", help="Factor of --action amplify.")]
 Network = Annotated[
     list[int] | None,
-    typer.Option("--network", help="Ablate this network; repeat for several. Default: each."),
+    typer.Option(
+        "--network", help="Ablate this network; repeat for several. Default: each network."
+    ),
 ]
 Z = Annotated[
-    float, typer.Option("--z", min=0, help="A network's neurons: abs z-score of at least this.")
+    float, typer.Option("--z", min=0, help="Smallest absolute z-score of a network's neurons.")
 ]
 Grow = Annotated[
     str | None,
-    typer.Option("--grow", help="Mask, and retain, the top n networks: sizes n, as 1,2,4,8."),
+    typer.Option(
+        "--grow", help="Also mask, and retain, the strongest n networks together; n as 1,2,4,8."
+    ),
 ]
-Draws = Annotated[int, typer.Option("--draws", min=1, help="Random sets of equal size.")]
+Draws = Annotated[
+    int, typer.Option("--draws", min=1, help="Number of random sets with as many neurons.")
+]
 Text = Annotated[
     list[str] | None,
     typer.Option(
         "--text",
-        help="Measure on [NAME=]FILE, or the skills of `builtin`; repeat for several. "
-        "Default: the calibration text's held-out share.",
+        help="Text to measure on: [NAME=]FILE, or `builtin` for the skills of the embedded model; repeat for several. "
+        "Default: the held-out share of the calibration text.",
     ),
 ]
 TextTokens = Annotated[
-    int, typer.Option("--text-tokens", min=8, help="Tokens of each text to measure on.")
+    int, typer.Option("--text-tokens", min=8, help="Largest number of tokens of each text.")
 ]
 Components = Annotated[
     bool,
-    typer.Option("--components", help="Ablate principal components of the same space as well."),
+    typer.Option("--components", help="Also ablate principal components of the same space."),
 ]
 
 
@@ -80,13 +86,12 @@ def command(
     json: Json = False,
     flags: dict[str, Any],
 ) -> None:
-    """Mask, retain alone or amplify networks at run time; perplexity and tasks against random sets of equal size."""
+    """Mask, retain or amplify networks in the running model; compare with random sets of as many neurons."""
     recipe = build_recipe(flags)
     sizes = _sizes(grow)
-    from fbn_prune.progress import StageClock
-    from fbn_prune.runs.ablate import AblationPlan, run_ablation
+    from fbn_prune import api
 
-    plan = AblationPlan(
+    plan = api.AblationPlan(
         action=action,
         factor=factor,
         networks=tuple(network or ()),
@@ -97,25 +102,12 @@ def command(
         tokens=text_tokens,
         components=components,
     )
-    on_tasks = _on_tasks(task_names(tasks), limit, num_fewshot, batch_size)
-    result = run_ablation(recipe, plan, StageClock(console.display()), on_tasks)
+    options = api.HarnessOptions(limit, num_fewshot, batch_size)
+    result = api.ablate(recipe, plan, task_names(tasks), options, display=console.display())
     if json:
         console.print_json(result.to_json())
     else:
         _show(result)
-
-
-def _on_tasks(
-    names: list[str], limit: float | None, fewshot: int | None, batch_size: str
-) -> Callable[[Any], TaskMeasure] | None:
-    """What measures on tasks, loaded now so that a wrong name is refused before any work."""
-    if not names:
-        return None
-    try:
-        from fbn_prune.runs.evaluate import HarnessOptions, measure_on_tasks
-    except ImportError as error:
-        raise FbnPruneError(f"{error}: pip install 'fbn-prune[eval]'") from None
-    return measure_on_tasks(names, HarnessOptions(limit, fewshot, batch_size))
 
 
 def _sizes(grow: str | None) -> tuple[int, ...]:
@@ -124,7 +116,7 @@ def _sizes(grow: str | None) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in grow.split(","))
     except ValueError:
-        raise InvalidInput(f"--grow {grow}: write numbers of networks, as 1,2,4,8") from None
+        raise InvalidInput(f"--grow {grow}: give numbers of networks, as 1,2,4,8") from None
 
 
 def _show(result: AblationResult) -> None:
@@ -135,12 +127,12 @@ def _show(result: AblationResult) -> None:
     ]
     table = Table(
         title=f"{facts['action']} the networks of {facts['model']}: "
-        f"perplexity {facts['dense']:.3f} unchanged",
+        f"perplexity {facts['dense']:.3f} without a change",
         title_justify="left",
     )
-    of_texts = [f"{name}, nats" for name in texts]
-    of_tasks = [f"{task}, {metric}" for task, metric in figures]
-    for heading in ("network", "neurons", "perplexity", *of_texts, *of_tasks):
+    text_headings = [f"{name}, nats" for name in texts]
+    task_headings = [f"{task}, {metric}" for task, metric in figures]
+    for heading in ("network", "neurons", "perplexity", *text_headings, *task_headings):
         table.add_column(heading, justify="right")
 
     def row(name: str, entry: dict[str, Any], value: str) -> None:
@@ -173,7 +165,7 @@ def _show(result: AblationResult) -> None:
 
 
 def _step(name: str, step: dict[str, Any], figures: list[tuple[str, str]]) -> str:
-    """One point of a growing curve in a line."""
+    """Describe one growing set in a line."""
     band, control = step["random"], step["components"]
     parts = [
         f"{name} the top {step['n']}: {step['neurons']} neurons, perplexity {step['perplexity']:.3f}",
@@ -182,8 +174,8 @@ def _step(name: str, step: dict[str, Any], figures: list[tuple[str, str]]) -> st
     if control is not None:
         parts.append(f"components {control['perplexity']:.3f}")
     for task, metric in figures:
-        beside = _figure(band["tasks"][task][metric])
-        parts.append(f"{task} {metric} {_figure(step['tasks'][task][metric])} (random {beside})")
+        random = _figure(band["tasks"][task][metric])
+        parts.append(f"{task} {metric} {_figure(step['tasks'][task][metric])} (random {random})")
     return "; ".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""`fbn-prune bundle`: one whole model and several tasks' sets of neurons, to be served together."""
+"""`fbn-prune bundle`: put one whole model and the neuron sets of several tasks into a folder."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ Tasks = Annotated[
     list[str],
     typer.Argument(
         metavar="NAME=PATH...",
-        help="A task and where it comes from: a pruned checkpoint, its kept_neurons.safetensors, or "
-        "networks.safetensors:2,5,21 for the members of networks. The tasks most used first.",
+        help="A task's name and its source: a pruned checkpoint, its kept_neurons.safetensors, or "
+        "networks.safetensors:2,5,21 for the members of networks. List the most used tasks first.",
     ),
 ]
 Model = Annotated[
-    str, typer.Option("--model", help="The whole model: folder, hub id or `builtin`.")
+    str, typer.Option("--model", help="The whole model: folder, Hub id or `builtin`.")
 ]
 Output = Annotated[Path, typer.Option("--output", help="Folder to write.")]
 RefitFlag = Annotated[
     Literal["full", "low-rank", "none"],
     typer.Option(
         "--refit",
-        help="What a task keeps of its refitted output weights: all, a correction of low rank, or "
-        "nothing but its set.",
+        help="How much of a task's refitted output weights to keep: all, a low-rank correction, or none.",
     ),
 ]
 Rank = Annotated[int, typer.Option("--refit-rank", min=1, help="Rank of a low-rank correction.")]
-Link = Annotated[bool, typer.Option("--link", help="Name the model's place instead of copying it.")]
+Link = Annotated[
+    bool, typer.Option("--link", help="Record where the model is instead of copying it.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")]
 
 
@@ -47,29 +48,19 @@ def command(
     json: Json = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Put a whole model and several tasks' neurons into one folder; `fbn_prune.serving.load` serves them."""
-    from fbn_prune.data import builtin
-    from fbn_prune.export.directory import check_output
-    from fbn_prune.model.checkpoint import Checkpoint
-    from fbn_prune.progress import StageClock
-    from fbn_prune.serving.bundle import TaskSource, write_bundle
+    """Put a whole model and the neurons of several tasks into one folder; `fbn_prune.serving.load` serves them."""
+    from fbn_prune import api
 
-    sources = [TaskSource.parse(task) for task in tasks]
-    base = Checkpoint.open(str(builtin.model_path()) if model == "builtin" else model, ragged=True)
-    needed = 0 if link else base.total_bytes
-    check_output(output, overwrite, base.path, needed_bytes=needed)
-    total = base.total_bytes * len(sources)
-    with StageClock(console.display()).stage("bundle", total, "bytes") as advance:
-        written = write_bundle(
-            base,
-            sources,
-            output,
-            refit=refit,
-            rank=refit_rank,
-            link=link,
-            overwrite=overwrite,
-            progress=advance,
-        )
+    written = api.write_bundle(
+        model,
+        tasks,
+        output,
+        refit=refit,
+        refit_rank=refit_rank,
+        link=link,
+        overwrite=overwrite,
+        display=console.display(),
+    )
     if json:
         console.print_json(written)
         return

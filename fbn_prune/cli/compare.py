@@ -1,4 +1,4 @@
-"""`fbn-prune compare`: all criteria at several budgets, on one calibration sample."""
+"""`fbn-prune compare`: measure all criteria at several budgets, on one calibration sample."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from fbn_prune.errors import InvalidInput
 from fbn_prune.recipe import build_recipe
 
 Criteria = Annotated[
-    str | None, typer.Option("--criteria", help="Names, divided by commas. Default: all.")
+    str | None, typer.Option("--criteria", help="Criteria, separated by commas. Default: all.")
 ]
 Kept = Annotated[
     str,
     typer.Option(
         "--kept",
-        help="Shares of MLP neurons to keep, or numbers of networks (their members are the budget), divided by commas.",
+        help="Shares of MLP neurons to keep, or numbers of networks whose members set the size, separated by commas.",
     ),
 ]
 OutputPath = Annotated[
     Path | None,
     typer.Option(
         "--output-path",
-        help="JSON file of the results, written as they come; the same command goes on from it. "
-        "The plot is written beside it, as SVG.",
+        help="JSON file for the results, updated after each measurement; the same command continues from it. "
+        "A plot (SVG) is written beside it.",
     ),
 ]
 
@@ -42,24 +42,22 @@ def command(
     json: Json = False,
     flags: dict[str, Any],
 ) -> None:
-    """Compare all criteria at several budgets on one calibration: held-out perplexity, uniform widths."""
+    """Compare the held-out perplexity of all criteria at several budgets, with uniform widths."""
     recipe = build_recipe(flags)
     try:
         shares = [float(part) for part in kept.split(",")]
     except ValueError:
         raise InvalidInput(
-            f"--kept {kept}: write shares, as 0.7,0.5,0.3, or numbers of networks"
+            f"--kept {kept}: give shares, as 0.7,0.5,0.3, or numbers of networks"
         ) from None
     names = [name.strip() for name in criteria.split(",")] if criteria else []
-    from fbn_prune.progress import StageClock
-    from fbn_prune.runs.compare import run_comparison
+    from fbn_prune import api
 
-    clock = StageClock(console.display())
-    comparison = run_comparison(recipe, names, shares, output_path, clock)
-    if json:
-        console.print_json(comparison.to_json())
-        return
+    comparison = api.compare(recipe, names, shares, output_path, display=console.display())
     shown = comparison.to_json()
+    if json:
+        console.print_json(shown)
+        return
     table = Table(
         title=f"{recipe.model}: perplexity, dense {shown['dense']:.3f}", title_justify="left"
     )
@@ -69,6 +67,6 @@ def command(
     for budget in shown["budgets"]:
         values = [f"{budget['perplexity'][name]:.3f}" for name in columns if budget["perplexity"]]
         if values:
-            by = "" if budget["networks"] is None else f" ({budget['networks']} networks)"
-            table.add_row(f"{budget['kept']:.0%}{by}", *values)
+            networks = "" if budget["networks"] is None else f" ({budget['networks']} networks)"
+            table.add_row(f"{budget['kept']:.0%}{networks}", *values)
     console.print_table(table)

@@ -1,7 +1,4 @@
-"""Progress and results on the terminal: a bar where there is one, plain lines where there is none.
-
-Results go to stdout, everything else to stderr.
-"""
+"""Print progress and results: bars on a terminal, plain lines elsewhere; results to stdout, all else to stderr."""
 
 from __future__ import annotations
 
@@ -29,11 +26,11 @@ from fbn_prune.distributed import is_first
 from fbn_prune.progress import Advance, Display, SilentDisplay
 
 LINE_SECONDS = 10.0
-"""Without a terminal, a running stage says how far it is this often."""
+"""Interval between the lines about a running stage if stderr is not a terminal."""
 
 
 class TerminalDisplay:
-    """A rich progress bar for each stage, with rate and remaining time."""
+    """Shows a progress bar for each stage, with its rate and remaining time."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
@@ -77,20 +74,22 @@ class TerminalDisplay:
 
 
 class LineDisplay:
-    """A line when a stage has taken over a second, when it goes on, when it ends, and when nothing was heard of it
-    for long: a step of a large model can take minutes."""
+    """Prints a line about a running stage every :data:`LINE_SECONDS`, also during a long step, and one at its end.
+
+    Stages of less than a second print nothing.
+    """
 
     @contextmanager
     def stage(self, name: str, total: int, unit: str) -> Iterator[Advance]:
-        start = spoken = time.perf_counter()
+        start = printed = time.perf_counter()
         done = 0
         ended = threading.Event()
 
-        def speak(now: float) -> None:
-            nonlocal spoken
-            spoken = now
+        def print_state(now: float) -> None:
+            nonlocal printed
+            printed = now
             if not done:
-                self.note(f"{name}: 0%, at work for {now - start:.0f} s")
+                self.note(f"{name}: 0% after {now - start:.0f} s")
                 return
             rate = done / (now - start)
             left = (total - done) / rate
@@ -100,16 +99,16 @@ class LineDisplay:
             nonlocal done
             done += count
             now = time.perf_counter()
-            if now - spoken >= LINE_SECONDS and 0 < done < total:
-                speak(now)
+            if now - printed >= LINE_SECONDS and 0 < done < total:
+                print_state(now)
 
-        def reassure() -> None:
+        def print_while_waiting() -> None:
             while not ended.wait(LINE_SECONDS):
                 now = time.perf_counter()
-                if now - spoken >= 2 * LINE_SECONDS:
-                    speak(now)
+                if now - printed >= 2 * LINE_SECONDS:
+                    print_state(now)
 
-        threading.Thread(target=reassure, daemon=True).start()
+        threading.Thread(target=print_while_waiting, daemon=True).start()
         try:
             yield advance
         finally:
@@ -123,30 +122,30 @@ class LineDisplay:
 
 
 def display() -> Display:
-    """What suits this process's stderr; of several processes on one job only the first speaks."""
+    """Return the display for this process's stderr; ranks above 0 show nothing."""
     if not is_first():
         return SilentDisplay()
     return TerminalDisplay() if sys.stderr.isatty() else LineDisplay()
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """One JSON object on stdout."""
+    """Print a JSON object on stdout."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def print_table(table: Table) -> None:
-    """A table on stdout, as wide as it needs where stdout is no terminal."""
+    """Print a table on stdout, 120 columns wide if it is not a terminal."""
     console = Console() if sys.stdout.isatty() else Console(width=120)
     console.print(table)
 
 
 def print_line(line: str) -> None:
-    """A plain line on stdout."""
+    """Print a line on stdout."""
     print(line)
 
 
 def size(count: float) -> str:
-    """Bytes with a unit: 7.3 MB."""
+    """Return a number of bytes with its unit, such as 7.3 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

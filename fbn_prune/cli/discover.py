@@ -1,4 +1,4 @@
-"""`fbn-prune discover`: find the networks of a model and write them, without pruning anything."""
+"""`fbn-prune discover`: find the networks of a model and write them, without pruning."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from fbn_prune.cli.options import (
     Json,
     recipe_flags,
 )
-from fbn_prune.errors import InvalidInput
 from fbn_prune.recipe import build_recipe
 
 
@@ -24,11 +23,7 @@ from fbn_prune.recipe import build_recipe
 def command(*, json: Json = False, flags: dict[str, Any]) -> None:
     """Find the networks of a model and write them to OUTPUT/networks.safetensors."""
     recipe = build_recipe({"keep_networks": 1, **flags})
-    if recipe.output is None:
-        raise InvalidInput("--output is missing: name the folder to write")
-    from fbn_prune.progress import StageClock
-    from fbn_prune.runs.discover import run_discovery
+    from fbn_prune import api
 
-    clock = StageClock(console.display())
-    networks, path = run_discovery(recipe, clock)
+    networks, path = api.discover_checkpoint(recipe, display=console.display())
     inspect.show(networks, path, json=json, most=recipe.networks)

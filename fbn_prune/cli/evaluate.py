@@ -1,4 +1,4 @@
-"""`fbn-prune evaluate`: a checkpoint's figures in lm-evaluation-harness, beside another's."""
+"""`fbn-prune evaluate`: evaluate a checkpoint, or two, with lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -24,22 +24,24 @@ from fbn_prune.cli.options import (
     recipe_flags,
     task_names,
 )
-from fbn_prune.errors import FbnPruneError, InvalidInput
+from fbn_prune.errors import InvalidInput
 from fbn_prune.recipe import build_recipe
 
 if TYPE_CHECKING:
-    from fbn_prune.runs.evaluate import Evaluation
+    from fbn_prune.api import Evaluation
 
-Compare = Annotated[str | None, typer.Option("--compare", help="A second model, for comparison.")]
+Compare = Annotated[
+    str | None, typer.Option("--compare", help="A second model to evaluate, for comparison.")
+]
 OutputPath = Annotated[
     Path | None,
-    typer.Option("--output-path", help="Also write the harness's results here, as JSON."),
+    typer.Option("--output-path", help="JSON file for the complete results of the harness."),
 ]
 Samples = Annotated[
-    bool, typer.Option("--log-samples", help="Put every question's result into that file.")
+    bool, typer.Option("--log-samples", help="Include the result of every question in that file.")
 ]
 Card = Annotated[
-    bool, typer.Option("--card", help="Add the table to the README.md of the model's folder.")
+    bool, typer.Option("--card", help="Add the results to the README.md of the model's folder.")
 ]
 
 
@@ -58,36 +60,26 @@ def command(
     json: Json = False,
     flags: dict[str, Any],
 ) -> None:
-    """Evaluate a checkpoint with lm-evaluation-harness, alone or beside another one."""
+    """Evaluate a checkpoint with lm-evaluation-harness, and optionally a second one for comparison."""
     recipe = build_recipe(flags)
     names = task_names(tasks or ["builtin"])
     if log_samples and output_path is None:
-        raise InvalidInput("--log-samples: name the file to put them into with --output-path")
+        raise InvalidInput("--log-samples: name the file for them with --output-path")
     readme = Path(recipe.model) / "README.md"
     if card and not readme.is_file():
         raise InvalidInput(f"--card: there is no {readme}")
-    try:
-        from fbn_prune.runs.evaluate import HarnessOptions, evaluate, resolve_tasks
-    except ImportError as error:
-        raise FbnPruneError(f"{error}: pip install 'fbn-prune[eval]'") from None
-    import torch
+    from fbn_prune import api
 
-    # The harness ends its helper processes by this signal; our own way of taking it would keep them alive.
+    # The harness ends its helper processes with this signal; our own handler would keep them alive.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    device = recipe.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.float32 if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-    options = HarnessOptions(limit, num_fewshot, batch_size, log_samples, device, dtype, max_length)
-    resolved = resolve_tasks(names)
-    # The harness draws its bars wherever it runs, and prints; what goes wrong it raises.
+    options = api.HarnessOptions(
+        limit, num_fewshot, batch_size, log_samples, recipe.device, recipe.dtype, max_length
+    )
+    models = [recipe.model] if compare is None else [recipe.model, compare]
+    # The harness prints, and draws progress bars even without a terminal; it raises its errors.
     quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
     with quiet, redirect_stdout(sys.stderr):
-        evaluations = [
-            evaluate(model, resolved, options)
-            for model in (recipe.model, compare)
-            if model is not None
-        ]
+        evaluations = api.evaluate(models, names, options)
     result: dict[str, Any] = evaluations[0].to_json()
     if compare is not None:
         result["compare"] = evaluations[1].to_json()
@@ -96,10 +88,7 @@ def command(
         text = json_text.dumps(raw, indent=1, default=str, ensure_ascii=False)
         output_path.write_text(text + "\n", encoding="utf-8")
     if card:
-        from fbn_prune.runs.evaluation_card import with_evaluation
-
-        text = with_evaluation(readme.read_text(encoding="utf-8"), evaluations)
-        readme.write_text(text, encoding="utf-8")
+        api.write_evaluation_card(readme, evaluations)
     if json:
         console.print_json(result)
     else:
@@ -107,12 +96,12 @@ def command(
 
 
 def _show(evaluations: list[Evaluation]) -> None:
-    from fbn_prune.runs.evaluation_card import rows
+    from fbn_prune.api import evaluation_table
 
-    headings, body = rows(evaluations)
+    headings, rows = evaluation_table(evaluations)
     table = Table(title=" beside ".join(one.model for one in evaluations), title_justify="left")
     for place, heading in enumerate(headings):
         table.add_column(heading, justify="left" if place < 2 else "right", overflow="fold")
-    for row in body:
+    for row in rows:
         table.add_row(*row)
     console.print_table(table)

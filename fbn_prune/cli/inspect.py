@@ -1,4 +1,4 @@
-"""`fbn-prune inspect`: what the networks of an artifact are, and whether those of another are the same."""
+"""`fbn-prune inspect`: show the networks of a file, and compare them with those of other files."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from fbn_prune.cli import console
 from fbn_prune.cli.options import Json
 
 if TYPE_CHECKING:
-    from fbn_prune.networks.functional_networks import FunctionalNetworks
-    from fbn_prune.networks.structure import Recurrence
+    from fbn_prune.api import FunctionalNetworks, Recurrence
 
 Artifact = Annotated[
-    Path, typer.Argument(metavar="PATH", help="networks.safetensors, or a folder that holds one.")
+    Path, typer.Argument(metavar="PATH", help="networks.safetensors, or a folder with this file.")
 ]
-Most = Annotated[int, typer.Option("--most", min=1, help="Show this many networks.")]
+Most = Annotated[int, typer.Option("--most", min=1, help="Largest number of networks to show.")]
 Against = Annotated[
     list[Path] | None,
     typer.Option(
         "--against",
-        help="Networks to compare with: of other text, a task, or another model of the same shape; repeat for several.",
+        help="Networks to compare with: from other text, a task or another model of equal shape; repeat for several.",
     ),
 ]
 
@@ -34,9 +33,8 @@ _BARS = " ▁▂▃▄▅▆▇█"
 def command(
     path: Artifact, *, against: Against = None, json: Json = False, most: Most = 64
 ) -> None:
-    """Show the networks of an artifact: size, layers, tokens and contexts, connectivity, recurrence."""
-    from fbn_prune.networks.functional_networks import FunctionalNetworks
-    from fbn_prune.networks.structure import recurrence
+    """Show the networks of a file: size, layers, tokens and contexts, connectivity, recurrence."""
+    from fbn_prune.api import FunctionalNetworks, recurrence
 
     def file(given: Path) -> Path:
         return given / "networks.safetensors" if given.is_dir() else given
@@ -57,8 +55,20 @@ def show(
     most: int,
     others: dict[str, Recurrence] | None = None,
 ) -> None:
-    """Print the networks as a table, or as one JSON object."""
-    from fbn_prune.networks.cards import network_cards
+    """Print the networks as a table or as one JSON object.
+
+    Parameters
+    ----------
+    networks, path
+        The networks and their file.
+    json
+        Print JSON.
+    most
+        Largest number of networks to show.
+    others
+        Comparison with the networks of other files, by path.
+    """
+    from fbn_prune.api import network_cards
 
     others = others or {}
     cards = network_cards(networks)[:most]
@@ -80,7 +90,9 @@ def show(
         return
     console.print_table(_table(networks, path, cards, others))
     if "recurrence" not in networks.header:
-        console.print_line("recurrence was not measured here: `fbn-prune discover` measures it")
+        console.print_line(
+            "recurrence was not measured for this file: `fbn-prune discover` measures it"
+        )
     for name, other in others.items():
         console.print_line(_verdict(name, other))
 
@@ -122,7 +134,7 @@ def _table(
 
 
 def _profile(members: list[int]) -> str:
-    """Members by layer as a row of bars."""
+    """Return the members of each layer as a row of bars."""
     top = max(*members, 1)
     return "".join(_BARS[-(-count * (len(_BARS) - 1) // top)] for count in members)
 

@@ -1,4 +1,4 @@
-"""Flags are made from the recipe's fields, so that a flag and its recipe key cannot drift apart."""
+"""Flags that several commands share. Most are generated from the recipe's fields, so flag and recipe key agree."""
 
 from __future__ import annotations
 
@@ -10,25 +10,24 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import typer
 
-from fbn_prune.data.text_files import read_yaml
 from fbn_prune.errors import InvalidInput
-from fbn_prune.recipe import MODEL, Recipe, recipe_key
+from fbn_prune.recipe import MODEL, Recipe, recipe_setting
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Predict size, memory and time; change nothing.")
+    bool, typer.Option("--dry-run", help="Predict size, memory and time without running.")
 ]
 
 Tasks = Annotated[
     list[str] | None,
     typer.Option(
         "--tasks",
-        help="FILE.jsonl, FILE.txt, FILE.yaml, builtin (the embedded model's skills), or a name that the harness "
-        "knows; repeat, or divide by commas.",
+        help="FILE.jsonl, FILE.txt, FILE.yaml, builtin (the skills of the embedded model), or the name of a harness "
+        "task; repeat, or separate by commas.",
     ),
 ]
 Limit = Annotated[
-    float | None, typer.Option("--limit", help="Questions of each task, or a share below 1.")
+    float | None, typer.Option("--limit", help="Number of questions per task, or a share below 1.")
 ]
 Fewshot = Annotated[
     int | None, typer.Option("--num-fewshot", min=0, help="Examples in the prompt.")
@@ -36,12 +35,14 @@ Fewshot = Annotated[
 BatchSize = Annotated[str, typer.Option("--batch-size", help="A number, or auto.")]
 MaxLength = Annotated[
     int | None,
-    typer.Option("--max-length", min=1, help="Longest prompt, in tokens. Default: the model's."),
+    typer.Option(
+        "--max-length", min=1, help="Longest prompt in tokens. Default: the model's context length."
+    ),
 ]
 
 
 def task_names(tasks: list[str] | None) -> list[str]:
-    """The single names in what `--tasks` was given."""
+    """Return the single names in the values of `--tasks`."""
     return [name for entry in tasks or [] for name in entry.split(",") if name]
 
 
@@ -61,7 +62,7 @@ Private = Annotated[
         "--private",
         rich_help_panel=MODEL,
         hidden=True,
-        help="Make the Hub repository, if it is new, private.",
+        help="Make the Hub repository private if it is new.",
     ),
 ]
 
@@ -84,8 +85,8 @@ OUTPUT_FLAGS = ("output", "overwrite")
 ALL_FLAGS = tuple(Recipe.model_fields)
 
 
-def _help_all(context: typer.Context, asked: bool) -> None:
-    if asked:
+def _help_all(context: typer.Context, given: bool) -> None:
+    if given:
         for parameter in context.command.params:
             parameter.hidden = False  # type: ignore[attr-defined]
         typer.echo(context.get_help())
@@ -94,14 +95,14 @@ def _help_all(context: typer.Context, asked: bool) -> None:
 
 HelpAll = Annotated[
     bool,
-    typer.Option("--help-all", is_eager=True, callback=_help_all, help="Show all flags and leave."),
+    typer.Option("--help-all", is_eager=True, callback=_help_all, help="Show all flags and exit."),
 ]
 Set = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Set a recipe key, as refit_damping=0.01: any flag of --help-all; repeat for several.",
+        help="Set a recipe key, such as refit_damping=0.01; keys are the flags of --help-all. Repeat for several.",
     ),
 ]
 
@@ -109,11 +110,17 @@ Set = Annotated[
 def recipe_flags(
     *names: str, shown: Collection[str] = ()
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a command the flags of these recipe fields; it gets those the user set as `flags`, a dict.
+    """Return a decorator that adds the flags of recipe fields to a command.
 
-    The decorated function takes `flags` as its keyword, and any parameters of its own beside it. The command also
-    takes `--set KEY=VALUE` for the same fields, and `--help-all`, which shows the flags that `--help` leaves out:
-    those of the recipe's advanced keys, but for the ones `shown` in this command.
+    The decorated function gets the values that the user set as `flags`, a dict; it can have other parameters. The
+    command also gets `--set KEY=VALUE` for these fields, and `--help-all` to show the flags of advanced keys.
+
+    Parameters
+    ----------
+    *names
+        Fields of the recipe.
+    shown
+        Advanced keys that `--help` of this command shows as well.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -128,7 +135,7 @@ def recipe_flags(
             flags = {name: values.pop(name) for name in names}
             given = {name: value for name, value in flags.items() if value not in (None, [], ())}
             for text in set_keys or ():
-                key, value = _setting(text, names)
+                key, value = recipe_setting(text, names)
                 if key in given:
                     raise InvalidInput(f"--set {text}: {key} is given twice")
                 given[key] = value
@@ -158,17 +165,6 @@ def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, kind, default=default, annotation=annotation)
 
 
-def _setting(text: str, names: Collection[str]) -> tuple[str, Any]:
-    """The recipe key and the value that `--set` was given, the value read as in a recipe."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise InvalidInput(f"--set {text}: write KEY=VALUE")
-    try:
-        return recipe_key(name.strip(), names), read_yaml(value, text)
-    except InvalidInput as error:
-        raise InvalidInput(f"--set: {error}") from None
-
-
 def _flag(name: str, *, shown: bool) -> Any:
     field = Recipe.model_fields[name]
     default, place = field.default, field.json_schema_extra
@@ -187,7 +183,7 @@ def _flag(name: str, *, shown: bool) -> Any:
 
 
 def _flag_type(annotation: Any) -> Any:
-    """The type of the flag: as the field's, but absent (None) where the user did not give it."""
+    """Return the field's type for the flag, with None for a flag that the user did not give."""
     if get_origin(annotation) in (Union, types.UnionType):
         annotation = next(arg for arg in get_args(annotation) if arg is not type(None))
     if get_origin(annotation) is tuple:

@@ -10,49 +10,55 @@ from rich.table import Table
 from fbn_prune.cli import console
 from fbn_prune.distributed import is_first
 from fbn_prune.errors import InvalidInput
-from fbn_prune.pruning.recovery.gain import Recovery
 from fbn_prune.recipe import Recipe, build_recipe
 
 if TYPE_CHECKING:
-    from fbn_prune.runs.result import PruneResult
+    from fbn_prune.api import PruneResult, Recovery
 
 
 @dataclass(frozen=True)
 class Destination:
-    """Where on the Hub the finished output goes; no part of a recipe, so that repeating a run pushes nothing."""
+    """Hub repository for the finished output; not part of a recipe, so that `run recipe.yaml` does not push."""
 
     repo: str | None
     private: bool
 
     def __post_init__(self) -> None:
         if self.private and self.repo is None:
-            raise InvalidInput("--private: there is no --push-to-hub that it could apply to")
+            raise InvalidInput("--private needs --push-to-hub USER/NAME")
 
 
 def command(flags: dict[str, Any], *, json: bool, dry_run: bool, to: Destination) -> None:
-    """Run the job that the flags describe."""
+    """Run the main job with these flags."""
     execute(build_recipe(flags), json=json, dry_run=dry_run, to=to)
 
 
 def execute(recipe: Recipe, *, json: bool, dry_run: bool, to: Destination) -> None:
-    """Run or predict a recipe, print what came of it, and push it where that was asked for."""
+    """Run or predict a recipe and print the result; push the output to the Hub if asked.
+
+    Parameters
+    ----------
+    recipe
+        The recipe.
+    json
+        Print one JSON object.
+    dry_run
+        Predict size, memory and time only.
+    to
+        Hub repository, if any.
+    """
     if dry_run:
         if is_first():
             _predict(recipe, json=json)
         return
     if recipe.output is None:
         raise InvalidInput("--output is missing: name the folder to write, or add --dry-run")
-    from fbn_prune.progress import StageClock
-    from fbn_prune.runs.prune import (
-        run_prune,  # torch takes seconds to import, and --help needs none of it
-    )
+    from fbn_prune import api  # loads torch, which takes seconds; --help does without
 
     if to.repo is not None and is_first():
-        from fbn_prune.export.hub import check_push
-
-        check_push(to.repo, overwrite=recipe.overwrite)
+        api.check_push(to.repo, overwrite=recipe.overwrite)
     display = console.display()
-    result = run_prune(recipe, StageClock(display))
+    result = api.prune_checkpoint(recipe=recipe, display=display)
     if not is_first():
         return
     if json:
@@ -60,15 +66,12 @@ def execute(recipe: Recipe, *, json: bool, dry_run: bool, to: Destination) -> No
     else:
         _print_result(recipe, result)
     if to.repo is not None:
-        from fbn_prune.export.hub import push
-        from fbn_prune.runs.result import tool_version
-
-        address = push(
+        address = api.push_to_hub(
             recipe.output,
             to.repo,
             private=to.private,
             overwrite=recipe.overwrite,
-            message=f"Pruned with fbn-prune {tool_version()}",
+            message=f"Pruned with fbn-prune {api.tool_version()}",
         )
         display.note(f"pushed to {address}")
 
@@ -124,16 +127,15 @@ def _widths(widths: list[int], rule: str) -> str:
 
 def print_version() -> None:
     """Print the installed version."""
-    from fbn_prune.runs.result import tool_version
+    from fbn_prune.api import tool_version
 
     console.print_line(tool_version())
 
 
 def _predict(recipe: Recipe, *, json: bool) -> None:
-    from fbn_prune.runs.dry_run import plan
-    from fbn_prune.runs.setup import prepare
+    from fbn_prune.api import predict
 
-    predicted = plan(prepare(recipe))
+    predicted = predict(recipe)
     if json:
         console.print_json(predicted.to_json())
         return
@@ -162,8 +164,8 @@ def _predict(recipe: Recipe, *, json: bool) -> None:
         about("bytes_after", console.size(predicted.bytes_after)),
     )
     for key, value in predicted.same_budget.items():
-        words = console.size(int(value)) if key == "target_size" else f"{value:,}"
-        table.add_row(f"  as --{key.replace('_', '-')}", "", about("same_budget", words))
+        shown = console.size(int(value)) if key == "target_size" else f"{value:,}"
+        table.add_row(f"  as --{key.replace('_', '-')}", "", about("same_budget", shown))
     table.add_row("peak memory", "", f"about {console.size(predicted.peak_memory_bytes)}")
     table.add_row("", "", predicted.memory)
     low, high = predicted.seconds_low, predicted.seconds_high
@@ -171,6 +173,8 @@ def _predict(recipe: Recipe, *, json: bool) -> None:
     table.add_row(
         "time",
         "",
-        f"roughly {low:.0f} to {high:.0f} s" if known else "unknown: no layer of it runs here",
+        f"roughly {low:.0f} to {high:.0f} s"
+        if known
+        else "unknown: no layer could be timed on this machine",
     )
     console.print_table(table)

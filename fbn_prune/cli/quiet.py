@@ -1,6 +1,6 @@
-"""What the libraries below say of themselves is kept from the command line; our own warnings are one line each.
+"""Silence the log messages and warnings of other libraries during a command; print our own warnings as one line.
 
-Nothing is changed by an import, and what is changed for a command is as it was after it.
+All settings are restored after the command.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import TextIO
 from fbn_prune.distributed import is_first
 
 VERBOSITY = "TRANSFORMERS_VERBOSITY"
-"""Who sets this variable wants to hear transformers, and does."""
+"""If the user sets this variable, the messages of transformers are shown."""
 
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """For the time of a command: transformers logs nothing, and of Python's warnings only ours are shown, each once.
+    """Silence transformers, and show only the warnings of this package, each once.
 
-    Warnings that were asked for (`python -W`, PYTHONWARNINGS) are shown as Python shows them.
+    Warnings that the user enables (`python -W`, PYTHONWARNINGS) are shown as usual.
     """
     with _quiet_transformers(), warnings.catch_warnings():
         shown: set[str] = set()
@@ -57,7 +57,7 @@ def _quiet_transformers() -> Iterator[None]:
     if VERBOSITY in os.environ:
         yield
         return
-    # The variable is for an import that is still to come, the level for one that has been.
+    # transformers reads the variable when it is imported; afterwards only the level has an effect.
     logger = logging.getLogger("transformers")
     level = logger.level
     os.environ[VERBOSITY] = "critical"

@@ -1,4 +1,4 @@
-"""`fbn-prune rank`: the networks of a model in the order in which they would be kept."""
+"""`fbn-prune rank`: list the networks of a model in the order in which they would be kept."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from fbn_prune.recipe import build_recipe
 _UNITS = {
     "energy": "output energy",
     "knockout": "loss rise (nats)",
-    "task": "standard deviations off generic text",
+    "task": "standard deviations from generic text",
 }
 
 
 @recipe_flags(*STUDY_FLAGS, shown=("networks_from", "rank"))
 def command(*, json: Json = False, flags: dict[str, Any]) -> None:
-    """Order the networks of a model: by output energy, by knock-out, or by a task."""
+    """Rank the networks of a model by output energy, by knock-out, or by a task."""
     recipe = build_recipe(flags)
-    from fbn_prune.progress import StageClock
-    from fbn_prune.runs.study import run_rank
+    from fbn_prune import api
 
-    ranking = run_rank(recipe, StageClock(console.display()))
+    ranking = api.rank(recipe, display=console.display())
     if json:
         console.print_json(ranking.to_json())
         return

@@ -1,4 +1,4 @@
-"""`fbn-prune run RECIPE.yaml`: the main job as a recipe describes it; flags given beside it win."""
+"""`fbn-prune run RECIPE.yaml`: run the main job from a recipe file; flags override the file."""
 
 from __future__ import annotations
 
@@ -24,6 +24,6 @@ def command(
     private: Private = False,
     flags: dict[str, Any],
 ) -> None:
-    """Run the main job as a recipe describes it; flags given beside it win."""
+    """Run the main job from a recipe file; flags override the file."""
     to = prune.Destination(push_to_hub, private)
     prune.execute(load_recipe(recipe, flags), json=json, dry_run=dry_run, to=to)

@@ -1,4 +1,4 @@
-"""`fbn-prune work list|clean DIR`: what unfinished runs have left to go on from."""
+"""`fbn-prune work list|clean DIR`: list or remove the stored stages of unfinished runs."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from fbn_prune.cli.options import Json
 
 Folder = Annotated[
     Path,
-    typer.Argument(metavar="DIR", help="A work directory, or the folder that outputs are in."),
+    typer.Argument(metavar="DIR", help="A work directory, or the folder that contains outputs."),
 ]
 
-app = typer.Typer(help="List or remove what unfinished runs have left to go on from.")
+app = typer.Typer(help="List or remove the stored stages of unfinished runs.")
 
 
 @app.command("list")
 def list_runs(folder: Folder = Path("."), *, json: Json = False) -> None:
-    """List the unfinished runs in a work directory, or beside the outputs in a folder."""
-    from fbn_prune.runs.unfinished import unfinished
+    """List the unfinished runs in a work directory, or of the outputs in a folder."""
+    from fbn_prune import api
 
-    runs = unfinished(folder)
+    runs = api.unfinished_runs(folder)
     if json:
         rows = [asdict(run) | {"folder": str(run.folder)} for run in runs]
         console.print_json({"runs": rows})
@@ -47,11 +47,11 @@ def list_runs(folder: Folder = Path("."), *, json: Json = False) -> None:
 
 @app.command("clean")
 def clean_runs(folder: Folder = Path(".")) -> None:
-    """Remove the unfinished runs that no process is at work on."""
-    from fbn_prune.runs.unfinished import clean
+    """Remove the unfinished runs that no process works on."""
+    from fbn_prune import api
 
-    removed, left = clean(folder)
+    removed, left = api.clean_runs(folder)
     size = console.size(sum(run.bytes for run in removed))
     console.print_line(f"removed {len(removed)} unfinished runs, {size}")
     for run in left:
-        console.print_line(f"in use, left: {run.folder}")
+        console.print_line(f"in use, not removed: {run.folder}")

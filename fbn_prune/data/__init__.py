@@ -1,1 +1,1 @@
-"""Text: calibration sources, task examples, harness tasks, and the embedded data."""
+"""Text data: calibration sources, task examples, tasks of lm-evaluation-harness, and the built-in data."""

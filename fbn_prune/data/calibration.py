@@ -1,8 +1,8 @@
-"""Any text source -> blocks of tokens with a fingerprint, split into a calibrating and a held-out part.
+"""Turn text into blocks of tokens, and split them into calibration data and a held-out share.
 
-A block never crosses the border of a document and is at most one context long, so what the statistics see is what
-the model sees in use. Blocks are right-padded in a batch; under a causal mask padding cannot reach the tokens before
-it, so no attention mask is needed and padded positions are simply left out of every statistic.
+A block lies within one document and is at most one context long, so the statistics come from inputs like those the
+model sees in use. Blocks in a batch are right-padded; under a causal mask padding does not affect the tokens before it,
+so no attention mask is needed, and statistics leave padded positions out.
 """
 
 from __future__ import annotations
@@ -11,25 +11,21 @@ import hashlib
 import json
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from fbn_prune.data.documents import read_documents
 from fbn_prune.data.given import GivenData
-from fbn_prune.data.text_files import is_text
 from fbn_prune.errors import InvalidInput
 
 MIN_BLOCK_TOKENS = 4
-LONGEST_LINE = 64 * 2**20
-"""Characters of a line of JSON: a file without line ends is not read into memory whole."""
-
 CHARACTERS_READ_PER_TOKEN = 16
-"""How much text is read for each token of the budget: about four times what the tokens need, so that blocks are a
-sample of the text and not its beginning, and no more, so that a huge file costs no more than a small one."""
+"""Characters of text read for each token of the budget: about four times as many as the tokens have, so that the blocks
+are sampled from more than the beginning of the text."""
 
 
 class Tokenizer(Protocol):
@@ -40,9 +36,16 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded blocks: `input_ids` int64 [blocks, length], `valid` bool of the same shape.
+    """Right-padded blocks of tokens.
 
-    `weights`, float64 [blocks], says how often each block's tokens count in statistics; None is once.
+    Attributes
+    ----------
+    input_ids
+        int64 [blocks, length].
+    valid
+        bool [blocks, length]: false for padding.
+    weights
+        float64 [blocks]: the weight of each block's tokens in statistics; None means 1.
     """
 
     input_ids: Tensor
@@ -55,7 +58,7 @@ class Batch:
 
     @property
     def token_weights(self) -> Tensor | None:
-        """The weight of every valid token, float64 [tokens], in order; None where all count once."""
+        """The weight of every valid token in order, float64 [tokens]; None if all are 1."""
         if self.weights is None:
             return None
         return self.weights[:, None].expand(self.valid.shape)[self.valid]
@@ -63,9 +66,18 @@ class Batch:
 
 @dataclass(frozen=True)
 class TokenBlocks:
-    """Blocks of token ids (int64, each at most `context` long) and where they came from.
+    """Blocks of token ids and the names of their sources.
 
-    `weights`, one number a block, says how often its tokens count in statistics; None is once.
+    Attributes
+    ----------
+    blocks
+        int64 [length] each.
+    context
+        The largest length of a block.
+    sources
+        Names of the sources.
+    weights
+        The weight of each block's tokens in statistics; None means 1.
     """
 
     blocks: tuple[Tensor, ...]
@@ -79,7 +91,7 @@ class TokenBlocks:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the context length and of every block, in order, with the weights if there are."""
+        """SHA-256 of the context length, the weights if there are any, and all blocks in order."""
         digest = hashlib.sha256(f"context={self.context}".encode())
         if self.weights is not None:
             digest.update(json.dumps(self.weights).encode())
@@ -109,11 +121,11 @@ class TokenBlocks:
         return batches
 
     def batch_order(self) -> list[int]:
-        """The blocks' indices in the order in which :meth:`batches` goes through them, whatever the batch size."""
+        """Return the blocks' indices in the order of :meth:`batches`, which does not depend on the batch size."""
         return sorted(range(len(self.blocks)), key=lambda i: -len(self.blocks[i]))
 
     def subset(self, tokens: int) -> TokenBlocks:
-        """The first blocks that together hold at least `tokens` tokens (all, if there are fewer)."""
+        """Return the first blocks with together at least `tokens` tokens, or all blocks if they have fewer."""
         taken, count = 0, 0
         while taken < len(self.blocks) and count < tokens:
             count += len(self.blocks[taken])
@@ -121,13 +133,13 @@ class TokenBlocks:
         return self.chosen(range(taken))
 
     def split(self, every: int) -> tuple[TokenBlocks, TokenBlocks]:
-        """All blocks but each `every`-th one, and those: a share to try on what the others have shaped."""
-        apart = [index for index in range(len(self.blocks)) if index % every == 0]
+        """Return (the other blocks, every `every`-th block); the second part can validate results of the first."""
+        validation = [index for index in range(len(self.blocks)) if index % every == 0]
         rest = [index for index in range(len(self.blocks)) if index % every]
-        return self.chosen(rest), self.chosen(apart)
+        return self.chosen(rest), self.chosen(validation)
 
     def chosen(self, indices: Sequence[int]) -> TokenBlocks:
-        """Some of the blocks, with their weights."""
+        """Return the blocks of these indices with their weights."""
         blocks = tuple(self.blocks[index] for index in indices)
         weights = self.weights
         chosen = None if weights is None else tuple(weights[index] for index in indices)
@@ -136,149 +148,30 @@ class TokenBlocks:
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """What calibrates and what is held out for the before and after figures; no block is in both."""
+    """Blocks for calibration, and held-out blocks to measure perplexity before and after; no block is in both."""
 
     calibrating: TokenBlocks
     held_out: TokenBlocks
 
 
-def read_documents(source: str | GivenData, *, characters: int, seed: int = 0) -> Iterator[str]:
-    """Yield the documents of one source, about `characters` characters at most.
+def tokenize_document(tokenizer: Tokenizer, document: str, context: int) -> list[Tensor]:
+    """Split a document into blocks of at most `context` tokens, int64 [length] each.
 
-    A text file is one document, a folder one document a file (``*.txt``, ``*.md``, ``*.py``, ``*.rst`` and
-    ``*.jsonl``, in an order drawn by `seed`), JSON lines one document a line.
+    Every block starts with the tokens that the tokenizer puts before a text (a BOS, or none), like the inputs the model
+    sees in use. Blocks of fewer than `MIN_BLOCK_TOKENS` tokens are dropped.
 
     Raises
     ------
     InvalidInput
-        The source is missing, unreadable, not UTF-8, or a line is no JSON object with the field.
-    """
-    left = characters
-    for document in _documents_of(source, characters, seed):
-        if left <= 0:
-            return
-        if not document.strip():
-            continue
-        yield document[:left]
-        left -= len(document)
-
-
-def _documents_of(source: str | GivenData, characters: int, seed: int) -> Iterator[str]:
-    if isinstance(source, GivenData):
-        yield from source.documents
-    elif source == "builtin":
-        from fbn_prune.data import builtin
-
-        files = builtin.calibration_files()
-        for path in files.values():
-            yield from read_documents(str(path), characters=characters // len(files), seed=seed)
-    elif source.startswith("hf:"):
-        yield from _hub_documents(source)
-    else:
-        yield from _local_documents(source, characters, seed)
-
-
-def _local_documents(source: str, characters: int, seed: int) -> Iterator[str]:
-    path, field = _split_field(source)
-    if path.is_dir():
-        suffixes = {".txt", ".md", ".py", ".rst", ".jsonl"}
-        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in suffixes)
-        if not files:
-            raise InvalidInput(f"calibration folder {path} holds no .txt, .md, .rst, .py or .jsonl")
-        random.Random(seed).shuffle(files)
-        for file in files:
-            yield from _local_documents(str(file), characters, seed)
-    elif not path.exists():
-        raise InvalidInput(f"calibration source {source!r} does not exist")
-    elif path.suffix == ".jsonl":
-        yield from _json_lines(path, field)
-    else:
-        yield _read_text(path, characters)
-
-
-def _split_field(source: str) -> tuple[Path, str]:
-    head, separator, field = source.rpartition(":")
-    if separator and head.endswith(".jsonl"):
-        return Path(head), field
-    return Path(source), "text"
-
-
-def _read_text(path: Path, characters: int) -> str:
-    try:
-        with path.open(encoding="utf-8") as file:
-            return file.read(characters)
-    except UnicodeDecodeError as error:
-        raise InvalidInput(f"calibration file {path} is not UTF-8 text: {error.reason}") from None
-    except OSError as error:
-        raise InvalidInput(f"cannot read calibration file {path}: {error.strerror}") from None
-
-
-def _json_lines(path: Path, field: str) -> Iterator[str]:
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), ""), 1):
-                if len(line) == LONGEST_LINE:
-                    raise InvalidInput(
-                        f"{path}, line {number}: longer than {LONGEST_LINE:,} characters"
-                    )
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except (json.JSONDecodeError, RecursionError, ValueError):
-                    raise InvalidInput(f"{path}, line {number}: not JSON") from None
-                if not isinstance(record, dict) or not isinstance(record.get(field), str):
-                    have = ", ".join(sorted(record)) if isinstance(record, dict) else "no object"
-                    raise InvalidInput(
-                        f"{path}, line {number}: no text field {field!r} (found: {have}); "
-                        f"name it as {path}:FIELD"
-                    )
-                if not is_text(record[field]):
-                    raise InvalidInput(
-                        f"{path}, line {number}: a NUL, or half a character (a lone surrogate), in {field!r}"
-                    )
-                yield record[field]
-    except UnicodeDecodeError as error:
-        raise InvalidInput(f"calibration file {path} is not UTF-8 text: {error.reason}") from None
-    except OSError as error:
-        raise InvalidInput(f"cannot read calibration file {path}: {error.strerror}") from None
-
-
-def _hub_documents(source: str) -> Iterator[str]:
-    """Documents of `hf:dataset[:config[:split[:field]]]`, streamed through `datasets`."""
-    name, *rest = source.removeprefix("hf:").split(":")
-    config, split, field = [*rest, "", "", ""][:3]
-    split, field = split or "train", field or "text"
-    if not name or len(rest) > 3:
-        raise InvalidInput(f"{source!r}: write hf:dataset[:config[:split[:field]]]")
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(name, config or None, split=split, streaming=True)
-        for row in rows:
-            if not isinstance(row.get(field), str):
-                raise InvalidInput(
-                    f"{source}: no text field {field!r}; fields: {', '.join(sorted(row))}"
-                )
-            yield row[field]
-    except InvalidInput:
-        raise
-    except Exception as error:  # the hub, the network and a data set's own files fail in many ways
-        line = " ".join(str(error).split())
-        raise InvalidInput(f"cannot load data set {source}: {line[:300]}") from None
-
-
-def tokenize_document(tokenizer: Tokenizer, document: str, context: int) -> list[Tensor]:
-    """Cut one document into blocks of `context` tokens.
-
-    Every block opens with the tokens that the tokenizer itself puts before a text (a BOS, or none), because a block
-    stands for a whole context as the model meets it.
+        `context` has no room beside the special tokens.
     """
     ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
     prefix = _prefix_ids(tokenizer)
     body = context - len(prefix)
     if body < 1:
-        raise InvalidInput(f"context {context} leaves no room beside {len(prefix)} special tokens")
+        raise InvalidInput(
+            f"context {context} leaves no room beside {len(prefix)} special tokens: give a larger --context"
+        )
     blocks = [prefix + list(ids[start : start + body]) for start in range(0, len(ids), body)]
     return [
         torch.tensor(block, dtype=torch.int64) for block in blocks if len(block) >= MIN_BLOCK_TOKENS
@@ -304,54 +197,60 @@ def calibration_data(
     seed: int,
     vocabulary: int,
 ) -> CalibrationData:
-    """Sample about `tokens` calibration tokens, evenly over the sources, and hold out a share beside them.
+    """Sample about `tokens` calibration tokens evenly from the sources, and a held-out share in addition.
 
     Parameters
     ----------
+    sources
+        Names of sources as on the command line, or data given in Python.
+    tokenizer
+        The model's tokenizer.
+    tokens
+        Number of calibration tokens.
     context
-        Tokens of a block; the caller has checked it against the model's.
+        Most tokens of a block; the caller has checked that the model supports it.
     held_out
-        Held-out tokens as a share of all sampled tokens, at least one block.
+        Held-out tokens as a share of all sampled tokens; at least one block of each source is held out.
+    seed
+        Seed of the sample.
     vocabulary
-        Ids at or above this are refused.
+        Number of the model's embeddings; larger token ids are refused.
 
     Raises
     ------
     InvalidInput
-        Empty text, text shorter than one block, or a tokenizer whose ids do not fit the model.
+        A source has no text or fewer than two blocks, or the tokenizer's ids do not fit the model.
     """
     if not sources:
-        raise InvalidInput("no calibration source given")
+        raise InvalidInput("no calibration source given: name one with --calibration")
     share = tokens / len(sources)
     characters = int(share / (1 - held_out) + context) * CHARACTERS_READ_PER_TOKEN
     held: list[Tensor] = []
     candidates: list[list[Tensor]] = []
     names = tuple(source.name if isinstance(source, GivenData) else source for source in sources)
-    for index, given in enumerate(sources):
-        source = names[index]
-        blocks = _source_blocks(given, tokenizer, characters, context, seed)
-        _check_ids(blocks, vocabulary, source)
+    for index, (source, name) in enumerate(zip(sources, names, strict=True)):
+        blocks = _source_blocks(source, tokenizer, characters, context, seed)
+        _check_ids(blocks, vocabulary, name)
         available = sum(len(block) for block in blocks)
         if available < context or len(blocks) < 2:
             raise InvalidInput(
-                f"calibration source {source!r} is too short: {available} tokens in {len(blocks)} "
+                f"calibration source {name!r} is too short: {available} tokens in {len(blocks)} "
                 f"blocks, where two blocks of up to {context} are needed (one is held out): "
                 "give more text or a smaller --context"
             )
         random.Random(f"{seed}/{index}").shuffle(blocks)
-        ours = _take(blocks[:-1], held_out * min(available, share / (1 - held_out)))
-        held.extend(ours)
-        candidates.append(blocks[len(ours) :])
-    seen = {bytes(block.numpy()) for block in held}
+        source_held = _take(blocks[:-1], held_out * min(available, share / (1 - held_out)))
+        held.extend(source_held)
+        candidates.append(blocks[len(source_held) :])
+    held_bytes = {bytes(block.numpy()) for block in held}
     calibrating: list[Tensor] = []
-    for source, blocks in zip(names, candidates, strict=True):
-        fresh = [block for block in blocks if bytes(block.numpy()) not in seen]
-        if not fresh:
+    for name, blocks in zip(names, candidates, strict=True):
+        unseen = [block for block in blocks if bytes(block.numpy()) not in held_bytes]
+        if not unseen:
             raise InvalidInput(
-                f"calibration source {source!r} repeats what is held out and nothing else: "
-                "give text that differs"
+                f"calibration source {name!r} has no blocks that differ from the held-out ones: give more varied text"
             )
-        calibrating.extend(_take(fresh, share))
+        calibrating.extend(_take(unseen, share))
     random.Random(f"{seed}/order").shuffle(calibrating)
     return CalibrationData(
         TokenBlocks(tuple(calibrating), context, names), TokenBlocks(tuple(held), context, names)
@@ -359,12 +258,12 @@ def calibration_data(
 
 
 def all_blocks(source: str | GivenData, tokenizer: Tokenizer, context: int) -> TokenBlocks:
-    """Every block of a source, in the order of its text.
+    """Return all blocks of a source in the order of its text.
 
     Raises
     ------
     InvalidInput
-        The source cannot be read, or gives no block.
+        The source cannot be read, or has no block.
     """
     name = source.name if isinstance(source, GivenData) else source
     blocks = _source_blocks(source, tokenizer, sys.maxsize, context, seed=0)
@@ -385,10 +284,10 @@ def _source_blocks(
             empty = False
             blocks.extend(tokenize_document(tokenizer, document, context))
         if empty:
-            raise InvalidInput(f"calibration source {name!r} holds no text")
+            raise InvalidInput(f"calibration source {name!r} has no text")
     if not blocks:
         raise InvalidInput(
-            f"calibration source {name!r}: no document gives {MIN_BLOCK_TOKENS} tokens"
+            f"calibration source {name!r}: every document has fewer than {MIN_BLOCK_TOKENS} tokens"
         )
     return blocks
 
@@ -397,13 +296,13 @@ def _check_ids(blocks: Sequence[Tensor], vocabulary: int, source: str) -> None:
     highest = max(int(block.max()) for block in blocks)
     if highest >= vocabulary:
         raise InvalidInput(
-            f"the tokenizer gives id {highest} for {source!r}, but the model's vocabulary has "
-            f"{vocabulary}: tokenizer and model do not belong together"
+            f"the tokenizer returns the id {highest} for {source!r}, but the model's vocabulary has only "
+            f"{vocabulary}: use the model's own tokenizer"
         )
 
 
 def _take(blocks: Sequence[Tensor], tokens: float) -> list[Tensor]:
-    """The first blocks up to `tokens` tokens, at least one."""
+    """The first blocks with together about `tokens` tokens, at least one block."""
     taken: list[Tensor] = []
     count = 0
     for block in blocks:

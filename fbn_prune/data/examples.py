@@ -1,11 +1,11 @@
-"""A task as the user has it: a few examples in JSON lines, and perhaps questions that must stay unseen.
+"""Read a task's examples from JSON lines, and keep test questions out of calibration.
 
-A line is ``{"text": ...}``, or ``{"question": ..., "answer": ...}``, which is read as the question with the answer
-right behind it (a space between them belongs to one of the two) and the line's end.
+A line is ``{"text": ...}`` or ``{"question": ..., "answer": ...}``. The second form becomes the question, the answer
+directly after it (any space between them must be part of one of the two), and a line end.
 
-Test questions must never calibrate. That is checked on texts, not on file names: an example that is also a test
-question is refused, a generic block that holds a test question is left out, and a pruned checkpoint carries the
-fingerprints of the examples it was made from, so that an evaluation can check in its turn.
+Test questions must not be used for calibration. The check compares texts, not file names: an example that contains a
+test question is refused, and a generic block that contains one is left out. A pruned checkpoint records fingerprints of
+its examples, so that an evaluation can check its questions against them.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ from fbn_prune.data.text_files import is_text, read_text
 from fbn_prune.errors import InvalidInput
 
 MOST_BYTES = 64 * 2**20
-"""A few examples are no more than that."""
+"""Largest task file that is read."""
 
 RECORD_NAME = "task.json"
-"""File of a pruned checkpoint that says which examples were seen."""
+"""The file in a pruned checkpoint that records the examples used."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One example: all of its text, and what in it is asked (all of it where nothing is marked as a question)."""
+    """One example: its whole text, and its question (the whole text if no question is marked)."""
 
     text: str
     question: str
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of what is asked, in lower case and with single spaces."""
+        """The :func:`fingerprint` of the question."""
         return fingerprint(self.question)
 
 
 def fingerprint(question: str) -> str:
-    """SHA-256 of a question, in lower case and with single spaces."""
+    """Return the SHA-256 of a question in lower case with single spaces."""
     return hashlib.sha256(_normal(question).encode()).hexdigest()
 
 
 def question_of(record: dict[str, Any]) -> str | None:
-    """What a line of a task file, or a document of a data set, asks; None where it asks nothing."""
+    """Return the question of a line of a task file or a document of a data set; None if no field has one."""
     for field in ("question", "question_stem", "goal", "sentence", "context", "text"):
         if isinstance(record.get(field), str):
             return str(record[field])
@@ -60,7 +60,7 @@ def read_examples(path: Path) -> list[Example]:
     Raises
     ------
     InvalidInput
-        The file is missing, empty, no UTF-8, or a line of it is no example.
+        The file is missing, empty or not UTF-8, or a line is not an example.
     """
     lines = read_text(path, f"task file {path}", most_bytes=MOST_BYTES).split("\n")
     examples = [
@@ -69,7 +69,7 @@ def read_examples(path: Path) -> list[Example]:
         if line.strip()
     ]
     if not examples:
-        raise InvalidInput(f"task file {path} holds no examples")
+        raise InvalidInput(f"task file {path} has no examples")
     return examples
 
 
@@ -82,46 +82,44 @@ def _example(line: str, where: str) -> Example:
     question, answer, text = (fields.get(key) for key in ("question", "answer", "text"))
     for value in (question, answer, text):
         if isinstance(value, str) and not is_text(value):
-            raise InvalidInput(f"{where}: a NUL, or half a character (a lone surrogate)")
+            raise InvalidInput(f"{where}: contains a NUL or a lone surrogate")
     if isinstance(question, str) and isinstance(answer, str) and question.strip():
         return Example(f"{question}{answer}\n", question)
     if isinstance(text, str) and text.strip():
         return Example(text, text)
     have = ", ".join(sorted(fields)) or "no object"
-    raise InvalidInput(
-        f"{where}: neither a text nor a question and an answer, as strings (found: {have})"
-    )
+    raise InvalidInput(f"{where}: give a text, or question and answer, as strings (found: {have})")
 
 
 def example_blocks(
     examples: Sequence[Example], tokenizer: Tokenizer, *, context: int, vocabulary: int, source: str
 ) -> TokenBlocks:
-    """The examples as blocks; one longer than a context gives several.
+    """Return the examples as blocks of at most `context` tokens; a longer example gives several blocks.
 
     Raises
     ------
     InvalidInput
-        No example gives a block, or the tokenizer's ids do not fit the model.
+        All examples are too short for a block, or the tokenizer's ids do not fit the model.
     """
     blocks = [b for one in examples for b in tokenize_document(tokenizer, one.text, context)]
     if not blocks:
-        raise InvalidInput(f"{source}: no example gives {MIN_BLOCK_TOKENS} tokens")
+        raise InvalidInput(f"{source}: every example has fewer than {MIN_BLOCK_TOKENS} tokens")
     highest = max(int(block.max()) for block in blocks)
     if highest >= vocabulary:
         raise InvalidInput(
-            f"{source}: the tokenizer gives id {highest}, but the model's vocabulary has {vocabulary}"
+            f"{source}: the tokenizer returns the id {highest}, but the model's vocabulary has only {vocabulary}"
         )
     return TokenBlocks(tuple(blocks), context, (source,))
 
 
 class TestQuestions:
-    """The questions of a test, to be found again in whatever is to calibrate.
+    """The questions of a test, to be searched for in calibration text.
 
-    A question counts as held by a text where its words stand there, whatever the case and the spaces between them, and
-    not as part of longer words or numbers.
+    A text contains a question if the question's words occur in it, ignoring case and spacing, and not as part of longer
+    words or numbers.
     """
 
-    __test__ = False  # no test case, whatever its name starts with
+    __test__ = False  # pytest would collect the class by its name
 
     def __init__(self, test: Iterable[Example]) -> None:
         test = list(test)
@@ -133,56 +131,50 @@ class TestQuestions:
         return any(q in normal and _stands_alone(normal, q) for q in self._questions)
 
     def in_example(self, example: Example) -> bool:
-        """Whether an example asks one of the questions, or one of them stands somewhere in it."""
+        """Whether an example asks or contains one of the questions."""
         return example.fingerprint in self._fingerprints or self.in_text(example.text)
 
 
 def require_unseen(
     examples: Iterable[Example], test: Iterable[Example], names: tuple[str, str]
 ) -> None:
-    """Refuse examples that ask or hold a test question; `names` are the two files', for the error.
-
-    Raises
-    ------
-    InvalidInput
-    """
-    asked = TestQuestions(test)
+    """Raise InvalidInput if an example asks or contains a test question; `names` are the two files' names."""
+    questions = TestQuestions(test)
     for number, one in enumerate(examples, 1):
-        if asked.in_example(one):
+        if questions.in_example(one):
             shown = _normal(one.question)[:60]
             raise InvalidInput(
-                f"example {number} of {names[0]} ({shown!r}) is or holds a test question of {names[1]}: "
-                "take it out of one of them"
+                f"example {number} of {names[0]} ({shown!r}) is or contains a test question of {names[1]}: "
+                "remove it from one of them"
             )
 
 
 def without_questions(
     blocks: TokenBlocks, test: Sequence[Example], tokenizer: Any
 ) -> tuple[TokenBlocks, int]:
-    """Blocks that hold none of the test questions, and how many were left out.
+    """Return the blocks that contain none of the test questions, and the number of blocks left out.
 
     Raises
     ------
     InvalidInput
         No block is left.
     """
-    asked = TestQuestions(test)
-    free = [
-        place
-        for place, block in enumerate(blocks.blocks)
-        if not asked.in_text(tokenizer.decode(block, skip_special_tokens=True))
+    questions = TestQuestions(test)
+    kept = [
+        block
+        for block in blocks.blocks
+        if not questions.in_text(tokenizer.decode(block, skip_special_tokens=True))
     ]
-    if not free:
+    if not kept:
         raise InvalidInput(
-            "every calibration block holds a test question: calibrate on text that the test was "
-            "not made from"
+            "every calibration block contains a test question: calibrate on text that the test was not made from"
         )
-    kept = TokenBlocks(tuple(blocks.blocks[i] for i in free), blocks.context, blocks.sources)
-    return kept, len(blocks.blocks) - len(free)
+    left_out = len(blocks.blocks) - len(kept)
+    return TokenBlocks(tuple(kept), blocks.context, blocks.sources), left_out
 
 
 def record(examples: Sequence[Example], *, source: str, tokens: int, networks: list[int]) -> str:
-    """JSON text of what was seen of a task: the content of `task.json`."""
+    """Return the content of `task.json`, the record of the task's examples that a run used."""
     content = {
         "file": source,
         "examples": len(examples),
@@ -194,7 +186,7 @@ def record(examples: Sequence[Example], *, source: str, tokens: int, networks: l
 
 
 def recorded_fingerprints(checkpoint: Path) -> set[str]:
-    """Fingerprints of the questions that a checkpoint was made from; empty where there is no record."""
+    """Return the fingerprints of the questions in a checkpoint's `task.json`; empty if there is no such file."""
     path = checkpoint / RECORD_NAME
     if not path.is_file():
         return set()
@@ -202,7 +194,7 @@ def recorded_fingerprints(checkpoint: Path) -> set[str]:
         found = json.loads(read_text(path, str(path), most_bytes=MOST_BYTES))["questions_sha256"]
         return {str(one) for one in found}
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise InvalidInput(f"{path} is damaged: it should say which examples were seen") from None
+        raise InvalidInput(f"{path} is damaged: it should list the examples used") from None
 
 
 def _normal(text: str) -> str:
@@ -210,7 +202,7 @@ def _normal(text: str) -> str:
 
 
 def _stands_alone(text: str, question: str) -> bool:
-    """Whether `question` occurs in `text` and is not part of longer words or numbers there."""
+    """Whether `question` occurs in `text` other than as part of longer words or numbers."""
     start = text.find(question)
     while start >= 0:
         stop = start + len(question)

@@ -1,4 +1,4 @@
-"""Calibration data handed over in Python instead of named: strings, a `datasets.Dataset`, or batches of token ids."""
+"""Accept calibration data as Python objects: strings, a `datasets.Dataset`, or batches of token ids."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from fbn_prune.errors import InvalidInput
 
 @dataclass(frozen=True)
 class GivenData:
-    """One source of calibration data: documents to tokenize, or token ids as they are.
+    """One source of calibration data: documents to tokenize, or token ids.
 
     Attributes
     ----------
     name
-        What reports call it.
+        The source's name in reports.
     documents
-        Texts, each a document; empty where token ids are given.
+        The documents' texts; empty if token ids are given.
     rows
         Token ids, int64 [length] each.
     """
@@ -42,11 +42,11 @@ class GivenData:
 
 
 Dataset = str | Sequence[str] | Iterable[Any]
-"""What :func:`as_source` takes."""
+"""Types that :func:`as_source` accepts."""
 
 
 def as_source(dataset: Dataset, *, tokens: int, column: str = "text") -> str | GivenData:
-    """A calibration source made of a Python object.
+    """Make a calibration source from a Python object.
 
     Parameters
     ----------
@@ -56,14 +56,14 @@ def as_source(dataset: Dataset, *, tokens: int, column: str = "text") -> str | G
         `torch.utils.data.DataLoader`: tensors int64 [blocks, length] or [length], or mappings with `input_ids` and,
         where rows are padded, `attention_mask`.
     tokens
-        Token ids are read until there are so many.
+        Number of token ids after which reading stops.
     column
         The text column of a `datasets.Dataset`.
 
     Raises
     ------
     InvalidInput
-        The object is none of these, or holds nothing.
+        The object is of another type, or empty.
     """
     if isinstance(dataset, str):
         return dataset
@@ -89,7 +89,7 @@ def _of_table(table: Any, tokens: int, column: str) -> GivenData:
         raise InvalidInput(f"dataset has no column {column!r} (found: {', '.join(names)})")
     texts = tuple(table[column])
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise InvalidInput(f"dataset: the column {column!r} is empty or holds other than text")
+        raise InvalidInput(f"dataset: the column {column!r} is empty or not all text")
     return GivenData(f"{len(texts)} documents", documents=texts)
 
 
@@ -103,7 +103,7 @@ def _first_rows(batches: Iterable[Any], tokens: int) -> tuple[Tensor, ...]:
         if count >= tokens:
             break
     if not rows:
-        raise InvalidInput("dataset gives no batch of token ids")
+        raise InvalidInput("dataset has no batch of token ids")
     return tuple(rows)
 
 
@@ -112,7 +112,7 @@ def _rows(batch: Any) -> Iterator[Tensor]:
     if isinstance(batch, Mapping):
         if "input_ids" not in batch:
             found = ", ".join(map(str, batch))
-            raise InvalidInput(f"dataset: a batch holds no input_ids (found: {found})")
+            raise InvalidInput(f"dataset: a batch has no input_ids (found: {found})")
         batch, mask = batch["input_ids"], batch.get("attention_mask")
     elif isinstance(batch, tuple) and len(batch) == 1:  # a TensorDataset's
         batch = batch[0]
@@ -122,7 +122,7 @@ def _rows(batch: Any) -> Iterator[Tensor]:
         raise InvalidInput(f"dataset: a batch is a {type(batch).__name__}, not token ids") from None
     if ids.is_floating_point() or ids.ndim != 2:
         raise InvalidInput(
-            f"dataset: a batch is {ids.dtype} {list(ids.shape)}, not int64 [blocks, length]"
+            f"dataset: a batch is {ids.dtype} {list(ids.shape)}, not int64 [blocks, n]"
         )
     valid = torch.ones_like(ids) if mask is None else torch.atleast_2d(torch.as_tensor(mask))
     for row, kept in zip(ids.long().cpu(), valid.bool().cpu(), strict=True):

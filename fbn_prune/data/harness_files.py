@@ -1,10 +1,9 @@
-"""Harness tasks made from local files, which need no network.
+"""Make tasks of lm-evaluation-harness from local files, without a network.
 
-A JSON-lines file is recognised by the fields of its lines (the first tells): questions with choices as ARC, OpenBookQA,
-PIQA, SciQ and WinoGrande publish them, or as ``{"question", "choices": [...], "answer": index or text}``; LAMBADA's
-``{"context", "continuation"}``; ``{"question", "answer"}`` to be answered exactly; and ``{"text"}``, of which the
-perplexity is taken, as of a .txt file. Prompts are those of the harness's own tasks of these names. A .yaml file is a
-task of the harness as it stands.
+The fields of a JSON-lines file's first line decide the kind of task: multiple choice in the formats of ARC, OpenBookQA,
+PIQA, SciQ and WinoGrande, or as ``{"question", "choices": [...], "answer": index or text}``; LAMBADA's
+``{"context", "continuation"}``; ``{"question", "answer"}`` with exact match; and ``{"text"}``, like a .txt file, for
+perplexity. The prompts are those of the harness's own tasks. A .yaml file is a task definition of the harness.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from fbn_prune.data.harness_tasks import TaskConfig, task_from_yaml
 from fbn_prune.errors import InvalidInput
 
 ANSWER_TOKENS = 48
-"""Tokens generated for an exact answer at most; it ends with the line."""
+"""Most tokens generated for an exact answer, which ends at the line end."""
 
 _ACCURACY = [
     {"metric": name, "aggregation": "mean", "higher_is_better": True}
@@ -27,12 +26,12 @@ _ACCURACY = [
 
 
 def task_from_file(path: Path) -> TaskConfig:
-    """The harness task for a .jsonl, .txt or .yaml file.
+    """Return the harness's config of a task for a .jsonl, .txt or .yaml file.
 
     Raises
     ------
     InvalidInput
-        The file is missing, of another kind, or its lines have fields that fit no kind of task.
+        The file is missing or of another type, or its fields fit no kind of task.
     """
     if not path.is_file():
         raise InvalidInput(f"task file {path} does not exist")
@@ -42,7 +41,7 @@ def task_from_file(path: Path) -> TaskConfig:
     if path.suffix == ".txt":
         return source | _text_data(path) | _perplexity()
     if path.suffix != ".jsonl":
-        raise InvalidInput(f"task file {path}: write a .jsonl, .txt or .yaml file")
+        raise InvalidInput(f"task file {path}: must be a .jsonl, .txt or .yaml file")
     fields = _first_record(path)
     data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(path.resolve())}}}
     for needed, config in _KINDS:
@@ -50,7 +49,7 @@ def task_from_file(path: Path) -> TaskConfig:
             return source | data | config(fields)
     raise InvalidInput(
         f"{path}: no kind of task has the fields {', '.join(sorted(fields))}; "
-        "question and answer, question, choices and answer, or text would do"
+        "use for example question and answer, question, choices and answer, or text"
     )
 
 
@@ -62,17 +61,14 @@ def _first_record(path: Path) -> dict[str, Any]:
     except ValueError:
         raise InvalidInput(f"{path}: its first line is not JSON") from None
     if not isinstance(record, dict):
-        raise InvalidInput(f"{path}: its first line is no JSON object")
+        raise InvalidInput(f"{path}: its first line is not a JSON object")
     return record
 
 
 def _text_data(path: Path) -> TaskConfig:
     return {
         "dataset_path": "text",
-        "dataset_kwargs": {
-            "data_files": {"test": str(path.resolve())},
-            "sample_by": "document",
-        },
+        "dataset_kwargs": {"data_files": {"test": str(path.resolve())}, "sample_by": "document"},
     }
 
 
@@ -154,11 +150,7 @@ def _exact(fields: dict[str, Any]) -> TaskConfig:
         "doc_to_target": "{{answer.strip()}}",
         "target_delimiter": "",
         "fewshot_delimiter": "\n",
-        "generation_kwargs": {
-            "until": ["\n"],
-            "do_sample": False,
-            "max_gen_toks": ANSWER_TOKENS,
-        },
+        "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": ANSWER_TOKENS},
         "filter_list": [
             {
                 "name": "none",
@@ -180,4 +172,4 @@ _KINDS: list[tuple[set[str], Callable[[dict[str, Any]], TaskConfig]]] = [
     ({"question", "answer"}, _exact),
     ({"text"}, lambda fields: _perplexity()),
 ]
-"""Fields of a line -> task; the first that fits is taken."""
+"""(Required fields, task); the first entry whose fields are all present applies."""

@@ -1,8 +1,7 @@
-"""Tasks of lm-evaluation-harness, by name or from a YAML file: loaded, and read as examples and test questions.
+"""Load tasks of lm-evaluation-harness by name or from a YAML file, and read their examples and test questions.
 
-The harness is an optional dependency; it is imported when a task is named. A document's question is what in it is asked
-whatever prompt stands around it, so that a task read here and the same questions in a local file are known to be the
-same.
+The harness is an optional dependency, imported when a task is named. A document's question excludes the prompt around
+it, so that it equals the same question in a local file.
 """
 
 from __future__ import annotations
@@ -22,18 +21,18 @@ if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
 TaskConfig = dict[str, Any]
-"""What the harness takes for a task: the content of one of its YAML files."""
+"""The harness's definition of a task: the content of one of its YAML files."""
 
 _MISSING = "lm-evaluation-harness is missing: pip install 'fbn-prune[eval]'"
 
 
 def task_from_yaml(path: Path) -> TaskConfig:
-    """The task of a YAML file, with what it includes.
+    """Return the task definition in a YAML file, with its includes resolved.
 
     Raises
     ------
     InvalidInput
-        The file is missing, is no YAML, or names no task.
+        The file is missing, is not YAML, or names no task.
     FbnPruneError
         lm-evaluation-harness is not installed.
     """
@@ -54,37 +53,37 @@ def task_from_yaml(path: Path) -> TaskConfig:
 
 
 def require_known(names: Sequence[str]) -> None:
-    """Refuse names that the installed harness does not know; loads no data.
+    """Refuse names that the installed harness does not know, without loading data.
 
     Raises
     ------
     InvalidInput
-        A name is no task, group or tag of the harness.
+        A name is not a task, group or tag of the harness.
     FbnPruneError
         lm-evaluation-harness is not installed.
     """
     known = set(task_manager(defaults=True).all_tasks) if names else set()
     for name in names:
         if name not in known:
-            raise InvalidInput(f"the harness knows no task {name!r}, and there is no such file")
+            raise InvalidInput(f"{name!r} is neither a task of lm-evaluation-harness nor a file")
 
 
 def load_tasks(tasks: Sequence[str | TaskConfig]) -> dict[str, Any]:
-    """Tasks with their data: `tasks` by name, and the `groups` that they were named by.
+    """Load tasks with their data: a dict with `tasks` by name and the `groups` they belong to.
 
     Raises
     ------
     InvalidInput
-        A name that the harness does not know.
+        The harness does not know a name.
     FbnPruneError
-        The data of a task cannot be loaded, or lm-evaluation-harness is not installed.
+        A task's data cannot be loaded, or lm-evaluation-harness is not installed.
     """
     names = [task for task in tasks if isinstance(task, str)]
     require_known(names)
     manager = task_manager(defaults=bool(names))
     try:
         return dict(manager.load(list(tasks)))
-    except Exception as error:  # the hub, the network and a data set's own files fail in many ways
+    except Exception as error:  # the Hub, the network and the files raise many types of error
         line = " ".join(str(error).split())
         shown = ", ".join(task if isinstance(task, str) else task["task"] for task in tasks)
         raise FbnPruneError(f"cannot load {shown}: {line[:300]}") from error
@@ -92,7 +91,7 @@ def load_tasks(tasks: Sequence[str | TaskConfig]) -> dict[str, Any]:
 
 @cache
 def task_manager(*, defaults: bool) -> Any:
-    """The harness's index of tasks: its own (`defaults`, which takes seconds to read) or an empty one.
+    """Return an index of tasks: the harness's own if `defaults`, which takes seconds to read, else an empty one.
 
     Raises
     ------
@@ -103,18 +102,18 @@ def task_manager(*, defaults: bool) -> Any:
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise FbnPruneError(_MISSING) from None
-    # Its advice on how to write tasks is none for users of ready ones.
+    # The harness logs advice for authors of tasks, which does not concern users of existing ones.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return TaskManager(include_defaults=defaults)
 
 
 def training_and_test(name: str) -> tuple[list[Example], list[Example]]:
-    """The examples of a task's training split, and the questions of all its other splits.
+    """Return the examples of a task's training split, and those of its validation and test splits.
 
     Parameters
     ----------
     name
-        What the harness calls the task, or a YAML file.
+        The harness's name of the task, or a YAML file.
 
     Raises
     ------
@@ -143,20 +142,20 @@ def training_and_test(name: str) -> tuple[list[Example], list[Example]]:
 
 
 def document_question(task: Task, doc: Any) -> str:
-    """What a document asks: the field that holds it, or the whole prompt where none is known."""
+    """Return a document's question: the value of a known field, or the whole prompt if there is none."""
     known = question_of(doc) if isinstance(doc, dict) else None
     if known is not None:
         return known
     prompt = task.doc_to_text(doc)
-    # In a task like WinoGrande the prompt is the number of a choice.
+    # In tasks like WinoGrande the prompt is the index of a choice.
     return prompt if isinstance(prompt, str) and prompt.strip() else example_text(task, doc)
 
 
 def example_text(task: Task, doc: Any) -> str:
-    """A document as the harness would show it in a prompt: question, delimiter, right answer, end of line."""
+    """Return a document as the harness shows it in a few-shot prompt: question, delimiter, right answer, line end."""
     prompt, target = task.doc_to_text(doc), task.doc_to_target(doc)
-    given = getattr(task.config, "doc_to_choice", None) is not None
-    choices = task.doc_to_choice(doc) if given else None
+    has_choices = getattr(task.config, "doc_to_choice", None) is not None
+    choices = task.doc_to_choice(doc) if has_choices else None
     delimiter = getattr(task.config, "target_delimiter", "")
     if isinstance(target, list):
         target = target[0]

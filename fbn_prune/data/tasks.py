@@ -1,8 +1,8 @@
-"""Where a task comes from: a file of examples, a training split of the harness, a skill of the embedded model.
+"""Read a task's examples and test questions: from a file, a task of lm-evaluation-harness, or a built-in skill.
 
-A file is a few examples, all of which are used. Of the other two, which hold many, a few are drawn, and what they are
-tested on comes with them. No example is a test question, nor holds one: in a file that is an error, and what is drawn
-passes over it.
+All examples of a file are used. From a harness task or a built-in skill, which have many, a few are drawn, and their
+test questions are read as well. No example may be or contain a test question: in a file that is an error, and the draw
+skips such examples.
 """
 
 from __future__ import annotations
@@ -23,16 +23,20 @@ BUILTIN_PREFIX = "builtin:"
 
 @dataclass(frozen=True)
 class Task:
-    """A task, read and checked.
+    """A task's examples and test questions.
 
     Attributes
     ----------
-    source, test_source
-        What the user named, and where the test questions are from; the latter is empty where there are none.
-    examples, test
-        What calibrates; what must not.
+    source
+        The source that the user named.
+    examples
+        The examples to calibrate with.
+    test_source
+        The source of the test questions; empty if there are none.
+    test
+        The test questions, which must not be used for calibration.
     passed_over
-        Drawn examples that were left out because a test question stands in them.
+        Number of drawn examples that were skipped because they contain a test question.
     """
 
     source: str
@@ -43,57 +47,58 @@ class Task:
 
     @classmethod
     def read(cls, source: str, test_path: Path | None, *, drawn: int, seed: int) -> Task:
-        """Read examples and test questions.
+        """Read a task's examples and test questions.
 
         Parameters
         ----------
         source
             FILE.jsonl, ``lm_eval:NAME`` or ``lm_eval:FILE.yaml``, or ``builtin:SKILL``.
         test_path
-            Questions that must not calibrate, beside those that the source brings.
+            A file of further test questions.
         drawn, seed
-            How many examples to draw where the source is no file of examples, and how.
+            Number of examples to draw from a harness task or a built-in skill, and the seed of the draw.
 
         Raises
         ------
         InvalidInput
-            A source cannot be read as examples, or an example is a test question.
+            A source cannot be read as examples, or an example contains a test question.
         FbnPruneError
             The harness cannot load its task, or is not installed.
         """
-        more = () if test_path is None else tuple(read_examples(test_path))
-        many = _many(source)
-        if many is None:
+        file_test = () if test_path is None else tuple(read_examples(test_path))
+        pool = _pool(source)
+        if pool is None:
             examples = read_examples(Path(source))
-            require_unseen(examples, more, (source, str(test_path)))
-            return cls(source, tuple(examples), "" if test_path is None else str(test_path), more)
-        candidates, own = many
-        test = (*own, *more)
+            require_unseen(examples, file_test, (source, str(test_path)))
+            test_source = "" if test_path is None else str(test_path)
+            return cls(source, tuple(examples), test_source, file_test)
+        candidates, own_test = pool
+        test = (*own_test, *file_test)
         examples, passed_over = _draw(candidates, TestQuestions(test), drawn, seed)
         if not examples:
-            raise InvalidInput(f"task {source}: a test question stands in every example of it")
+            raise InvalidInput(f"task {source}: every example contains a test question")
         test_source = source if test_path is None else f"{source} and {test_path}"
         return cls(source, tuple(examples), test_source if test else "", test, passed_over)
 
 
-def _many(source: str) -> tuple[list[Example], list[Example]] | None:
-    """All examples and test questions of a source that has many; None for a file of examples."""
+def _pool(source: str) -> tuple[list[Example], list[Example]] | None:
+    """All examples and test questions of a harness task or a built-in skill; None for a file of examples."""
     if source.startswith(HARNESS_PREFIX):
         return training_and_test(source.removeprefix(HARNESS_PREFIX))
     if source.startswith(BUILTIN_PREFIX):
         skill = source.removeprefix(BUILTIN_PREFIX)
         if skill not in builtin.SKILLS:
             known = ", ".join(builtin.SKILLS)
-            raise InvalidInput(f"task {source!r}: the embedded model has the skills {known}")
-        asked = builtin.question_files().get(skill, builtin.held_out_files()[skill])
-        return read_examples(builtin.calibration_files()[skill]), read_examples(asked)
+            raise InvalidInput(f"task {source!r}: the built-in model has the skills {known}")
+        test = builtin.question_files().get(skill, builtin.held_out_files()[skill])
+        return read_examples(builtin.calibration_files()[skill]), read_examples(test)
     return None
 
 
 def _draw(
     candidates: Sequence[Example], test: TestQuestions, count: int, seed: int
 ) -> tuple[list[Example], int]:
-    """Up to `count` examples that hold no test question, in a drawn order; how many were passed over."""
+    """Draw up to `count` examples without test questions; also return the number of examples skipped."""
     taken: list[Example] = []
     passed_over = 0
     for example in random.Random(seed).sample(candidates, len(candidates)):

@@ -1,4 +1,4 @@
-"""Text files that others wrote: bounded, UTF-8, or refused in one line."""
+"""Read untrusted text and YAML files: of limited size and in UTF-8, or refused with a one-line error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fbn_prune.errors import InvalidInput
 
 
 def is_text(text: str) -> bool:
-    """Whether a string can be written to a file and name one: JSON and YAML can bring NULs and half characters."""
+    """Whether a string has no NUL and no lone surrogate, so that it can be a file's content or name."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -20,12 +20,21 @@ def is_text(text: str) -> bool:
 
 
 def read_text(path: Path, name: str, *, most_bytes: int) -> str:
-    """The text of a file.
+    """Return the text of a file.
+
+    Parameters
+    ----------
+    path
+        The file.
+    name
+        Its name in error messages.
+    most_bytes
+        Larger files are refused.
 
     Raises
     ------
     InvalidInput
-        The file is missing, larger than that, or not UTF-8; the line calls it `name`.
+        The file is missing, too large, or not UTF-8.
     """
     try:
         with path.open("rb") as file:
@@ -34,9 +43,7 @@ def read_text(path: Path, name: str, *, most_bytes: int) -> str:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise InvalidInput(f"cannot read {name}: {reason}") from None
     if len(data) > most_bytes:
-        raise InvalidInput(
-            f"{name} is larger than {most_bytes:,} bytes, which is more than is read"
-        )
+        raise InvalidInput(f"{name} is larger than {most_bytes:,} bytes, the most that is read")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -44,16 +51,16 @@ def read_text(path: Path, name: str, *, most_bytes: int) -> str:
 
 
 def read_yaml(text: str, name: str) -> Any:
-    """What a YAML text says; `name` is what an error calls it.
+    """Return the content of a YAML text; `name` is its name in error messages.
 
     Raises
     ------
     InvalidInput
-        It is not YAML, or refers back to its own parts, which can make it as large as it likes.
+        The text is not YAML, or uses aliases, which could expand to any size.
     """
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise InvalidInput(f"{name} refers back to its own parts (*): write them out")
+            raise InvalidInput(f"{name} uses YAML aliases (*name): write out what they refer to")
         return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         line = " ".join(str(error).split())

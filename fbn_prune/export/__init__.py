@@ -1,1 +1,1 @@
-"""The pruned model as a folder that stock loaders open."""
+"""Write pruned models as folders that standard loaders open, and reports, GGUF files and Hub repositories of them."""

@@ -1,4 +1,4 @@
-"""The README of a pruned model: its source, what was cut, what that costs, how to load it."""
+"""Write the model card (README.md) of a pruned model: source, what was removed, the effect, how to load it."""
 
 from __future__ import annotations
 
@@ -14,23 +14,36 @@ _LICENSE_KEYS = ("license", "license_name", "license_link")
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a model card states; every figure comes from the run.
+    """The facts of a model card, all from the run.
 
     Attributes
     ----------
-    base_name : the source model as the user gave it.
-    base_hub_id : its Hub id, None if it was a local folder.
-    license : the source card's licence keys (`source_license`).
-    criterion : how the neurons were chosen, in words.
-    widths : neurons kept, by layer.
-    neurons_before : neurons of one layer of the source.
-    heads_before, heads_after : attention heads of all layers.
-    kept_networks, total_networks : functional networks kept and found; None if they set no budget.
-    calibration, held_out : the texts, in words.
-    perplexity_before, perplexity_after : on the held-out share; None if not measured.
-    perplexity_cut : the same before the weights were trained; None if they were not.
-    warning : what a check of the result found amiss; None if nothing.
-    command : the command line that makes the model again.
+    base_name
+        The source model as the user named it.
+    base_hub_id
+        Its Hub id; None for a local folder.
+    license
+        The licence keys of the source's card, from :func:`source_license`.
+    criterion
+        How the neurons were chosen, in words.
+    widths
+        Number of neurons kept, by layer.
+    neurons_before
+        Number of neurons in one layer of the source.
+    heads_before, heads_after
+        Number of attention heads in all layers.
+    kept_networks, total_networks
+        Number of functional networks kept and found; None if they did not set the budget.
+    calibration, held_out
+        The texts, in words.
+    perplexity_before, perplexity_after
+        On the held-out text; None if not measured.
+    perplexity_cut
+        The same after cutting and before training; None without training.
+    warning
+        The warning of the check after pruning; None without one.
+    command
+        The command line that reproduces the model.
     """
 
     base_name: str
@@ -58,7 +71,7 @@ class CardFacts:
 
 
 def source_license(readme: Path) -> dict[str, str]:
-    """The licence keys in the front matter of the source's card; empty if there are none to be read."""
+    """Return the licence keys in the front matter of the source's card; empty if it has none or is unreadable."""
     try:
         metadata = metadata_load(readme) or {}
     except (OSError, ValueError, yaml.YAMLError):
@@ -67,7 +80,7 @@ def source_license(readme: Path) -> dict[str, str]:
 
 
 def model_card(facts: CardFacts) -> str:
-    """The text of README.md, YAML front matter included."""
+    """Return the text of README.md, with its YAML front matter."""
     name = _base(facts).rpartition("/")[2]
     return f"""---
 {_front_matter(facts)}---
@@ -91,7 +104,7 @@ model = AutoModelForCausalLM.from_pretrained("PATH_TO_THIS_FOLDER"{_trust(facts)
 tokenizer = AutoTokenizer.from_pretrained("PATH_TO_THIS_FOLDER")
 ```
 {_why_trust(facts)}
-## Make it again
+## Reproduce it
 
 `recipe.yaml` in this folder holds every setting of the run (fbn-prune {facts.version}):
 
@@ -113,8 +126,8 @@ def _why_trust(facts: CardFacts) -> str:
     if not _ragged(facts):
         return ""
     return """
-The layers differ in width (`per_layer_config` in `config.json`), which transformers does not build by itself for this
-architecture yet; `modeling_ragged.py` in this folder, a page of code, narrows each MLP to its width.
+The layers differ in width (`per_layer_config` in `config.json`), which transformers does not yet support for this
+architecture. The short file `modeling_ragged.py` in this folder gives each MLP its width.
 """
 
 
@@ -123,7 +136,7 @@ def _warning(facts: CardFacts) -> str:
 
 
 def _base(facts: CardFacts) -> str:
-    """The source's name, without the folders that are its user's own business."""
+    """Return the source's Hub id, or the last part of its local path, which keeps private folder names out."""
     return facts.base_hub_id or Path(facts.base_name).name
 
 
@@ -146,7 +159,7 @@ def _what_was_cut(facts: CardFacts) -> str:
     networks = ""
     if facts.kept_networks is not None:
         networks = (
-            f" Of {facts.total_networks} functional networks {facts.kept_networks} set the budget."
+            f" {facts.kept_networks} of {facts.total_networks} functional networks set the budget."
         )
     return (
         f"Made from `{_base(facts)}` by removing {total - kept:,} of its {total:,} MLP neurons: each of the "
@@ -159,15 +172,15 @@ def _the_rest(facts: CardFacts) -> str:
     heads = ""
     if facts.heads_after < facts.heads_before:
         heads = (
-            f"Of {facts.heads_before:,} attention heads {facts.heads_after:,} stay, as many in every layer, chosen by "
-            "second-order cost in whole key-value groups and refitted. "
+            f"{facts.heads_after:,} of {facts.heads_before:,} attention heads remain, the same number in each layer, "
+            "chosen by second-order cost in whole key-value groups and refitted. "
         )
     if facts.perplexity_cut is None:
         attention = "Norms" if heads else "Attention, norms"
         return f"{heads}{attention} and embeddings are unchanged."
     return (
-        f"{heads}Then the linear maps of the layers were trained towards the source model's outputs on that text, "
-        f"which took the perplexity from {facts.perplexity_cut:.2f} to {facts.perplexity_after:.2f}; "
+        f"{heads}Then the linear layers were trained to reproduce the source model's outputs on the calibration text, "
+        f"which reduced the perplexity from {facts.perplexity_cut:.2f} to {facts.perplexity_after:.2f}; "
         "norms and embeddings are unchanged."
     )
 

@@ -1,4 +1,4 @@
-"""The plain checkpoint that a quantised one stands for, streamed from it tensor by tensor."""
+"""Write a quantised checkpoint as a plain one, streamed tensor by tensor."""
 
 from __future__ import annotations
 
@@ -22,18 +22,23 @@ def write_dequantized(
     max_shard_size: int | str = "5GB",
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Write the plain weights with config, generation config, tokenizer, licence and a card, and check that they load.
+    """Write the dequantised weights with config, tokenizer, licence and a card, and check that they load.
 
     Parameters
     ----------
-    directory : an existing folder, normally from `atomic_directory`.
-    max_shard_size : largest shard, in bytes or as "2GB"; a larger single tensor gets its own.
-    progress : called with the number of bytes written since the last call.
+    source
+        The quantised checkpoint.
+    directory
+        An existing folder, normally from :func:`fbn_prune.export.directory.atomic_directory`.
+    max_shard_size
+        Largest shard, in bytes or as "2GB"; a larger tensor gets a shard of its own.
+    progress
+        Called with the number of bytes written since the last call.
 
     Raises
     ------
     FbnPruneError
-        A weight is not finite or does not fit its type, the disk cannot be written, or the result does not load.
+        A weight is not finite or does not fit its dtype, the disk cannot be written, or the result does not load.
     """
     with disk_errors(directory):
         write_shards(
@@ -50,7 +55,7 @@ def write_dequantized(
 
 
 def _card(source: QuantizedCheckpoint) -> str:
-    """The source's licence keys, which later cards take from here, and where the weights come from."""
+    """Return a card with the source's licence keys, from which later cards copy them, and its name."""
     metadata: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -66,6 +71,6 @@ def _card(source: QuantizedCheckpoint) -> str:
 
 # {name.rpartition("/")[2]}, dequantized
 
-Made from `{name}`, which was quantized by {source.method}: {len(source.stored):,} weights were computed from the
-numbers and scales that it stores, and rounded to {dtype}. What quantizing lost is not brought back.
+Made from `{name}`, which was quantized by {source.method}: {len(source.stored):,} weights were computed from its
+stored integers and scales, and rounded to {dtype}. This does not restore the precision lost by quantizing.
 """

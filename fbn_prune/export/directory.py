@@ -1,4 +1,4 @@
-"""The output folder: refused early if it could not be written, and in place only when it is whole."""
+"""Check an output folder before any work, and put it in place only when it is complete."""
 
 from __future__ import annotations
 
@@ -19,19 +19,23 @@ logger = logging.getLogger(__name__)
 
 
 def check_output(output: Path, overwrite: bool, source: Path | None, needed_bytes: int = 0) -> None:
-    """Refuse, before any work, an output that could not be written at the end.
-
-    `overwrite` allows to replace an existing folder, except the model's own, one that holds it, and
-    those no one means: the working folder, home, the root, and what they are in.
+    """Refuse, before any work, an output folder that cannot be written at the end.
 
     Parameters
     ----------
-    source : the model's folder.
-    needed_bytes : the expected size of the output.
+    output
+        The output folder.
+    overwrite
+        Allow an existing folder, unless it is or contains the model's folder, the working folder or the home folder.
+    source
+        The model's folder; None if it does not matter.
+    needed_bytes
+        The expected size of the output.
 
     Raises
     ------
     InvalidInput
+        The output is a file, a mount point, a folder that must not be replaced, not writable or too large for its disk.
     """
     target = output.expanduser().resolve()
     if target.exists() and not target.is_dir():
@@ -45,24 +49,36 @@ def check_output(output: Path, overwrite: bool, source: Path | None, needed_byte
     if target.is_dir() and not overwrite:
         raise InvalidInput(f"the output {output} exists; give another, or --overwrite")
     ancestor = next(parent for parent in target.parents if parent.exists())
-    try:  # permissions alone do not tell: the file system may be read-only, or refuse root
+    try:  # permissions are not enough: the file system may be read-only, or refuse root
         with tempfile.TemporaryDirectory(dir=ancestor, prefix=".fbn-prune-"):
             pass
     except OSError as error:
         raise InvalidInput(
             f"the output {output} cannot be made: {ancestor} is not writable ({error.strerror})"
         ) from error
-    check_room(output, needed_bytes, "output", left=_left_bytes(target))
+    check_room(output, needed_bytes, "output", left=_leftover_bytes(target))
 
 
 def check_room(place: Path, needed_bytes: int, what: str, *, left: int = 0) -> None:
-    """Refuse a place on a disk that has not the room, with the `left` bytes that will be freed first.
+    """Refuse a place whose disk has too little free space.
+
+    Parameters
+    ----------
+    place
+        A file or folder, which need not exist yet.
+    needed_bytes
+        The space that will be needed.
+    what
+        What will be written there, for the message.
+    left
+        Bytes that will be freed on the disk before anything is written.
 
     Raises
     ------
     InvalidInput
+        There are fewer than `needed_bytes` bytes free.
     """
-    ancestor = _there(place)
+    ancestor = _existing(place)
     free = shutil.disk_usage(ancestor).free + left
     if free < needed_bytes:
         raise InvalidInput(
@@ -72,18 +88,18 @@ def check_room(place: Path, needed_bytes: int, what: str, *, left: int = 0) -> N
 
 
 def on_one_disk(one: Path, other: Path) -> bool:
-    """Whether two places, which need not exist yet, are on one file system."""
-    return _there(one).stat().st_dev == _there(other).stat().st_dev
+    """Return whether two places, which need not exist yet, are on the same file system."""
+    return _existing(one).stat().st_dev == _existing(other).stat().st_dev
 
 
-def _there(place: Path) -> Path:
-    """The place itself if it exists, or the nearest folder above it that does."""
+def _existing(place: Path) -> Path:
+    """Return the place itself if it exists, or the nearest existing folder above it."""
     target = place.expanduser().resolve()
     return next(folder for folder in (target, *target.parents) if folder.exists())
 
 
-def _left_bytes(target: Path) -> int:
-    """What killed runs have left beside an output and the next one removes; files with a second name stay."""
+def _leftover_bytes(target: Path) -> int:
+    """Return the bytes of leftovers of killed runs, which the next run removes; hard-linked files free nothing."""
     found = 0
     for leftover in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
         if not owned(leftover):
@@ -99,18 +115,25 @@ def _holds(folder: Path, inner: Path) -> bool:
 
 @contextmanager
 def atomic_directory(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A hidden sibling of `output` to write into; it becomes `output` when the block ends well.
+    """Yield a hidden folder beside `output`, which is renamed to `output` when the block ends without an exception.
 
-    Any exception, KeyboardInterrupt included, removes it and the parent folders made for it, and
-    leaves an existing output as it was. An existing output is replaced only at the end.
+    Any exception, including KeyboardInterrupt, removes the hidden folder and the parent folders created for it, and
+    leaves an existing output unchanged.
+
+    Parameters
+    ----------
+    output
+        The output folder.
+    overwrite
+        Replace an existing output at the end.
 
     Raises
     ------
     FbnPruneError
-        If the folder cannot be made or put in place, or `output` came to be in the meantime.
+        The folder cannot be created or renamed, or `output` appeared in the meantime.
     """
     target = output.expanduser().resolve()
-    made = [parent for parent in target.parents if not parent.exists()]
+    created = [parent for parent in target.parents if not parent.exists()]
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     handle: int | None = None
     try:
@@ -124,7 +147,7 @@ def atomic_directory(output: Path, overwrite: bool) -> Iterator[Path]:
             _clear(target, "old")
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        for parent in made:
+        for parent in created:
             with suppress(OSError):
                 parent.rmdir()
         raise
@@ -134,12 +157,12 @@ def atomic_directory(output: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def _own(partial: Path) -> int:
-    """Make the folder and hold its lock, by which other runs tell it from what a killed run has left."""
+    """Create the folder and hold its lock, so that other runs do not take it for a leftover of a killed run."""
     while True:
         partial.mkdir(parents=True)
         try:
             handle = os.open(partial, os.O_RDONLY)
-        except FileNotFoundError:  # another run took it for left, before it was locked
+        except FileNotFoundError:  # another run took it for a leftover before it was locked
             continue
         if try_lock(handle) and partial.exists():
             return handle
@@ -147,11 +170,10 @@ def _own(partial: Path) -> int:
 
 
 def _clear(target: Path, kind: str) -> None:
-    """Delete what killed runs have left beside an output: folders that were to become it ("partial"), or that it was
-    before ("old", when the new one stands). What a process still holds is its own."""
+    """Delete unlocked leftovers of killed runs: unfinished outputs ("partial") or replaced ones ("old")."""
     beside = f".{glob.escape(target.name)}.*."
     if kind == "old" and any(owned(other) for other in target.parent.glob(f"{beside}partial")):
-        return  # that run may be about to put one back
+        return  # that run may be about to restore an old one
     for leftover in sorted(target.parent.glob(f"{beside}{kind}")):
         if not owned(leftover):
             logger.info("removing %s, left by a run that was killed", leftover)
@@ -159,7 +181,7 @@ def _clear(target: Path, kind: str) -> None:
 
 
 def _put_in_place(partial: Path, target: Path, overwrite: bool) -> None:
-    """Rename; POSIX renames over an empty folder, anything else is moved aside first."""
+    """Rename the folder; an existing output that is not empty is moved aside first."""
     if not (target.exists() and any(target.iterdir())):
         partial.rename(target)
         _flush_folder(target.parent)
@@ -180,7 +202,7 @@ def _put_in_place(partial: Path, target: Path, overwrite: bool) -> None:
 
 
 def _flush(directory: Path) -> None:
-    """Bring all files to the disk, so that a rename that survives a power cut names whole files."""
+    """Flush all files to disk, so that after a power failure a renamed folder holds complete files."""
     for folder, _, files in os.walk(directory):
         for file in files:
             with open(Path(folder, file), "rb") as handle:
@@ -189,7 +211,9 @@ def _flush(directory: Path) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    with suppress(OSError):  # some systems and network folders know no fsync of a folder
+    with suppress(
+        OSError
+    ):  # some systems and network file systems do not support fsync of a folder
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -199,7 +223,7 @@ def _flush_folder(folder: Path) -> None:
 
 @contextmanager
 def disk_errors(directory: Path) -> Iterator[None]:
-    """Tell of a full or failing disk in one line."""
+    """Turn an OSError, for example of a full disk, into a one-line error that names `directory`."""
     try:
         yield
     except OSError as error:

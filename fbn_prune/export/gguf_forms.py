@@ -1,8 +1,7 @@
-"""Which of llama.cpp's two kinds of BPE a tokenizer is, and refusals of what neither would read as transformers does.
+"""Choose the llama.cpp tokenizer that gives the same token ids as a transformers tokenizer, or refuse.
 
-llama.cpp does not run a tokenizer's own steps: it has a few fixed ways of splitting text, chosen by name, and of
-merging. What it does is in its `src/llama-vocab.cpp`; every check here stands for a line there that would give other
-ids, abort, or throw.
+llama.cpp does not run a tokenizer's own steps. It has two BPE algorithms and a fixed list of named ways to split text
+(`src/llama-vocab.cpp`). Each check here stands for a place in that file that would give other token ids or fail.
 """
 
 from __future__ import annotations
@@ -28,87 +27,36 @@ _QWEN_2 = (
     r"|\s+(?!\S)|\s+"
 )
 _SPACES_ONCE = (
-    "llama.cpp puts a space before every text and behind every special token; this tokenizer (Metaspace) does not "
-    "before text that begins with one, nor always behind special tokens: there ids may differ by it"
+    "llama.cpp puts a space before every text and after every special token; this tokenizer (Metaspace) puts none "
+    "before text that begins with one, and not always one after special tokens, so token ids may differ there"
 )
-_TAKEN_FOR_SPECIAL = frozenset(
-    {
-        "<|eot_id|>",
-        "<|im_end|>",
-        "<|end|>",
-        "<|return|>",
-        "<|call|>",
-        "<|flush|>",
-        "<|calls|>",
-        "<end_of_turn>",
-        "<|endoftext|>",
-        "</s>",
-        "<|eom_id|>",
-        "<EOT>",
-        "_<EOT>",
-        "[EOT]",
-        "[EOS]",
-        "<|end_of_text|>",
-        "<end_of_utterance>",
-        "<eos>",
-        "<turn|>",
-        "<|tool_response>",
-        "<｜end▁of▁sentence｜>",
-        "[e~[",
-        "<|fim_prefix|>",
-        "<fim-prefix>",
-        "<fim_prefix>",
-        "<PRE>",
-        "▁<PRE>",
-        "<|code_prefix|>",
-        "<｜fim▁begin｜>",
-        "<|fim_suffix|>",
-        "<fim-suffix>",
-        "<fim_suffix>",
-        "<SUF>",
-        "▁<SUF>",
-        "<|code_suffix|>",
-        "<｜fim▁hole｜>",
-        "<|fim_middle|>",
-        "<fim-middle>",
-        "<fim_middle>",
-        "<MID>",
-        "▁<MID>",
-        "<|prefix|>",
-        "<|suffix|>",
-        "<|middle|>",
-        "<|code_middle|>",
-        "<｜fim▁end｜>",
-        "<|fim_pad|>",
-        "<fim-pad>",
-        "<fim_pad>",
-        "<PAD>",
-        "[PAD]",
-        "<|fim_repo|>",
-        "<|repo_name|>",
-        "<fim-repo>",
-        "<REPO>",
-        "<reponame>",
-        "<|file_sep|>",
-        "<|channel|>",
-        "<|message|>",
-        "<|start|>",
-        "<|constrain|>",
-    }
-)
-"""Texts that llama.cpp finds whole wherever they stand, because of how they are spelled."""
+_SPELLED_SPECIAL = """
+<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s>
+<|eom_id|> <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response>
+<｜end▁of▁sentence｜> [e~[ <|fim_prefix|> <fim-prefix> <fim_prefix> <PRE> ▁<PRE> <|code_prefix|> <｜fim▁begin｜>
+<|fim_suffix|> <fim-suffix> <fim_suffix> <SUF> ▁<SUF> <|code_suffix|> <｜fim▁hole｜> <|fim_middle|>
+<fim-middle> <fim_middle> <MID> ▁<MID> <|prefix|> <|suffix|> <|middle|> <|code_middle|> <｜fim▁end｜>
+<|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD] <|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame>
+<|file_sep|> <|channel|> <|message|> <|start|> <|constrain|>
+"""
+_TAKEN_FOR_SPECIAL = frozenset(_SPELLED_SPECIAL.split())
+"""Texts that llama.cpp treats as special tokens because of their spelling, wherever they occur in a text."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a tokenizer is told to llama.cpp.
+    """The tokenizer algorithm that llama.cpp runs.
 
     Attributes
     ----------
-    model : "gpt2" for byte-level BPE, which merges by rank; "llama" for SentencePiece, which merges by score.
-    split : how text is split before merging, by llama.cpp's name; "default" for "llama".
-    adds_space : a space is put before text, and before what follows a special token.
-    notes : what llama.cpp does otherwise, on text that is hardly ever met.
+    model
+        "gpt2" for byte-level BPE, which merges by rank; "llama" for SentencePiece, which merges by score.
+    split
+        llama.cpp's name for how text is split before merging; "default" for "llama".
+    adds_space
+        Whether llama.cpp puts a space before a text and after a special token.
+    notes
+        Differences from the tokenizer that occur only in rare text.
     """
 
     model: str
@@ -118,40 +66,45 @@ class Form:
 
 
 def form_of(where: object, content: dict[str, Any]) -> Form:
-    """The form of a tokenizer, described as in `tokenizer.json`.
+    """Return the llama.cpp algorithm that matches a tokenizer.
 
     Parameters
     ----------
-    where : what messages begin with.
+    where
+        File or folder named at the beginning of error messages.
+    content
+        The parsed content of `tokenizer.json`.
 
     Raises
     ------
     InvalidInput
-        llama.cpp would find other tokens in a text than the tokenizer, or not load the file.
+        llama.cpp would give other token ids than the tokenizer, or would not load the file.
     """
     model = content["model"]
     if model.get("type") != "BPE":
         raise InvalidInput(
-            f"{where}: a {model.get('type')} tokenizer has no counterpart in GGUF here"
+            f"{where}: a {model.get('type')} tokenizer cannot be converted to GGUF; only BPE can"
         )
     if model.get("dropout"):
         raise InvalidInput(
-            f"{where}: leaves merges out by chance (dropout), which llama.cpp does not"
+            f"{where}: the tokenizer skips merges at random (dropout), and llama.cpp does not"
         )
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
-            raise InvalidInput(f"{where}: its {key} {model[key]!r} has no counterpart in llama.cpp")
+            raise InvalidInput(f"{where}: llama.cpp does not support the {key} {model[key]!r}")
     _check_added(where, content)
     steps = _steps(content.get("pre_tokenizer"), "pretokenizers")
     if steps and steps[-1].get("type") == "ByteLevel":
         return _byte_level(where, content, steps)
     if not model.get("byte_fallback"):
-        raise InvalidInput(f"{where}: neither byte-level nor with byte pieces, as llama.cpp needs")
+        raise InvalidInput(
+            f"{where}: the tokenizer is neither byte-level nor with byte pieces; llama.cpp needs one"
+        )
     return _sentencepiece(where, content, steps)
 
 
 def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
-    """Normalizers, pre-tokenizers or decoders in their order, sequences of sequences flattened."""
+    """Return the normalizers, pre-tokenizers or decoders in order, with nested sequences flattened."""
     if part is None:
         return []
     if part.get("type") != "Sequence":
@@ -163,13 +116,15 @@ def _byte_level(where: object, content: dict[str, Any], steps: list[dict[str, An
     model = content["model"]
     if not model["merges"]:
         raise InvalidInput(
-            f"{where}: a byte-level tokenizer without merges, which llama.cpp does not load"
+            f"{where}: llama.cpp does not load a byte-level tokenizer without merges"
         )
     if any(" " in part for merge in model["merges"] for part in pair(merge)):
-        raise InvalidInput(f"{where}: a merge holds a space, which separates its halves in GGUF")
+        raise InvalidInput(
+            f"{where}: a merge holds a space, but GGUF separates its halves by a space"
+        )
     if (content.get("decoder") or {}).get("type") != "ByteLevel":
         raise InvalidInput(
-            f"{where}: splits text by bytes but does not join it so, as llama.cpp does"
+            f"{where}: the tokenizer splits text by bytes but does not join it by bytes, as llama.cpp does"
         )
     notes = [*_byte_level_normalizer(where, content), *_bytes_without_token(where, model)]
     return Form("gpt2", split_name(where, content, steps), notes=tuple(notes))
@@ -179,32 +134,32 @@ def _byte_level_normalizer(where: object, content: dict[str, Any]) -> Iterator[s
     for step in _steps(content.get("normalizer"), "normalizers"):
         if step["type"] != "NFC":
             raise InvalidInput(
-                f"{where}: changes text before splitting it ({step['type']}), which llama.cpp does not"
+                f"{where}: the tokenizer normalizes text ({step['type']}), and llama.cpp does not"
             )
         yield (
-            "llama.cpp does not compose characters (Unicode NFC) as this tokenizer does: give it composed text, "
-            "as nearly all text is"
+            "llama.cpp does not compose characters (Unicode NFC) as this tokenizer does; nearly all text is "
+            "composed already, compose the rest before tokenizing"
         )
 
 
 def _bytes_without_token(where: object, model: dict[str, Any]) -> Iterator[str]:
-    """Both leave a byte out that no token stands for; what differs is whether merges reach across the gap."""
+    """Both drop a byte without a token, but may merge across the gap differently."""
     missing = _bytes_of_text() - set(model["vocab"])
     if not missing:
         return
     if model.get("unk_token") is not None:
         raise InvalidInput(
-            f"{where}: has no token for {len(missing)} of the bytes that text is made of and gives "
-            f"{model['unk_token']!r} for them, where llama.cpp leaves them out"
+            f"{where}: no token for {len(missing)} of the bytes that occur in UTF-8 text: the tokenizer gives "
+            f"{model['unk_token']!r} for them, and llama.cpp drops them"
         )
     yield (
-        f"this tokenizer has no token for {len(missing)} of the bytes that text is made of and leaves them out, as "
-        "llama.cpp does, but the pieces beside such a byte may be merged differently there"
+        f"this tokenizer has no token for {len(missing)} of the bytes that occur in UTF-8 text and drops them, as "
+        "llama.cpp does, but llama.cpp may merge the pieces beside such a byte differently"
     )
 
 
 def _bytes_of_text() -> set[str]:
-    """The bytes that occur in UTF-8, as byte-level tokenizers write them."""
+    """Return the bytes that occur in UTF-8, as the characters by which byte-level tokenizers write them."""
     points = [*range(0x800), *range(0x800, 0xD800, 0x40), *range(0xE000, 0x110000, 0x40)]
     split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return {
@@ -213,18 +168,27 @@ def _bytes_of_text() -> set[str]:
 
 
 def split_name(where: object, content: dict[str, Any], steps: list[dict[str, Any]]) -> str:
-    """llama.cpp's name for how a byte-level tokenizer splits text.
+    """Return llama.cpp's name for how a byte-level tokenizer splits text.
+
+    Parameters
+    ----------
+    where
+        File or folder named at the beginning of error messages.
+    content
+        The parsed content of `tokenizer.json`.
+    steps
+        Its pre-tokenizers, in order.
 
     Raises
     ------
     InvalidInput
-        It has none.
+        llama.cpp has no name for this way of splitting.
     """
     kinds = [step.get("type") for step in steps]
     first, last = steps[0], steps[-1]
     if last.get("add_prefix_space", True):
         raise InvalidInput(
-            f"{where}: puts a space before text, which llama.cpp does not for byte-level tokenizers"
+            f"{where}: the tokenizer puts a space before text; with byte-level BPE llama.cpp does not"
         )
     whole, name = bool(content["model"].get("ignore_merges")), None
     if kinds == ["ByteLevel"] and last.get("use_regex", True):
@@ -238,23 +202,25 @@ def split_name(where: object, content: dict[str, Any], steps: list[dict[str, Any
         and not first.get("invert")
     ):
         expression = first["pattern"].get("Regex", "")
-        if expression == _LLAMA_3:  # with a name for either: the first takes words whole
+        if (
+            expression == _LLAMA_3
+        ):  # llama-bpe takes whole words from the vocabulary without merging
             return "llama-bpe" if whole else "smaug-bpe"
         name = "qwen2" if expression == _QWEN_2 else None
     if name is None:
         raise InvalidInput(
-            f"{where}: splits text in a way that llama.cpp has no name for here: {kinds}"
+            f"{where}: llama.cpp has no name for this way of splitting text: {kinds}"
         )
     if whole and not _merges_reach_all(content):
         raise InvalidInput(
-            f"{where}: takes words of the vocabulary whole where merges do not make them (ignore_merges), which "
-            f"llama.cpp does not with this way of splitting text ({name})"
+            f"{where}: the tokenizer takes whole words that no merges make (ignore_merges); with this text split "
+            f"({name}) llama.cpp does not"
         )
     return name
 
 
 def _merges_reach_all(content: dict[str, Any]) -> bool:
-    """Whether every piece is what its own text is merged into; then ignoring merges changes nothing."""
+    """Return whether merging the text of every piece gives that piece, so that ignore_merges changes nothing."""
     model = content["model"]
     bpe = models.BPE(vocab=model["vocab"], merges=[pair(merge) for merge in model["merges"]])
     added = {token["content"] for token in content.get("added_tokens") or []}
@@ -268,14 +234,13 @@ def _sentencepiece(where: object, content: dict[str, Any], steps: list[dict[str,
     missing = BYTE_PIECES - set(content["model"]["vocab"])
     if missing:
         raise InvalidInput(
-            f"{where}: lacks {len(missing)} of the 256 byte pieces, first {min(missing)}, without which llama.cpp "
-            "fails on text"
+            f"{where}: {len(missing)} of the 256 byte pieces are missing, first {min(missing)}; llama.cpp needs all"
         )
     decoders = {step["type"] for step in _steps(content.get("decoder"), "decoders")}
     if "ByteFallback" not in decoders or not decoders & {"Replace", "Metaspace"}:
         raise InvalidInput(
-            f"{where}: joins pieces to text differently from llama.cpp, which makes bytes of byte pieces and spaces of "
-            f"{SPACE}"
+            f"{where}: the tokenizer joins pieces to text differently from llama.cpp, which turns byte pieces to bytes "
+            f"and {SPACE} into spaces"
         )
     normalizers = _steps(content.get("normalizer"), "normalizers")
     kinds = [step["type"] for step in normalizers]
@@ -285,24 +250,28 @@ def _sentencepiece(where: object, content: dict[str, Any], steps: list[dict[str,
     ]
     if set(kinds) - {"Prepend", "Replace"} or len(set(kinds)) < len(kinds) or not all(swaps):
         raise InvalidInput(
-            f"{where}: changes text before merging in a way that llama.cpp does not: {kinds}"
+            f"{where}: the tokenizer normalizes text in a way that llama.cpp does not: {kinds}"
         )
     prepends = next((step["prepend"] for step in normalizers if step["type"] == "Prepend"), None)
     if prepends not in (None, SPACE) or (prepends and not spaces):
-        raise InvalidInput(f"{where}: puts {prepends!r} before text, where llama.cpp puts a space")
+        raise InvalidInput(
+            f"{where}: the tokenizer puts {prepends!r} before text, and llama.cpp puts a space"
+        )
     notes: tuple[str, ...] = ()
     adds_space = bool(prepends)
     if steps:
         adds_space = _metaspace(where, content, steps, normalized=bool(normalizers))
         notes = (_SPACES_ONCE,) if adds_space else ()
     elif not spaces:
-        raise InvalidInput(f"{where}: does not write spaces as {SPACE}, as llama.cpp does")
+        raise InvalidInput(
+            f"{where}: the tokenizer does not write spaces as {SPACE}, as llama.cpp does"
+        )
     if prepends:
         for added in content.get("added_tokens") or []:
             if added.get("normalized"):
                 raise InvalidInput(
-                    f"{where}: the added token {added['content']!r} is looked for in normalized text, behind a space "
-                    "alone; llama.cpp finds it anywhere"
+                    f"{where}: the added token {added['content']!r} is looked for in normalized text, so only after a "
+                    "space; llama.cpp finds it anywhere"
                 )
     return Form("llama", "default", adds_space=adds_space, notes=notes)
 
@@ -310,46 +279,46 @@ def _sentencepiece(where: object, content: dict[str, Any], steps: list[dict[str,
 def _metaspace(
     where: object, content: dict[str, Any], steps: list[dict[str, Any]], *, normalized: bool
 ) -> bool:
-    """Whether splitting by Metaspace puts a space before text."""
+    """Return whether splitting by Metaspace puts a space before text."""
     kinds = [step.get("type") for step in steps]
     if kinds != ["Metaspace"] or steps[0].get("replacement") != SPACE or normalized:
         raise InvalidInput(
-            f"{where}: splits text in a way that llama.cpp has no name for here: {kinds}"
+            f"{where}: llama.cpp has no name for this way of splitting text: {kinds}"
         )
     inner = next((text for text in content["model"]["vocab"] if SPACE in text[1:]), None)
     if steps[0].get("split", True) and inner is not None:
         raise InvalidInput(
-            f"{where}: splits text at spaces, which llama.cpp does not here, and has pieces that go across one: "
+            f"{where}: the tokenizer splits text at spaces, llama.cpp does not, and some pieces go across one: "
             f"{inner!r}"
         )
     return bool(steps[0].get("prepend_scheme", "always") != "never")
 
 
 def pair(merge: str | Sequence[str]) -> tuple[str, str]:
-    """The halves of a merge, which files write as "left right" or as two strings."""
+    """Return the halves of a merge, which files write as "left right" or as two strings."""
     left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
     return left, right
 
 
 def _check_added(where: object, content: dict[str, Any]) -> None:
-    """Added tokens are found before all else, by both; llama.cpp knows no conditions, and looks for long ones first."""
+    """Refuse added tokens that llama.cpp would find elsewhere: it has no conditions, and looks for long ones first."""
     added: list[dict[str, Any]] = [a for a in content.get("added_tokens") or [] if a["content"]]
     for token in added:
         text = token["content"]
         for key, does in (
-            ("lstrip", "takes the spaces before it along"),
-            ("rstrip", "takes the spaces behind it along"),
-            ("single_word", "is found as a word of its own alone"),
+            ("lstrip", "takes the spaces before it with it"),
+            ("rstrip", "takes the spaces behind it with it"),
+            ("single_word", "is found as a word of its own only"),
         ):
             if token.get(key):
                 raise InvalidInput(
-                    f"{where}: the added token {text!r} {does} ({key}), which llama.cpp does not know of"
+                    f"{where}: the added token {text!r} {does} ({key}), which llama.cpp does not support"
                 )
     named = {token["content"] for token in added}
     taken = sorted((_TAKEN_FOR_SPECIAL & set(content["model"]["vocab"])) - named)
     if taken:
         raise InvalidInput(
-            f"{where}: llama.cpp takes {taken[0]!r} for a special token because of its name; here it is a piece of text"
+            f"{where}: llama.cpp takes {taken[0]!r} for a special token because of its name; here it is ordinary text"
         )
     composes = content.get("normalizer") is not None
     for token in added:
@@ -361,8 +330,10 @@ def _check_added(where: object, content: dict[str, Any]) -> None:
 
 
 def _check_overlaps(where: object, added: list[dict[str, Any]]) -> None:
-    """Where two added tokens share characters of a text, the tokenizer takes the one that begins first (of those that
-    are looked for in text as it stands, then of the others) and llama.cpp the longer."""
+    """Refuse added tokens that overlap: the tokenizer takes the one that begins first, llama.cpp the longer one.
+
+    The tokenizer first looks for those that match text as it is, then for those that match normalized text.
+    """
     starts: dict[str, list[dict[str, Any]]] = {}
     for token in added:
         for end in range(1, len(token["content"])):
@@ -373,10 +344,10 @@ def _check_overlaps(where: object, added: list[dict[str, Any]]) -> None:
             for other in starts.get(text[begin:], ()):
                 longer = other["content"]
                 if other is one or len(longer) < len(text) or len(set(text + longer)) == 1:
-                    continue  # runs of one character are found from the left by both
+                    continue  # both find runs of one character from the left
                 raise InvalidInput(
-                    f"{where}: the added tokens {text!r} and {longer!r} overlap, and llama.cpp would take the other "
-                    "one where a text holds both"
+                    f"{where}: the added tokens {text!r} and {longer!r} overlap; in text that holds both, llama.cpp "
+                    "takes the other one"
                 )
     late = [token["content"] for token in added if token.get("normalized")]
     for text in (token["content"] for token in added if not token.get("normalized")):

@@ -1,7 +1,7 @@
-"""A tokenizer in the terms of GGUF files: pieces with scores or merges, and the name of how text is first split.
+"""Describe a tokenizer by the fields of a GGUF file: pieces with scores or merges, and the name of the text split.
 
-llama.cpp has two kinds that matter here: byte-level BPE ("gpt2"), which merges by rank, and SentencePiece ("llama"),
-which merges by score. A SentencePiece vocabulary that transformers keeps as ranked merges gets scores in that order.
+GGUF has byte-level BPE ("gpt2"), which merges by rank, and SentencePiece ("llama"), which merges by score. transformers
+keeps SentencePiece vocabularies as ranked merges; here each piece gets a score from the rank of its merge.
 """
 
 from __future__ import annotations
@@ -19,29 +19,31 @@ from fbn_prune.errors import InvalidInput
 from fbn_prune.export.gguf_forms import BYTE_PIECES, Form, form_of, pair
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-"""Kinds of pieces, as GGUF numbers them."""
+"""GGUF's numbers for the types of pieces."""
 
 _FOUND_FIRST = frozenset({UNKNOWN, CONTROL, USER_DEFINED})
-"""What is looked for in a text before anything is merged."""
+"""Types of pieces that llama.cpp finds in a text before it merges anything."""
 
 _NEVER = -1e9
-"""Score of a piece that no merge makes: it is only ever found whole."""
+"""Score of a piece that no merge makes, so that llama.cpp never merges into it."""
 
 
 @dataclass(frozen=True)
 class GgufTokenizer:
-    """What GGUF says of a tokenizer; `tokens`, `types` and `scores` have one entry a token id.
+    """The tokenizer fields of a GGUF file; `tokens`, `types` and `scores` have one entry for each token id.
 
     Attributes
     ----------
-    model : "gpt2" or "llama".
-    split : how text is split before merging, by llama.cpp's name; "default" for "llama".
-    merges : "left right" by rank; empty for "llama".
-    scores : empty for "gpt2".
-    special : GGUF's key ("bos", "eos", "unk", "pad") -> token id.
-    adds_bos, adds_eos : whether text gets these tokens before and behind it.
-    adds_space : a space is put before text, and before what follows a special token.
-    notes : lines on where llama.cpp may find other tokens, in text that is hardly ever met.
+    model, split, adds_space, notes
+        See :class:`fbn_prune.export.gguf_forms.Form`.
+    merges
+        "left right" in order of rank; empty for "llama".
+    scores
+        Empty for "gpt2".
+    special
+        Token ids by GGUF's keys "bos", "eos", "unk" and "pad".
+    adds_bos, adds_eos
+        Whether these tokens are put before and after a text.
     """
 
     model: str
@@ -64,36 +66,40 @@ def gguf_tokenizer(
     vocabulary: int,
     config: Mapping[str, Any] | None = None,
 ) -> GgufTokenizer:
-    """Describe a tokenizer as transformers runs it: not every class takes a folder's `tokenizer.json` at its word.
+    """Return the GGUF fields of a tokenizer as transformers runs it.
+
+    Some tokenizer classes change the steps in `tokenizer.json` when they load it, so the loaded object decides.
 
     Parameters
     ----------
     folder
-        Where it was loaded from.
+        The folder that the tokenizer was loaded from.
+    tokenizer
+        A tokenizer of the package `tokenizers`, as transformers loads it.
     vocabulary
-        Embeddings of the model; ids that no token has are filled up.
+        Number of embeddings of the model; ids without a token get placeholder tokens.
     config
-        The object in `config.json`, asked for special tokens that the tokenizer does not name.
+        The content of `config.json`, for special tokens that the tokenizer does not name.
 
     Raises
     ------
     InvalidInput
-        llama.cpp would find other tokens in a text than the tokenizer does, or would not load the file.
+        llama.cpp would give other token ids than the tokenizer, or would not load the file.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise InvalidInput(
-            f"{folder}: the tokenizer is code ({type(tokenizer).__name__}), whose steps GGUF conversion cannot read; "
-            "it reads those of the package tokenizers"
+            f"{folder}: the tokenizer is code ({type(tokenizer).__name__}); only tokenizers of the package "
+            "`tokenizers` can be converted to GGUF"
         )
     if getattr(tokenizer, "split_special_tokens", False):
         raise InvalidInput(
-            f"{folder}: the tokenizer reads special tokens in a text as text (split_special_tokens in "
-            "tokenizer_config.json), which a GGUF file cannot say"
+            f"{folder}: the tokenizer reads special tokens in a text as ordinary text (split_special_tokens in "
+            "tokenizer_config.json), which GGUF does not support"
         )
     content: dict[str, Any] = json.loads(backend.to_str())
     if isinstance(content["model"].get("vocab"), dict):
-        # The text has one piece an id; the tokenizer may know several.
+        # The serialised form has one piece for each id; the tokenizer may have several.
         content["model"]["vocab"] = backend.get_vocab(with_added_tokens=False)
     form = _form(folder, tokenizer, content)
     tokens, types = _pieces(folder, content, vocabulary, byte_level=form.model == "gpt2")
@@ -118,18 +124,18 @@ def gguf_tokenizer(
 
 
 def _form(folder: Path, tokenizer: PreTrainedTokenizerBase, content: dict[str, Any]) -> Form:
-    """The form that transformers gives the tokenizer, held against what its file says."""
+    """Return the form of the loaded tokenizer, with a note where it differs from that of `tokenizer.json`."""
     name = type(tokenizer).__name__
     path = folder / "tokenizer.json"
     stored = None
     if path.is_file():
         try:
             stored = form_of(path, json.loads(Tokenizer.from_file(str(path)).to_str()))
-        except Exception:  # a hint and no more: transformers has read the file
+        except Exception:  # only needed for a hint: transformers has read the file
             stored = None
     hint = (
-        'with "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json transformers takes '
-        "tokenizer.json at its word"
+        'with "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json transformers follows '
+        "tokenizer.json exactly"
     )
     try:
         form = form_of(folder, content)
@@ -137,24 +143,24 @@ def _form(folder: Path, tokenizer: PreTrainedTokenizerBase, content: dict[str, A
         if stored is None:
             raise
         raise InvalidInput(
-            f"{error}; that is how transformers loads it ({name}): {hint}, which can be converted"
+            f"{error}; {name} of transformers causes this: {hint}, and then it can be converted"
         ) from error
     if stored is not None and len(stored.notes) < len(form.notes):
-        # The class adds what llama.cpp does not do.
+        # The tokenizer class adds the step that llama.cpp does not do.
         form = replace(
             form, notes=(*form.notes[:-1], f"{form.notes[-1]}; {hint}, and so does llama.cpp")
         )
     if stored is not None and (stored.model, stored.split) != (form.model, form.split):
         note = (
-            f"transformers ({name}) splits text otherwise than tokenizer.json says ({form.split}, not {stored.split}), "
-            f"and the file does as transformers; {hint}"
+            f"transformers ({name}) splits text differently from tokenizer.json ({form.split}, not {stored.split}), "
+            f"and the GGUF file follows transformers; {hint}"
         )
         return Form(form.model, form.split, form.adds_space, (*form.notes, note))
     return form
 
 
 def _added_around(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
-    """Whether the tokenizer puts its first and its last special token around a text."""
+    """Return whether the tokenizer puts its bos before and its eos after a text."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a", add_special_tokens=True)["input_ids"]
     for adds_bos, adds_eos in ((False, False), (True, False), (False, True), (True, True)):
@@ -164,8 +170,8 @@ def _added_around(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[boo
             return adds_bos, adds_eos
     around = tokenizer.convert_ids_to_tokens(full)
     raise InvalidInput(
-        f"{folder}: the tokenizer makes {around} of the text 'a'; llama.cpp puts no more around a text than the tokens "
-        f"of its beginning and end, here {tokenizer.bos_token!r} and {tokenizer.eos_token!r}"
+        f"{folder}: the tokenizer turns the text 'a' into {around}; llama.cpp puts no more around a text than "
+        f"bos and eos, here {tokenizer.bos_token!r} and {tokenizer.eos_token!r}"
     )
 
 
@@ -189,8 +195,8 @@ def _special(
     if "eos" not in found:
         default = 11 if form.model == "gpt2" else 2
         raise InvalidInput(
-            f"{folder}: neither the tokenizer nor config.json names a token that ends text (eos_token), and llama.cpp "
-            f"would take the one with the id {default} for it"
+            f"{folder}: neither the tokenizer nor config.json names a token that ends text (eos_token); llama.cpp "
+            f"would use the token with id {default}"
         )
     return found
 
@@ -205,8 +211,8 @@ def _pieces(
     if beyond:
         text = added[beyond[0]]["content"] if beyond[0] in added else named[beyond[0]]
         raise InvalidInput(
-            f"{folder}: the token {text!r} has the id {beyond[0]}, but the model has {vocabulary} embeddings, which is "
-            "as many as llama.cpp takes tokens"
+            f"{folder}: the token {text!r} has the id {beyond[0]}, but the model has {vocabulary} embeddings, the "
+            "limit for tokens in llama.cpp"
         )
     for index, text in named.items():
         types[index] = BYTE if not byte_level and text in BYTE_PIECES else NORMAL
@@ -219,22 +225,24 @@ def _pieces(
     for text, index in content["model"]["vocab"].items():
         if named[index] != text:
             raise InvalidInput(
-                f"{folder}: {text!r} and {named[index]!r} are both the token {index}, and GGUF has one text a token"
+                f"{folder}: {text!r} and {named[index]!r} are both the token {index}; GGUF allows one text for a token"
             )
     for index, text in named.items():
         if not text or "\0" in text:
             raise InvalidInput(
-                f"{folder}: the token {index} is {text!r}, which llama.cpp cannot read: it ends texts at a null"
+                f"{folder}: the token {index} is {text!r}, which llama.cpp cannot read (texts end at a null byte)"
             )
     taken = set(named.values())
     if len(taken) < len(named):
         twice = next(text for text in taken if list(named.values()).count(text) > 1)
-        raise InvalidInput(f"{folder}: two tokens are {twice!r}, and llama.cpp ends at such a file")
+        raise InvalidInput(
+            f"{folder}: two tokens are {twice!r}; llama.cpp does not load such a file"
+        )
     return [named.get(index) or _filler(index, taken) for index in range(vocabulary)], types
 
 
 def _filler(index: int, taken: set[str]) -> str:
-    """A name for an id that no token has; llama.cpp wants each once."""
+    """Return a unique placeholder for an id without a token; llama.cpp needs every text to be unique."""
     name = f"[PAD{index}]"
     while name in taken:
         name = f"[{name}]"
@@ -244,10 +252,9 @@ def _filler(index: int, taken: set[str]) -> str:
 def _scores(
     folder: Path, tokens: list[str], types: list[int], merges: list[tuple[str, str]]
 ) -> list[float]:
-    """The rank of the first merge that makes a piece, negated: SentencePiece then merges in the same order.
+    """Return as score the negated rank of the first merge that makes a piece, and refuse where the order would differ.
 
-    It does if its rule makes the same of every pair: any two neighbours are merged that are a piece together, the
-    better score first, whichever pair makes it.
+    SentencePiece merges any two neighbours that form a piece, best score first, whether or not the pair is a merge.
     """
     found = {token for token, kind in zip(tokens, types, strict=True) if kind in _FOUND_FIRST}
     rank: dict[str, int] = {}
@@ -256,8 +263,8 @@ def _scores(
         piece = left + right
         if piece in rank and piece != last and piece not in found:
             raise InvalidInput(
-                f"{folder}: {piece!r} is merged from {left!r} and {right!r} later than other pieces are that come "
-                "after it otherwise; llama.cpp has one score a piece"
+                f"{folder}: {piece!r} is merged from {left!r} and {right!r} later than from another pair, with other "
+                "pieces between; llama.cpp has one score for each piece"
             )
         rank.setdefault(piece, index)
         last = last if piece in found else piece
@@ -270,8 +277,8 @@ def _scores(
             met = (cut == 1 or left in known) and (len(right) == 1 or right in known)
             if met and (left, right) not in pairs:
                 raise InvalidInput(
-                    f"{folder}: llama.cpp would make {token!r} of {left!r} and {right!r}, which no merge of the "
-                    "tokenizer does"
+                    f"{folder}: llama.cpp would make {token!r} of {left!r} and {right!r}, and the tokenizer has no "
+                    "such merge"
                 )
     return [
         -float(rank[token]) if token in rank else _NEVER if kind == NORMAL else 0.0

@@ -1,4 +1,4 @@
-"""A finished output folder on the Hugging Face Hub: refused before any work where it could not go there."""
+"""Push a finished output folder to the Hugging Face Hub, after a check before any work that this will be possible."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,  # of the library that the Hub's client speaks through
+    HTTPError,  # of the HTTP library that huggingface_hub uses
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -20,19 +20,21 @@ from fbn_prune.errors import FbnPruneError, InvalidInput
 _UNREACHABLE = (HfHubHTTPError, HTTPError, OfflineModeIsEnabled, OSError)
 
 
-def check_push(repo: str, *, overwrite: bool) -> None:
-    """Refuse, before any work, a repository that could not be pushed to at the end.
+def check_push(repo: str, *, overwrite: bool = False) -> None:
+    """Check, before any work, that :func:`push_to_hub` can upload to a repository.
 
     Parameters
     ----------
-    repo : "user/name" or "organisation/name".
-    overwrite : allow a repository that already holds files.
+    repo
+        "USER/NAME" or "ORGANISATION/NAME".
+    overwrite
+        Accept a repository that already holds files.
 
     Raises
     ------
     InvalidInput
-        The name is none, nobody is logged in, the namespace is someone else's, the repository holds files, or the
-        Hub does not answer.
+        If the name is malformed, no user is logged in, the namespace belongs to someone else, the repository holds
+        files, or the Hub does not answer.
     """
     namespace, _, name = repo.partition("/")
     try:
@@ -43,13 +45,13 @@ def check_push(repo: str, *, overwrite: bool) -> None:
         raise InvalidInput(f"--push-to-hub {repo}: write USER/NAME or ORGANISATION/NAME")
     api = HfApi()
     try:
-        person = api.whoami()
-        own = {person["name"], *(group["name"] for group in person.get("orgs", []))}
+        account = api.whoami()
+        own = {account["name"], *(group["name"] for group in account.get("orgs", []))}
         if namespace not in own:
             raise InvalidInput(
-                f"--push-to-hub {repo}: {person['name']} may push to {', '.join(sorted(own))}"
+                f"--push-to-hub {repo}: {account['name']} may push to {', '.join(sorted(own))}"
             )
-        there = _files(api, repo)
+        existing = _files(api, repo)
     except LocalTokenNotFoundError:
         raise InvalidInput(
             f"--push-to-hub {repo}: not logged in: run `hf auth login` or set HF_TOKEN"
@@ -58,21 +60,34 @@ def check_push(repo: str, *, overwrite: bool) -> None:
         raise InvalidInput(
             f"--push-to-hub {repo}: the Hub does not accept it: {_line(error)}"
         ) from None
-    if there and not overwrite:
+    if existing and not overwrite:
         raise InvalidInput(
-            f"--push-to-hub {repo}: the repository holds {there[0]}; name another, or --overwrite"
+            f"--push-to-hub {repo}: the repository holds {existing[0]}; name another, or --overwrite"
         )
 
 
-def push(folder: Path, repo: str, *, private: bool, overwrite: bool, message: str) -> str:
-    """Upload `folder` as one commit; returns the repository's address.
+def push_to_hub(
+    folder: Path, repo: str, *, private: bool = False, overwrite: bool = False, message: str
+) -> str:
+    """Upload a folder to the Hugging Face Hub as one commit, and return the repository's address.
 
-    With `overwrite` files that the folder does not have are removed from the repository in the same commit.
+    Parameters
+    ----------
+    folder
+        Finished output of a run.
+    repo
+        "USER/NAME" or "ORGANISATION/NAME".
+    private
+        Make the repository private if it is new.
+    overwrite
+        In the same commit, remove files of the repository that the folder does not have.
+    message
+        Title of the commit.
 
     Raises
     ------
     FbnPruneError
-        The upload failed; the folder stays as it is.
+        If the upload fails; the folder is kept.
     """
     api = HfApi()
     try:
@@ -92,7 +107,7 @@ def push(folder: Path, repo: str, *, private: bool, overwrite: bool, message: st
 
 
 def _files(api: HfApi, repo: str) -> list[str]:
-    """What a repository holds beside what the Hub itself puts there; nothing where there is none."""
+    """Return the files of a repository except those that the Hub creates; empty if it does not exist."""
     try:
         return [name for name in api.list_repo_files(repo) if name != ".gitattributes"]
     except RepositoryNotFoundError:

@@ -1,8 +1,8 @@
-"""Safetensors shards and their index from a plan of tensors, each tensor made, written and let go before the next.
+"""Write safetensors shards and their index, with one tensor in memory at a time.
 
-So the memory needed is one tensor's, and a checkpoint larger than RAM can be written. That is why the safetensors
-layout (header length, JSON header, data) is written here: the library's writer takes a whole file's tensors at once.
-A finished shard can be kept in a :class:`fbn_prune.store.Store`, and stays as it is when the writing starts again.
+This allows checkpoints larger than RAM. The safetensors layout (header length, JSON header, data) is written here,
+because the library's writer needs all tensors of a file at once. Finished shards can be kept in a
+:class:`fbn_prune.store.Store`, so that a resumed run does not write them again.
 """
 
 from __future__ import annotations
@@ -33,27 +33,33 @@ def write_shards(
     progress: Callable[[int], None] | None = None,
     store: Store | None = None,
 ) -> None:
-    """Write tensors as safetensors with an index.
+    """Write tensors as safetensors shards with an index.
 
-    The index is there for a single file too: without one, vLLM reads every safetensors file of a folder as weights.
+    A single file gets an index too: without one, vLLM reads every safetensors file of a folder as weights.
 
     Parameters
     ----------
-    plan : the tensors' names, shapes and dtypes, in the order in which shards take them.
-    produce : gives a tensor by its name, on the CPU; called once for each, shard by shard.
-    directory : an existing folder.
-    max_shard_size : largest shard, in bytes or as "2GB"; a larger single tensor gets its own.
-    progress : called with the number of bytes done since the last call, in kept shards too.
-    store : where shards finished by an earlier run come from, and finished shards go until all are.
+    plan
+        The shapes and dtypes of the tensors by name, in the order of the shards.
+    produce
+        Returns a tensor by name, on the CPU; called once for each tensor, shard by shard.
+    directory
+        An existing folder.
+    max_shard_size
+        Largest shard, in bytes or as "2GB"; a larger tensor gets a shard of its own.
+    progress
+        Called with the number of bytes written, or found in kept shards, since the last call.
+    store
+        Holds finished shards, including those of an earlier run, until all are finished.
 
     Raises
     ------
     InvalidInput
         `max_shard_size` is not a size.
     FbnPruneError
-        A tensor is not as planned, or the store cannot be written to.
+        A tensor differs from the plan, or the store cannot be written.
     OSError
-        The directory cannot be written to.
+        The directory cannot be written.
     """
     try:
         split = split_state_dict_into_shards_factory(
@@ -74,7 +80,7 @@ def write_shards(
                 shard.write(handle.write)
     else:
         kept = {f"{SHARDS}{file}": shard for file, shard in shards.items()}
-        store.keep_only(SHARDS, kept)  # an earlier run may have had another shard size
+        store.keep_only(SHARDS, kept)  # an earlier run may have used another shard size
         for name, shard in kept.items():
             if store.holds(name, shard.head, len(shard.head) + shard.nbytes):
                 shard.progress(shard.nbytes)
@@ -95,12 +101,12 @@ def write_shards(
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON object as transformers does: indented, keys sorted."""
+    """Write a JSON object as transformers does, indented and with sorted keys."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 class _Shard:
-    """One safetensors file; wide dtypes first, so that each is aligned."""
+    """One safetensors file, with wide dtypes first for alignment."""
 
     def __init__(
         self,
@@ -125,13 +131,13 @@ class _Shard:
         self.head = len(encoded).to_bytes(8, "little") + encoded
 
     def write(self, put: Put) -> None:
-        """Put the whole file, a tensor at a time."""
+        """Write the whole file, one tensor at a time."""
         put(self.head)
         for name in self._order:
             tensor, info = self._produce(name), self._tensors[name]
             if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
                 raise FbnPruneError(
-                    f"{name} became {tensor.dtype} {list(tensor.shape)} instead of "
+                    f"{name} is {tensor.dtype} {list(tensor.shape)} instead of "
                     f"{info.dtype} {list(info.shape)}"
                 )
             put(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

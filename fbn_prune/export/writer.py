@@ -1,4 +1,4 @@
-"""The pruned checkpoint on disk, streamed from its source: each tensor is read, cut and written before the next."""
+"""Write the pruned checkpoint, streamed from its source: one tensor at a time is read, cut and written."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.export.directory import disk_errors
 from fbn_prune.export.shards import write_json, write_shards
 from fbn_prune.model import modeling_ragged
-from fbn_prune.model.checkpoint import COMPANION_FILES, TOKENIZER_FILES, Checkpoint
-from fbn_prune.model.families import Location
+from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.family import Location
+from fbn_prune.model.folder import COMPANION_FILES, TOKENIZER_FILES
 from fbn_prune.model.shards import TensorInfo
 from fbn_prune.model.streaming import check_tensors
 from fbn_prune.model.surgery import MlpCut, cut_config, cut_of, cut_shape, cut_tensor, require_bias
@@ -34,30 +35,32 @@ def write_checkpoint(
 ) -> None:
     """Write the cut model with its config, generation config, tokenizer and licence.
 
-    Layers of different widths bring the code file that their config names, see
+    If layers differ in width, the code file that the config names is written too, see
     :func:`fbn_prune.model.surgery.cut_config`.
 
     Parameters
     ----------
+    source
+        The checkpoint that is cut.
     cuts
-        One for each layer.
+        One cut for each layer.
     trained
-        Tensors that take the place of what the source and the cuts give, by their names in the checkpoint.
+        Tensors, by their names in the checkpoint, that replace those of the source and the cuts.
     directory
         An existing folder, normally from :func:`fbn_prune.export.directory.atomic_directory`.
     max_shard_size
-        Largest shard, in bytes or as "2GB"; a larger single tensor gets its own.
+        Largest shard, in bytes or as "2GB"; a larger tensor gets a shard of its own.
     progress
         Called with the number of bytes written since the last call.
     store
-        Keeps finished shards, see :func:`fbn_prune.export.shards.write_shards`.
+        Holds finished shards, see :func:`fbn_prune.export.shards.write_shards`.
 
     Raises
     ------
     InvalidInput
-        A cut brings a bias where the architecture has none.
+        A cut adds a bias, and the architecture does not support one.
     FbnPruneError
-        A new weight does not fit the stored dtype, or the disk cannot be written.
+        A new weight is too large for the stored dtype, or the disk cannot be written.
     """
     config = cut_config(source.config, source.family, cuts)
     with disk_errors(directory):
@@ -70,9 +73,9 @@ def write_checkpoint(
 
 
 def copy_companions(source: Checkpoint, directory: Path) -> None:
-    """Copy generation config, tokenizer, chat templates and licence. Never code, never pickle.
+    """Copy generation config, tokenizer, chat templates and licence, but no code and no pickle files.
 
-    The source's README stays behind: a model card of the pruned model takes its place.
+    The README is not copied, because the pruned model gets its own model card.
     """
     patterns = (*TOKENIZER_FILES, *(name for name in COMPANION_FILES if name != "README.md"))
     for file in sorted({file for pattern in patterns for file in source.path.glob(pattern)}):
@@ -81,21 +84,21 @@ def copy_companions(source: Checkpoint, directory: Path) -> None:
         shutil.copyfile(file, target)
     tokenizer_config = directory / "tokenizer_config.json"
     if tokenizer_config.is_file() and not source.trust_remote_code:
-        # It loaded without its code; whoever trusts code later would look for files not copied.
+        # The tokenizer loaded without its code, which is not copied; with trust_remote_code a loader would look for it.
         settings = json.loads(tokenizer_config.read_text(encoding="utf-8"))
         if settings.pop("auto_map", None) is not None:
             write_json(tokenizer_config, settings)
 
 
 def verify_export(directory: Path) -> None:
-    """Check a written checkpoint against the architecture that transformers makes of its config.
+    """Check that a written checkpoint has the tensors that transformers expects for its config.
 
-    Only headers are read: loading maps all shards at once, for which a limited process may have no room.
+    Only headers are read, because loading maps all shards, which may exceed a limit on address space.
 
     Raises
     ------
     FbnPruneError
-        A tensor is missing, has a shape other than the config's, or the tokenizer is unusable.
+        A tensor is missing or has a wrong shape, or the tokenizer does not load.
     """
     try:
         written = Checkpoint.open(directory, ragged=True)
@@ -113,7 +116,7 @@ def _write_tensors(
     progress: Callable[[int], None] | None,
     store: Store | None,
 ) -> None:
-    """Names and dtypes are the source's; nothing is added but the biases that the cuts bring."""
+    """Write the tensors under the source's names and in its dtypes, with the biases that the cuts add."""
     plan = _plan(source, cuts)
 
     def produce(name: str) -> Tensor:
@@ -121,7 +124,7 @@ def _write_tensors(
             return trained[name].to("cpu", plan[name].dtype)
         if name in source.tensors:
             tensor = source.tensor(name)
-        else:  # a bias that the cuts bring
+        else:  # a bias that the cuts add
             tensor = torch.zeros(plan[name].shape, dtype=plan[name].dtype)
             if (at := source.family.locate(name)) and at.projection is not source.family.output:
                 return tensor
@@ -136,7 +139,7 @@ def _write_tensors(
 
 
 def _plan(source: Checkpoint, cuts: Sequence[MlpCut]) -> dict[str, TensorInfo]:
-    """Every tensor of the output, in the source's order, with its shape after the cut."""
+    """Return every tensor of the output, in the source's order, with its shape after the cut."""
     family, config = source.family, source.config
     if len(cuts) != family.num_layers(config):
         raise ValueError(f"{len(cuts)} cuts for {family.num_layers(config)} layers")

@@ -1,1 +1,1 @@
-"""Models as the rest of the package sees them: where the MLPs are, how to read and cut them."""
+"""Models: where an architecture's MLPs are, how to read a checkpoint, run a model layer by layer and cut it."""

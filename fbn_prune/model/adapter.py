@@ -1,9 +1,9 @@
-"""The model that a run works on, as one object: its architecture, its layers and weights, and how they are cut.
+"""One interface to a model, live or streamed: its architecture, its layers and weights, and how they are cut.
 
-The pipeline holds a :class:`ModelAdapter` and never asks where the weights are. A live model's are in memory, on one
-device or spread over several; a streamed model (:class:`fbn_prune.model.streaming.StreamedModel`) reads each part from
-its checkpoint when it is wanted. What differs between architectures is in :mod:`fbn_prune.model.families`. The idea
-of a narrow adapter is SliceGPT's (`model_adapter.py`).
+The pipeline uses a :class:`ModelAdapter` without knowing where the weights are. A live model holds them in memory, on
+one device or several; a streamed model (:class:`fbn_prune.model.streaming.StreamedModel`) reads each layer from its
+checkpoint on demand. The differences between architectures are in :mod:`fbn_prune.model.families`. The idea of a
+narrow adapter is SliceGPT's (`model_adapter.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fbn_prune.data.calibration import Batch
-from fbn_prune.model.families import Family, Projection, family_of
+from fbn_prune.model.families import family_of
+from fbn_prune.model.family import Family, Projection
 from fbn_prune.model.heads import HeadProjection
 from fbn_prune.model.spill import Spilled
 from fbn_prune.model.surgery import MlpCut, cut_tensor, require_bias
@@ -32,16 +33,16 @@ class ModelAdapter:
     Parameters
     ----------
     model
-        In evaluation mode.
+        The model, in evaluation mode.
     family
-        Its architecture; by default found by the model's config.
+        Its architecture; by default determined from the model's config.
 
     Attributes
     ----------
     cuts
-        Cuts of the layers cut so far, from the first on.
+        The cuts applied so far, one for each layer from the first on.
     returns_tuple
-        Whether a decoder layer returns a tuple; None until a forward pass layer by layer has found out.
+        Whether a decoder layer returns a tuple; None until the first layer-by-layer forward pass.
 
     Raises
     ------
@@ -59,7 +60,7 @@ class ModelAdapter:
 
     @property
     def config(self) -> PretrainedConfig:
-        """The model's config; it follows the cuts."""
+        """The model's config, kept in line with the cuts."""
         return self.model.config
 
     @property
@@ -79,40 +80,40 @@ class ModelAdapter:
 
     @property
     def widths(self) -> list[int]:
-        """Neurons of each layer's MLP as it is now."""
+        """The current number of neurons in each layer's MLP."""
         return [
             self.output_module(layer).weight.shape[self.family.output.neuron_axis]
             for layer in range(self.num_layers)
         ]
 
-    # Places
+    # Devices and memory
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the model computes in."""
+        """The dtype in which the model computes."""
         return self.model.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where token ids enter and logits come out; see :meth:`layer_device` for what is between."""
+        """The device of the token ids and the logits; :meth:`layer_device` gives that of each layer."""
         return self.model.device
 
     def layer_device(self, layer: int) -> torch.device:
-        """Where a decoder layer computes: a model may be spread over several devices."""
+        """The device of a decoder layer; a model may be spread over several."""
         return self.output_module(layer).weight.device
 
     def load_layer(self, layer: int) -> None:
-        """Make sure that a layer's weights can be read."""
+        """Load a layer's weights; a live model has them in memory already."""
 
     def release(self) -> None:
-        """Free weights that are in memory and can be read again."""
+        """Free weights that can be read again from the checkpoint."""
 
     def spill(self) -> Spilled | None:
-        """A list on disk for activations that do not fit in memory; None where computing them again is cheaper."""
+        """Return an empty list on disk for activations; None where recomputing them is cheaper than storing them."""
         return None
 
     def hidden_states(self) -> list[Tensor] | Spilled:
-        """An empty list for the hidden states of all batches, in memory or on disk."""
+        """Return an empty list for the hidden states of all batches, in memory or on disk."""
         return []
 
     # Modules
@@ -123,37 +124,37 @@ class ModelAdapter:
         return self.model.get_submodule(self.family.layers)  # type: ignore[return-value]
 
     def module(self, layer: int, projection: Projection | HeadProjection) -> nn.Linear:
-        """A projection's live module: a Linear, or in GPT-2 a Conv1D (weight [in, out])."""
+        """Return a projection's live module: a Linear, or in GPT-2 a Conv1D (weight [in, out])."""
         module: Any = self.layers[layer].get_submodule(projection.path)
         return module
 
     def output_module(self, layer: int) -> nn.Linear:
-        """The MLP's output projection, whose input is the activation x, [..., neurons]."""
+        """Return the MLP's output projection; its input is the activation x, [..., neurons]."""
         return self.module(layer, self.family.output)
 
     def attention_output(self, layer: int) -> nn.Linear:
-        """The projection that reads what the attention heads put out, [..., heads * size]."""
+        """Return the attention's output projection; its input is the heads' output, [..., heads * size]."""
         assert self.family.attention is not None
         return self.module(layer, self.family.attention.output)
 
     # Weights
 
     def down_weight(self, layer: int) -> Tensor:
-        """View of the MLP's output weights, [hidden, neurons]: a neuron is a column in every family."""
+        """Return a view of the MLP's output weights, [hidden, neurons]: a neuron is a column in every family."""
         weight = self.output_module(layer).weight.detach()
         return weight if self.family.output.neuron_axis == 1 else weight.T
 
     def down_weights(self) -> Iterator[Tensor]:
-        """The output weights of each layer in order, see :meth:`down_weight`; nothing else is read."""
+        """Yield each layer's output weights as :meth:`down_weight` does; a streamed model reads no other tensors."""
         return map(self.down_weight, range(self.num_layers))
 
     def down_bias(self, layer: int) -> Tensor | None:
-        """The MLP's output bias, [hidden], or None."""
+        """Return the MLP's output bias, [hidden], or None."""
         bias = self.output_module(layer).bias
         return None if bias is None else bias.detach()
 
     def input_weights(self, layer: int) -> tuple[Tensor, ...]:
-        """Views of the MLP's input weights, [neurons, hidden] each: gate and up apart, even if fused."""
+        """Return views of the MLP's input weights, each [neurons, hidden]; a fused gate and up gives two views."""
         views: list[Tensor] = []
         for projection in self.family.inputs:
             weight = self.module(layer, projection).weight.detach()
@@ -166,12 +167,14 @@ class ModelAdapter:
     def logits(
         self, batches: Sequence[Batch], on_batch: Callable[[int], None] = lambda tokens: None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Logits [blocks, length, vocabulary] of some blocks at a time, with their ids and masks [blocks, length].
+        """Yield logits [blocks, length, vocabulary] with the blocks' token ids and masks [blocks, length].
 
         Parameters
         ----------
+        batches
+            Right-padded token blocks. One step may cover part of a batch.
         on_batch
-            Called with the number of valid tokens done since the last call.
+            Called with the number of valid tokens processed since the previous call.
         """
         for batch in batches:
             ids = batch.input_ids.to(self.device)
@@ -181,22 +184,26 @@ class ModelAdapter:
     # Cutting
 
     def cut(self, layer: int, cut: MlpCut, *, round_to: torch.dtype | None = None) -> None:
-        """Shrink the next layer that is whole, in place; its modules, and the hooks on them, stay.
+        """Cut the first layer that is still whole, in place; its module objects and their hooks stay.
 
-        The config follows as soon as all layers are equally wide and have as many heads, so that `save_pretrained`
+        The config is updated as soon as all layers have the same width and number of heads, so that `save_pretrained`
         writes a loadable model.
 
         Parameters
         ----------
+        layer
+            The layer to cut: the number of cuts so far.
+        cut
+            The neurons and heads to keep, and the new output weights.
         round_to
-            The dtype in which the checkpoint will be stored; the output weights take its values. Default: their own.
+            The dtype of the checkpoint to be written; the new output weights are rounded to it. Default: their own.
 
         Raises
         ------
         InvalidInput
-            The cut brings a bias to an architecture that has no place for one.
+            The cut adds a bias that the architecture does not support.
         FbnPruneError
-            A new output weight does not fit `round_to`.
+            A new output weight is not finite in `round_to`.
         """
         self.make_place_for_bias([cut])
         self._cut_layer(layer, cut, round_to)
@@ -208,61 +215,61 @@ class ModelAdapter:
     def trying(
         self, cuts: Sequence[MlpCut], *, round_to: torch.dtype | None = None
     ) -> AbstractContextManager[None]:
-        """The model computes with the MLPs that the cut one would have, inside the context; then it is as it was.
+        """Return a context in which the model computes with cut MLPs; on exit it is unchanged.
 
-        A live layer is cut when it is called and whole again when it returns, so that at most one cut MLP is in memory
-        beside the model. The model's own parameters are set aside meanwhile and never written to.
+        A live layer is cut when it is called and restored when it returns, so that memory holds at most one cut MLP
+        beside the model. The model's own parameters are never modified.
 
         Parameters
         ----------
         cuts
-            One for each layer, read whenever the layer is called; their heads are not cut.
+            One cut for each layer, read whenever the layer is called; attention heads stay whole.
         round_to
             See :meth:`cut`.
 
         Raises
         ------
         InvalidInput, FbnPruneError
-            From the model's forward pass, where :meth:`cut` would raise them.
+            As :meth:`cut`, but during the model's forward pass.
         """
         return self._trying(cuts, round_to)
 
     @contextmanager
     def _trying(self, cuts: Sequence[MlpCut], round_to: torch.dtype | None) -> Iterator[None]:
-        aside: list[tuple[nn.Linear, dict[str, nn.Parameter | None]]] = []
+        originals: list[tuple[nn.Linear, dict[str, nn.Parameter | None]]] = []
 
         def cut(layer: int) -> None:
-            put_back()  # what a forward pass that broke off has left
+            restore()  # an interrupted forward pass may have left a layer cut
             modules = [self.module(layer, each) for each in self.family.projections]
-            aside.extend((module, dict(module._parameters)) for module in modules)
+            originals.extend((module, dict(module._parameters)) for module in modules)
             if cuts[layer].down_bias is not None and self.down_bias(layer) is None:
                 require_bias(self.family, self.config)
                 self._add_biases(layer)
             self._cut_layer(layer, replace(cuts[layer], heads=None), round_to)
 
-        def put_back() -> None:
-            for module, parameters in aside:
+        def restore() -> None:
+            for module, parameters in originals:
                 for part, parameter in parameters.items():
                     setattr(module, part, parameter)
                 set_features(module)
-            aside.clear()
+            originals.clear()
 
         with ExitStack() as hooks:
-            hooks.callback(put_back)
+            hooks.callback(restore)
             for layer, module in enumerate(self.layers):
                 before = module.register_forward_pre_hook(lambda _, args, layer=layer: cut(layer))
                 hooks.callback(before.remove)
-                after = module.register_forward_hook(lambda _, args, output: put_back())
+                after = module.register_forward_hook(lambda _, args, output: restore())
                 hooks.callback(after.remove)
             yield
 
     def make_place_for_bias(self, cuts: Sequence[MlpCut]) -> None:
-        """Give the MLPs zero biases if a cut brings one and they have none.
+        """Give all MLPs zero biases if a cut adds a bias and they have none.
 
         Raises
         ------
         InvalidInput
-            The architecture has no place for one.
+            The architecture does not support biases in the MLP.
         """
         missing = self.output_module(0).bias is None
         if missing and any(cut.down_bias is not None for cut in cuts):
@@ -273,10 +280,10 @@ class ModelAdapter:
             setattr(self.config, self.family.bias_key, True)
 
     def set_head_groups(self, layer: int, groups: int) -> None:
-        """Tell one live attention module how many groups of heads its weights have."""
+        """Set the number of head groups in one live attention module, after its weights are cut."""
         assert self.family.attention is not None
         module: Any = self.layers[layer].get_submodule(self.family.attention.module)
-        # A config of its own: the model's speaks for all layers, and those not cut yet still run.
+        # The module gets its own config: the model's is shared with layers that are still whole.
         module.config = copy.copy(module.config)
         self.family.set_config_head_groups(module.config, groups)
         if hasattr(module, "num_key_value_heads"):
@@ -298,7 +305,7 @@ class ModelAdapter:
             set_features(module)
 
     def _add_biases(self, layer: int) -> None:
-        """Give every MLP projection a zero bias: the config's flag speaks for all of them at once."""
+        """Give every MLP projection a zero bias: the config's flag applies to all of them."""
         for projection in self.family.projections:
             module = self.module(layer, projection)
             zeros = module.weight.detach().new_zeros(module.out_features)
@@ -317,7 +324,7 @@ class ModelAdapter:
 
 
 def set_features(module: nn.Linear | Conv1D) -> None:
-    """Bring a linear module's own record of its shape in line with its weight."""
+    """Set a linear module's size attributes to the shape of its weight."""
     first, second = module.weight.shape
     if isinstance(module, Conv1D):
         module.nx, module.nf = first, second

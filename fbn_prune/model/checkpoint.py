@@ -1,8 +1,7 @@
-"""A checkpoint on disk, checked from its headers before any work is spent on it.
+"""A checkpoint on disk, checked by its headers before a run starts.
 
-Only safetensors and JSON are read. A tensor is mapped into memory when it is asked for, so a
-checkpoint may be larger than the machine's memory. Nothing here writes into the checkpoint's
-folder.
+Only safetensors and JSON are read. Each tensor is mapped into memory on request, so a checkpoint may be larger than
+the machine's memory. Nothing writes into the checkpoint's folder.
 """
 
 from __future__ import annotations
@@ -11,15 +10,13 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
-from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
 from torch import Tensor
 from transformers import (
@@ -33,64 +30,42 @@ from transformers.utils import logging as transformers_logging
 
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.config_checks import ConfigWarning, oddities
-from fbn_prune.model.families import Family, as_config, family_of
+from fbn_prune.model.families import family_of
+from fbn_prune.model.family import Family, as_config
+from fbn_prune.model.folder import VOCABULARY_FILES, find_folder, read_config
 from fbn_prune.model.modeling_ragged import ragged_class
-from fbn_prune.model.shards import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    TensorInfo,
-    one_line,
-    read_headers,
-    read_index,
-    read_object,
-)
-
-_VOCABULARIES = (
-    "tokenizer.json",
-    "vocab.json",
-    "vocab.txt",
-    "tekken.json",
-    "*.model",
-    "*.model.v*",
-    "*.tiktoken",
-)
-TOKENIZER_FILES = (
-    *_VOCABULARIES,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-    "chat_template.json",
-    "chat_template.jinja",
-    "additional_chat_templates/*.jinja",
-)
-"""Patterns of everything a tokenizer and its chat template may be made of."""
-
-COMPANION_FILES = ("generation_config.json", "LICENSE*", "NOTICE*", "README.md")
+from fbn_prune.model.shards import TensorInfo, one_line, read_headers
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PACKED = re.compile(
     r"\.(qweight|qzeros|scales|g_idx|SCB|absmax|quant_map|quant_state\..+|weight_packed|weight_scale(_inv|_2)?|weight_format)$"
 )
-"""Ends of the names of tensors that GPTQ, AWQ, bitsandbytes, compressed-tensors and fp8 checkpoints bring along."""
+"""Suffixes of tensor names that occur only in GPTQ, AWQ, bitsandbytes, compressed-tensors and fp8 checkpoints."""
 
 SLICE_BYTES = 32 * 2**20
-"""Of a tensor that is converted on reading, so much is in memory twice."""
+"""A tensor whose dtype or device changes on reading is converted in slices of this size."""
 
 _PROBE = "The quick brown fox jumps over 13 lazy dogs.\n"
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A checked local folder of safetensors with its config and tokenizer; made by `open`.
+    """A local folder with safetensors, config and tokenizer; :meth:`open` checks and returns one.
 
     Attributes
     ----------
-    path : the folder.
-    config : the object in `config.json`.
-    family : the architecture.
-    tensors : tensor name -> file, shape, dtype.
-    hub_id : the Hub id it was asked for by, None for a local folder.
+    path
+        The folder.
+    config
+        The object in `config.json`.
+    family
+        The architecture.
+    tensors
+        File, shape and dtype of each tensor, by name.
+    hub_id
+        The Hub id that the user gave; None for a local folder.
+    trust_remote_code
+        Whether the tokenizer may be code from the checkpoint.
     """
 
     path: Path
@@ -104,24 +79,26 @@ class Checkpoint:
     def open(
         cls, path_or_hub_id: str | Path, *, trust_remote_code: bool = False, ragged: bool = False
     ) -> Checkpoint:
-        """Find a checkpoint and check it, reading headers and the tokenizer but no weights.
+        """Find a checkpoint and check its headers and tokenizer; no weights are read.
 
         Parameters
         ----------
-        path_or_hub_id : a folder, or a Hub id whose files are downloaded (no pickle; code only if
-            it is trusted).
-        trust_remote_code : let the tokenizer be code from the checkpoint. The model never is.
-        ragged : accept layers of different widths: for a checkpoint to be run, not pruned.
+        path_or_hub_id
+            A folder, or a Hub id to download from (never pickles; Python files only with `trust_remote_code`).
+        trust_remote_code
+            Allow the tokenizer to be code from the checkpoint. Model code from a checkpoint never runs.
+        ragged
+            Accept layers of different widths: such a checkpoint can run, but not be pruned again.
 
         Raises
         ------
         InvalidInput
-            If anything is missing, broken, contradictory or not supported.
+            A file is missing, damaged or not supported, or files contradict each other.
 
         Warns
         -----
         ConfigWarning
-            If its configs are odd, see :meth:`oddities`.
+            The configs contain values that the model cannot use, see :meth:`oddities`.
         """
         path, hub_id = find_folder(
             path_or_hub_id, lambda config: family_of(config, ragged=ragged), trust_remote_code
@@ -137,7 +114,7 @@ class Checkpoint:
 
     @classmethod
     def of_model(cls, model: PreTrainedModel) -> Checkpoint:
-        """The headers that a checkpoint of this live model would have; there are no files to read from.
+        """Return the headers that a checkpoint of this live model would have; its tensors cannot be read.
 
         Raises
         ------
@@ -154,19 +131,19 @@ class Checkpoint:
         return cls(path, config, family_of(config), tensors)
 
     def check(self) -> None:
-        """Hold the headers and the tokenizer against the config.
+        """Check that the headers and the tokenizer agree with the config.
 
         Raises
         ------
         InvalidInput
-            For weights that are quantised, MLPs that the config does not mean, and a tokenizer that is unusable.
+            The weights are quantized, the MLP tensors do not match the config, or the tokenizer is unusable.
         """
         _refuse_quantized(self.path, self.tensors)
         _check_mlps(self.path, self.family, self.config, self.tensors)
         _check_tokenizer(self)
 
     def oddities(self) -> str | None:
-        """One line on what its configs say that the model cannot do, as special tokens that are none; or None."""
+        """One line on config values that the model cannot use, such as token ids outside the vocabulary; or None."""
         return oddities(self.path, self.config, self.family.vocab_size(self.config))
 
     @property
@@ -175,7 +152,7 @@ class Checkpoint:
 
     @property
     def total_parameters(self) -> int:
-        """Elements stored; tied embeddings count once, as they are stored once."""
+        """Number of stored elements; tied embeddings count once."""
         return sum(info.parameters for info in self.tensors.values())
 
     @property
@@ -184,7 +161,7 @@ class Checkpoint:
 
     @property
     def storage_dtype(self) -> torch.dtype:
-        """The output projections' dtype (the most frequent), to which new weights are rounded."""
+        """The most frequent dtype of the MLPs' output weights; pruning rounds the new weights to it."""
         counts = Counter(
             info.dtype
             for name, info in self.tensors.items()
@@ -195,9 +172,9 @@ class Checkpoint:
         return counts.most_common(1)[0][0]
 
     def stored_name(self, parameter: str) -> str | None:
-        """What the checkpoint calls a parameter of the live model; None where it holds no such tensor.
+        """Return the checkpoint's name for a parameter of the live model; None if the checkpoint does not have it.
 
-        Checkpoints saved from the base model leave the first component out, and transformers renames some on loading.
+        Checkpoints saved from the base model omit the first component, and transformers renames some on loading.
         """
         candidates = [parameter, parameter.removeprefix(self.family.layers.partition(".")[0] + ".")]
         if (other := self.family.stored_as) is not None:
@@ -211,13 +188,13 @@ class Checkpoint:
         return self.tensors[name].dtype
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, mapped from its file: read when it is used, not to be written to."""
+        """Return a tensor mapped from its file: the data is read on first use and must not be modified."""
         with safe_open(self.path / self.tensors[name].file, framework="pt") as shard:
             tensor: Tensor = shard.get_tensor(name)
             return tensor
 
     def read(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """One tensor in another place or type, converted by slices of rows: it is not held twice."""
+        """Return a tensor on `device` in `dtype`, converted in slices of rows so that memory holds only one copy."""
         info = self.tensors[name]
         result = torch.empty(info.shape, dtype=dtype, device=device)
         if not info.shape:
@@ -234,38 +211,44 @@ class Checkpoint:
         dtype: torch.dtype,
         device_map: Mapping[str, str] | None = None,
     ) -> PreTrainedModel:
-        """The model on `device` in `dtype`: eval mode, no key-value cache, no code from the folder.
+        """Load the model in evaluation mode, without a key-value cache; code from the folder never runs.
 
-        The device "meta" goes through the same loading code, but reads and holds no weights. With a `device_map` (see
-        :func:`fbn_prune.model.placement.device_map`) each module is on its own device, and accelerate's hooks carry
-        what the modules are called with there.
+        Parameters
+        ----------
+        device
+            The model's device. "meta" runs the same loading code without reading weights.
+        dtype
+            The dtype of the weights.
+        device_map
+            The device of each module, see :func:`fbn_prune.model.placement.device_map`; accelerate's hooks then move
+            the modules' inputs between devices.
 
         Raises
         ------
         InvalidInput
-            If a tensor the model needs is not in the checkpoint, or has another shape.
+            A tensor of the model is missing from the checkpoint, or has another shape there.
         """
         model_class: Any = AutoModelForCausalLM
-        more: dict[str, Any] = {}
+        extra: dict[str, Any] = {}
         places: Any = "meta" if torch.device(device).type == "meta" else None
         if device_map is not None:
             places = dict(device_map)
         if self.config.get("per_layer_config"):
             facts = {"ragged_mlp": self.family.mlp_facts()}
-            more["config"] = as_config(self.config | facts)
-            stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(more["config"])]
+            extra["config"] = as_config(self.config | facts)
+            stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(extra["config"])]
             model_class = ragged_class(stock)
         with _quiet_transformers():
             try:
                 loaded: Any = model_class.from_pretrained(
                     self.path,
-                    **more,
+                    **extra,
                     dtype=dtype,
                     device_map=places,
                     use_safetensors=True,
                     trust_remote_code=False,
                     local_files_only=True,
-                    ignore_mismatched_sizes=True,  # refused below, where the tensor is named
+                    ignore_mismatched_sizes=True,  # refused below, with the tensor's name
                     output_loading_info=True,
                 )
             except (OSError, ValueError, RuntimeError) as error:
@@ -274,8 +257,7 @@ class Checkpoint:
         model, report = loaded
         if missing := sorted(report["missing_keys"]):
             raise InvalidInput(
-                f"{self.path}: {len(missing)} tensors of the model are not in the checkpoint, "
-                f"first {missing[0]}"
+                f"{self.path}: {len(missing)} tensors of the model are not in the checkpoint, first {missing[0]}"
             )
         if mismatched := sorted(report["mismatched_keys"]):
             name, stored, expected = mismatched[0]
@@ -289,6 +271,7 @@ class Checkpoint:
         return model
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer; raise InvalidInput if that fails or needs untrusted code."""
         try:
             return AutoTokenizer.from_pretrained(
                 self.path, trust_remote_code=self.trust_remote_code, local_files_only=True
@@ -296,69 +279,15 @@ class Checkpoint:
         except Exception as error:  # the tokenizers library raises bare Exceptions
             if "custom code" in str(error) and not self.trust_remote_code:
                 raise InvalidInput(
-                    f"{self.path}: the tokenizer is code of its own: --trust-remote-code runs it"
+                    f"{self.path}: the tokenizer needs code from the checkpoint: allow it with --trust-remote-code"
                 ) from error
             raise InvalidInput(
                 f"{self.path}: the tokenizer cannot be loaded: {one_line(error)}"
             ) from error
 
 
-def find_folder(
-    path_or_hub_id: str | Path,
-    accept: Callable[[dict[str, Any]], object],
-    trust_remote_code: bool = False,
-) -> tuple[Path, str | None]:
-    """The folder of a checkpoint, and the Hub id that it was downloaded by.
-
-    Parameters
-    ----------
-    accept : raises for the `config.json` object of a model whose weights are not to be downloaded.
-    """
-    path = Path(path_or_hub_id).expanduser()
-    if path.is_dir():
-        if not any(path.iterdir()):
-            raise InvalidInput(f"{path} is empty; give a folder with config.json and safetensors")
-        return path, None
-    if path.exists():
-        raise InvalidInput(f"{path} is a file; give the folder that holds it and config.json")
-    text = str(path_or_hub_id)
-    if isinstance(path_or_hub_id, Path) or not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", text):
-        raise InvalidInput(f"there is no folder {path}; give a model folder or a Hub id")
-    return _download(text, accept, trust_remote_code), text
-
-
-def _download(
-    hub_id: str, accept: Callable[[dict[str, Any]], object], trust_remote_code: bool
-) -> Path:
-    """Fetch the small files, refuse what they already rule out, and only then fetch the weights."""
-    small = ["config.json", INDEX_FILE, *TOKENIZER_FILES, *COMPANION_FILES]
-    path = _snapshot(hub_id, small + (["*.py"] if trust_remote_code else []))
-    accept(read_config(path))
-    index = path / INDEX_FILE
-    shards = sorted(set(read_index(path).values())) if index.exists() else [SINGLE_FILE]
-    return _snapshot(hub_id, shards)
-
-
-def _snapshot(hub_id: str, patterns: list[str]) -> Path:
-    try:
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
-    except (OSError, ValueError, EntryNotFoundError) as error:
-        raise InvalidInput(
-            f"{hub_id!r} is no folder here, and cannot be had from the Hub: {one_line(error)}"
-        ) from error
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The object in a checkpoint's `config.json`."""
-    if not (path / "config.json").is_file():
-        adapter = (path / "adapter_config.json").is_file()
-        hint = "; this is an adapter: merge it into its base model first" if adapter else ""
-        raise InvalidInput(f"{path} has no config.json{hint}")
-    return read_object(path / "config.json")
-
-
 def _refuse_quantized(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
-    """Also where the config does not say so. Other tensors than weights may be integers: masks, position ids."""
+    """Refuse quantized weights, whatever the config says. Masks and position ids may be integers."""
     for name, info in tensors.items():
         if PACKED.search(name):
             raise InvalidInput(
@@ -373,13 +302,10 @@ def _refuse_quantized(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
 def _check_mlps(
     path: Path, family: Family, config: dict[str, Any], tensors: Mapping[str, TensorInfo]
 ) -> None:
-    """Every layer has the MLP tensors that the config promises, in those shapes, and no others."""
+    """Check that every layer has exactly the MLP tensors that the config implies, in the right shapes."""
     typed = as_config(config)
-    layers, widths, hidden = (
-        family.num_layers(typed),
-        family.widths(typed),
-        family.hidden_size(typed),
-    )
+    layers, widths = family.num_layers(typed), family.widths(typed)
+    hidden = family.hidden_size(typed)
     biased = family.has_bias(typed)
     found: set[tuple[int, str, str]] = set()
     for name, info in tensors.items():
@@ -389,30 +315,31 @@ def _check_mlps(
         expected = family.tensor_shape(location, hidden, widths[location.layer])
         if info.shape != expected:
             raise InvalidInput(
-                f"{path / info.file}: {name} has shape {list(info.shape)}, "
-                f"but config.json means {list(expected)}"
+                f"{path / info.file}: {name} has shape {list(info.shape)}, but config.json requires {list(expected)}"
             )
         if info.dtype not in WEIGHT_DTYPES:
-            raise InvalidInput(f"{path / info.file}: {name} is stored as {info.dtype}")
+            raise InvalidInput(
+                f"{path / info.file}: {name} is stored as {info.dtype}, which is no floating-point weight type"
+            )
         if location.part == "bias" and not biased:
-            raise InvalidInput(f"{path / info.file} has {name}, but config.json means no MLP bias")
+            raise InvalidInput(f"{path / info.file} has {name}, but config.json says no MLP bias")
         found.add((location.layer, location.projection.path, location.part))
     if layers < 1:
-        raise InvalidInput(f"{path / 'config.json'} means a model of {layers} layers")
+        raise InvalidInput(f"{path / 'config.json'} says {layers} layers: a model has at least one")
     for layer in range(layers):
         for projection in family.projections:
             for part in ("weight", "bias") if biased else ("weight",):
                 if (layer, projection.path, part) not in found:
                     raise InvalidInput(
                         f"{path}: no tensor {family.layers}.{layer}.{projection.path}.{part}, "
-                        f"though config.json means {layers} layers"
+                        f"though config.json says {layers} layers"
                     )
 
 
 def _check_tokenizer(checkpoint: Checkpoint) -> None:
-    """A tokenizer can load and yet return nothing, or ids the model has no embedding for."""
+    """Refuse a tokenizer that returns no tokens, or ids that the model has no embedding for."""
     path = checkpoint.path
-    if not any(file for pattern in _VOCABULARIES for file in path.glob(pattern)):
+    if not any(file for pattern in VOCABULARY_FILES for file in path.glob(pattern)):
         raise InvalidInput(f"{path} has no tokenizer (tokenizer.json, tokenizer.model, ...)")
     tokenizer = checkpoint.load_tokenizer()
     try:
@@ -420,23 +347,20 @@ def _check_tokenizer(checkpoint: Checkpoint) -> None:
     except Exception as error:  # as in load_tokenizer
         raise InvalidInput(f"{path}: the tokenizer fails on text: {one_line(error)}") from error
     if not ids or set(ids) == {tokenizer.unk_token_id}:
-        got = "no tokens" if not ids else "nothing but the unknown token"
+        got = "no tokens" if not ids else "only the unknown token"
         raise InvalidInput(
-            f"{path}: the tokenizer ({type(tokenizer).__name__}) makes {got} of text"
+            f"{path}: the tokenizer ({type(tokenizer).__name__}) returns {got} for a test sentence"
         )
     vocabulary = checkpoint.family.vocab_size(checkpoint.config)
     if max(ids) >= vocabulary:
         raise InvalidInput(
-            f"{path}: the tokenizer gives the id {max(ids)}, "
-            f"but the model has {vocabulary} embeddings"
+            f"{path}: the tokenizer returns the id {max(ids)}, but the model has only {vocabulary} embeddings"
         )
 
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers' bar and its load report back: only the command line shows progress, and
-    what the report has to say becomes an error that names the tensor.
-    """
+    """Suppress transformers' progress bar and load report: the caller turns the report into errors."""
     shown = transformers_logging.is_progress_bar_enabled()
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()

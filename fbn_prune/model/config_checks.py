@@ -1,4 +1,4 @@
-"""What a checkpoint's small files say that transformers loads all the same, and that its user should know of."""
+"""Find config values that transformers accepts but the model cannot use, so that the user can be warned."""
 
 from __future__ import annotations
 
@@ -11,40 +11,39 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fbn_prune.model.families import as_config
+from fbn_prune.model.family import as_config
 
 _ROPE_FAULTS = ("`rope_parameters`'s", "Missing required keys", "Unrecognized keys")
-"""How transformers begins what it says of a value that is wrong; the rest is advice to authors of configs."""
-
+"""First words of transformers' warnings about wrong values; its other warnings are advice for authors of configs."""
 
 MOST = 300
-"""Characters of what is passed on."""
+"""Characters of a warning that are shown."""
 
 
 class ConfigWarning(UserWarning):
-    """A config means something that the model cannot do."""
+    """A config has a value that the model cannot use."""
 
 
 def oddities(path: Path, config: Mapping[str, Any], vocabulary: int) -> str | None:
-    """One line on what is odd in a checkpoint's configs, without the folder's name; None if nothing is.
+    """Return one line on wrong token ids and rotary settings in a checkpoint's configs; None if there are none.
 
     Parameters
     ----------
-    path : the folder.
-    config : the object in its `config.json`.
-    vocabulary : embeddings of the model.
+    path
+        The checkpoint's folder; the line does not repeat it.
+    config
+        The object in its `config.json`.
+    vocabulary
+        Number of the model's embeddings.
     """
     lines = []
-    for name, settings in (
-        ("config.json", config),
-        ("generation_config.json", _generation(path)),
-    ):
+    for name, settings in (("config.json", config), ("generation_config.json", _generation(path))):
         if wrong := list(_no_tokens(settings, vocabulary)):
             lines.append(
                 f"{name} gives {' and '.join(wrong)}, which the vocabulary of {vocabulary} tokens does not have; "
                 "correct that there"
             )
-    lines += [f"config.json: {said}" for said in _faults_of_rope(config)]
+    lines += [f"config.json: {fault}" for fault in _faults_of_rope(config)]
     return "; ".join(lines) or None
 
 
@@ -66,36 +65,36 @@ def _no_tokens(settings: Mapping[str, Any], vocabulary: int) -> Iterator[str]:
 
 
 def _faults_of_rope(config: Mapping[str, Any]) -> list[str]:
-    with _heard("transformers.modeling_rope_utils") as said:
+    with _captured("transformers.modeling_rope_utils") as warnings:
         as_config(config)
-    faults = dict.fromkeys(line for line in said if line.startswith(_ROPE_FAULTS))
+    faults = dict.fromkeys(line for line in warnings if line.startswith(_ROPE_FAULTS))
     return [_one_line(line) for line in faults]
 
 
 def _one_line(text: str) -> str:
-    """Values of a stranger's file may be in it: of any length, and of characters that move a terminal's cursor."""
+    """Shorten a warning and replace unprintable characters: it may quote arbitrary values of an untrusted file."""
     line = " ".join(text.split())
     shown = "".join(char if char.isprintable() else "?" for char in line[:MOST])
     return shown if len(line) <= MOST else f"{shown} ..."
 
 
 @contextmanager
-def _heard(name: str) -> Iterator[list[str]]:
-    """The warnings that a logger is given meanwhile, which go nowhere else."""
-    said: list[str] = []
+def _captured(name: str) -> Iterator[list[str]]:
+    """Collect the warnings of a logger inside the context instead of emitting them."""
+    messages: list[str] = []
 
-    class Ear(logging.Handler):
+    class Collector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage())
+            messages.append(record.getMessage())
 
-    logger, ear = logging.getLogger(name), Ear()
+    logger, collector = logging.getLogger(name), Collector()
     level, propagate = logger.level, logger.propagate
-    logger.addHandler(ear)
+    logger.addHandler(collector)
     logger.setLevel(logging.WARNING)
     logger.propagate = False
     try:
-        yield said
+        yield messages
     finally:
-        logger.removeHandler(ear)
+        logger.removeHandler(collector)
         logger.setLevel(level)
         logger.propagate = propagate

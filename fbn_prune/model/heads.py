@@ -1,7 +1,7 @@
-"""Attention heads: where they lie in a layer's tensors, and what cutting whole groups of them leaves of these.
+"""Attention heads: where they are in a layer's tensors, and how cutting groups of heads changes those tensors.
 
-A *group* is a key-value head with the query heads that read it, the least that can go. Which architectures have heads
-that can be cut, and under which names, is in :mod:`fbn_prune.model.families`.
+A *group*, the unit of a cut, is one key-value head with the query heads that read it. The entries in
+:mod:`fbn_prune.model.families` say which architectures have heads that can be cut, and their tensors' names.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from fbn_prune.errors import FbnPruneError
 
-if TYPE_CHECKING:  # slow to import, and the command line's help needs none of it
+if TYPE_CHECKING:  # torch is slow to import, and `--help` does not need it
     import torch
     from torch import Tensor
 
@@ -24,10 +24,12 @@ class HeadProjection:
 
     Attributes
     ----------
-    path : where it is, relative to the layer ("self_attn.q_proj").
-    blocks : what follows one another on the axis of the heads: "query" (all query heads) or "key"
-        (all key or all value heads).
-    reads : whether it reads what the heads put out, which then lie on its second axis.
+    path
+        The module's path relative to the layer ("self_attn.q_proj").
+    blocks
+        The consecutive blocks along the axis of the heads: "query" is all query heads, "key" all key or value heads.
+    reads
+        Whether the projection reads the heads' output, so that the heads are on its second axis.
     """
 
     path: str
@@ -37,7 +39,7 @@ class HeadProjection:
 
 @dataclass(frozen=True)
 class HeadLocation:
-    """What a checkpoint's tensor is: a part of one attention projection of one layer."""
+    """Which part of which layer's attention projection a checkpoint tensor is."""
 
     layer: int
     projection: HeadProjection
@@ -46,13 +48,16 @@ class HeadLocation:
 
 @dataclass(frozen=True)
 class HeadShape:
-    """A layer's attention heads. A *group* is a key-value head with the query heads that read it.
+    """The numbers and size of a layer's attention heads.
 
     Attributes
     ----------
-    groups : key-value heads.
-    queries : query heads of each.
-    size : channels of a head.
+    groups
+        Number of key-value heads.
+    queries
+        Query heads of each group.
+    size
+        Channels of a head.
     """
 
     groups: int
@@ -65,20 +70,20 @@ class HeadShape:
 
     @property
     def width(self) -> int:
-        """Channels that the output projection reads of one group."""
+        """Channels of one group in the input of the output projection."""
         return self.queries * self.size
 
     def rows(self, block: Literal["query", "key"]) -> int:
-        """Rows of one group in such a block."""
+        """Rows of one group in a block of this kind."""
         return self.size * (self.queries if block == "query" else 1)
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Where a layer keeps its attention heads, in an architecture whose config gives them a size of their own.
+    """The attention projections of an architecture whose heads can be cut.
 
-    Only such a config can say that there are fewer of them. A norm over all heads at once would not
-    be the same over those that stay, so architectures with one have no entry either.
+    Its config must state the head size separately, to be valid with fewer heads. Architectures with a norm over all
+    heads have no entry, because removing heads would change the norm of the others.
     """
 
     module: str
@@ -92,13 +97,16 @@ class Attention:
 
 @dataclass(frozen=True)
 class HeadCut:
-    """What the attention of one layer becomes.
+    """The cut of one layer's attention.
 
     Attributes
     ----------
-    kept : int64 [n], the groups that stay (see :class:`fbn_prune.model.families.HeadShape`), ascending.
-    out_weight : float32 or float64 [hidden, n * width of a group], their new output weights.
-    out_bias : [hidden], the new output bias in place of the old one; None where there is none.
+    kept
+        int64 [n]: the groups to keep, ascending (see :class:`HeadShape`).
+    out_weight
+        float32 or float64 [hidden, n * width of a group]: their new output weights.
+    out_bias
+        [hidden]: the new output bias; None keeps the old one.
     """
 
     kept: Tensor
@@ -109,19 +117,25 @@ class HeadCut:
 def cut_heads(
     location: HeadLocation, tensor: Tensor, cut: HeadCut, shape: HeadShape, dtype: torch.dtype
 ) -> Tensor:
-    """An attention tensor after the cut, contiguous.
+    """Return an attention tensor after the cut, contiguous.
 
     Parameters
     ----------
+    location
+        Which attention tensor it is.
+    tensor
+        Its values before the cut.
+    cut
+        The groups to keep and the new output weights.
     shape
         The heads before the cut.
     dtype
-        To which new output weights and biases are rounded.
+        The dtype to which new output weights and biases are rounded.
 
     Raises
     ------
     FbnPruneError
-        A new output weight does not fit the dtype.
+        A new output weight is not finite in `dtype`.
     """
     if not location.projection.reads:
         rows = _head_rows(location, shape, cut.kept.to(tensor.device))
@@ -134,7 +148,7 @@ def cut_heads(
 def head_tensor_shape(
     location: HeadLocation, old: tuple[int, ...], kept: int, shape: HeadShape
 ) -> tuple[int, ...]:
-    """Shape that :func:`cut_heads` gives a tensor of shape `old` where it keeps so many groups."""
+    """Return the shape of an attention tensor of shape `old` after :func:`cut_heads` keeps `kept` groups."""
     if not location.projection.reads:
         rows = sum(shape.rows(block) for block in location.projection.blocks)
         return (rows * kept, *old[1:])
@@ -155,12 +169,12 @@ def _head_rows(location: HeadLocation, shape: HeadShape, kept: Tensor) -> Tensor
 
 
 def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """New output weights in the type in which they are stored.
+    """Convert new output weights to the dtype in which they are stored.
 
     Raises
     ------
     FbnPruneError
-        One does not fit it.
+        A value is not finite in that dtype.
     """
     result = values.to(dtype)
     if not bool(result.isfinite().all()):

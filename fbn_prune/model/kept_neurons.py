@@ -1,8 +1,8 @@
-"""Which neurons of a model a task keeps, as a file of kilobytes.
+"""A small file that lists the neurons kept in each layer.
 
-A pruned checkpoint holds it beside its weights: with the whole model it says everything of the cut
-but the new output weights. The file is safetensors: for each layer a bit a neuron (packed eight in
-a byte, first neuron in the highest bit), and the layers' widths in the metadata.
+A pruned checkpoint has it beside its weights. Together with the dense model it describes the cut except for the new
+output weights. The safetensors file holds one bit for each neuron of a layer (eight in a byte, the first neuron in the
+highest bit) and, in its metadata, the layers' widths.
 """
 
 from __future__ import annotations
@@ -29,17 +29,19 @@ _FORMAT_VERSION = 1
 
 @dataclass(frozen=True, eq=False)
 class KeptNeurons:
-    """The neurons kept in each layer; checked when made.
+    """The neurons kept in each layer.
 
     Attributes
     ----------
-    widths : neurons of each layer of the whole model.
-    kept : for each layer int64 [n > 0], ascending.
+    widths
+        Neurons of each layer of the dense model.
+    kept
+        For each layer int64 [n > 0]: the neurons that are kept, ascending.
 
     Raises
     ------
     InvalidInput
-        If they do not fit together.
+        The two disagree, or a layer's neurons are not ascending.
     """
 
     widths: tuple[int, ...]
@@ -51,17 +53,14 @@ class KeptNeurons:
         for layer, (kept, width) in enumerate(zip(self.kept, self.widths, strict=True)):
             if kept.dtype != torch.int64 or kept.ndim != 1 or not len(kept):
                 raise InvalidInput(
-                    f"layer {layer}: kept neurons must be int64 [n > 0], "
-                    f"found {kept.dtype} {list(kept.shape)}"
+                    f"layer {layer}: kept neurons must be int64 [n > 0], found {kept.dtype} {list(kept.shape)}"
                 )
             if kept[0] < 0 or kept[-1] >= width or bool((kept[1:] <= kept[:-1]).any()):
-                raise InvalidInput(
-                    f"layer {layer}: kept neurons must be ascending, unique and below {width}"
-                )
+                raise InvalidInput(f"layer {layer}: kept neurons must ascend and be below {width}")
 
     @classmethod
     def from_masks(cls, masks: Sequence[Tensor]) -> KeptNeurons:
-        """Of a bool mask [neurons] for each layer, true where a neuron stays."""
+        """Make the object from one bool mask [neurons] for each layer, true for kept neurons."""
         return cls(
             tuple(len(mask) for mask in masks),
             tuple(torch.nonzero(mask).flatten() for mask in masks),
@@ -78,7 +77,7 @@ class KeptNeurons:
         return sum(-(-width // 8) for width in self.widths)
 
     def save(self, path: Path) -> None:
-        """Write the file. Same content, same bytes."""
+        """Write the file; equal objects give equal bytes."""
         tensors = {}
         for layer, (kept, width) in enumerate(zip(self.kept, self.widths, strict=True)):
             mask = np.zeros(width, dtype=bool)
@@ -89,15 +88,15 @@ class KeptNeurons:
 
     @classmethod
     def load(cls, path: Path) -> KeptNeurons:
-        """Read what `save` wrote.
+        """Read a file that :meth:`save` wrote.
 
         Raises
         ------
         InvalidInput
-            If the file is missing, damaged, of another kind or version, or does not fit together.
+            The file is missing, damaged, inconsistent, or of another kind or version.
         """
         if not path.is_file():
-            raise InvalidInput(f"{path}: no such file; pruning again writes it beside the weights")
+            raise InvalidInput(f"{path}: no such file; prune again to write it beside the weights")
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata = (file.metadata() or {}).get(_METADATA_KEY, "null")
@@ -106,7 +105,7 @@ class KeptNeurons:
         except (SafetensorError, OSError, ValueError, RecursionError) as error:
             raise InvalidInput(f"{path}: damaged ({one_line(error)})") from error
         if not isinstance(content, dict) or content.get("format") != _FORMAT_VERSION:
-            raise InvalidInput(f"{path}: not a file of kept neurons that this fbn-prune reads")
+            raise InvalidInput(f"{path}: not a file of kept neurons, or of another version")
         widths = content.get("widths")
         if not isinstance(widths, list) or any(type(one) is not int or one < 1 for one in widths):
             raise InvalidInput(f"{path}: its header lacks the layers' widths")

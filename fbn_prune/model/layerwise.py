@@ -1,12 +1,11 @@
 """Run token blocks through a causal LM one decoder layer at a time.
 
-Statistics of a layer need that layer's activations for all tokens, and nothing else: with the hidden states between
-layers kept, one layer's statistics are in memory at a time, every layer runs once, and a layer can be changed before
-the next one sees its output.
+The hidden states of all batches are kept between layers. So every layer runs once, only one layer's statistics are in
+memory at a time, and a layer can be cut before the next one reads its output.
 
-A decoder layer is called with more than its hidden states (rotary tables, masks, positions), and what it is called
-with differs by architecture. Instead of rebuilding that here, the model's own forward pass is run with every layer
-replaced by a recorder, which costs no more than the embedding.
+Besides hidden states, a decoder layer takes arguments (rotary tables, masks, positions) that differ by architecture.
+To obtain them, the model's own forward pass runs once for each batch with every layer replaced by a recorder, which
+costs no more than the embedding.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from fbn_prune.data.calibration import Batch
 from fbn_prune.model.adapter import ModelAdapter
 
 Observe = Callable[[int, Tensor], None]
-"""Called with (batch index, activations x [valid tokens, neurons]) while a layer runs."""
+"""Callback with (batch index, activations x [valid tokens, neurons]) while a layer runs."""
 
 
 @dataclass(frozen=True)
@@ -34,25 +33,24 @@ class _LayerCall:
 
 
 class LayerwiseForward:
-    """The hidden states of all batches, at the border between two layers.
+    """A forward pass of all batches that advances layer by layer.
 
     Parameters
     ----------
     adapter
-        A model in evaluation mode. A streamed one reads each layer once for all batches; where the layers lie on
-        several devices, each leaves its output on its own.
+        A model in evaluation mode. A streamed model reads each layer once for all batches. Where layers are on several
+        devices, each layer's output stays on the layer's device.
     batches
-        Right-padded blocks; causal attention keeps padding from reaching valid tokens.
+        Right-padded blocks; under causal attention padding cannot affect valid tokens.
 
     Attributes
     ----------
     hidden
-        One tensor [blocks, length, d] a batch: the input of layer `next_layer`; on disk where a streamed model
-        keeps it there.
+        The input of layer `next_layer`: for each batch one tensor [blocks, length, d], in memory or on disk.
     next_layer
         The layer that :meth:`advance` runs next.
     forward_seconds
-        Wall time of the model's own work, without that of the observers.
+        Wall time of the model's own computation, without the observers'.
     """
 
     def __init__(self, adapter: ModelAdapter, batches: Sequence[Batch]) -> None:
@@ -66,7 +64,7 @@ class LayerwiseForward:
         self.next_layer = 0
         self.forward_seconds = 0.0
         with torch.inference_mode():
-            if adapter.returns_tuple is None:  # kept, as a streamed model reads a layer to tell
+            if adapter.returns_tuple is None:  # cached: a streamed model must read a layer for it
                 adapter.returns_tuple = self._probe()
             self._returns_tuple = adapter.returns_tuple
             start = self._now()
@@ -87,11 +85,11 @@ class LayerwiseForward:
         Parameters
         ----------
         observe
-            Sees the input of the MLP's output projection, valid tokens only.
+            Receives the input of the MLP's output projection, [valid tokens, neurons].
         observe_heads
-            Sees the input of the attention's, what the heads put out: [valid tokens, heads * size].
+            Receives the input of the attention's output projection, [valid tokens, heads * size].
         on_batch
-            Called with the number of valid tokens after each batch.
+            Called after each batch with its number of valid tokens.
         """
         for index in range(len(self.hidden)):
             self.hidden[index] = self.run(index, observe, observe_heads)
@@ -102,17 +100,17 @@ class LayerwiseForward:
     def run(
         self, index: int, observe: Observe | None = None, observe_heads: Observe | None = None
     ) -> Tensor:
-        """Output of the next layer on batch `index`, [blocks, length, d]; `hidden` stays as it is."""
+        """Return the output of the next layer for batch `index`, [blocks, length, d], without changing `hidden`."""
         call = self._calls[self._shapes[index]][self.next_layer]
-        watched = 0.0
+        observer_seconds = 0.0
 
-        def hook(seen: Observe) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(observer: Observe) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def watch(module: nn.Module, args: tuple[Any, ...]) -> None:
-                nonlocal watched
+                nonlocal observer_seconds
                 start = self._now()
                 valid = self._valid[index].flatten().to(args[0].device)
-                seen(index, args[0].flatten(0, -2)[valid])
-                watched += self._now() - start
+                observer(index, args[0].flatten(0, -2)[valid])
+                observer_seconds += self._now() - start
 
             return watch
 
@@ -132,19 +130,19 @@ class LayerwiseForward:
         finally:
             for handle in handles:
                 handle.remove()
-        self.forward_seconds += self._now() - start - watched
+        self.forward_seconds += self._now() - start - observer_seconds
         return output[0] if isinstance(output, tuple) else output
 
     def run_with_gradients(self, index: int) -> Tensor:
-        """As :meth:`run`, in the graph of those of the layer's weights that require gradients."""
+        """Return the same output as :meth:`run`, with gradients for those of the layer's weights that require them."""
         call = self._calls[self._shapes[index]][self.next_layer]
-        hidden = self.hidden[index].clone()  # what inference mode made cannot be in a graph
+        hidden = self.hidden[index].clone()  # autograd rejects tensors made in inference mode
         output = self._layers[self.next_layer](hidden, *call.args, **call.kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [blocks, length, vocabulary] of what the last layer put out, [blocks, length, d]."""
+        """Return logits [blocks, length, vocabulary] for outputs of the last layer, [blocks, length, d]."""
         size = int(self._model.get_input_embeddings().weight.shape[1])  # type: ignore[index]
         embedded = hidden.new_zeros(*hidden.shape[:2], size)
         output = (hidden,) if self._returns_tuple else hidden
@@ -158,7 +156,7 @@ class LayerwiseForward:
         return time.perf_counter()
 
     def _probe(self) -> bool:
-        """Whether a layer returns a tuple, which the recorder must imitate."""
+        """Whether a layer returns a tuple; the recorder must do the same."""
         found: list[Any] = []
         handle = self._layers[0].register_forward_hook(
             lambda module, args, output: found.append(output)

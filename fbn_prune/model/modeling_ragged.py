@@ -1,13 +1,11 @@
-"""Loads a causal language model whose layers have MLPs of different widths.
+"""Load a causal language model whose layers have MLPs of different widths. Written by fbn-prune.
 
-This file is part of the checkpoint it lies in, and needs transformers and torch alone. The widths are the
-config's `per_layer_config`; where the MLPs are is in its `ragged_mlp`. transformers builds the model's own
-architecture, and each MLP is then brought to its layer's width, before any weight is loaded. Where transformers
-builds the widths by itself, nothing is left to do here.
+This file is part of the checkpoint's folder and needs only transformers and torch. The config's `per_layer_config`
+gives the widths, its `ragged_mlp` says where the MLPs are. transformers builds the stock architecture, then each MLP is
+narrowed to its layer's width before the weights are loaded; widths that transformers builds itself stay as they are.
 
-This module's `LlamaForCausalLM` is that of transformers with such MLPs, and so is every other model class of
-transformers: the names are the same because transformers looks up some facts by a class's name.
-Written by fbn-prune.
+For every model class of transformers this module has a class of the same name with ragged MLPs, such as
+`LlamaForCausalLM`. The names are equal because transformers finds some settings by a class's name.
 """
 
 from __future__ import annotations
@@ -18,11 +16,11 @@ import transformers
 from torch import nn
 
 _AUTO = "AutoModelForCausalLM"
-"""With what a saved model says it is to be loaded."""
+"""The auto class by which a saved model is loaded."""
 
 
 def layer_widths(config: Any) -> list[int]:
-    """Neurons of each layer's MLP, as the config has them."""
+    """Return the number of neurons of each layer's MLP according to the config."""
     fields = config.to_dict()
     key = fields["ragged_mlp"]["width_key"]
     own = {int(layer): values.get(key) for layer, values in fields["per_layer_config"].items()}
@@ -30,12 +28,12 @@ def layer_widths(config: Any) -> list[int]:
 
 
 class RaggedMlps:
-    """Goes before an architecture's class; builds it with the MLP widths of `config.per_layer_config`."""
+    """Mixin for a stock model class: builds the model with the MLP widths of `config.per_layer_config`."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         try:
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        except RuntimeError:  # the architecture asks for the one width that there is not
+        except RuntimeError:  # the stock class needs one common width
             different = config.to_dict()["per_layer_config"]
             config.per_layer_config = None
             try:
@@ -43,7 +41,7 @@ class RaggedMlps:
             finally:
                 config.per_layer_config = different
         mlps = config.to_dict().get("ragged_mlp")
-        if mlps is None:  # transformers may take this class for any later model of the architecture
+        if mlps is None:  # transformers may use this class for later, uniform models as well
             return
         for layer, width in zip(self._layers(mlps["layers"]), layer_widths(config), strict=True):
             for projection in mlps["inputs"]:
@@ -52,28 +50,28 @@ class RaggedMlps:
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False: what transformers renames on loading the architecture it must rename here too."""
+        """Return False, so that transformers renames tensors on loading as it does for the stock class."""
         return False
 
     def _layers(self, path: str) -> nn.ModuleList:
-        """The decoder layers, of the whole model or of its base model alone."""
+        """The decoder layers, whether this is the whole model or its base model."""
         root, _, rest = path.partition(".")
         return self.get_submodule(path if hasattr(self, root) else rest)  # type: ignore[attr-defined]
 
 
 def _fit(layer: nn.Module, projection: dict[str, Any], width: int, *, reads: bool) -> None:
-    """Bring one projection, which reads or makes the neurons, to `width` of them."""
+    """Narrow one projection to `width` neurons, which it reads or computes."""
     module: Any = layer.get_submodule(projection["path"])
     axis, size = projection["neuron_axis"], width * projection["stacked"]
     found = module.weight.shape[axis]
     if found < size:
-        raise ValueError(f"per_layer_config asks for {size} neurons where there are {found}")
+        raise ValueError(f"per_layer_config has {size} neurons, more than the config's {found}")
     if found > size:
         _narrow(module, axis, size, narrow_bias=not reads)
 
 
 def _narrow(module: Any, axis: int, size: int, narrow_bias: bool) -> None:
-    """Keep the first neurons; which they are means nothing yet: weights are loaded later."""
+    """Keep the first neurons; the values do not matter, because the weights are loaded later."""
     module.weight = nn.Parameter(module.weight.detach().narrow(axis, 0, size).clone())
     if narrow_bias and module.bias is not None:
         module.bias = nn.Parameter(module.bias.detach()[:size].clone())
@@ -84,12 +82,12 @@ def _narrow(module: Any, axis: int, size: int, narrow_bias: bool) -> None:
 
 
 def ragged_class(stock: type) -> type:
-    """The class of `stock` models with ragged MLPs."""
+    """Return the class of `stock` models with ragged MLPs."""
     return type(stock.__name__, (RaggedMlps, stock), {"__module__": __name__, "_auto_class": _AUTO})
 
 
 def __getattr__(name: str) -> type:
-    """The ragged counterpart of any model class of transformers."""
+    """Return the ragged counterpart of any model class of transformers."""
     stock = getattr(transformers, name, None)
     if not (isinstance(stock, type) and issubclass(stock, transformers.PreTrainedModel)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Where NaN and Inf come from: a damaged layer, or a compute type too narrow for the model."""
+"""Explain NaN and Inf: find the first layer that computes them, and name the likely cause."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ BLOCKS_SEARCHED = 4
 
 
 def damage(adapter: ModelAdapter, batches: Sequence[Batch]) -> InvalidInput:
-    """What to say of a model that gives NaN or Inf: the first layer whose activations are not finite, if it is one."""
+    """Return the error for a model that computes NaN or Inf.
+
+    It names the first layer whose activations are not finite, or the logits, and the likely cause: a damaged
+    checkpoint, or a compute dtype with too small a range.
+    """
     dtype = str(adapter.dtype).removeprefix("torch.")
     cause = "the checkpoint is damaged"
     if dtype != "float32":
@@ -24,8 +28,8 @@ def damage(adapter: ModelAdapter, batches: Sequence[Batch]) -> InvalidInput:
     few = Batch(first.input_ids[:BLOCKS_SEARCHED], first.valid[:BLOCKS_SEARCHED])
     stream = LayerwiseForward(adapter, [few])
     for layer in range(adapter.num_layers):
-        seen: list[bool] = []
-        stream.advance(lambda _, x, seen=seen: seen.append(bool(torch.isfinite(x).all())))  # type: ignore[misc]
-        if not all(seen):
+        finite: list[bool] = []
+        stream.advance(lambda _, x, finite=finite: finite.append(bool(torch.isfinite(x).all())))  # type: ignore[misc]
+        if not all(finite):
             return InvalidInput(f"NaN or Inf among the MLP activations of layer {layer}: {cause}")
     return InvalidInput(f"NaN or Inf among the model's logits: {cause}")

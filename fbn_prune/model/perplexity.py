@@ -16,22 +16,20 @@ from fbn_prune.model.adapter import ModelAdapter
 
 
 class NonFiniteLogits(FbnPruneError):
-    """A model computes NaN or Inf."""
+    """A model's logits contain NaN or Inf."""
 
 
 def mean_loss(
-    adapter: ModelAdapter,
-    batches: Sequence[Batch],
-    on_batch: Callable[[int], None] | None = None,
+    adapter: ModelAdapter, batches: Sequence[Batch], on_batch: Callable[[int], None] | None = None
 ) -> float:
-    """Mean next-token loss in nats over all valid tokens of all blocks but each block's first."""
+    """Return the mean next-token loss in nats over all valid tokens except each block's first."""
     total, count = summed_loss(adapter, batches, on_batch)
     return total / count
 
 
 @torch.inference_mode()
 def token_losses(adapter: ModelAdapter, batches: Sequence[Batch]) -> Tensor:
-    """Next-token loss in nats of every token that :func:`mean_loss` is the mean of, float64 [tokens]."""
+    """Return the next-token loss in nats of each token that :func:`mean_loss` averages, float64 [tokens]."""
     losses: list[Tensor] = []
     for logits, targets in _predictions(adapter, batches, lambda tokens: None):
         targets = targets.flatten()
@@ -42,11 +40,11 @@ def token_losses(adapter: ModelAdapter, batches: Sequence[Batch]) -> Tensor:
 
 @torch.inference_mode()
 def summed_loss(
-    adapter: ModelAdapter,
-    batches: Sequence[Batch],
-    on_batch: Callable[[int], None] | None = None,
+    adapter: ModelAdapter, batches: Sequence[Batch], on_batch: Callable[[int], None] | None = None
 ) -> tuple[float, int]:
-    """Next-token loss in nats, summed over the tokens that :func:`mean_loss` is the mean of, and their number.
+    """Return the sum of the next-token losses in nats that :func:`mean_loss` averages, and their number.
+
+    With several processes, each computes its share of the batches and all return the totals.
 
     Raises
     ------
@@ -59,7 +57,7 @@ def summed_loss(
     ):
         finite = torch.isfinite(logits).all(dim=-1)
         if not bool((finite | (targets == -100)).all()):
-            raise NonFiniteLogits("the model gives NaN or Inf as logits")
+            raise NonFiniteLogits("the model's logits contain NaN or Inf")
         loss = cross_entropy(
             logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum"
         )
@@ -72,20 +70,18 @@ def summed_loss(
 def _predictions(
     adapter: ModelAdapter, batches: Sequence[Batch], on_batch: Callable[[int], None]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits [blocks, length - 1, vocabulary] and what they should predict [blocks, length - 1], -100 for nothing."""
+    """Yield logits [blocks, length - 1, vocabulary] and target ids [blocks, length - 1], -100 for padding."""
     for logits, ids, valid in adapter.logits(batches, on_batch):
         yield logits[:, :-1], ids[:, 1:].masked_fill(~valid[:, 1:].to(ids.device), -100)
 
 
 def perplexity(
-    adapter: ModelAdapter,
-    batches: Sequence[Batch],
-    on_batch: Callable[[int], None] | None = None,
+    adapter: ModelAdapter, batches: Sequence[Batch], on_batch: Callable[[int], None] | None = None
 ) -> float:
-    """exp of :func:`mean_loss`; infinite where that overflows."""
+    """Return exp of :func:`mean_loss`, or infinity on overflow."""
     return exp_or_infinite(mean_loss(adapter, batches, on_batch))
 
 
 def exp_or_infinite(loss: float) -> float:
-    """exp of a mean loss; infinite where that overflows."""
+    """Return exp of a mean loss, or infinity on overflow."""
     return math.exp(loss) if loss < 700 else math.inf

@@ -1,7 +1,7 @@
-"""Which device holds which decoder layer of a model that fits on no single one, but on several together.
+"""Assign decoder layers to devices, for a model that is too large for one device.
 
-Layers are never split, and lie in order: hidden states cross from one device to the next once. All that is no decoder
-layer (embeddings, the last norm) lies on the first device, where token ids enter and logits come out.
+Layers are not split and stay in order, so hidden states move from each device to the next once. All other modules
+(embeddings, final norm) are on the first device, which receives the token ids and returns the logits.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ import torch
 from torch import nn
 
 from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.model.families import Family
+from fbn_prune.model.family import Family
 
 
 def place_layers(layers: Sequence[int], rest: int, room: Sequence[int]) -> tuple[int, ...] | None:
-    """The device of each layer, never falling, so that the fullest device has as much room left as can be.
+    """Choose the device of each layer so that the fullest device has as much free memory as possible.
 
     Parameters
     ----------
     layers
         Bytes of each layer.
     rest
-        Bytes of what else the first device holds.
+        Bytes of the other modules, which are on the first device.
     room
-        Bytes that weights may take of each device; a device with none is passed over.
+        Bytes available for weights on each device; devices with 0 are not used.
 
     Returns
     -------
-    None where no such placement fits.
+    The device index of each layer, non-decreasing; None if the model does not fit.
     """
 
     def leaving(spare: int) -> tuple[int, ...] | None:
-        """A placement that leaves so many bytes on each device in use: each takes what fits before the next does."""
+        """Fill the devices in order, leaving `spare` bytes free on each; None if the model does not fit."""
         left = [size - spare for size in room]
         if not left or left[0] < rest:
             return None
@@ -63,7 +63,7 @@ def place_layers(layers: Sequence[int], rest: int, room: Sequence[int]) -> tuple
 
 
 def layer_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[list[int], int]:
-    """Bytes of each decoder layer in `dtype`, and of all else."""
+    """Return the bytes of each decoder layer in `dtype`, and of all other tensors together."""
     sizes = [0] * checkpoint.family.num_layers(checkpoint.config)
     rest = 0
     for name, info in checkpoint.tensors.items():
@@ -78,7 +78,7 @@ def layer_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[list[int], 
 def device_map(
     model: nn.Module, family: Family, layers: Sequence[torch.device], first: torch.device
 ) -> dict[str, str]:
-    """Where each module goes, by name, in the form that transformers and accelerate take.
+    """Return the device of each module by name, as transformers and accelerate expect it.
 
     Parameters
     ----------
@@ -87,7 +87,7 @@ def device_map(
     layers
         The device of each decoder layer.
     first
-        The device of all else.
+        The device of all other modules.
     """
     places = {f"{family.layers}.{layer}": str(device) for layer, device in enumerate(layers)}
 

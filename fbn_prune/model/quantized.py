@@ -1,4 +1,4 @@
-"""A quantised checkpoint, seen as the plain one that it stands for."""
+"""Open a quantized checkpoint as if it were plain: its tensors are dequantized when they are read."""
 
 from __future__ import annotations
 
@@ -15,49 +15,41 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fbn_prune.errors import InvalidInput
-from fbn_prune.model.checkpoint import (
-    PACKED,
-    WEIGHT_DTYPES,
-    Checkpoint,
-    find_folder,
-    read_config,
-)
-from fbn_prune.model.families import Family, family_of
-from fbn_prune.model.quantized_formats import (
-    CONFIG_KEYS,
-    known_method,
-    quantization_of,
-    stored_weights,
-)
+from fbn_prune.model.checkpoint import PACKED, WEIGHT_DTYPES, Checkpoint
+from fbn_prune.model.families import family_of
+from fbn_prune.model.family import Family
+from fbn_prune.model.folder import find_folder, read_config
+from fbn_prune.model.quantization import CONFIG_KEYS, known_method, quantization_of
+from fbn_prune.model.quantized_formats import stored_weights
 from fbn_prune.model.quantized_values import Stored, plain, rounded
 from fbn_prune.model.shards import TensorInfo, read_headers
 from fbn_prune.model.streaming import check_tensors
 
-PLAIN_DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-}
-"""Types that weights are dequantised to, by their names in config.json."""
+PLAIN_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+"""Dtypes to which weights can be dequantized, by their names in config.json."""
 
 _ACTIVATIONS = re.compile(
     r"\.((input|output|act|activation|prob|kv|[qkv])_(global_)?(scale|zero_point)(_inv)?)$"
 )
-"""Ends of the names of what quantises activations and the key-value cache: no weights."""
+"""Suffixes of tensors that quantize activations or the key-value cache; a plain checkpoint does not have them."""
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedCheckpoint(Checkpoint):
-    """A checkpoint whose `config` and `tensors` are those that it has when plain; made by `open_quantized`.
+    """A quantized checkpoint whose `config` and `tensors` are those of its plain form; see :func:`open_quantized`.
 
-    Its tensors are computed when they are asked for. transformers does not load it: write it first.
+    Tensors are dequantized when they are read. To load the model with transformers, write the plain checkpoint first.
 
     Attributes
     ----------
-    method : how it was quantised.
-    stored : the quantised weights by their plain names.
-    stored_tensors : the headers of the files.
-    transposed : its quantised matrices lie the other way round than the plain ones.
+    method
+        The quantization method.
+    stored
+        The quantized weights by their plain names.
+    stored_tensors
+        The headers of the files.
+    transposed
+        Whether the quantized matrices are the transposes of the plain ones.
     """
 
     method: str = ""
@@ -66,7 +58,7 @@ class QuantizedCheckpoint(Checkpoint):
     transposed: bool = False
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor in its plain dtype; a stored one is mapped from its file where nothing is to be computed.
+        """Return a tensor in its plain dtype, mapped from its file where it is stored in that form.
 
         Raises
         ------
@@ -81,7 +73,7 @@ class QuantizedCheckpoint(Checkpoint):
         return tensor if tensor.dtype == dtype else rounded(name, tensor, dtype)
 
     def read(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """One tensor in another place or type."""
+        """Return a tensor on `device` in `dtype`."""
         return self.tensor(name).to(device, dtype)
 
     def load_model(
@@ -90,7 +82,7 @@ class QuantizedCheckpoint(Checkpoint):
         dtype: torch.dtype,
         device_map: Mapping[str, str] | None = None,
     ) -> PreTrainedModel:
-        """Refuses: what lies in the folder is not what this stands for."""
+        """Raise InvalidInput: transformers would load the quantized weights in the folder."""
         raise InvalidInput(f"{self.path} is quantized ({self.method}): dequantize it first")
 
     def _stored_tensor(self, name: str) -> Tensor:
@@ -100,18 +92,20 @@ class QuantizedCheckpoint(Checkpoint):
 def open_quantized(
     path_or_hub_id: str | Path, dtype: torch.dtype | None = None
 ) -> QuantizedCheckpoint:
-    """Find a quantised checkpoint and check it, reading headers, the tokenizer and what says how weights are stored.
+    """Find a quantized checkpoint and check its headers and tokenizer.
 
     Parameters
     ----------
-    path_or_hub_id : a folder, or a Hub id whose files are downloaded.
-    dtype : of all floating-point tensors. By default quantised weights get the type that the config names (bfloat16 if
-        that is none of `PLAIN_DTYPES`), and the others keep theirs.
+    path_or_hub_id
+        A folder, or a Hub id to download from.
+    dtype
+        The dtype of all floating-point tensors. By default quantized weights get the config's dtype (bfloat16 if that
+        is not in `PLAIN_DTYPES`), and other tensors keep theirs.
 
     Raises
     ------
     InvalidInput
-        It is not quantised, or in a way that cannot be undone; or what `Checkpoint.open` refuses.
+        The model is not quantized, its quantization cannot be undone, or :meth:`Checkpoint.open` would refuse it.
     """
     path, hub_id = find_folder(path_or_hub_id, _plain_family)
     config = read_config(path)
@@ -122,7 +116,7 @@ def open_quantized(
     target = dtype or PLAIN_DTYPES.get(_named_dtype(config), torch.bfloat16)
     try:
         stored = stored_weights(headers, quantization, lambda name: _mapped(path, headers, name))
-        # bitsandbytes turns the matrices of Conv1D round, and says so nowhere.
+        # bitsandbytes transposes the matrices of Conv1D without recording it.
         transposed = method == "bitsandbytes" and family.is_conv1d
         tensors = _plain_tensors(headers, stored, target, dtype, transposed)
     except InvalidInput as error:
@@ -144,15 +138,15 @@ def open_quantized(
 
 
 def plain_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The `config.json` object of the plain checkpoint, whose weights are of that type."""
+    """Return the `config.json` object of the plain checkpoint with weights in `dtype`."""
     result = copy.deepcopy({key: value for key, value in config.items() if key not in CONFIG_KEYS})
-    result.pop("auto_map", None)  # names code files that are not taken along
+    result.pop("auto_map", None)  # names code files that are not copied
     key = "torch_dtype" if "torch_dtype" in result and "dtype" not in result else "dtype"
     return result | {key: str(dtype).removeprefix("torch.")}
 
 
 def _plain_family(config: Mapping[str, Any]) -> Family:
-    """The family of the plain model, if the quantised one's method can be undone."""
+    """The family of the plain model; raises InvalidInput if the quantization cannot be undone."""
     family = family_of({key: value for key, value in config.items() if key not in CONFIG_KEYS})
     quantization = quantization_of(config)
     if quantization is None:
@@ -172,7 +166,7 @@ def _plain_tensors(
     others: torch.dtype | None,
     transposed: bool,
 ) -> dict[str, TensorInfo]:
-    """The plain checkpoint's headers, in the order of the files; refuses what is quantised and in no weight's parts."""
+    """The plain checkpoint's headers in file order; refuses quantized tensors that belong to no weight."""
     plain_names = {weight.weight: name for name, weight in stored.items()}
     parts = {part for weight in stored.values() for part in weight.parts}
     tensors: dict[str, TensorInfo] = {}
@@ -181,7 +175,7 @@ def _plain_tensors(
             plain_name = plain_names[name]
             shape = stored[plain_name].shape
             if plain_name in headers and plain_name != name:
-                raise InvalidInput(f"{name} and {plain_name} are both there")
+                raise InvalidInput(f"the checkpoint has both {name} and {plain_name}: remove one")
             tensors[plain_name] = TensorInfo(
                 info.file, shape[::-1] if transposed else shape, target
             )
@@ -189,9 +183,7 @@ def _plain_tensors(
             if PACKED.search(name):
                 raise InvalidInput(f"{name} belongs to no quantized weight")
             if name.endswith(".weight") and info.dtype not in WEIGHT_DTYPES:
-                raise InvalidInput(
-                    f"{name} is stored as {info.dtype}, which its config does not explain"
-                )
+                raise InvalidInput(f"{name} is {info.dtype}, which its config does not explain")
             floating = info.dtype.is_floating_point and info.dtype.itemsize > 1
             dtype = others if others is not None and floating else info.dtype
             tensors[name] = TensorInfo(info.file, info.shape, dtype)

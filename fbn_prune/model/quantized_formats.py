@@ -1,8 +1,8 @@
-"""Which tensors a quantised weight is made of, by `quantization_config` and the headers.
+"""Find the tensors that each quantized weight consists of, from `quantization_config` and the headers.
 
-fp8 (DeepSeek, Qwen3-FP8, AutoFP8), compressed-tensors (its naive-, int-, float- and pack-quantized formats) and
-bitsandbytes (8 bits, nf4, fp4) keep a weight as numbers and scales beside it, from which it comes back by arithmetic.
-The others are refused by name.
+Supported are fp8 (DeepSeek, Qwen3-FP8, AutoFP8), compressed-tensors (its naive-, int-, float- and pack-quantized
+formats) and bitsandbytes (8 bits, nf4, fp4). They store a weight as low-precision numbers with scales;
+:mod:`fbn_prune.model.quantized_values` computes the weight from them. Other methods are refused by name.
 """
 
 from __future__ import annotations
@@ -17,90 +17,54 @@ from typing import Any
 import torch
 
 from fbn_prune.errors import InvalidInput
+from fbn_prune.model.quantization import known_method
 from fbn_prune.model.quantized_values import Coded, Nested, Read, Scaled, Stored
 from fbn_prune.model.shards import TensorInfo
-
-CONFIG_KEYS = ("quantization_config", "compression_config")
-"""Where config.json says how a model is quantised; the second is compressed-tensors' old place."""
 
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _FORMATS = ("naive-quantized", "int-quantized", "float-quantized", "pack-quantized")
 _PACKABLE = (1, 2, 4, 8)
-"""Bits that never straddle two words. The others have been packed in two ways, which nothing tells apart."""
+"""Bit widths whose numbers never straddle two words. For the others two packings exist that look alike."""
 
 _MOST_STATE_BYTES = 2**16
 _CODES = ("nf4", "fp4")
 _LONGEST_RUN = 4096
-"""Elements under one peak, in all that bitsandbytes offers."""
+"""Largest block size that bitsandbytes offers, in elements."""
 
 Tensors = Mapping[str, TensorInfo]
 
 
-def quantization_of(config: Mapping[str, Any]) -> Any:
-    """What a config says of quantisation: an object, where it is in order; None if it says nothing."""
-    return next((config[key] for key in CONFIG_KEYS if config.get(key)), None)
-
-
-def method_of(quantization: Any) -> str | None:
-    """The method's name; None if it has none."""
-    if not isinstance(quantization, Mapping):
-        return None
-    method = quantization.get("quant_method")
-    if method is None and (quantization.get("load_in_8bit") or quantization.get("load_in_4bit")):
-        return "bitsandbytes"  # transformers wrote no name once
-    return method if isinstance(method, str) else None
-
-
-def can_undo(quantization: Any) -> bool:
-    """Whether the method is one that `stored_weights` knows; a single format of it may still be refused."""
-    method = method_of(quantization)
-    return method is not None and method in _METHODS
-
-
-def known_method(quantization: Any) -> str:
-    """The method's name.
-
-    Raises
-    ------
-    InvalidInput
-        It is none that `stored_weights` knows.
-    """
-    method = method_of(quantization)
-    if method is None or method not in _METHODS:
-        shown = f"by {reprlib.repr(method)}" if method else "in a way that its config does not name"
-        raise InvalidInput(
-            f"the model is quantized {shown}, which cannot be undone here; {', '.join(_METHODS)} can"
-        )
-    return method
-
-
 def stored_weights(tensors: Tensors, quantization: Any, read: Read) -> dict[str, Stored]:
-    """The quantised weights of a checkpoint by the names that they have when plain.
+    """Return the quantized weights of a checkpoint by their plain names.
 
     Parameters
     ----------
-    tensors : the headers.
-    read : gives a stored tensor; asked only for small ones, which hold shapes.
+    tensors
+        The headers.
+    quantization
+        The config's quantization settings.
+    read
+        Returns a stored tensor by name; called only for small tensors that describe others.
 
     Raises
     ------
     InvalidInput
-        The method or format is not known, or a weight's tensors are missing or of other shapes than it means.
+        The method or format is not supported, or a weight's tensors are missing or have unexpected shapes.
     """
     find = _METHODS[known_method(quantization)](tensors, quantization, read)
     return dict(weight for name in tensors if (weight := find(name)) is not None)
 
 
 Find = Callable[[str], tuple[str, Stored] | None]
-"""The weight that a tensor of this name is the numbers of, if it is: its plain name, and how it is stored."""
+"""Given the name of a tensor that holds a weight's numbers, returns the weight's plain name and storage; else None."""
 
 
-# Schemes: which scale belongs to which element
+# Schemes: the block of elements that shares a scale
 
 
 @dataclass(frozen=True)
 class _Scheme:
-    """Rows and columns under one scale, None for all of them; bits of a packed number."""
+    """Rows and columns that share a scale (None for all), and the bits of a packed number."""
 
     rows: int | None
     columns: int | None
@@ -119,10 +83,10 @@ _ROWS = _Scheme(1, None)
 def _scaled(
     tensors: Tensors, weight: str, shape: tuple[int, ...], scale: str, schemes: list[_Scheme]
 ) -> tuple[Scaled, _Scheme]:
-    """The one meaning that the shapes leave.
+    """The only scheme that fits the shape of the scales.
 
-    Groups of a config name their modules by regular expressions, which strangers wrote and which may take
-    forever: the shapes of the scales tell the groups apart as well.
+    The config assigns modules to groups by regular expressions. Those of an untrusted config could run forever, so the
+    shapes of the scales decide instead.
     """
     if len(shape) != 2:
         raise InvalidInput(f"{weight} has shape {list(shape)}: a quantized weight is a matrix")
@@ -139,16 +103,16 @@ def _scaled(
         grids = {
             Scaled(weight, (rows, columns), scale, s.block((rows, columns))).grid for s in schemes
         }
-        meant = " or ".join(str(list(grid)) for grid in sorted(grids)) or "no quantized weights"
-        raise InvalidInput(f"{scale} has shape {list(info.shape)}, but the config means {meant}")
+        fits = " or ".join(str(list(grid)) for grid in sorted(grids)) or "no quantized weights"
+        raise InvalidInput(f"{scale} has shape {list(info.shape)}, but the config implies {fits}")
     if len(found) > 1:
         blocks = " and ".join(str(list(block)) for block in sorted(found))
-        raise InvalidInput(f"{scale} fits blocks of {blocks}: the config leaves open which")
+        raise InvalidInput(f"{scale} fits blocks of {blocks}: the config does not say which")
     return next(iter(found.values()))
 
 
 def _is_grid(shape: tuple[int, ...], grid: tuple[int, int]) -> bool:
-    """Whether a tensor of this shape has an element for each block; trailing ones may be left out."""
+    """Whether a tensor of this shape has one element for each block; trailing dimensions of 1 may be missing."""
     return shape == grid or (grid[1] == 1 and shape == grid[:1]) or (grid == (1, 1) and shape == ())
 
 
@@ -164,13 +128,13 @@ def _beside(name: str, end: str, other: str) -> str:
 
 def _positive(value: Any, what: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InvalidInput(f"the quantization's {what} is {reprlib.repr(value)}: no size")
+        raise InvalidInput(f"{what} must be a positive integer, found {reprlib.repr(value)}")
     return value
 
 
 def _sizes(value: Any, what: str) -> tuple[int, int]:
     if not isinstance(value, list | tuple) or len(value) != 2:
-        raise InvalidInput(f"the quantization's {what} is {reprlib.repr(value)}: not two sizes")
+        raise InvalidInput(f"{what} must be two positive integers, found {reprlib.repr(value)}")
     return _positive(value[0], what), _positive(value[1], what)
 
 
@@ -180,16 +144,16 @@ def _sizes(value: Any, what: str) -> tuple[int, int]:
 def _fp8(tensors: Tensors, quantization: Mapping[str, Any], read: Read) -> Find:
     schemes = [_WHOLE]
     if "weight_block_size" not in quantization:
-        schemes.append(_Scheme(128, 128))  # what transformers means by saying nothing
+        schemes.append(_Scheme(128, 128))  # transformers' default
     elif (block := quantization["weight_block_size"]) is not None:
         schemes = [_Scheme(*_sizes(block, "weight_block_size"))]
 
     def find(name: str) -> tuple[str, Stored] | None:
         if not name.endswith(".weight") or tensors[name].dtype not in _FLOAT8:
             return None
-        scale = f"{name}_scale_inv"  # which is multiplied with, for all its name
+        scale = f"{name}_scale_inv"  # a factor, in spite of its name
         if scale not in tensors and f"{name}_scale" in tensors:
-            scale = f"{name}_scale"  # as AutoFP8 has it
+            scale = f"{name}_scale"  # AutoFP8's name
         return name, _scaled(tensors, name, tensors[name].shape, scale, schemes)[0]
 
     return find
@@ -215,40 +179,36 @@ def _compressed(tensors: Tensors, quantization: Mapping[str, Any], read: Read) -
 
 
 def _groups(quantization: Mapping[str, Any]) -> Iterator[tuple[bool, _Scheme]]:
-    """Whether packed, and the scheme, of each group of weights that the config describes."""
+    """Yield (is packed, scheme) for each group of weights in the config."""
     for key, holds in (("sparsity_config", "format"), ("transform_config", "config_groups")):
         own = quantization.get(key)
         if isinstance(own, Mapping) and own.get(holds) not in (None, "dense", {}):
-            raise InvalidInput(
-                f"the model's weights are stored by a {key}, which cannot be undone here"
-            )
+            raise InvalidInput(f"weights stored with a {key} cannot be dequantized")
     groups = quantization.get("config_groups") or {}
     if not isinstance(groups, Mapping):
-        raise InvalidInput(
-            f"the quantization's config_groups are no object: {reprlib.repr(groups)}"
-        )
+        raise InvalidInput(f"config_groups must be an object, found {reprlib.repr(groups)}")
     for name, group in groups.items():
         if not isinstance(group, Mapping):
-            raise InvalidInput(f"the quantization's group {reprlib.repr(name)} is no object")
+            raise InvalidInput(f"the quantization's group {reprlib.repr(name)} must be an object")
         weights = group.get("weights")
         if not weights:
             continue
         form = group.get("format") or quantization.get("format")
         if form not in _FORMATS:
             raise InvalidInput(
-                f"the compressed-tensors format {reprlib.repr(form)} cannot be undone here; "
-                f"{', '.join(_FORMATS)} can"
+                f"the compressed-tensors format {reprlib.repr(form)} cannot be dequantized; "
+                f"supported: {', '.join(_FORMATS)}"
             )
         yield form == "pack-quantized", _scheme(weights)
 
 
 def _scheme(weights: Any) -> _Scheme:
-    """What compressed-tensors calls quantization arguments."""
+    """The scheme of compressed-tensors' quantization arguments."""
     if not isinstance(weights, Mapping):
-        raise InvalidInput(f"the quantization's weights are no object: {reprlib.repr(weights)}")
+        raise InvalidInput(f"a group's weights must be an object, found {reprlib.repr(weights)}")
     bits = _positive(weights.get("num_bits", 8), "num_bits")
     if bits > 8:
-        raise InvalidInput(f"weights of {bits} bits are none of compressed-tensors'")
+        raise InvalidInput(f"num_bits is {bits}: compressed-tensors has at most 8")
     symmetric = bool(weights.get("symmetric", True))
     size = weights.get("group_size")
     implied = "tensor" if size is None else "channel" if size == -1 else "group"
@@ -272,22 +232,22 @@ def _packed(tensors: Tensors, name: str, groups: list[tuple[bool, _Scheme]], rea
     shape_name = _beside(name, "weight_packed", "weight_shape")
     shape_info = _need(tensors, shape_name, name)
     if shape_info.shape != (2,) or shape_info.dtype not in (torch.int64, torch.int32):
-        raise InvalidInput(f"{shape_name} is not the shape of a matrix")
+        raise InvalidInput(f"{shape_name} must hold two integers, the shape of a matrix")
     rows, columns = (int(size) for size in read(shape_name))
     if info.dtype != torch.int32 or len(info.shape) != 2 or info.shape[0] != rows:
         raise InvalidInput(
-            f"{name} is {info.dtype} {list(info.shape)}, but {shape_name} says {[rows, columns]}"
+            f"{name} is {info.dtype} {list(info.shape)}, not {[rows, columns]} packed in int32"
         )
     widths = {scheme.bits for packed, scheme in groups if packed}
     fitting = sorted(bits for bits in widths if -(-columns * bits // 32) == info.shape[1])
     if columns < 0 or len(fitting) != 1:
         raise InvalidInput(
             f"{name} has {info.shape[1]} words a row for {columns} numbers, "
-            f"but the config means {' or '.join(map(str, sorted(widths))) or 'no'} bits"
+            f"but the config implies {' or '.join(map(str, sorted(widths))) or 'no'} bits"
         )
     bits = fitting[0]
     if bits not in _PACKABLE:
-        raise InvalidInput(f"{name} packs numbers of {bits} bits, which cannot be undone here")
+        raise InvalidInput(f"{name} packs numbers of {bits} bits, which cannot be dequantized")
     schemes = [scheme for packed, scheme in groups if packed and scheme.bits == bits]
     scale = _beside(name, "weight_packed", "weight_scale")
     scaled, scheme = _scaled(tensors, name, (rows, columns), scale, schemes)
@@ -296,7 +256,7 @@ def _packed(tensors: Tensors, name: str, groups: list[tuple[bool, _Scheme]], rea
 
 
 def _completed(tensors: Tensors, scaled: Scaled, scheme: _Scheme, name: str) -> Scaled:
-    """With its zero points, and the order of its columns, where it has them."""
+    """Add the zero points and the order of the columns, if the weight has them."""
     order, bits = f"{name}_g_idx", scaled.bits
     if order in tensors:
         _expect(tensors, order, scaled.weight, scaled.shape[1:])
@@ -311,9 +271,7 @@ def _completed(tensors: Tensors, scaled: Scaled, scheme: _Scheme, name: str) -> 
     if tensors[zero].dtype == torch.int32 and shape == words:
         return replace(scaled, zero=zero, zero_packed=True)
     if not _is_grid(shape, scaled.grid):
-        raise InvalidInput(
-            f"{zero} has shape {list(shape)}, but the scales have {list(scaled.grid)}"
-        )
+        raise InvalidInput(f"{zero} has shape {list(shape)}, the scales {list(scaled.grid)}")
     return replace(scaled, zero=zero)
 
 
@@ -332,7 +290,7 @@ def _bitsandbytes(tensors: Tensors, quantization: Mapping[str, Any], read: Read)
             return None
         form = _beside(name, "weight", "weight_format")
         if form in tensors and (tensors[form].parameters != 1 or int(read(form)) != 0):
-            raise InvalidInput(f"{form} is not 0: weights in a device's own order cannot be undone")
+            raise InvalidInput(f"{form} is not 0: a device-specific order cannot be undone")
         scaled, _ = _scaled(tensors, name, info.shape, _beside(name, "weight", "SCB"), [_ROWS])
         return name, replace(scaled, factor=1 / 127, beside=(form,))
 
@@ -347,13 +305,13 @@ def _coded(tensors: Tensors, name: str, state_name: str, read: Read) -> Coded:
     state = _state(tensors[state_name], state_name, read)
     shape = state.get("shape")
     if not isinstance(shape, list) or len(shape) != 2:
-        raise InvalidInput(f"{state_name} gives the shape {reprlib.repr(shape)}: no matrix")
+        raise InvalidInput(f"{state_name} gives the shape {reprlib.repr(shape)}: not a matrix")
     shape = _sizes(shape, "shape")
     run = _positive(state.get("blocksize"), "blocksize")
     count, packed = prod(shape), tensors[name]
     if packed.nbytes != -(-count // 2) or run % 2 or run > _LONGEST_RUN:
         raise InvalidInput(
-            f"{name} has {packed.nbytes} bytes, which are no matrix {list(shape)} of four bits in runs of {run}"
+            f"{name} has {packed.nbytes} bytes, which is not a matrix {list(shape)} of four bits in blocks of {run}"
         )
     runs = -(-count // run)
     nested = None
@@ -361,7 +319,7 @@ def _coded(tensors: Tensors, name: str, state_name: str, read: Read) -> Coded:
         inner = _positive(state.get("nested_blocksize"), "nested_blocksize")
         offset = state.get("nested_offset")
         if not isinstance(offset, float):
-            raise InvalidInput(f"{state_name} gives the offset {reprlib.repr(offset)}")
+            raise InvalidInput(f"{state_name} gives the offset {reprlib.repr(offset)}: not a float")
         inner = min(inner, runs)
         nested = Nested(f"{name}.nested_quant_map", f"{name}.nested_absmax", inner, float(offset))
         _expect(tensors, nested.table, name, (256,))
@@ -371,27 +329,27 @@ def _coded(tensors: Tensors, name: str, state_name: str, read: Read) -> Coded:
     _expect(tensors, coded.table, name, (16,))
     codes = _expect(tensors, coded.peaks, name, (runs,))
     if (codes.dtype == torch.uint8) != (nested is not None):
-        raise InvalidInput(f"{coded.peaks} is {codes.dtype}, which does not go with {state_name}")
+        raise InvalidInput(f"{coded.peaks} is {codes.dtype}, which contradicts {state_name}")
     return coded
 
 
 def _expect(tensors: Tensors, name: str, weight: str, shape: tuple[int, ...]) -> TensorInfo:
     info = _need(tensors, name, weight)
     if info.shape != shape:
-        raise InvalidInput(f"{name} has shape {list(info.shape)}, but {weight} means {list(shape)}")
+        raise InvalidInput(f"{name} has shape {list(info.shape)}, {weight} requires {list(shape)}")
     return info
 
 
 def _state(info: TensorInfo, name: str, read: Read) -> dict[str, Any]:
-    """The JSON object that bitsandbytes keeps as a tensor of bytes."""
+    """The JSON object that bitsandbytes stores as a tensor of bytes."""
     if info.dtype != torch.uint8 or info.nbytes > _MOST_STATE_BYTES:
-        raise InvalidInput(f"{name} is not the state of a quantized weight")
+        raise InvalidInput(f"{name} is {info.dtype}, {info.nbytes} bytes: not a bitsandbytes state")
     try:
         state = json.loads(read(name).flatten().numpy().tobytes())
     except (ValueError, RecursionError) as error:
         raise InvalidInput(f"{name} is not readable JSON") from error
     if not isinstance(state, dict):
-        raise InvalidInput(f"{name} is no JSON object")
+        raise InvalidInput(f"{name} must hold a JSON object")
     return state
 
 

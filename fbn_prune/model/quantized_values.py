@@ -1,8 +1,8 @@
-"""The arithmetic of quantised weights: stored numbers, scales and tables -> floating-point values, a slice at a time.
+"""Compute floating-point values from quantized weights: numbers, scales and tables, one slice at a time.
 
-Knows neither configs nor names: `quantized_formats.py` says which tensors a weight is made of. Sources of the
-formats: DeepSeek-V3 (arXiv 2412.19437) for blocks of float8, the compressed-tensors library for zero points and
-packing, LLM.int8() (arXiv 2208.07339) and QLoRA (arXiv 2305.14314) for bitsandbytes.
+:mod:`fbn_prune.model.quantized_formats` finds the tensors of each weight from configs and names; this module does the
+arithmetic. Sources of the formats: DeepSeek-V3 (arXiv 2412.19437) for blocks of float8, the compressed-tensors library
+for zero points and packing, LLM.int8() (arXiv 2208.07339) and QLoRA (arXiv 2305.14314) for bitsandbytes.
 """
 
 from __future__ import annotations
@@ -16,27 +16,34 @@ from torch import Tensor
 from fbn_prune.errors import FbnPruneError, InvalidInput
 
 Read = Callable[[str], Tensor]
-"""Gives the stored tensor of a name."""
+"""Returns a stored tensor by name."""
 
 SLICE_ELEMENTS = 2**20
-"""So many values are computed at once: beside the result, memory holds a few times as many numbers of four bytes."""
+"""Values computed at a time; they need a few temporary arrays of that many four-byte numbers."""
 
 _WORD = 32
 
 
 @dataclass(frozen=True)
 class Scaled:
-    """A matrix of (stored - zero point) * scale * factor, with a scale for each block.
+    """A matrix (stored - zero point) * scale * factor with one scale for each block.
 
     Attributes
     ----------
-    weight, scale, zero : names of the stored tensors; no zero point where `zero` is None.
-    shape : rows and columns of the matrix.
-    block : rows and columns under one scale; a block at the edge may be cut off.
-    bits : of one stored number, where an int32 holds several (lowest first, offset by half their range).
-    zero_packed : the zero points are packed too, down the rows.
-    groups : name of the block of each column, [columns], where blocks are no runs of columns.
-    beside : names of other tensors that belong to the weight and hold none of its values.
+    weight, scale, zero
+        Names of the stored tensors; `zero` is None where there are no zero points.
+    shape
+        Rows and columns of the matrix.
+    block
+        Rows and columns that share a scale; blocks at the edge may be smaller.
+    bits
+        Bits of a stored number where an int32 packs several (lowest first, offset by half their range).
+    zero_packed
+        Whether the zero points are packed as well, along the rows.
+    groups
+        Name of the tensor [columns] with each column's block, where blocks are not consecutive columns.
+    beside
+        Names of other tensors of the weight, which hold none of its values.
     """
 
     weight: str
@@ -52,17 +59,17 @@ class Scaled:
 
     @property
     def parts(self) -> set[str]:
-        """Names of all tensors that the weight is made of."""
+        """Names of all tensors of the weight."""
         names = (self.weight, self.scale, self.zero, self.groups)
         return {*self.beside, *(name for name in names if name is not None)}
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Blocks down and across."""
+        """Number of blocks along the rows and along the columns."""
         return (-(-self.shape[0] // self.block[0]), -(-self.shape[1] // self.block[1]))
 
     def slices(self, read: Read) -> Iterator[Tensor]:
-        """The values in order, float32, flat."""
+        """Yield the values in row-major order, float32, flat."""
         rows, columns = self.shape
         stored, scale = read(self.weight), read(self.scale).float().reshape(self.grid)
         zero = None if self.zero is None else self._zero(read(self.zero))
@@ -88,25 +95,33 @@ class Scaled:
         if self.groups is None:
             return runs
         groups = read(self.groups).long()
-        if bool((groups == -1).any()):  # as compressed-tensors leaves an order that was never set
+        if bool((groups == -1).any()):  # compressed-tensors' value for an order that was never set
             return runs
         if groups.numel() and not 0 <= int(groups.min()) <= int(groups.max()) < self.grid[1]:
-            raise InvalidInput(f"{self.groups} names groups outside 0 to {self.grid[1] - 1}")
+            raise InvalidInput(f"{self.groups} has groups outside 0 to {self.grid[1] - 1}")
         return groups
 
 
 @dataclass(frozen=True)
 class Coded:
-    """Values of a table of 16, chosen by four bits each, times the peak of their run of elements.
+    """A weight of four-bit codes: each value is a table entry times the peak of its run of elements.
 
     Attributes
     ----------
-    weight : name of the codes, two a byte, the first in the upper half; any dtype, read as bytes.
-    table : name of the 16 values.
-    peaks : name of the largest absolute value of each run; codes themselves where `nested`.
-    run : elements under one peak, even.
-    nested : how the peaks are coded, eight bits each; None if they are stored plainly.
-    beside : as for `Scaled`.
+    weight
+        Name of the codes, two in a byte, the first in the upper half; any dtype, read as bytes.
+    shape
+        Shape of the weight.
+    table
+        Name of the table of 16 values.
+    peaks
+        Name of the largest absolute value of each run; these are codes as well where `nested` is set.
+    run
+        Number of consecutive elements that share a peak, even.
+    nested
+        How the peaks are coded; None if they are stored as floating-point numbers.
+    beside
+        As in :class:`Scaled`.
     """
 
     weight: str
@@ -119,12 +134,12 @@ class Coded:
 
     @property
     def parts(self) -> set[str]:
-        """Names of all tensors that the weight is made of."""
+        """Names of all tensors of the weight."""
         inner = () if self.nested is None else (self.nested.table, self.nested.peaks)
         return {self.weight, self.table, self.peaks, *inner, *self.beside}
 
     def slices(self, read: Read) -> Iterator[Tensor]:
-        """The values in order, float32, flat."""
+        """Yield the values in row-major order, float32, flat."""
         count = torch.Size(self.shape).numel()
         packed = read(self.weight).contiguous().flatten().view(torch.uint8)
         table, peaks = read(self.table).float(), read(self.peaks)
@@ -141,7 +156,7 @@ class Coded:
 
 @dataclass(frozen=True)
 class Nested:
-    """Peaks that are themselves coded: a table of 256, times a peak for each run of them, plus an offset."""
+    """Peaks stored as eight-bit codes: an entry of a table of 256, times the peak of its run, plus an offset."""
 
     table: str
     peaks: str
@@ -157,9 +172,9 @@ Stored = Scaled | Coded
 
 
 def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
-    """Signed numbers of 1, 2, 4 or 8 bits that lie in int32 along the rows, lowest first.
+    """Unpack signed numbers of 1, 2, 4 or 8 bits from int32 words, lowest bits first.
 
-    [rows, words] -> [rows, columns] int32. Each was stored with half its range added.
+    [rows, words] -> [rows, columns] int32. The stored numbers are offset by half their range.
     """
     shifts = torch.arange(0, _WORD, bits, dtype=torch.int32)
     numbers = (words.unsqueeze(-1) >> shifts) & (2**bits - 1)
@@ -167,7 +182,18 @@ def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
 
 
 def plain(name: str, stored: Stored, read: Read, dtype: torch.dtype) -> Tensor:
-    """The whole weight in `dtype`, rounded once from float32.
+    """Return the whole weight in `dtype`, rounded once from float32.
+
+    Parameters
+    ----------
+    name
+        The weight's name, for the error.
+    stored
+        How the weight is stored.
+    read
+        Returns a stored tensor by name.
+    dtype
+        Dtype of the result.
 
     Raises
     ------
@@ -184,10 +210,10 @@ def plain(name: str, stored: Stored, read: Read, dtype: torch.dtype) -> Tensor:
 
 
 def rounded(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Values in another type; for `name` see the error that `plain` raises."""
+    """Convert values to `dtype`; raise the same error as :func:`plain`."""
     result = values.to(dtype)
     if not bool(torch.isfinite(result).all()):
         if bool(torch.isfinite(values).all()):
             raise FbnPruneError(f"{name} has values too large for {dtype}: give another --dtype")
-        raise FbnPruneError(f"{name} has values that are not finite")
+        raise FbnPruneError(f"{name} has values that are not finite: the checkpoint is damaged")
     return result

@@ -1,7 +1,6 @@
-"""Safetensors on disk: one file, or an index and its shards. Only headers and JSON are read here.
+"""Read the headers of a checkpoint's safetensors: a single file, or an index and its shards.
 
-The format is safetensors' own (header length, JSON header, data); the library checks each header
-against its file, this module checks the index against the headers.
+The safetensors library checks each header against its file; this module checks the index against the headers.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from fbn_prune.data.text_files import read_text
 from fbn_prune.errors import InvalidInput
 
 MOST_JSON_BYTES = 100 * 2**20
-"""What safetensors allows a header; the index of a checkpoint of a million tensors is as large."""
+"""Largest JSON file that is read. It is safetensors' limit for a header, and the index of a million tensors fits."""
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -47,13 +46,13 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def packed(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    """Tensors on any device as a safetensors file holds them; `safetensors.torch.load` reads them."""
+    """Return tensors as the bytes of a safetensors file, for `safetensors.torch.load` to read."""
     return save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, metadata)
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a shard's header says of one tensor."""
+    """File, shape and dtype of a tensor, from its shard's header."""
 
     file: str
     shape: tuple[int, ...]
@@ -69,7 +68,13 @@ class TensorInfo:
 
 
 def read_headers(path: Path) -> dict[str, TensorInfo]:
-    """All tensors of a checkpoint. A single file goes before an index, as in transformers."""
+    """Return all tensors of a checkpoint by name. As in transformers, a single file takes precedence over an index.
+
+    Raises
+    ------
+    InvalidInput
+        There are no safetensors, a file is damaged, or the index contradicts the headers.
+    """
     if (path / SINGLE_FILE).is_file():
         return _read_header(path, SINGLE_FILE)
     if not (path / INDEX_FILE).is_file():
@@ -78,7 +83,7 @@ def read_headers(path: Path) -> dict[str, TensorInfo]:
     shards = {shard: _read_header(path, shard) for shard in sorted(set(weight_map.values()))}
     for name, shard in weight_map.items():
         if name not in shards[shard]:
-            raise InvalidInput(f"{path / INDEX_FILE} says that {name} is in {shard}: it is not")
+            raise InvalidInput(f"{path / INDEX_FILE} says that {name} is in {shard}, but it is not")
     tensors: dict[str, TensorInfo] = {}
     for shard, header in shards.items():
         for name, info in header.items():
@@ -96,12 +101,12 @@ def _no_weights(path: Path) -> str:
             "convert them to safetensors, for instance with transformers' save_pretrained"
         )
     loose = sorted(file.name for file in path.glob("*.safetensors"))
-    found = f"; {loose[0]} is there but no index names it" if loose else ""
+    found = f"; {loose[0]} exists, but no index names it" if loose else ""
     return f"{path} has neither {SINGLE_FILE} nor {INDEX_FILE}{found}"
 
 
 def _read_header(path: Path, file: str) -> dict[str, TensorInfo]:
-    """Tensors of one file. safetensors bounds the header (100 MB) and checks it against the size."""
+    """Tensors of one file; safetensors limits the header to 100 MB and checks it against the file size."""
     if not (path / file).is_file():
         raise InvalidInput(f"{path / INDEX_FILE} names {file}, which is not in the folder")
     tensors: dict[str, TensorInfo] = {}
@@ -111,18 +116,24 @@ def _read_header(path: Path, file: str) -> dict[str, TensorInfo]:
                 view = shard.get_slice(name)
                 if view.get_dtype() not in DTYPES:
                     raise InvalidInput(
-                        f"{path / file}: {name} has the unsupported dtype {view.get_dtype()}"
+                        f"{path / file}: {name} has unknown dtype {view.get_dtype()}"
                     )
                 tensors[name] = TensorInfo(file, tuple(view.get_shape()), DTYPES[view.get_dtype()])
     except (SafetensorError, OSError) as error:
         raise InvalidInput(
-            f"{path / file} is not a whole safetensors file ({one_line(error)}); fetch it again"
+            f"{path / file} is not a complete safetensors file ({one_line(error)}); download it again"
         ) from error
     return tensors
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> shard, every shard's name checked."""
+    """Return the shard of each tensor from a checkpoint's index.
+
+    Raises
+    ------
+    InvalidInput
+        The index is malformed, or names a file outside the checkpoint's folder.
+    """
     weight_map = read_object(path / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InvalidInput(f"{path / INDEX_FILE} has no weight_map from tensor names to shards")
@@ -130,10 +141,9 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def shard_name(name: object) -> str:
-    """A shard's name as an index gives it, if it stays in the checkpoint's folder.
+    """Return a shard's name from an index; raise InvalidInput if it points outside the checkpoint's folder.
 
-    Symbolic links are followed: the Hub's cache is made of them. Names are what an index's author
-    controls.
+    Symbolic links are allowed, because the Hub's cache consists of them.
     """
     if (
         not isinstance(name, str)
@@ -142,14 +152,13 @@ def shard_name(name: object) -> str:
         or ".." in PureWindowsPath(name).parts
     ):
         raise InvalidInput(
-            f"{INDEX_FILE} names the shard {name!r}: "
-            "shards must be .safetensors files in the checkpoint's folder"
+            f"{INDEX_FILE} names the shard {name!r}: shards must be .safetensors files in the checkpoint's folder"
         )
     return name
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file."""
+    """Return the JSON object in a file; raise InvalidInput if there is none."""
     try:
         content = json.loads(read_text(path, "it", most_bytes=MOST_JSON_BYTES))
     except (InvalidInput, ValueError, RecursionError) as error:
@@ -160,6 +169,6 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def one_line(error: BaseException) -> str:
-    """What another library's error says, short enough to be quoted in one of ours."""
+    """Return another library's error message on one line, shortened to 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."

@@ -1,6 +1,6 @@
-"""Tensors that lie on disk instead of in memory while a run needs them, and leave nothing behind.
+"""Keep tensors in a temporary file instead of memory during a run.
 
-The file has no name: when the process ends, however it ends, its space is free again.
+The file has no name, so its space is freed when the process ends, even if the process is killed.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class _Place:
 
 
 class Spilled(Sequence[Tensor]):
-    """A list of tensors in an unnamed file; what is read is a copy, on the device it was on.
+    """A list of tensors in an unnamed file. Reading an element returns a copy on the tensor's original device.
 
     Parameters
     ----------
     folder
-        Where the file is; its disk holds all that is appended.
+        The folder of the file; its disk must have room for all tensors.
 
     Raises
     ------
@@ -75,12 +75,12 @@ class Spilled(Sequence[Tensor]):
         while len(view):  # one read call returns 2 GiB at most
             got = self._file.readinto(view)
             if not got:
-                raise FbnPruneError(f"{self._folder}: a temporary file there has been cut short")
+                raise FbnPruneError(f"{self._folder}: a temporary file there has been truncated")
             view = view[got:]
         return tensor.to(place.device)
 
     def __setitem__(self, index: int, tensor: Tensor) -> None:
-        """Replace a tensor by one of its shape and dtype."""
+        """Replace a tensor by one of the same shape and dtype."""
         place = self._places[index]
         if tensor.shape != place.shape or tensor.dtype != place.dtype:
             raise ValueError(
@@ -98,7 +98,7 @@ class Spilled(Sequence[Tensor]):
 
     def _failed(self, error: OSError) -> FbnPruneError:
         reason = error.strerror or str(error)
-        return FbnPruneError(f"cannot keep temporary data in {self._folder}: {reason}")
+        return FbnPruneError(f"cannot write temporary data to {self._folder}: {reason}")
 
 
 def _bytes(tensor: Tensor) -> memoryview:

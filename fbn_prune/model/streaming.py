@@ -1,12 +1,12 @@
-"""A model whose weights stay in its checkpoint: one part of it is in memory at a time.
+"""Run a model that is larger than memory: its weights stay in the checkpoint and are read one part at a time.
 
-The parts are the decoder layers, the input embedding and the output embedding; norms and other small things stay.
-The model itself is the architecture's own, on the meta device, with tables such as the rotary ones in place. When
-a part is about to run, its tensors are read from the safetensors, and those of the part before are let go: running
-all data through one layer before the next (:mod:`fbn_prune.model.layerwise`) reads each weight once.
+A part is a decoder layer, the input embedding or the output embedding; norms, other small tensors and tables such as
+the rotary ones are always in memory. The model is the architecture's own, built on the meta device. Before a part
+runs, its tensors are read from the safetensors and those of the previous part are freed. Running all data through one
+layer before the next (:mod:`fbn_prune.model.layerwise`) reads each weight once.
 
-A cut layer is not kept either: it is read anew and cut again, by the function that also makes the tensors of the
-written checkpoint.
+A cut layer is not kept in memory either: each time, it is read and cut again by the function that also makes the
+tensors of the written checkpoint.
 """
 
 from __future__ import annotations
@@ -26,18 +26,11 @@ from fbn_prune.data.calibration import Batch
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.adapter import ModelAdapter, set_features
 from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.model.families import as_config
+from fbn_prune.model.family import as_config
 from fbn_prune.model.layerwise import LayerwiseForward
 from fbn_prune.model.modeling_ragged import ragged_class
 from fbn_prune.model.spill import Spilled
-from fbn_prune.model.surgery import (
-    MlpCut,
-    cut_of,
-    cut_of_parts,
-    cut_parts,
-    cut_tensor,
-    rounded_cut,
-)
+from fbn_prune.model.surgery import MlpCut, cut_of, cut_of_parts, cut_parts, cut_tensor, rounded_cut
 
 Part = int | str
 """A decoder layer's number, or the name of an embedding."""
@@ -46,7 +39,7 @@ _M_MMAP_THRESHOLD, _KEPT_BLOCK_BYTES = -3, 2**21
 
 
 class SpilledCuts(Sequence[MlpCut]):
-    """Cuts of the first layers, on disk but for the one asked for last."""
+    """The cuts of the first layers, on disk except for the most recently read one."""
 
     def __init__(self, folder: Path) -> None:
         self._tensors = Spilled(folder)
@@ -78,19 +71,23 @@ class SpilledCuts(Sequence[MlpCut]):
 
 
 class StreamedModel(ModelAdapter):
-    """A causal language model in evaluation mode whose weights are read from its checkpoint when they are wanted.
+    """A causal language model in evaluation mode that reads its weights from the checkpoint on demand.
 
     Parameters
     ----------
+    checkpoint
+        The checkpoint.
     device, dtype
-        Where and in what the model computes.
+        The device and dtype in which the model computes.
     scratch
-        Folder for what is not to stay in memory: cuts, activations and, if `spill_hidden`, hidden states.
+        Folder for temporary files with cuts, activations and, if `spill_hidden`, hidden states.
+    spill_hidden
+        Keep hidden states on disk instead of in memory.
 
     Raises
     ------
     InvalidInput
-        A tensor that the model needs is not in the checkpoint, or has another shape.
+        A tensor of the model is missing from the checkpoint, or has another shape there.
     """
 
     def __init__(
@@ -111,7 +108,7 @@ class StreamedModel(ModelAdapter):
         self.cuts = self._cuts  # type: ignore[assignment]
         self._cuts_heads = False
         self._trial: Sequence[MlpCut] | None = None
-        self._here: Part | None = None
+        self._loaded: Part | None = None
         self._checkpoint = checkpoint
         self._modules: dict[Part, nn.Module] = dict(enumerate(self.layers))
         self._prefixes: dict[Part, str] = {i: f"{self.family.layers}.{i}." for i in self._modules}
@@ -139,13 +136,15 @@ class StreamedModel(ModelAdapter):
         self._bring(layer)
 
     def spill(self) -> Spilled:
-        return Spilled(self._scratch)  # reading activations back beats reading all weights again
+        return Spilled(
+            self._scratch
+        )  # reading activations is faster than reading all weights again
 
     def hidden_states(self) -> list[Tensor] | Spilled:
         return self.spill() if self._spill_hidden else []
 
     def down_weights(self) -> Iterator[Tensor]:
-        """Each layer's output weights, [hidden, neurons], read by themselves: they are a small part of the layer."""
+        """Yield each layer's output weights, [hidden, neurons], without reading the rest of the layer."""
         self.release()
         for layer in range(self.num_layers):
             weight = self._value(f"{self._prefixes[layer]}{self.family.output.path}.weight")
@@ -155,14 +154,14 @@ class StreamedModel(ModelAdapter):
         self, batches: Sequence[Batch], on_batch: Callable[[int], None] = lambda tokens: None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         forward = LayerwiseForward(self, batches)
-        said, total = 0, sum(batch.tokens for batch in batches)
+        reported, total = 0, sum(batch.tokens for batch in batches)
         for layer in range(self.num_layers):
             forward.advance()
-            on_batch(total * (layer + 1) // self.num_layers - said)
-            said = total * (layer + 1) // self.num_layers
+            on_batch(total * (layer + 1) // self.num_layers - reported)
+            reported = total * (layer + 1) // self.num_layers
         for index, batch in enumerate(batches):
             ids = batch.input_ids.to(self._device)
-            # Block by block: the logits of a batch can be larger than all else.
+            # One block at a time, because the logits of a whole batch can be the largest tensor of the run.
             for hidden, block, valid in zip(
                 forward.hidden[index].split(1), ids.split(1), batch.valid.split(1), strict=True
             ):
@@ -170,18 +169,18 @@ class StreamedModel(ModelAdapter):
         self.release()
 
     def release(self) -> None:
-        """Let go of the part in memory, if there is one."""
-        if self._here is None:
+        """Free the weights of the loaded part, if there is one."""
+        if self._loaded is None:
             return
-        module, self._here = self._modules[self._here], None
+        module, self._loaded = self._modules[self._loaded], None
         for name, parameter in list(module.named_parameters()):
             _set(module, name, torch.empty_like(parameter, device="meta"))
         _give_back_freed_memory()
 
     def cut(self, layer: int, cut: MlpCut, *, round_to: torch.dtype | None = None) -> None:
-        """Cut the next layer that is whole: from now on it computes what the written checkpoint's will.
+        """Cut the first layer that is still whole; it then computes what the written checkpoint will.
 
-        The output weights take the values that they have in the checkpoint's own dtype, whatever `round_to` says.
+        The new output weights are rounded to the checkpoint's dtype; `round_to` is ignored.
         """
         self.release()
         self.make_place_for_bias([cut])
@@ -200,11 +199,11 @@ class StreamedModel(ModelAdapter):
             self.release()
 
     def _bring(self, part: Part) -> None:
-        """Have this part in memory, and no other."""
-        if self._here == part:
+        """Load this part's weights, after freeing those of the part loaded before."""
+        if self._loaded == part:
             return
         self.release()
-        self._here = part
+        self._loaded = part
         prefix = self._prefixes[part]
         for name in [name for name, _ in self._modules[part].named_parameters()]:
             _set(self._modules[part], name, self._value(prefix + name))
@@ -212,7 +211,7 @@ class StreamedModel(ModelAdapter):
             self._set_sizes(part)
 
     def _set_sizes(self, layer: int) -> None:
-        """Bring what a layer's modules say of their sizes in line with the weights that are there now."""
+        """Set the size attributes of a layer's modules to the shapes of the loaded weights."""
         for projection in self.family.projections:
             set_features(self.module(layer, projection))
         attention = self.family.attention
@@ -243,7 +242,7 @@ class StreamedModel(ModelAdapter):
                 setattr(module, name, buffer.to(self._device))
 
     def _value(self, name: str) -> Tensor:
-        """A parameter as stored, or as the cut of its layer makes it."""
+        """A parameter's values: as stored, or after the cut of its layer."""
         checkpoint, family = self._checkpoint, self.family
         stored = checkpoint.stored_name(name)
         if stored is None and name.startswith(self._prefixes[self._output]):  # tied
@@ -251,7 +250,7 @@ class StreamedModel(ModelAdapter):
         cut = cut_of(family, name, self._cuts if self._trial is None else self._trial)
         if stored is not None and cut is None:
             return checkpoint.read(stored, self._device, self._dtype)
-        if stored is None:  # a bias that the cuts bring
+        if stored is None:  # a bias that the cuts add
             location = family.locate(name)
             assert location is not None
             config = checkpoint.config
@@ -266,7 +265,7 @@ class StreamedModel(ModelAdapter):
 
 
 def skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a checkpoint without its weights, which are not touched."""
+    """Return a checkpoint's model on the meta device, without reading weights."""
     model: PreTrainedModel
     with init_empty_weights(include_buffers=False):
         if checkpoint.config.get("per_layer_config"):
@@ -282,22 +281,22 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def check_tensors(checkpoint: Checkpoint) -> None:
-    """Hold a checkpoint's headers against the parameters of the architecture; maps no file as a whole.
+    """Check a checkpoint's headers against the parameters of its architecture.
 
     Raises
     ------
     InvalidInput
-        A parameter is not in the checkpoint, or has another shape there.
+        A parameter is missing from the checkpoint, or has another shape there.
     """
     model = skeleton(checkpoint, checkpoint.storage_dtype)
     head = model.get_output_embeddings()
     outputs = [f"{name}.weight" for name, module in model.named_modules() if module is head]
     for name, parameter in model.named_parameters():
         if model.config.tie_word_embeddings and name in outputs:
-            continue  # what it is tied to has been seen
+            continue  # the same tensor as the input embedding
         stored = checkpoint.stored_name(name)
         if stored is None:
-            raise InvalidInput(f"{checkpoint.path}: {name} of the model is not in the checkpoint")
+            raise InvalidInput(f"{checkpoint.path}: the model's {name} is not in the checkpoint")
         if checkpoint.shape(stored) != tuple(parameter.shape):
             raise InvalidInput(
                 f"{checkpoint.path}: {name} has shape {list(checkpoint.shape(stored))}, "
@@ -306,9 +305,9 @@ def check_tensors(checkpoint: Checkpoint) -> None:
 
 
 def _give_back_freed_memory() -> None:
-    """Have freed tensors leave the process: glibc comes to keep blocks of up to 32 MB, which add up layer by layer.
+    """Return freed memory to the system: glibc otherwise keeps blocks of up to 32 MB, which add up over the layers.
 
-    Where the C library is another one, nothing happens.
+    With other C libraries this does nothing.
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):
@@ -318,7 +317,7 @@ def _give_back_freed_memory() -> None:
 
 def _set(module: nn.Module, name: str, value: Tensor) -> None:
     path, _, attribute = name.rpartition(".")
-    # Inference mode, where layers run, would make tensors that no gradient can ever pass.
+    # Layers run in inference mode; parameters made there could never have gradients.
     with torch.inference_mode(False):
         parameter = nn.Parameter(value, requires_grad=False)
     setattr(module.get_submodule(path), attribute, parameter)

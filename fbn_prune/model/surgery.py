@@ -1,7 +1,7 @@
-"""What a cut does to a tensor and to a config: one place for the live model, the streamed one and the checkpoint.
+"""Apply a cut to a tensor and to a config, for the live model, the streamed model and the written checkpoint.
 
-All three ask :func:`cut_tensor`, so they end in the same numbers: new output weights are rounded once, to the dtype in
-which they are stored, and what is measured in memory is what the written checkpoint computes.
+All three call :func:`cut_tensor`, so they have the same numbers: new output weights are rounded once, to the dtype in
+which they are stored, and the model measured in memory computes what the written checkpoint computes.
 """
 
 from __future__ import annotations
@@ -17,24 +17,29 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model import modeling_ragged
-from fbn_prune.model.families import Family, Projection, as_config
+from fbn_prune.model.family import Family, Projection, as_config
 from fbn_prune.model.heads import HeadCut, cut_heads, head_tensor_shape, rounded
 
 
 @dataclass(frozen=True)
 class MlpCut:
-    """What one layer becomes.
+    """The cut of one layer.
 
     Attributes
     ----------
     kept
-        int64 [n]: the neurons of its MLP that stay, ascending.
+        int64 [n]: the neurons of the MLP to keep, ascending.
     down_weight
         float32 or float64 [hidden, n]: their new output weights.
     down_bias
-        [hidden]: the new output bias, in place of the old one; None leaves the bias alone.
+        [hidden]: the new output bias; None keeps the old one.
     heads
-        The cut of its attention; None leaves the attention whole.
+        The cut of the attention; None keeps all heads.
+
+    Raises
+    ------
+    ValueError
+        The tensors' shapes or dtypes disagree, or the neurons are not ascending.
     """
 
     kept: Tensor
@@ -45,29 +50,27 @@ class MlpCut:
     def __post_init__(self) -> None:
         if self.kept.dtype != torch.int64 or self.kept.ndim != 1 or len(self.kept) == 0:
             raise ValueError(
-                f"kept must be int64 [n > 0], found {self.kept.dtype} {list(self.kept.shape)}"
+                f"kept must be int64 [n > 0]: {self.kept.dtype} {list(self.kept.shape)}"
             )
         if self.kept[0] < 0 or bool((self.kept[1:] <= self.kept[:-1]).any()):
             raise ValueError("kept must be ascending, unique and non-negative")
         if self.down_weight.ndim != 2 or self.down_weight.shape[1] != len(self.kept):
             raise ValueError(
-                f"down_weight {list(self.down_weight.shape)} does not fit "
-                f"{len(self.kept)} kept neurons"
+                f"down_weight {list(self.down_weight.shape)} does not fit {len(self.kept)} kept neurons"
             )
         if self.down_bias is not None and self.down_bias.shape != self.down_weight.shape[:1]:
             raise ValueError(
-                f"down_bias {list(self.down_bias.shape)} does not fit down_weight "
-                f"{list(self.down_weight.shape)}"
+                f"down_bias {list(self.down_bias.shape)} does not fit down_weight {list(self.down_weight.shape)}"
             )
 
     @property
     def width(self) -> int:
-        """Number of neurons that stay."""
+        """Number of neurons kept."""
         return len(self.kept)
 
 
 def cut_parts(cut: MlpCut) -> dict[str, Tensor]:
-    """The tensors that a cut is made of, by name."""
+    """Return the tensors of a cut by name."""
     parts = {"kept": cut.kept, "down_weight": cut.down_weight, "down_bias": cut.down_bias}
     if cut.heads is not None:
         parts |= {"kept_heads": cut.heads.kept, "out_weight": cut.heads.out_weight}
@@ -76,7 +79,7 @@ def cut_parts(cut: MlpCut) -> dict[str, Tensor]:
 
 
 def cut_of_parts(parts: Mapping[str, Tensor]) -> MlpCut:
-    """The cut that :func:`cut_parts` took apart."""
+    """Rebuild a cut from the tensors that :func:`cut_parts` returned."""
     heads = None
     if "kept_heads" in parts:
         heads = HeadCut(parts["kept_heads"], parts["out_weight"], parts.get("out_bias"))
@@ -84,7 +87,7 @@ def cut_of_parts(parts: Mapping[str, Tensor]) -> MlpCut:
 
 
 def cut_of(family: Family, name: str, cuts: Sequence[MlpCut]) -> MlpCut | None:
-    """The cut that changes the tensor of this name; None where no cut does."""
+    """Return the cut that changes the tensor of this name; None if no cut does."""
     location = family.locate(name)
     if location is not None and location.layer < len(cuts):
         return cuts[location.layer]
@@ -103,24 +106,27 @@ def cut_tensor(
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """A tensor of a cut layer's MLP or attention after the cut, contiguous, on the device of `tensor`.
+    """Return a tensor of a layer's MLP or attention after the cut, contiguous, on the device of `tensor`.
 
     Parameters
     ----------
+    family
+        The model's architecture.
     config
-        Of the whole model, loaded or as in `config.json`.
+        The config of the dense model, loaded or as in `config.json`.
     name
         The tensor's name, in the live model or in the checkpoint.
     tensor
-        Its values before the cut; zeros where the cut brings a bias that was not there.
+        Its values before the cut; zeros for a bias that the cut adds.
+    cut
+        The cut of the tensor's layer.
     dtype
-        The dtype in which the checkpoint stores output weights and biases: new ones are rounded to it. Default: that
-        of `tensor`.
+        The dtype to which new output weights and biases are rounded. Default: that of `tensor`.
 
     Raises
     ------
     FbnPruneError
-        A new output weight does not fit the dtype.
+        A new output weight is not finite in `dtype`.
     """
     dtype = dtype or tensor.dtype
     location = family.locate(name)
@@ -140,7 +146,7 @@ def cut_tensor(
 def cut_shape(
     family: Family, config: Any, name: str, shape: tuple[int, ...], cut: MlpCut
 ) -> tuple[int, ...]:
-    """The shape that :func:`cut_tensor` gives to a tensor of this shape."""
+    """Return the shape that :func:`cut_tensor` gives a tensor of shape `shape`."""
     location = family.locate(name)
     if location is not None:
         return family.tensor_shape(location, family.hidden_size(config), cut.width)
@@ -151,17 +157,17 @@ def cut_shape(
 
 
 def cut_config(config: Mapping[str, Any], family: Family, cuts: Sequence[MlpCut]) -> dict[str, Any]:
-    """The `config.json` object of a cut model.
+    """Return the `config.json` object of a cut model.
 
-    Layers of one width give a stock config. Layers of different widths are written as transformers' `per_layer_config`;
-    as long as its architectures do not build from that themselves, `auto_map` names the file `modeling_ragged.py`,
-    which the folder then has to hold. Any other `auto_map` is dropped: the stock classes compute the same, and the
-    code files it names are not exported.
+    Layers of equal width give a stock config. Different widths are written as transformers' `per_layer_config`. The
+    stock classes do not yet build models from it, so `auto_map` names `modeling_ragged.py`, which must be in the
+    checkpoint's folder. Any other `auto_map` is dropped: the code files that it names are not exported, and the stock
+    classes compute the same.
 
     Raises
     ------
     InvalidInput
-        A cut brings a bias that the architecture has no place for, or the layers keep different numbers of heads.
+        A cut adds a bias that the architecture does not support, or the layers keep different numbers of heads.
     """
     widths = [cut.width for cut in cuts]
     uniform = len(set(widths)) == 1
@@ -184,7 +190,7 @@ def cut_config(config: Mapping[str, Any], family: Family, cuts: Sequence[MlpCut]
         "AutoModel": MODEL_MAPPING[typed],
         "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING[typed],
     }
-    # `transformers serve` opens a checkpoint's own code by this name alone; by any other it takes the stock class.
+    # `transformers serve` uses a checkpoint's own code only under this name; otherwise it takes the stock class.
     stock["AutoModelForDecision"] = stock["AutoModelForCausalLM"]
     classes = {auto: model_class.__name__ for auto, model_class in stock.items()}
     file = modeling_ragged.__name__.rpartition(".")[2]
@@ -204,31 +210,28 @@ def cut_config(config: Mapping[str, Any], family: Family, cuts: Sequence[MlpCut]
 def _kept_head_groups(cuts: Sequence[MlpCut]) -> int | None:
     groups = {None if cut.heads is None else len(cut.heads.kept) for cut in cuts}
     if len(groups) > 1:
-        raise InvalidInput("a config has one number of attention heads for all layers")
+        raise InvalidInput(
+            "all layers must keep the same number of attention heads: the config has only one number"
+        )
     return groups.pop()
 
 
 def require_bias(family: Family, config: Any) -> None:
-    """Refuse an architecture whose MLP output has no bias and can be given none.
-
-    Raises
-    ------
-    InvalidInput
-    """
+    """Raise InvalidInput if the architecture's MLP output cannot have a bias."""
     if not family.accepts_bias(config):
         raise InvalidInput(
-            f"{family.name} has no place for an MLP output bias, which this criterion adds; "
+            f"{family.name} does not support an MLP output bias, which this criterion adds; "
             "choose a criterion without a bias"
         )
 
 
 def rounded_cut(cut: MlpCut, dtype: torch.dtype) -> MlpCut:
-    """The cut with its output weights as they will be stored.
+    """Return the cut with its output weights rounded to `dtype`, as they will be stored.
 
     Raises
     ------
     FbnPruneError
-        A new output weight does not fit the dtype.
+        A new output weight is not finite in `dtype`.
     """
     heads = cut.heads
     if heads is not None:

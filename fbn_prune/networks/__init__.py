@@ -1,1 +1,1 @@
-"""Functional networks: found by spatial ICA, kept as one artifact, ranked, switched on and off."""
+"""Functional networks: found by spatial ICA, stored in one file, ranked, and switched on and off."""

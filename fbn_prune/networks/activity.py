@@ -1,7 +1,8 @@
-"""What a model's known networks do on text that they were not found on.
+"""Time courses of known networks on new text, and the principal components of the same activity.
 
-The artifact's mean and std standardise the new activations, and A = Z pinv(maps) gives the time courses
-(arXiv 2502.20408); the model runs layer by layer, so one layer's activations are in memory at a time.
+The mean and standard deviation stored with the networks standardise the new activations to Z. The time courses A are
+Z times the pseudo-inverse of the maps (arXiv 2502.20408). The model runs layer by layer, so only one layer's
+activations are in memory at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def time_courses(
     batches: Sequence[Batch],
     clock: StageClock,
 ) -> list[Tensor]:
-    """A of every batch, float64 [valid tokens, networks], on the CPU."""
+    """Return the time courses A on every batch, float64 [valid tokens, networks], on the CPU."""
     layers = len(networks.widths)
     courses = [torch.zeros(b.tokens, len(networks.maps), dtype=torch.float64) for b in batches]
     stream = LayerwiseForward(adapter, batches)
@@ -34,7 +35,7 @@ def time_courses(
         for layer in range(layers):
             span, device = networks.layer_slice(layer), adapter.layer_device(layer)
             std = networks.std[span]
-            # A neuron that was dead when the networks were found has no scale, and no say.
+            # A neuron that was dead when the networks were found has no scale and does not count.
             scale = torch.where(std > 0, std.reciprocal(), torch.zeros_like(std))
             weights = (networks.maps[:, span] * scale).T.to(device)
             mean = networks.mean[span].to(device)
@@ -57,7 +58,7 @@ def block_activity(
     batch_tokens: int,
     clock: StageClock,
 ) -> Tensor:
-    """Mean time course of every block, float64 [blocks, networks], in the order of the blocks."""
+    """Return the mean time course of every block, float64 [blocks, networks], in the order of the blocks."""
     batches = blocks.batches(batch_tokens)
     courses = time_courses(adapter, networks, batches, clock)
     parts = [
@@ -69,25 +70,30 @@ def block_activity(
 
 
 def second_moment(courses: Sequence[Tensor]) -> Tensor:
-    """E[AᵀA] over all tokens of the courses [tokens, networks], float64 [networks, networks]."""
+    """Return E[AᵀA] over all tokens of the time courses A [tokens, networks], float64 [networks, networks]."""
     total = sum((course.T @ course for course in courses), start=courses[0].new_zeros(()))
     return total / sum(len(course) for course in courses)
 
 
 def principal_maps(networks: FunctionalNetworks, moment: Tensor) -> Tensor:
-    """Principal components of the activity that the networks carry: another basis of the same space.
+    """Return the principal components of the activity that the networks carry: another basis of the same space.
 
-    With Z ~ A maps and maps of equal norm that are uncorrelated, ZᵀZ ~ mapsᵀ (AᵀA) maps, so that the eigenvectors of
-    AᵀA turn the networks into its principal components. The control that tells what independence adds.
+    They serve as a control: the difference between networks and components shows what independence adds.
 
     Parameters
     ----------
     moment
-        E[AᵀA], [networks, networks]; see :func:`second_moment`.
+        E[AᵀA], [networks, networks], from :func:`second_moment`.
 
     Returns
     -------
-    float32 [networks, N], each with mean square 1 over neurons, strongest first.
+    Tensor
+        float32 [networks, N]; each map has mean square 1 over neurons; ordered by variance, largest first.
+
+    Notes
+    -----
+    With Z ~ A maps, and maps that are uncorrelated and of equal norm, ZᵀZ ~ mapsᵀ (AᵀA) maps. The eigenvectors of AᵀA
+    therefore rotate the networks into the principal components.
     """
     maps = networks.maps.double()
     root_values, root_vectors = torch.linalg.eigh(maps @ maps.T)
@@ -101,9 +107,9 @@ def principal_maps(networks: FunctionalNetworks, moment: Tensor) -> Tensor:
 
 
 def principal_networks(networks: FunctionalNetworks, moment: Tensor) -> FunctionalNetworks:
-    """The principal components as networks: :func:`principal_maps` with the engagement that goes with them.
+    """Return the components of :func:`principal_maps` as networks, with their engagement.
 
-    Whatever ranks or masks networks can then treat the control as it treats them.
+    Functions that rank or mask networks can then treat this control in the same way as the networks.
     """
     maps = principal_maps(networks, moment)
     turn = networks.maps.double() @ maps.double().T / maps.shape[1]

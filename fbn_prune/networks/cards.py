@@ -1,4 +1,4 @@
-"""What there is to say of each network of an artifact, as plain values: for the terminal, JSON and the report."""
+"""Describe each network of an artifact by plain values, for the terminal, JSON output and the report."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 
 TIES = 5
-"""How many of a network's strongest correlations with others a card names."""
+"""Number of other networks that a card names: those with the strongest correlation of time courses."""
 
 
 def network_cards(networks: FunctionalNetworks) -> list[dict[str, Any]]:
-    """One dict a network, in the artifact's order; what the artifact does not know is None or empty."""
+    """Return one dict for each network, in the artifact's order; facts that the artifact lacks are None or empty."""
     header = networks.header
     recurrence = header.get("recurrence") or {}
     return [
@@ -42,7 +42,7 @@ def _of(lists: list[list[Any]] | None, index: int) -> list[Any]:
 
 
 def _ties(networks: FunctionalNetworks, index: int) -> list[dict[str, Any]]:
-    """The other networks whose time courses correlate most with this one's, either way."""
+    """The other networks with the largest abs correlation of time courses."""
     if networks.connectivity is None:
         return []
     row = networks.connectivity[index].clone()

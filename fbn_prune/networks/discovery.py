@@ -1,8 +1,8 @@
-"""Find a model's functional networks: sampled activations -> spatial ICA -> the artifact.
+"""Find a model's functional networks: sample activations, run spatial ICA, build the artifact.
 
-One ICA over the neurons of all layers together (`scope` global, arXiv 2502.20408), or one for each layer
-(arXiv 2508.05239). Activations are sampled from whole blocks, streamed layer by layer; they stay in memory between
-the two passes of the solver when they fit, and are computed again when they do not.
+With scope `global`, one ICA runs over the neurons of all layers together (arXiv 2502.20408); otherwise, one runs for
+each layer (arXiv 2508.05239). Activations are sampled from whole blocks and streamed layer by layer. The solver
+passes over them twice: they stay in memory between the passes if they fit, and are computed again otherwise.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from fbn_prune.errors import InvalidInput
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.networks import ica
 from fbn_prune.networks.functional_networks import FunctionalNetworks
-from fbn_prune.networks.sampling import SampledActivations
-from fbn_prune.networks.structure import (
+from fbn_prune.networks.recurrence import (
     STARTS,
     connectivity,
     driving_tokens,
     recurrence_between_starts,
 )
+from fbn_prune.networks.sampling import SampledActivations
 from fbn_prune.progress import Advance, StageClock
 
 CONTEXTS_PER_NETWORK = 5
@@ -35,7 +35,10 @@ TOKENS_PER_NETWORK = 8
 
 @dataclass(frozen=True)
 class DiscoveryOptions:
-    """See the recipe keys of the same names; `recurrence` adds decompositions of halves, and further starts."""
+    """Settings of the search: the recipe keys of the same names.
+
+    `recurrence` also decomposes both halves of the tokens and starts the ICA from other seeds, to measure stability.
+    """
 
     networks: int
     network_tokens: int
@@ -55,17 +58,21 @@ def discover(
     header: dict[str, Any],
     clock: StageClock,
 ) -> FunctionalNetworks:
-    """Find the networks of `model` on `blocks`.
+    """Find the functional networks of a model on calibration text.
 
     Parameters
     ----------
+    tokenizer
+        Decodes the tokens at which each network is strongest.
+    keep
+        Whether activations stay in memory between the solver's passes, see :class:`SampledActivations`.
     header
         Facts about the run to store with the networks (model, fingerprints, versions).
 
     Raises
     ------
     InvalidInput
-        More networks than the tokens allow, or activations that are NaN or Inf (the layer is named).
+        The tokens allow fewer networks than asked for, or a layer's activations contain NaN or Inf.
     """
     activations = SampledActivations(
         adapter,
@@ -77,10 +84,10 @@ def discover(
     )
     if options.networks > activations.tokens - 1:
         raise InvalidInput(
-            f"networks = {options.networks}: the calibration text gives {activations.tokens} tokens "
-            f"to find them on, which allow {activations.tokens - 1} at most"
+            f"networks = {options.networks}: the calibration text gives {activations.tokens} tokens, "
+            f"which allow {activations.tokens - 1} at most; lower --networks, or give more text"
         )
-    for _ in activations:  # so that the passes of the model are a stage apart from the solver's
+    for _ in activations:  # a stage of its own for the forward pass, separate from the solver's
         pass
     with clock.stage("ica", 4 if options.recurrence else 1, "steps") as advance:
         found = _decompose(activations, slice(None), options, options.seed, clock)
@@ -125,7 +132,7 @@ def _decompose(
     seed: int,
     clock: StageClock,
 ) -> _Decomposition:
-    """Networks of some of the sampled tokens, global or layer by layer."""
+    """Networks of the sampled tokens in the slice `tokens`, global or layer by layer."""
     neurons = sum(activations.widths)
     if options.scope == "global":
         return _join(
@@ -153,7 +160,7 @@ def _solve(layers: ica.Layers, networks: int, seed: int, clock: StageClock) -> i
 def _join(
     results: list[ica.IcaResult], spans: list[tuple[int, int]], neurons: int
 ) -> _Decomposition:
-    """Maps over all layers: a layer-wise map is zero outside its layer."""
+    """Place the maps side by side over all layers; a layer-wise map is zero outside its layer."""
     maps, facts = [], []
     for result, (start, stop) in zip(results, spans, strict=True):
         full = torch.zeros(len(result.maps), neurons)
@@ -184,10 +191,10 @@ def _recurrence(
     clock: StageClock,
     advance: Advance,
 ) -> dict[str, Any] | None:
-    """How far each network comes back, by the overlap (IoU) of members and the correlation of maps.
+    """How well each network is found again, by overlap (IoU) of members and by correlation of maps.
 
-    Between halves: of its counterpart in the first half of the tokens with that one's counterpart in the second;
-    the halves share no block. Between seeds: of the network with its counterparts from other starts.
+    Between halves: its match in the first half of the tokens against its match in the second; the halves share no
+    block. Between seeds: the network against its matches from other starts.
     """
     if not options.recurrence or options.networks > activations.tokens // 2 - 1:
         return None
@@ -199,9 +206,8 @@ def _recurrence(
     counterpart, _ = ica.match(found.maps, halves[0].maps)
     overlap = ica.spatial_overlap(halves[0].maps[counterpart], halves[1].maps)
     seeds = range(options.seed + 1, options.seed + 1 + STARTS)
-    with (
-        warnings.catch_warnings()
-    ):  # a start that does not settle is no failure but what is asked about
+    with warnings.catch_warnings():
+        # This measures how often starts agree; one that does not settle is a result, not a failure.
         warnings.simplefilter("ignore", ica.IcaConvergenceWarning)
         starts = recurrence_between_starts(found.maps, found.spans, seeds)
     advance(1)
@@ -211,7 +217,7 @@ def _recurrence(
 def _top_contexts(
     time_courses: Tensor, activations: SampledActivations, tokenizer: Any
 ) -> list[list[dict[str, Any]]]:
-    """For each network the tokens where its time course is strongest, with the text around them."""
+    """For each network, the tokens at which its time course is strongest, with the text around them."""
     contexts: list[list[dict[str, Any]]] = []
     count = min(CONTEXTS_PER_NETWORK, activations.tokens)
     for course in time_courses.T:
@@ -233,7 +239,7 @@ def _top_contexts(
 def _top_tokens(
     time_courses: Tensor, activations: SampledActivations, tokenizer: Any
 ) -> list[list[dict[str, Any]]]:
-    """For each network the tokens that drive it wherever they stand, as text."""
+    """For each network, the tokens that drive it in all contexts, as text."""
     driving = driving_tokens(time_courses, activations.token_ids(), TOKENS_PER_NETWORK)
     return [
         [{**entry, "token": tokenizer.decode([entry["token"]])} for entry in entries]

@@ -1,9 +1,9 @@
-"""The leading subspace of tokens: their Gram matrix over all layers' neurons and its eigenvectors.
+"""Leading eigenvectors of the token Gram matrix over the neurons of all layers.
 
-Layers are streamed: only the token by token Gram matrix and one layer are in memory. The leading
-eigenvectors come from block Krylov iteration with thick restarts (Golub & Underwood 1977; Wu &
-Simon 2000). The spectrum of real activations is flat, so a randomised range finder with customary
-settings is silently wrong: we iterate until the subspace has stopped moving.
+Layers are streamed: only the token-by-token Gram matrix and one layer's activations are in memory. Block Krylov
+iteration with thick restarts computes the eigenvectors (Golub & Underwood 1977; Wu & Simon 2000). The spectrum of
+real activations is flat, so a randomised range finder with customary settings gives wrong results without any
+warning; here the iteration continues until the subspace stops moving.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ _GRAM_PANEL = 512
 _SUM_COLUMNS = 512
 _EXACT_UP_TO = 1024
 _BASES = 6
-"""The Krylov basis grows to this many times what a restart keeps."""
+"""The Krylov basis grows to this many times the size that a restart keeps."""
 
 
 class IcaConvergenceWarning(UserWarning):
-    """The iteration budget ran out before the eigenvectors or the maps had settled."""
+    """The eigenvectors or the maps did not settle within the allowed iterations."""
 
 
 @dataclass(frozen=True)
 class EigenResult:
-    """The k leading eigenpairs of a symmetric matrix, largest first.
+    """The k leading eigenpairs of a symmetric matrix, largest first: `vectors` [size, k], `values` [k].
 
-    ``residual`` estimates the Frobenius norm of the tangents of the angles between ``vectors`` and
-    the true leading subspace: sqrt(sum_i (|K v_i - t_i v_i| / (t_i - t_(k+1)))^2). 0 where exact.
+    `residual` estimates the Frobenius norm of the tangents of the angles between `vectors` and the true leading
+    subspace: sqrt(sum_i (|K v_i - t_i v_i| / (t_i - t_(k+1)))^2). It is 0 for an exact decomposition.
     """
 
     vectors: Tensor
@@ -47,10 +47,10 @@ class EigenResult:
 
 
 class TokenGram:
-    """K = sum over layers of Z_l Z_l^T, [T, T] float32; only its lower triangle is computed.
+    """Accumulates K = sum over layers of Z_l Z_l^T, [T, T] float32; computes only the lower triangle.
 
-    Also keeps the sum of every token over neurons, so that centring over neurons (each token's
-    mean over all layers' neurons) is exact after the fact: K - N c c^T.
+    It also sums each token over neurons. The exact centring over neurons (subtracting each token's mean over the
+    neurons of all layers) is then possible at the end: K - N c c^T.
     """
 
     def __init__(self, tokens: int, *, device: torch.device | str = "cpu") -> None:
@@ -60,7 +60,7 @@ class TokenGram:
         self._sums = torch.zeros(tokens, dtype=torch.float64, device=device)
 
     def update(self, z: Tensor) -> None:
-        """Add one layer, [T, N_l]; refuses a wrong number of tokens and values not finite."""
+        """Add one layer's activations z [T, N_l]; raise InvalidInput for another number of tokens, NaN or Inf."""
         if self._lower is None:
             raise RuntimeError("update after finish: the Gram matrix has been handed over")
         if z.ndim != 2 or z.shape[0] != self.tokens:
@@ -68,11 +68,11 @@ class TokenGram:
                 f"activations have shape {tuple(z.shape)}, not [{self.tokens}, neurons]"
             )
         z = z.to(self._lower.device, torch.float32)
-        # Float32 within a few columns, float64 over them: a float64 sum is as slow as a third of the Gram.
+        # Float32 sums over a few columns, float64 over these sums: all in float64 takes a third of the Gram's time.
         sums = sum(part.sum(dim=1).double() for part in z.split(_SUM_COLUMNS, dim=1))
         if not bool(torch.isfinite(sums).all()):
             raise InvalidInput(
-                "activations hold NaN or infinite values; calibrate in a wider dtype"
+                "activations contain NaN or infinite values; calibrate in a wider dtype"
             )
         self._sums += sums
         self.neurons += z.shape[1]
@@ -83,13 +83,13 @@ class TokenGram:
 
     @property
     def total_variance(self) -> float:
-        """Sum of squares of all of Z so far; N T for live neurons."""
+        """Sum of squares of Z over all layers added so far; T times the number of live neurons."""
         if self._lower is None:
             raise RuntimeError("total_variance after finish: the Gram matrix has been handed over")
         return float(self._lower.diagonal().double().sum())
 
     def finish(self) -> Tensor:
-        """Centre over neurons and fill the upper triangle in place; hand the matrix over, once."""
+        """Return the whole Gram matrix, centred over neurons. Callable once, because it works in place."""
         if self._lower is None:
             raise RuntimeError("finish was called before: the Gram matrix has been handed over")
         gram, self._lower = self._lower, None
@@ -102,44 +102,36 @@ class TokenGram:
             block.copy_(block.tril() + block.tril(-1).T)
         return gram
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Everything needed to go on later: ``gram`` (lower triangle), ``sums``, ``neurons``."""
-        if self._lower is None:
-            raise RuntimeError("state_dict after finish: the Gram matrix has been handed over")
-        neurons = torch.tensor(self.neurons, dtype=torch.int64)
-        return {"gram": self._lower, "sums": self._sums, "neurons": neurons}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Replace this accumulator's contents with those of `state_dict`."""
-        device = self._sums.device
-        if state["gram"].shape != (self.tokens, self.tokens):
-            raise InvalidInput(
-                f"saved Gram has shape {tuple(state['gram'].shape)}, not {self.tokens} tokens"
-            )
-        self._lower = state["gram"].to(device, torch.float32).clone()
-        self._sums = state["sums"].to(device, torch.float64).clone()
-        self.neurons = int(state["neurons"])
-
 
 @quick_products()
 def top_eigenvectors(
     gram: Tensor, k: int, *, seed: int = 0, tol: float = 1e-2, max_iter: int = 200
 ) -> EigenResult:
-    """The k leading eigenpairs of a symmetric positive semi-definite matrix.
+    """Compute the k leading eigenpairs of a symmetric positive semi-definite matrix.
 
-    Block Krylov iteration with full orthogonalisation; when the basis is full it is restarted from
-    its leading Ritz vectors. Stops once the estimated angles between the Ritz space and the true
-    leading space, which are all that the maps depend on, are below ``tol``. Small matrices, and
-    those of which a large part is asked for, are decomposed exactly in float64.
+    Block Krylov iteration with full orthogonalisation restarts from the leading Ritz vectors when the basis is full.
+    It stops once the estimated angles between the Ritz space and the true leading space are below `tol`; the ICA maps
+    depend only on this space. Small matrices, and requests for a large part of the spectrum, use an exact float64
+    decomposition.
 
     Parameters
     ----------
     gram
-        [T, T] float32, symmetric.
+        [size, size] float32, symmetric.
     seed
-        Of the starting block. The result depends on it only through ``tol``.
+        Seed of the starting block. It changes the result only within `tol`.
     max_iter
-        Block products before giving up; warns with `IcaConvergenceWarning`.
+        Largest number of block products.
+
+    Raises
+    ------
+    InvalidInput
+        k is out of range.
+
+    Warns
+    -----
+    IcaConvergenceWarning
+        The subspace has not settled after `max_iter` block products.
     """
     size = gram.shape[0]
     if not 1 <= k <= size:
@@ -175,23 +167,23 @@ def top_eigenvectors(
         gaps = (values[:k] - values[k]).clamp_min(torch.finfo(torch.float64).tiny)
         residual = float((errors / gaps).norm())
         logger.debug("block product %d: basis %d, residual %.2e", iteration, filled, residual)
-        # Float32 leaves a floor under the errors; a cycle that gains nothing there has hit it.
+        # Float32 limits how small the errors can get; a cycle near that limit without progress has reached it.
         at_floor = float(errors.max()) <= 100 * torch.finfo(gram.dtype).eps * float(values[0])
         stalled = full and at_floor and residual > 0.5 * before_restart
         if residual <= tol or stalled or last:
             break
         if full:
-            # The residuals of all Ritz vectors lie in what the last product adds to the whole basis.
+            # The residuals of all Ritz vectors lie in the part of the last product outside the basis.
             newest = _orthonormal_complement(newest, basis[:, :filled])
             before_restart, filled = residual, k + block
             basis[:, :filled], image[:, :filled] = vectors, products
             ritz[:filled, :filled] = torch.diag(values[:filled])
-        # A check decomposes the whole basis, which soon costs more than the products between two.
+        # A check decomposes the whole basis, which soon costs more than the products between two checks.
         check_at = filled + max(2 * block, filled // 2)
     if residual > tol:
         warnings.warn(
-            f"the {k} leading eigenvectors had not settled after {iteration} block products: "
-            f"residual {residual:.1e} > {tol:.0e}; eigenvalue {k} may be too close to the next",
+            f"the {k} leading eigenvectors had not settled after {iteration} block products: residual "
+            f"{residual:.1e} > {tol:.0e}; eigenvalue {k} may be too close to the next: use another number of networks",
             IcaConvergenceWarning,
             stacklevel=2,
         )
@@ -201,7 +193,7 @@ def top_eigenvectors(
 
 
 def _orthonormal_complement(block: Tensor, basis: Tensor) -> Tensor:
-    """Orthonormal columns spanning ``block`` without its part in ``basis``; twice is enough."""
+    """Orthonormal basis of `block` without its part in `basis`; two rounds reach full accuracy."""
     for _ in range(2):
         block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
     return block

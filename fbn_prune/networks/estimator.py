@@ -146,7 +146,7 @@ class SpatialICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         seed = self.random_state
         if not isinstance(seed, Integral):
             seed = check_random_state(seed).randint(np.iinfo(np.int32).max)
-        # A read-only array, such as a memory map, is copied: torch has no tensors that cannot be written to.
+        # torch has no read-only tensors, so a read-only array such as a memory map is copied.
         z, mean, scale = standardise(torch.from_numpy(np.require(x, requirements="W")))
         try:
             found = spatial_ica(

@@ -1,7 +1,7 @@
 """Symmetric FastICA with the cube contrast (Hyvarinen 1999), after scikit-learn's ``_fastica.py``.
 
-What differs from scikit-learn: steps that go round in circles are damped, a failure to converge has
-a warning class of its own, and the k by k algebra is float64 whatever the data are.
+Differences from scikit-learn: steps that go round in circles are damped, a failure to converge has its own warning
+class, and the k by k algebra is in float64 whatever the data's dtype.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _PATIENCE = 20
 
 @dataclass(frozen=True)
 class Unmixing:
-    """W [k, k] float64, orthogonal: sources are x_white @ W.T.
+    """Rotation `W` [k, k] float64, orthogonal: the sources are ``x_white @ W.T``.
 
-    ``change`` is the last step's; ``damped_from`` the iteration from which steps were shortened.
+    `change` is the change of W in the last step; `damped_from` the first iteration with a damped step, or None.
     """
 
     W: Tensor
@@ -43,26 +43,36 @@ def fastica(
     tol: float = 1e-6,
     max_iter: int = 1000,
 ) -> Unmixing:
-    """Symmetric FastICA with the cube contrast.
-
-    The steps are scikit-learn's, W <- polar(E[y^3 x^T] - 3 W), while they get anywhere. These can
-    fall into a cycle for good; where for 20 of them neither the sum of abs kurtosis (what they
-    climb) nor the change has reached a new best, we go on with polar(S (E[y^3 x^T] - 3 W) + d W),
-    S the signs of the kurtosis, doubling d whenever the sum falls: the same fixed points, uphill.
+    """Find the rotation of whitened data that makes its components independent.
 
     Parameters
     ----------
     x_white
-        [n, k], float32 or float64: centred, unit covariance. Its dtype is that of the iterations.
+        [n, k], float32 or float64: centred, with unit covariance. The iterations run in its dtype.
+    seed
+        Seed of the Gaussian start; not used with `w_init`.
     w_init
-        [k, k] start, decorrelated first; by default Gaussian from ``seed``.
+        Start [k, k], which is decorrelated first.
     tol
-        On max_i abs(abs(<w_i, w_i before>) - 1), as in scikit-learn, of an undamped step.
+        The iterations stop when max_i abs(abs(<w_i, w_i before>) - 1), for an undamped step, is smaller; as in
+        scikit-learn.
+
+    Raises
+    ------
+    InvalidInput
+        `w_init` has another shape than [k, k].
 
     Warns
     -----
     IcaConvergenceWarning
-        If ``max_iter`` steps were not enough.
+        The rotation has not settled after `max_iter` steps.
+
+    Notes
+    -----
+    The steps are scikit-learn's, W <- polar(E[y^3 x^T] - 3 W), as long as they make progress. They can end in a
+    cycle. If for 20 steps neither the sum of abs kurtosis (the quantity that they increase) nor the change reaches a
+    new best, the steps become polar(S (E[y^3 x^T] - 3 W) + d W), with S the signs of the kurtosis. d doubles whenever
+    the sum falls. The fixed points are the same, and the sum of abs kurtosis grows.
     """
     k = x_white.shape[1]
     if w_init is None:
@@ -107,10 +117,10 @@ def fastica(
 
 
 def seeded_start(token_basis: Tensor, seed: int) -> Tensor:
-    """A random start [k, k] for whitened data whose coordinates are ``token_basis`` [T, k].
+    """Draw a random start [k, k] for whitened data whose coordinates are `token_basis` [T, k].
 
-    A Gaussian drawn in token space and projected, so that it turns and flips with the basis:
-    solvers that reach the same subspace by different roads start from the same point.
+    The Gaussian is drawn in token space and projected, so it rotates and flips with the basis. Solvers that compute
+    the same subspace in different ways therefore start from the same point.
     """
     generator = torch.Generator().manual_seed(seed)
     tokens, k = token_basis.shape
@@ -130,6 +140,6 @@ def _gradient(x_white: Tensor, w: Tensor) -> Tensor:
 
 
 def _decorrelate(w: Tensor) -> Tensor:
-    """(w w^T)^(-1/2) w: the orthogonal matrix nearest to ``w``."""
+    """(w w^T)^(-1/2) w: the orthogonal matrix nearest to `w`."""
     values, vectors = torch.linalg.eigh(w @ w.T)
     return (vectors * values.clamp_min(torch.finfo(w.dtype).tiny).rsqrt()) @ (vectors.T @ w)

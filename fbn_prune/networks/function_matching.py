@@ -1,12 +1,12 @@
-"""Which generic documents use a model as a task does, judged by its functional networks.
+"""Weight generic documents by how similarly they use a model's functional networks to a task's few examples.
 
-A few examples of a task are too few to calibrate on: statistics of them alone overfit, and mixed in they drown. But
-they suffice to say which networks the task engages, and generic documents that engage the same ones can stand in for
-the task's own. A document's function vector is its mean time course, one number a network, standardised over the
-generic documents; the task's is the mean over its examples. Signed means are used, not powers: a network's two
-directions are different functions.
+A few examples of a task are too few for calibration: statistics from them alone overfit, and added to generic text
+they have too little weight. But they are enough to show which networks the task engages, and generic documents that
+engage the same networks can replace more examples. A document's function vector is its mean time course (one number
+per network), standardised over the generic documents; the task's function vector is the mean over its examples. The
+means are signed, because a network's two directions are different functions.
 
-Pure numerics in float64: nothing here knows of models or texts.
+This module is pure numerics in float64, independent of models and texts.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from torch import Tensor
 
 SHARPNESS = 3.0
 """How steeply a document's weight grows with its standardised score. Chosen among 0.75, 1.5, 3 and 6 on the embedded
-model alone, measured on calibration text that took no other part (`eval/quality/task_table.py --model builtin --tune`,
-`eval/results/task_tuning_builtin.json`). At 1.5 a quarter to a third of the weight stays with documents of other kinds;
-at 6 too few documents are left."""
+model only, by `eval/quality/task_table.py --model builtin --tune` on calibration text that nothing else used
+(`eval/results/task_tuning_builtin.json`). At 1.5, documents of other kinds keep a quarter to a third of the
+weight; at 6, too few documents remain."""
 
 EXAMPLES_SHARE = 0.3
-"""The part of the statistics that the task's own examples get, however few they are."""
+"""Share of the statistics that the task's own examples get, whatever their number."""
 
 
 @dataclass(frozen=True)
 class FunctionMatch:
-    """How generic documents match a task.
+    """How well generic documents match a task.
 
     Attributes
     ----------
     vector
-        The task's function vector, float64 [networks], in standard deviations over generic documents.
+        The task's function vector, float64 [networks], in standard deviations over the generic documents.
     networks
-        The networks that the match was made on, by falling abs(vector).
+        The networks used for the match, ordered by abs(vector), largest first.
     scores
-        Cosine of each generic document's vector and the task's on those networks, float64 [documents].
+        Cosine between each generic document's vector and the task's on those networks, float64 [documents].
     weights
-        What each generic document counts in statistics, float64 [documents], of mean 1.
+        Weight of each generic document in the statistics, float64 [documents], with mean 1.
     """
 
     vector: Tensor
@@ -50,9 +50,9 @@ class FunctionMatch:
 
 
 def standardised(activity: Tensor, generic: Tensor) -> Tensor:
-    """`activity` [..., networks] in means and standard deviations of `generic` [documents, networks]."""
+    """Standardise `activity` [..., networks] by the mean and standard deviation of `generic` [documents, networks]."""
     std, mean = torch.std_mean(generic, dim=0, correction=0)
-    # A network that is equally active in every document tells nothing of a task.
+    # A network that is equally active in every document says nothing about a task.
     scale = torch.where(std > 1e-12, std.reciprocal(), torch.zeros_like(std))
     return (activity - mean) * scale
 
@@ -60,15 +60,16 @@ def standardised(activity: Tensor, generic: Tensor) -> Tensor:
 def match_documents(
     generic: Tensor, examples: Tensor, networks: int, *, sharpness: float = SHARPNESS
 ) -> FunctionMatch:
-    """Weigh generic documents by how alike a task's they use the networks.
+    """Weight generic documents by how similar their use of the networks is to the task's.
 
     Parameters
     ----------
     generic, examples
-        Mean time course of each document, float64 [documents, networks] (or any other description of documents
-        by one number a feature).
+        Mean time course of each document, float64 [documents, networks], or any other features of documents.
     networks
-        How many networks to match on: those on which the task stands out most.
+        Number of networks to match on: those with the largest abs value in the task's vector.
+    sharpness
+        See :data:`SHARPNESS`.
     """
     vector = standardised(examples, generic).mean(0)
     strongest = torch.argsort(vector.abs(), descending=True, stable=True)[:networks]
@@ -79,7 +80,7 @@ def match_documents(
 
 
 def score_weights(scores: Tensor, sharpness: float = SHARPNESS) -> Tensor:
-    """exp(sharpness * standardised score), normalised to mean 1; float64 [documents]."""
+    """Return exp(sharpness * standardised score), normalised to mean 1; float64 [documents]."""
     std, mean = torch.std_mean(scores, correction=0)
     standard = (scores - mean) / std if float(std) > 1e-12 else torch.zeros_like(scores)
     weights = torch.exp(sharpness * standard)
@@ -93,14 +94,15 @@ def mixture_weights(
     *,
     examples_share: float = EXAMPLES_SHARE,
 ) -> tuple[Tensor, Tensor]:
-    """The weight of every token of each generic document and of each example in joint statistics.
+    """Return the weight of each token in statistics over generic documents and examples together.
 
-    Together the examples get `examples_share` of the weight and the generic documents the rest, divided among them by
-    `generic` (weights of documents, [documents]) times their tokens.
+    The examples together get `examples_share` of the total weight. The rest is divided among the generic documents in
+    proportion to their weight (`generic`, [documents]) times their tokens.
 
     Returns
     -------
-    Two float64 tensors, [documents] and [examples]; over all tokens their mean is 1.
+    tuple of Tensor
+        Weights per token, float64 [documents] and [examples]; their mean over all tokens is 1.
     """
     lengths = torch.tensor(generic_tokens, dtype=torch.float64)
     total = float(lengths.sum()) + sum(example_tokens)

@@ -1,8 +1,8 @@
-"""The artifact: functional networks of one model, found once, kept in one file.
+"""The artifact: the functional networks of one model, found once and stored in one file.
 
-A functional network is a z-scored map over the neurons of all layers (arXiv 2502.20408). The file is
-safetensors: the tensors, and under one metadata key a JSON object with the layers' widths and a header
-of facts (which model, which calibration text, how the search went). Same content, same bytes.
+A functional network is a z-scored map over the neurons of all layers (arXiv 2502.20408). The file is in safetensors
+format: it holds the tensors and, under one metadata key, a JSON object with the layers' widths and a header of facts
+(the model, the calibration text, the course of the search). Equal content gives equal bytes.
 """
 
 from __future__ import annotations
@@ -33,33 +33,34 @@ _ON_NETWORKS = ("explained_variance", "engagement", "energy")
 
 @dataclass(frozen=True, eq=False)
 class FunctionalNetworks:
-    """k networks over the N = sum(widths) MLP neurons of a model; checked when made.
+    """k networks over the N = sum(widths) MLP neurons of a model, checked on creation.
 
     Attributes
     ----------
     maps
-        [k, N] float32, layers side by side; z-scored over all neurons, or, for layer-wise networks,
-        over their own layer and 0 outside it.
+        [k, N] float32, layers side by side. Each map is z-scored over all neurons; a layer-wise map is z-scored over
+        the neurons of its own layer and 0 elsewhere.
     widths
-        Neurons of each layer.
+        Number of neurons of each layer.
     mean, std
-        [N] float32; of the activations the networks were found on. A dead neuron has std 0.
+        [N] float32, of the activations in which the networks were found. A dead neuron has std 0.
     explained_variance
         [k] float64 in [0, 1]; share of the standardised activations' variance.
     engagement
         [k] float64; mean square of each time course.
     energy
-        [k] float64; output energy, or None where it was not computed.
+        [k] float64; output energy, or None if not computed.
     connectivity
-        [k, k] float64; correlation of every two time courses, or None where it was not computed.
+        [k, k] float64; correlation between the time courses, or None if not computed.
     header
-        JSON facts: model and calibration fingerprints, tokens, seed, scope, versions, convergence,
-        top contexts and tokens by network, recurrence.
+        JSON facts: fingerprints of model and calibration text, tokens, seed, scope, versions, convergence, top
+        contexts and tokens of each network, recurrence.
 
     Raises
     ------
     InvalidInput
-        If shapes, dtypes or values do not fit together; from the methods, if there is no such network or layer.
+        On creation, if shapes, dtypes or values are inconsistent; from the methods, if the network or layer does not
+        exist.
     """
 
     maps: Tensor
@@ -73,9 +74,8 @@ class FunctionalNetworks:
     header: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse what no method could work on."""
         if not self.widths or any(type(width) is not int or width < 0 for width in self.widths):
-            raise InvalidInput(f"widths {self.widths} are not one size for each layer")
+            raise InvalidInput(f"widths {self.widths} are not one number of neurons for each layer")
         neurons = sum(self.widths)
         if self.maps.ndim != 2 or self.maps.shape[0] < 1 or self.maps.shape[1] != neurons:
             raise InvalidInput(
@@ -100,7 +100,7 @@ class FunctionalNetworks:
             raise InvalidInput(f"{name} holds NaN or infinite values")
 
     def layer_slice(self, layer: int) -> slice:
-        """The columns of a layer's neurons among all N."""
+        """Return the columns of a layer's neurons among all N."""
         if not 0 <= layer < len(self.widths):
             raise InvalidInput(f"no layer {layer}: there are {len(self.widths)}, counted from 0")
         start = sum(self.widths[:layer])
@@ -111,35 +111,35 @@ class FunctionalNetworks:
         return list(torch.split(values, self.widths, dim=-1))
 
     def members(self, network: int, z: float = MEMBER_Z) -> Tensor:
-        """[N] bool: neurons with abs(z-score) of at least ``z`` in a network."""
+        """Return a mask, bool [N], of the neurons whose abs(z-score) in a network is at least `z`."""
         return self._map(network).abs() >= z
 
     def hubs(self, network: int) -> Tensor:
-        """[N] bool: neurons with abs(z-score) of at least 3 in a network."""
+        """Return a mask, bool [N], of the neurons whose abs(z-score) in a network is at least 3."""
         return self.members(network, HUB_Z)
 
     def members_by_layer(self, network: int, z: float = MEMBER_Z) -> list[int]:
-        """The number of members that a network has in each layer."""
+        """Return the number of a network's members in each layer."""
         return [int(part.sum()) for part in self.by_layer(self.members(network, z))]
 
     def layers_spanned(self, network: int, z: float = HUB_Z) -> list[int]:
-        """Layers with at least one neuron whose abs(z-score) in a network is at least ``z``; hubs by default."""
+        """Return the layers that hold a member of a network at threshold `z`; by default, a hub."""
         return [layer for layer, n in enumerate(self.members_by_layer(network, z)) if n > 0]
 
     def union(self, networks: Sequence[int], z: float = MEMBER_Z) -> Tensor:
-        """[N] bool: neurons that are members of at least one of the ``networks``."""
+        """Return a mask, bool [N], of the neurons that are members of at least one of `networks`."""
         mask = torch.zeros(self.maps.shape[1], dtype=torch.bool, device=self.maps.device)
         for network in networks:
             mask |= self.members(network, z)
         return mask
 
     def save(self, path: str | Path) -> None:
-        """Write the file whole or not at all. Same content, same bytes.
+        """Write the file atomically.
 
         Raises
         ------
         InvalidInput
-            If the header is not plain JSON (strings, finite numbers, lists, dicts by string).
+            The header is not plain JSON (strings, finite numbers, lists, dicts with string keys).
         """
         data = self.to_bytes()
         path = Path(path)
@@ -152,13 +152,7 @@ class FunctionalNetworks:
             temporary.unlink(missing_ok=True)
 
     def to_bytes(self) -> bytes:
-        """What :meth:`save` writes.
-
-        Raises
-        ------
-        InvalidInput
-            As there.
-        """
+        """Return the bytes that :meth:`save` writes; raises like it."""
         tensors = {
             name: tensor
             for name in ("maps", *_ON_NEURONS, *_ON_NETWORKS, "connectivity")
@@ -173,19 +167,19 @@ class FunctionalNetworks:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> FunctionalNetworks:
-        """What :meth:`to_bytes` gave, on the CPU."""
-        tensors: dict[str, Any] = load(data)  # checks the header
+        """Read the bytes of :meth:`to_bytes`, to the CPU."""
+        tensors: dict[str, Any] = load(data)  # also checks the header that is read next
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         return cls(**tensors, **_described(header["__metadata__"][METADATA_KEY]))
 
     @classmethod
     def load(cls, path: str | Path) -> FunctionalNetworks:
-        """Read what `save` wrote, on the CPU.
+        """Read a file that :meth:`save` wrote, to the CPU.
 
         Raises
         ------
         InvalidInput
-            If the file is missing, damaged, of another kind or version, or does not fit together.
+            The file is missing, damaged, of another kind or version, or inconsistent.
         """
         if not Path(path).is_file():
             raise InvalidInput(
@@ -197,7 +191,7 @@ class FunctionalNetworks:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise InvalidInput(
-                f"{path}: damaged, or no safetensors file ({error}); discover the networks again"
+                f"{path}: damaged, or not a safetensors file ({error}); discover the networks again"
             ) from error
         if metadata is None:
             raise InvalidInput(f"{path}: a safetensors file, but not one of functional networks")
@@ -206,7 +200,7 @@ class FunctionalNetworks:
         except InvalidInput as error:
             raise InvalidInput(f"{path}: {error}") from error
         except TypeError as error:
-            raise InvalidInput(f"{path}: holds {sorted(tensors)}: {error}") from error
+            raise InvalidInput(f"{path}: contains {sorted(tensors)}: {error}") from error
 
     def _map(self, network: int) -> Tensor:
         if not 0 <= network < len(self.maps):
@@ -215,17 +209,17 @@ class FunctionalNetworks:
 
 
 def _described(metadata: str) -> dict[str, Any]:
-    """Widths and header from the JSON text of the file."""
+    """Widths and header from the file's JSON metadata."""
     try:
         content = json.loads(metadata)
     except (ValueError, RecursionError) as error:
-        raise InvalidInput(f"its header is not JSON ({error})") from error
+        raise InvalidInput(f"the metadata is not JSON ({error})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT_VERSION:
         version = content.get("format") if isinstance(content, dict) else None
         raise InvalidInput(
-            f"format version {version}, but this fbn-prune reads {FORMAT_VERSION}; discover again"
+            f"format version {version}, but this fbn-prune reads version {FORMAT_VERSION}; discover again"
         )
     widths, header = content.get("widths"), content.get("header")
     if not isinstance(widths, list) or not isinstance(header, dict):
-        raise InvalidInput("its header lacks widths or facts")
+        raise InvalidInput("the widths or the header are missing")
     return {"widths": widths, "header": header}

@@ -1,20 +1,17 @@
-"""Spatial ICA: independent maps over neurons, found in the activations of one layer or of all.
+"""Spatial ICA: independent maps over neurons, found in the activations of one layer or of all layers.
 
-The samples are neurons and the mixed sensors are tokens, as in ICA of functional MRI (voxels and
-volumes); functional networks of language models after arXiv 2502.20408. The maps are those of
-scikit-learn's ``FastICA(fun="cube", algorithm="parallel")`` on the same data; what differs is how
-they are reached:
+Neurons are the samples and tokens are the mixed sensors, as voxels and volumes are in the ICA of functional MRI; for
+functional networks of language models, see arXiv 2502.20408. The maps equal those of scikit-learn's
+``FastICA(fun="cube", algorithm="parallel")`` on the same data, but are computed differently:
 
-- Layers are streamed, and reduced to the leading subspace of tokens (`fbn_prune.networks.eigen`).
-- The fixed point iterations (`fbn_prune.networks.fastica`) run in float32; everything k by k is
-  float64.
+- Layers are streamed and reduced to the leading subspace of tokens (:mod:`fbn_prune.networks.eigen`).
+- The fixed-point iterations (:mod:`fbn_prune.networks.fastica`) run in float32; all k by k matrices are float64.
 
-This module knows nothing of models; everything runs on the device of the tensors it is given.
+This module is independent of models. It computes on the device of the tensors that it is given.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -39,29 +36,30 @@ __all__ = [
     "spatial_ica",
     "spatial_overlap",
     "standardise",
-    "time_courses",
     "top_eigenvectors",
 ]
 
 Layers = Callable[[], Iterable[Tensor]]
-"""Called once per pass; yields each layer's standardised activations Z_l, [T, N_l], in order."""
+"""Called once for each pass; yields the standardised activations Z_l [T, N_l] of each layer in order."""
 
 _ROWS_PER_CHUNK = 8192
 
 
 @dataclass(frozen=True)
 class IcaResult:
-    """Independent maps and the facts of how they were found.
+    """Independent maps, and how the solver found them.
 
     Attributes
     ----------
     maps
-        [k, sum of N_l] float32; each map has mean 0, standard deviation 1 and skewness >= 0 over
-        neurons. Ordered by explained variance, largest first.
+        [k, sum of N_l] float32; each map has mean 0, standard deviation 1 and skewness >= 0 over neurons. Ordered by
+        explained variance, largest first.
     time_courses
-        [T, k] float32; Z projected on the maps, the loadings of Z ~ time_courses @ maps.
+        [T, k] float32; Z projected on the maps: the loadings in Z ~ time_courses @ maps.
     explained_variance
-        [k] float64 in [0, 1]; share of the total variance of Z that each component carries.
+        [k] float64 in [0, 1]; share of the total variance of Z that each component explains.
+    converged
+        Whether both the eigenvectors and FastICA settled.
     """
 
     maps: Tensor
@@ -72,7 +70,6 @@ class IcaResult:
     ica_iterations: int
     ica_change: float
     converged: bool
-    seconds: dict[str, float]
 
 
 def standardise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,16 +78,17 @@ def standardise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Parameters
     ----------
     x
-        [T, N] activations, floating.
+        Activations [T, N] of any floating dtype.
 
     Returns
     -------
-    Z [T, N] float32, mean [N] float32, std [N] float32 (population). A neuron that never changes
-    (dead) has std 0 and a column of zeros in Z.
+    tuple of Tensor
+        Z [T, N], mean [N] and population standard deviation [N], float32. A neuron that never changes (dead) has
+        standard deviation 0 and a column of zeros in Z.
     """
     x = x.float()
     std, mean = torch.std_mean(x, dim=0, correction=0)
-    # A constant column may come out as a rounding error away from 0; what is left is no signal.
+    # Rounding can give a constant column a tiny deviation, which is not a signal.
     dead = std <= (1e-6 * mean.abs()).clamp_min(torch.finfo(torch.float32).tiny)
     std = torch.where(dead, torch.zeros_like(std), std)
     scale = torch.where(dead, torch.zeros_like(std), std.reciprocal())
@@ -103,44 +101,43 @@ def spatial_ica(
     k: int,
     *,
     seed: int = 0,
-    gram: TokenGram | None = None,
     tol: float = 1e-6,
     max_iter: int = 1000,
 ) -> IcaResult:
-    """Independent maps over the neurons of all the layers given; with one layer, layer-wise ICA.
+    """Find independent maps over the neurons of all given layers; for layer-wise ICA, give one layer.
 
     Parameters
     ----------
     layers
-        Called twice (once if ``gram`` is given), yields Z_l [T, N_l] as `standardise` returns it.
-        One layer at a time is held. Both passes must give the same values.
+        Called twice; yields each Z_l [T, N_l] from :func:`standardise`. Only one layer at a time is held. Both passes
+        must give the same values.
     k
         Number of maps, 1 <= k <= min(T - 1, neurons).
     seed
-        Of the ICA start (`seeded_start`) and of the eigenvector search.
-    gram
-        A `TokenGram` that has seen exactly these layers; consumed. Saves the first pass.
+        Seed of the ICA start (:func:`seeded_start`) and of the eigenvector search.
     tol, max_iter
-        See `fastica`.
+        See :func:`fastica`.
 
     Raises
     ------
     InvalidInput
-        For a k out of range, values that are not finite, or fewer than k independent directions.
+        k is out of range, values are not finite, or there are fewer than k independent directions.
+
+    Warns
+    -----
+    IcaConvergenceWarning
+        The eigenvectors or the maps have not settled.
 
     Notes
     -----
-    A dead neuron, or a dead layer, is a sample at the origin: it gets the same value near zero in
-    every map, never NaN.
+    A dead neuron is a sample at the origin: all dead neurons get the same value near zero in a map, never NaN.
     """
-    seconds: dict[str, float] = {}
-    clock = time.perf_counter()
+    gram: TokenGram | None = None
+    for z in layers():
+        gram = gram or TokenGram(z.shape[0], device=z.device)
+        gram.update(z)
     if gram is None:
-        for z in layers():
-            gram = gram or TokenGram(z.shape[0], device=z.device)
-            gram.update(z)
-        if gram is None:
-            raise InvalidInput("no layers to find networks in")
+        raise InvalidInput("there are no layers in which to find networks")
     tokens, neurons = gram.tokens, gram.neurons
     if not 1 <= k <= min(tokens - 1, neurons):
         raise InvalidInput(
@@ -150,26 +147,21 @@ def spatial_ica(
     total_variance = gram.total_variance
     centred = gram.finish()
     del gram
-    clock = _lap(seconds, "gram", clock)
     eigen = top_eigenvectors(centred, k, seed=seed)
     del centred
-    clock = _lap(seconds, "eigenvectors", clock)
     projected = torch.cat(
         [z.to(eigen.vectors.device, torch.float32).T @ eigen.vectors for z in layers()]
     )
     if projected.shape[0] != neurons:
         raise InvalidInput(
-            f"the second pass gave {projected.shape[0]} neurons, the first {neurons}"
+            f"the second pass over the layers gave {projected.shape[0]} neurons, the first {neurons}"
         )
     x_white, scaled = _whiten(projected, eigen.vectors)
     del projected
-    clock = _lap(seconds, "whitening", clock)
     unmixing = fastica(x_white, w_init=seeded_start(scaled, seed), tol=tol, max_iter=max_iter)
-    clock = _lap(seconds, "fastica", clock)
     maps, time_courses = _maps(x_white, unmixing.W, scaled)
     explained = time_courses.double().square().sum(dim=0) * neurons / total_variance
     order = explained.argsort(descending=True, stable=True)
-    _lap(seconds, "maps", clock)
     return IcaResult(
         maps=maps[order],
         time_courses=time_courses[:, order],
@@ -179,39 +171,19 @@ def spatial_ica(
         ica_iterations=unmixing.iterations,
         ica_change=unmixing.change,
         converged=eigen.converged and unmixing.converged,
-        seconds=seconds,
     )
 
 
-def time_courses(layers: Layers, maps: Tensor) -> Tensor:
-    """A = Z pinv(maps), [T, k] float32: each network's activity at each token.
-
-    ``maps`` is [k, sum of N_l] over the neurons of ``layers`` in order; the result is on the first layer's device.
-    """
-    activity, start = None, 0
-    for z in layers():
-        part = maps[:, start : start + z.shape[1]]
-        if part.shape[1] != z.shape[1]:
-            break
-        start += z.shape[1]
-        product = z.float() @ part.T.to(z.device, torch.float32)
-        activity = product if activity is None else activity.add_(product.to(activity.device))
-    if activity is None or start != maps.shape[1]:
-        raise InvalidInput(f"maps cover {maps.shape[1]} neurons, the layers another number of them")
-    inverse = torch.linalg.pinv(maps.double() @ maps.double().T, hermitian=True)
-    return (activity.double() @ inverse.to(activity.device)).float()
-
-
 def matched_correlation(maps_a: Tensor, maps_b: Tensor) -> Tensor:
-    """[k] float64: abs correlation of each map of A [k, n] with its partner (`match`) in B [k, n]."""
+    """Return the abs correlation of each map of A [k, n] with its :func:`match` in B [k, n]; float64 [k]."""
     partner, correlation = match(maps_a, maps_b)
     return correlation.gather(1, partner[:, None])[:, 0]
 
 
 def spatial_overlap(maps_a: Tensor, maps_b: Tensor, threshold: float = 2.0) -> Tensor:
-    """[k] float64: members shared / members of either, for each map of A and its partner in B.
+    """Return shared members / members of either, for each map of A and its partner in B; float64 [k].
 
-    Members have abs(z) >= threshold. Two maps without members overlap fully.
+    Members have abs(z) >= `threshold`. Two maps without members overlap fully.
     """
     partner, _ = match(maps_a, maps_b)
     members_a, members_b = maps_a.abs() >= threshold, maps_b.abs()[partner] >= threshold
@@ -221,12 +193,14 @@ def spatial_overlap(maps_a: Tensor, maps_b: Tensor, threshold: float = 2.0) -> T
 
 
 def match(maps_a: Tensor, maps_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Partner in B of each map of A, int64 [k], and the abs correlations [k, k] they were chosen by.
+    """Match the maps of A and B one to one so that the sum of abs correlations is largest.
 
-    Partners are chosen one to one so that the sum of abs correlations is largest.
+    Returns the partner in B of each map of A, int64 [k], and the abs correlations of all pairs, float64 [k, k].
     """
     if maps_a.shape != maps_b.shape or maps_a.ndim != 2:
-        raise InvalidInput(f"maps have shapes {tuple(maps_a.shape)} and {tuple(maps_b.shape)}")
+        raise InvalidInput(
+            f"maps of shapes {tuple(maps_a.shape)} and {tuple(maps_b.shape)} cannot be matched"
+        )
     unit_a, unit_b = (
         torch.nn.functional.normalize(m.double() - m.double().mean(dim=1, keepdim=True), dim=1)
         for m in (maps_a, maps_b)
@@ -236,17 +210,11 @@ def match(maps_a: Tensor, maps_b: Tensor) -> tuple[Tensor, Tensor]:
     return torch.as_tensor(partner, device=correlation.device), correlation
 
 
-def _lap(seconds: dict[str, float], part: str, since: float) -> float:
-    now = time.perf_counter()
-    seconds[part] = now - since
-    return now
-
-
 def _whiten(projected: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Centre over neurons and whiten U [n, k] from its own float64 covariance.
+    """Centre U [n, k] over neurons and whiten it by its own float64 covariance.
 
-    Returns the whitened data [n, k] float32 and the same rotation and scaling of the token basis,
-    C [T, k] float64, for which Z ~ C @ whitened.T: mixing matrices are C @ W.T.
+    Returns the whitened data [n, k] float32, and C [T, k] float64: the token basis with the same rotation and
+    scaling, so that Z ~ C @ whitened.T and mixing matrices are C @ W.T.
     """
     samples, k = projected.shape
     mean = projected.mean(dim=0, dtype=torch.float64)
@@ -256,7 +224,7 @@ def _whiten(projected: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         covariance.addmm_(centred.T, centred)
     variances, rotation = torch.linalg.eigh(covariance / samples)
     variances, rotation = variances.flip(0), rotation.flip(1)
-    # Projections of nothing but rounding error are this small beside the first.
+    # Variances this small beside the first are rounding errors.
     rank = int((variances > 1e-9 * variances[0]).sum())
     if rank < k:
         raise InvalidInput(

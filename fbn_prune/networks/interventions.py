@@ -1,8 +1,8 @@
-"""Change what chosen neurons do while a model runs, without touching or copying its weights.
+"""Change the activations of chosen neurons while a model runs, without changing or copying its weights.
 
-Silencing the neurons of a functional network, keeping none but them, and driving them harder are the causal tests of
-arXiv 2502.20408. An activation set to zero before the output projection contributes what a zero column would:
-masking by hook and zeroing the weights are the same function. Hooks leave when the context does, however it does.
+Masking the neurons of a functional network, retaining only these neurons, and amplifying them are the causal tests of
+arXiv 2502.20408. A forward hook changes the input of the output projection: an activation of zero there has the same
+effect as a zero column in the weights. The hooks are removed when the context ends, also by an exception.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from fbn_prune.model.adapter import ModelAdapter
 
 @contextmanager
 def masked(adapter: ModelAdapter, silent: Sequence[Tensor]) -> Iterator[None]:
-    """Silence neurons inside the context.
+    """Set the activations of chosen neurons to zero inside the context.
 
     Parameters
     ----------
     silent
-        For each layer a bool mask [neurons], true where a neuron is to be silent;
-        `FunctionalNetworks.by_layer` makes it of one over all neurons.
+        One mask, bool [neurons], for each layer: true for a neuron to silence. `FunctionalNetworks.by_layer` splits a
+        mask over all neurons into these.
 
     Raises
     ------
     InvalidInput
-        The masks are not one for each layer, or not bool of the layer's width.
+        There is not one mask for each layer, or a mask is not bool or not of the layer's width.
     """
     with _changed(adapter, silent, lambda x, mask: x.masked_fill(mask, 0)):
         yield
@@ -38,16 +38,16 @@ def masked(adapter: ModelAdapter, silent: Sequence[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def retained(adapter: ModelAdapter, kept: Sequence[Tensor]) -> Iterator[None]:
-    """Silence all neurons but `kept` (masks as in :func:`masked`) inside the context."""
+    """Set the activations of all neurons but `kept` to zero inside the context; see :func:`masked`."""
     with masked(adapter, [~mask for mask in kept]):
         yield
 
 
 @contextmanager
 def amplified(adapter: ModelAdapter, chosen: Sequence[Tensor], factor: float) -> Iterator[None]:
-    """Multiply the activations of `chosen` neurons (masks as in :func:`masked`) inside the context.
+    """Multiply the activations of `chosen` neurons by `factor` inside the context; see :func:`masked` for the masks.
 
-    With `factor` 1 every logit stays the same to the bit; with 0 this is :func:`masked` on finite activations.
+    Factor 1 leaves every logit unchanged to the bit; factor 0 equals :func:`masked` where activations are finite.
     """
     with _changed(adapter, chosen, lambda x, mask: torch.where(mask, x * factor, x)):
         yield
@@ -59,7 +59,7 @@ def _changed(
     masks: Sequence[Tensor],
     change: Callable[[Tensor, Tensor], Tensor],
 ) -> Iterator[None]:
-    """Replace the activations x of every layer whose mask is not empty by ``change(x, mask)``."""
+    """Replace the activations x of every layer with a non-empty mask by ``change(x, mask)``."""
     layers = adapter.num_layers
     if len(masks) != layers:
         raise InvalidInput(f"{len(masks)} masks of neurons for a model of {layers} layers")

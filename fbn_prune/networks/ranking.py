@@ -1,8 +1,8 @@
-"""The order in which networks are kept: by the output energy they carry, or by what their absence costs.
+"""Rank networks: by the output energy that they carry, or by the loss rise when they are knocked out.
 
-Energy of a network: sum over layers of ``||W_l (z_l * std_l)||²``, the squared MLP output that a unit of its time
-course moves, times its engagement, the mean square of that time course.
-Knock-out (arXiv 2502.20408): silence its hubs, measure the rise of the loss; the causal test, one pass a network.
+The energy of a network is its engagement (the mean square of its time course) times the squared MLP output for one
+unit of the time course: the sum over layers of ``||W_l (z_l * std_l)||²``. Knock-out (arXiv 2502.20408) masks a
+network's hubs and measures the rise of the loss: the causal test, at one pass per network.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from fbn_prune.progress import StageClock
 
 
 def output_energy(networks: FunctionalNetworks, down_weights: Iterable[Tensor]) -> Tensor:
-    """Output energy of each network, float64 [networks].
+    """Return the output energy of each network, float64 [networks].
 
     Parameters
     ----------
     down_weights
-        For each layer the output projection [d, neurons].
+        Output projection [d, neurons] of each layer.
     """
     energy = torch.zeros(len(networks.maps), dtype=torch.float64)
     for layer, weight in enumerate(down_weights):
@@ -42,7 +42,7 @@ def knockout_rise(
     batches: Sequence[Batch],
     clock: StageClock,
 ) -> Tensor:
-    """Rise of the mean loss, in nats, when each network's hubs are silent; float64 [networks]."""
+    """Return the rise of the mean loss, in nats a token, when each network's hubs are masked; float64 [networks]."""
     count = len(networks.maps)
     with clock.stage("rank", count + 1, "networks") as advance:
         dense = mean_loss(adapter, batches)
@@ -56,5 +56,5 @@ def knockout_rise(
 
 
 def strongest_first(scores: Tensor) -> list[int]:
-    """Network indices by falling score; ties go to the lower index."""
+    """Return network indices by decreasing score; for equal scores, the lower index comes first."""
     return torch.argsort(scores, descending=True, stable=True).tolist()

@@ -1,4 +1,4 @@
-"""A fixed sample of activations, streamed layer by layer, as ICA reads it."""
+"""Stream a fixed sample of activations layer by layer, as input for the ICA."""
 
 from __future__ import annotations
 
@@ -17,24 +17,28 @@ from fbn_prune.networks import ica
 from fbn_prune.progress import Advance, StageClock
 
 LEAST_BLOCKS = 32
-"""Networks are found on tokens of at least this many blocks, where there are: tokens of one context are alike."""
+"""Sample from at least this many blocks, if available, because the tokens of one block are alike."""
 
 CONTEXT_REACH = 8
-"""Tokens shown before and after a network's top token."""
+"""Number of tokens shown before and after a network's top token."""
 
 
 class SampledActivations:
-    """Standardised activations Z [tokens, neurons] of one layer after another, for a fixed sample of tokens.
+    """Standardised activations Z [tokens, neurons] of each layer in turn, for a fixed sample of tokens.
 
-    Iterating yields layer by layer; the first pass also fills `mean` and `std` (lists of [neurons], float32).
+    Iteration yields one layer at a time. The first pass also fills `mean` and `std` (lists of float32 [neurons]).
 
     Parameters
     ----------
+    blocks
+        Text to sample from: its first blocks, as many as the sample needs.
     tokens
-        Size of the sample; evenly spaced over the blocks, which are the first of `blocks` that give enough.
+        Size of the sample, which is evenly spaced over those blocks.
+    batch_tokens
+        Tokens of one forward pass, over all processes.
     keep
-        Whether activations stay in memory between passes; else those of a streamed model go to disk, and those of
-        another are computed again.
+        Whether activations stay in memory between passes. Otherwise, a streamed model writes them to disk, and any
+        other model computes them again.
     """
 
     def __init__(
@@ -68,9 +72,9 @@ class SampledActivations:
             yield from self._kept
             return
         first = not self.mean
-        mine = distributed.share(self._batches)
-        stream = LayerwiseForward(self._adapter, mine)
-        total = sum(batch.tokens for batch in mine)
+        own_batches = distributed.share(self._batches)
+        stream = LayerwiseForward(self._adapter, own_batches)
+        total = sum(batch.tokens for batch in own_batches)
         with self._clock.stage("activations", total * self.layers, "tokens x layers") as advance:
             for layer in range(self.layers):
                 z, mean, std = self._layer(stream, layer, advance)
@@ -101,7 +105,7 @@ class SampledActivations:
         return ica.standardise(x)
 
     def token_ids(self) -> Tensor:
-        """The sampled tokens, int64 [tokens]."""
+        """Return the sampled token ids, int64 [tokens]."""
         return torch.cat(
             [
                 batch.input_ids[batch.valid][positions]
@@ -110,7 +114,7 @@ class SampledActivations:
         )
 
     def contexts(self, sample: int) -> tuple[list[int], int]:
-        """Token ids around one sampled token, and the token's place among them."""
+        """Return the token ids around one sampled token, and the position of the token among them."""
         for batch, positions in zip(self._batches, self._positions, strict=True):
             if sample < len(positions):
                 flat = int(torch.nonzero(batch.valid.flatten())[positions[sample]])
@@ -128,7 +132,7 @@ def _sampled_blocks(blocks: TokenBlocks, tokens: int) -> TokenBlocks:
 
 
 def _positions(batches: list[Batch], tokens: int) -> list[Tensor]:
-    """For each batch the indices, among its valid tokens, of an even sample of `tokens` over all batches."""
+    """Indices of an even sample of `tokens` tokens, for each batch among its valid tokens."""
     total = sum(batch.tokens for batch in batches)
     wanted = torch.arange(tokens) * total // tokens
     positions, start = [], 0

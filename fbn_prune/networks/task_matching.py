@@ -1,4 +1,4 @@
-"""Function-matched calibration: generic text weighed by how alike a task's few examples it uses the networks."""
+"""Function-matched calibration: weight generic text by how similarly it uses the networks to a task's few examples."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.progress import StageClock
 
 TEST_TOKENS = 32768
-"""Test questions are measured on up to this many tokens of them; all of them are kept out of calibration."""
+"""The test questions are measured on at most this many of their tokens; all of them are kept out of calibration."""
 
 
 @dataclass(frozen=True)
 class TaskCalibration:
-    """Calibration for a task.
+    """Calibration data for a task.
 
     Attributes
     ----------
     data
-        The generic data, without the blocks that hold a test question.
+        The generic data, without the blocks that contain a test question.
     examples
         The examples' blocks.
     test
-        The test questions' blocks, the first ones where there are many, or None.
+        Blocks of test questions, the first :data:`TEST_TOKENS` tokens; None without test questions.
     left_out
-        Generic blocks that held a test question.
+        Number of generic blocks removed because they contain a test question.
     """
 
     task: Task
@@ -46,14 +46,14 @@ class TaskCalibration:
 
 @dataclass(frozen=True)
 class MatchedCalibration:
-    """Generic blocks and examples together, weighed; and the match that gave the weights."""
+    """Generic blocks and examples together, with weights, and the match that gave the weights."""
 
     blocks: TokenBlocks
     match: FunctionMatch
 
     @property
     def effective_documents(self) -> float:
-        """How many generic documents of equal weight would vary as little: (sum w)² / sum w²."""
+        """Number of equally weighted generic documents with the same sampling variance: (sum w)² / sum w²."""
         weights = self.match.weights
         return float(weights.sum().square() / weights.square().sum())
 
@@ -61,7 +61,14 @@ class MatchedCalibration:
 def task_calibration(
     task: Task, data: CalibrationData, tokenizer: Any, *, context: int, vocabulary: int
 ) -> TaskCalibration:
-    """Tokenize a task and take its test questions out of the generic data."""
+    """Tokenize a task into blocks of at most `context` tokens, and remove its test questions from the generic data.
+
+    Raises
+    ------
+    InvalidInput
+        The texts give no block, their token ids exceed the `vocabulary`, or every generic block contains a test
+        question.
+    """
     examples = example_blocks(
         task.examples, tokenizer, context=context, vocabulary=vocabulary, source=task.source
     )
@@ -87,9 +94,15 @@ def match_calibration(
     clock: StageClock,
     keep: Callable[[Callable[[], Tensor]], Tensor] = lambda compute: compute(),
 ) -> MatchedCalibration:
-    """Weigh `generic` for the task of `examples` by the `matched_on` networks on which the task stands out most.
+    """Weight the `generic` blocks by how well they match the task of `examples`.
 
-    `keep` gives the documents' activity, by computing it or, where that was done before, by reading it.
+    Parameters
+    ----------
+    matched_on
+        Number of networks to match on: those with the largest abs value in the task's function vector.
+    keep
+        Returns the documents' mean activity [documents, networks]: calls its argument to compute it, or reads a
+        stored result.
     """
     together = TokenBlocks(generic.blocks + examples.blocks, generic.context, generic.sources)
     activity = keep(

@@ -1,1 +1,1 @@
-"""From statistics and networks to the neurons that stay and the weights that take over."""
+"""From statistics and networks to the neurons that a model keeps, with output weights refitted to them."""

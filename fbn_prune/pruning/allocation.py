@@ -1,7 +1,7 @@
-"""How many neurons stay, and how many of them in each layer.
+"""Choose how many neurons the model keeps, and how many of them in each layer.
 
-Ragged widths come from ranking all neurons of all layers by one score and keeping the best: as many as a layer has
-among them is its width. Which neurons those are is of no account afterwards; a layer chooses its own.
+Ragged widths come from a ranking of all neurons of all layers by one score: a layer's width is the number of its
+neurons among the best. The ranking sets the widths only; the criterion then chooses the neurons of each layer.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ from fbn_prune.errors import InvalidInput
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 
 WIDE = 2048
-"""From this width on, matrix kernels want multiples of 64; below it, a finer step costs no speed."""
+"""From this width on, matrix kernels are fastest with multiples of 64; below it, smaller multiples are as fast."""
 
 
 def default_multiple(width: int) -> int:
-    """The width multiple where the user names none."""
+    """Return the width multiple for layers of this width where the user sets none."""
     return 64 if width >= WIDE else 8
 
 
 def budget_from_networks(networks: FunctionalNetworks, kept: Sequence[int]) -> int:
-    """Neurons that are members (abs z >= 2) of at least one kept network."""
+    """Return the number of neurons that are members (abs z >= 2) of at least one kept network."""
     return int(networks.union(kept).sum())
 
 
 def budget_from_sparsity(total: int, sparsity: float) -> int:
-    """Neurons that stay when the share `sparsity` of `total` goes."""
+    """Return the number of neurons that remain after removing the share `sparsity` of `total`."""
     return round(total * (1 - sparsity))
 
 
 def uniform_widths(budget: int, widths: Sequence[int], multiple: int) -> list[int]:
-    """The same width in every layer: the multiple nearest to an even share of the budget, at least one multiple.
+    """Return one width for all layers: the multiple nearest to an even share of the budget, at least one multiple.
 
     Parameters
     ----------
     budget
         Neurons to keep over all layers.
     widths
-        Present width of each layer; all equal in a stock checkpoint.
+        Present width of each layer; a stock checkpoint has equal widths.
 
     Raises
     ------
@@ -51,7 +51,9 @@ def uniform_widths(budget: int, widths: Sequence[int], multiple: int) -> list[in
     """
     width = widths[0]
     if any(other != width for other in widths):
-        raise InvalidInput(f"layers of different widths {sorted(set(widths))} cannot stay uniform")
+        raise InvalidInput(
+            f"layers of different widths {sorted(set(widths))} cannot stay uniform: use --layout ragged"
+        )
     if multiple > width:
         raise InvalidInput(f"--width-multiple {multiple} is wider than a layer of {width} neurons")
     share = round(budget / len(widths) / multiple) * multiple
@@ -60,23 +62,24 @@ def uniform_widths(budget: int, widths: Sequence[int], multiple: int) -> list[in
 
 
 def at_most(budget: int, layers: int, multiple: int) -> int:
-    """The largest number of neurons up to `budget` that uniform widths can keep, at least one multiple a layer."""
+    """Return the largest number of neurons up to `budget` for uniform widths of at least one multiple."""
     return max(budget // (layers * multiple), 1) * layers * multiple
 
 
 def network_scores(networks: FunctionalNetworks, down_weights: Iterable[Tensor]) -> list[Tensor]:
-    """``m_j * sqrt(std_j * ||W_j||)`` of each layer's neurons: part in the networks times output carried.
+    """Return each neuron's part in the networks times the output that it carries: ``m_j * sqrt(std_j * ||W_j||)``.
 
-    m_j is the largest abs z over ALL networks: what is large in none of them matters to none.
+    m_j is the largest abs z over ALL networks, because a neuron that is small in every network matters to none.
 
     Parameters
     ----------
     down_weights
-        For each layer W [d, neurons], or R W where errors are to count as the loss feels them.
+        For each layer W [d, neurons], or R W to weigh output errors by their effect on the loss.
 
     Returns
     -------
-    For each layer float64 [neurons].
+    list of Tensor
+        float64 [neurons] for each layer.
     """
     strongest = networks.maps.abs().amax(0).double()
     scores: list[Tensor] = []
@@ -88,7 +91,7 @@ def network_scores(networks: FunctionalNetworks, down_weights: Iterable[Tensor])
 
 
 def member_scores(networks: FunctionalNetworks, kept: Sequence[int]) -> list[Tensor]:
-    """Largest abs z over the kept networks, for each layer float64 [neurons]: the published threshold rule."""
+    """Return the largest abs z over the kept networks (the published rule); float64 [neurons] for each layer."""
     strongest = networks.maps[list(kept)].abs().amax(0).double()
     return [strongest[networks.layer_slice(i)] for i in range(len(networks.widths))]
 
@@ -96,22 +99,23 @@ def member_scores(networks: FunctionalNetworks, kept: Sequence[int]) -> list[Ten
 def ranked_widths(
     scores: Sequence[Tensor], budget: int, multiple: int, whole: Collection[int] = ()
 ) -> list[int]:
-    """Widths by rank: as many of a layer's neurons as are among the best of all layers.
+    """Return for each layer the number of its neurons that rank among the best of all layers.
 
     Parameters
     ----------
     scores
-        For each layer [neurons]. Only their order matters; ties go to the earlier layer.
+        [neurons] for each layer. Only their order matters; equal scores favour the earlier layer.
     budget
         Neurons to keep over all layers.
     multiple
-        Widths are multiples of this (a whole layer may be none), at least one.
+        Each width is a multiple of this, at least one; a layer that keeps everything may be an exception.
     whole
-        Layers that keep everything; the others share what is left of the budget.
+        Layers that keep all their neurons; the other layers share the rest of the budget.
 
     Returns
     -------
-    Widths that sum to the budget, to within half a multiple, wherever the bounds of the layers allow it.
+    list of int
+        Widths that sum to the budget within half a multiple, if the sizes of the layers allow it.
     """
     full = [len(layer) for layer in scores]
     shared = [layer for layer in range(len(full)) if layer not in whole]
@@ -141,20 +145,23 @@ def blended_widths(
     multiple: int,
     whole: Collection[int] = (),
 ) -> list[int]:
-    """Part of the way from an even split to a rule's own widths.
+    """Interpolate between an even split and a rule's own widths.
 
     Parameters
     ----------
     even, ranked
-        Widths of each layer, of the same sum to within half a multiple.
+        Widths of each layer by the even split and by the rule; their sums agree within half a multiple.
     strength
-        0 gives the even ones, 1 the ranked ones.
+        0 gives the even widths, 1 the ranked ones.
     full
-        Neurons of each layer now.
+        Present number of neurons of each layer.
+    multiple, whole
+        As in :func:`ranked_widths`.
 
     Returns
     -------
-    Widths as of :func:`ranked_widths`, which keep what these two keep.
+    list of int
+        Widths of the same sum, under the conditions of :func:`ranked_widths`.
     """
     shared = [layer for layer in range(len(full)) if layer not in whole]
     shares = [(1 - strength) * even[i] + strength * ranked[i] for i in shared]
@@ -172,7 +179,7 @@ def blended_widths(
 def narrowed(
     widths: Sequence[int], budget: int, multiple: int, whole: Collection[int] = ()
 ) -> list[int]:
-    """The widths, the widest cut by a multiple at a time until they hold no more than the budget."""
+    """Reduce the widest layer by a multiple, repeatedly, until the widths sum to at most the budget."""
     result = list(widths)
     while sum(result) > budget:
         room = [i for i in range(len(result)) if i not in whole and result[i] > multiple]
@@ -184,7 +191,7 @@ def narrowed(
 
 
 def _rounded(counts: Sequence[int], full: Sequence[int], multiple: int) -> list[int]:
-    """Multiples near the counts and with their sum: rounded down, then up again where the most was lost."""
+    """Multiples near the counts, with their sum: round down, then raise the widths that lost the most."""
     widths = [
         count if count == most else min(max(count // multiple, 1) * multiple, most)
         for count, most in zip(counts, full, strict=True)

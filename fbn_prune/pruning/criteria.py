@@ -1,9 +1,9 @@
-"""How each criterion cuts one layer to a width: ours, and the baselines it has to beat at the same budget.
+"""Criteria that cut a layer to a width: the second-order step, and the baselines to compare it with.
 
-A criterion is one function from a layer's evidence and a width to a cut, registered by name. Sources:
-Wanda (arXiv 2306.11695) summed over a neuron's column, FLAP (arXiv 2312.11983) with its bias compensation,
-membership: the union of thresholded network maps without a refit, as in arXiv 2508.05239, which also moves the removed
-neurons' mean output into a bias (membership-bias).
+A criterion is one function from a layer's evidence and a width to a cut, registered by name. Sources of the
+baselines: Wanda (arXiv 2306.11695), summed over a neuron's column; FLAP (arXiv 2312.11983) with its bias
+compensation; membership, the union of thresholded network maps without a refit (arXiv 2508.05239), and
+membership-bias, that paper's option to move the removed neurons' mean output into a bias.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from fbn_prune.pruning.damping import centred, constant_neurons, refit_share, wa
 
 @dataclass(frozen=True, kw_only=True)
 class OutputEvidence:
-    """What is known of one output projection and its input x. All float64, N inputs, d outputs.
+    """Weights and calibration statistics of one output projection with N inputs x and d outputs; all tensors float64.
 
     Attributes
     ----------
     weight, bias
-        The projection [d, N] and its bias [d], or None where it has none.
+        Weight [d, N] and bias [d] of the projection; the bias is None if it has none.
     gram, mean
         H = E[xᵀx] [N, N] and E[x] [N].
     tokens
-        Tokens (or their weights) that these are means over.
+        Number of tokens, or the sum of their weights, behind these means.
     cross, target_mean
-        E[tᵀx] and E[t] of the signal to reproduce, where that is not x itself (sequential mode).
+        E[tᵀx] and E[t] of the signal t that replaces x as the input to reproduce (sequential mode); None if t is x.
     loss_root
-        R [d, d] with RᵀR = E[g gᵀ] of the loss gradient g at this output, to score errors as the loss feels
-        them; None to score them all alike.
+        R [d, d] with RᵀR = E[g gᵀ], where g is the loss gradient at this output. Scores then weigh output errors by
+        their effect on the loss; with None, all errors count alike.
     damping, refit_damping
-        Shares of mean diag(H) added while choosing and while refitting.
+        Shares of mean diag(H) added to its diagonal for the choice of neurons and for the refit.
     """
 
     weight: Tensor
@@ -56,25 +56,25 @@ class OutputEvidence:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadEvidence(OutputEvidence):
-    """What is known of one layer's attention: its inputs are the heads' channels, `group` of them a group of heads."""
+    """Evidence for one layer's attention: the inputs are the heads' channels, `group` of them per group of heads."""
 
     group: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerEvidence(OutputEvidence):
-    """What is known of one layer when it is cut: its inputs are the MLP's neurons.
+    """Evidence for one layer: the inputs of the output projection are the MLP's neurons.
 
     Attributes
     ----------
     input_norms
-        Squared norm of each neuron's weights into it, [N].
+        Squared norm of each neuron's input weights, [N].
     membership
-        Largest abs z of each neuron over the kept networks, [N]; None where no networks were found.
+        Largest abs z of each neuron over the kept networks, [N]; None without networks.
     can_have_bias
         Whether the architecture can store a bias of the output projection.
     heads
-        What is known of the layer's attention, where its heads are cut too.
+        Evidence for the layer's attention; None unless its heads are cut too.
     """
 
     layer: int
@@ -88,27 +88,29 @@ class LayerEvidence(OutputEvidence):
 Cut = Callable[[LayerEvidence, int], MlpCut]
 CRITERIA: dict[str, Cut] = {}
 NEED_NETWORKS: set[str] = set()
-"""Names of the criteria that read which neurons are members of the kept networks."""
+"""Names of the criteria that use membership of the kept networks."""
 
 
 def register_criterion(name: str, *, needs_networks: bool = False) -> Callable[[Cut], Cut]:
-    """Register a criterion under the name that `--criterion` and `PruningConfig.criterion` take.
+    """Register a criterion under the name that `--criterion` and `PruningConfig.criterion` accept.
 
     Parameters
     ----------
     name
-        Of a criterion that is not registered yet.
+        A name that is not registered yet.
     needs_networks
-        Whether it reads :attr:`LayerEvidence.membership`, so that networks have to be discovered.
+        Whether the criterion uses :attr:`LayerEvidence.membership`, which requires discovered networks.
 
     Returns
     -------
-    A decorator for a function from a layer's evidence and a width (how many neurons stay) to an :class:`MlpCut`.
+    callable
+        A decorator for a function from a layer's evidence and a width (the number of neurons to keep) to an
+        :class:`MlpCut`.
 
     Raises
     ------
     InvalidInput
-        The name is taken.
+        The name is registered already.
     """
 
     def register(function: Cut) -> Cut:
@@ -123,7 +125,7 @@ def register_criterion(name: str, *, needs_networks: bool = False) -> Callable[[
 
 
 def _top(scores: Tensor, width: int) -> Tensor:
-    """Ascending indices of the `width` largest scores; ties go to the lower index."""
+    """Ascending indices of the `width` largest scores; of equal scores, the lower index is kept."""
     return torch.argsort(scores, descending=True, stable=True)[:width].sort().values
 
 
@@ -134,7 +136,7 @@ def _without_refit(evidence: LayerEvidence, scores: Tensor, width: int) -> MlpCu
 
 @register_criterion("random")
 def random_neurons(evidence: LayerEvidence, width: int) -> MlpCut:
-    """A uniform draw, fixed by the seed and the layer."""
+    """Keep a uniformly random set of neurons, determined by the seed and the layer."""
     generator = torch.Generator().manual_seed(evidence.seed * 100003 + evidence.layer)
     scores = torch.rand(evidence.weight.shape[1], generator=generator, dtype=torch.float64)
     return _without_refit(evidence, scores.to(evidence.weight.device), width)
@@ -142,28 +144,28 @@ def random_neurons(evidence: LayerEvidence, width: int) -> MlpCut:
 
 @register_criterion("magnitude")
 def magnitude(evidence: LayerEvidence, width: int) -> MlpCut:
-    """Norm of all weights of the neuron, in and out."""
+    """Keep the neurons with the largest norm of all their weights, input and output."""
     scores = evidence.input_norms + evidence.weight.square().sum(0)
     return _without_refit(evidence, scores, width)
 
 
 @register_criterion("wanda")
 def wanda(evidence: LayerEvidence, width: int) -> MlpCut:
-    """Sum over the neuron's output weights of |W_ij| ||x_j||."""
+    """Keep the neurons with the largest sum of |W_ij| ||x_j|| over their output weights."""
     scores = evidence.weight.abs().sum(0) * evidence.gram.diagonal().sqrt()
     return _without_refit(evidence, scores, width)
 
 
 @register_criterion("flap")
 def flap(evidence: LayerEvidence, width: int) -> MlpCut:
-    """Variance of x_j times ||W_j||², the removed neurons' mean output moved into a bias where one can be stored."""
+    """Keep the neurons with the largest variance of x_j times ||W_j||², and compensate in the bias for the others."""
     variance = centred(evidence.gram, evidence.mean).diagonal()
     cut = _without_refit(evidence, variance * evidence.weight.square().sum(0), width)
     return _mean_into_bias(evidence, cut)
 
 
 def _mean_into_bias(evidence: LayerEvidence, cut: MlpCut) -> MlpCut:
-    """The cut with what the removed neurons put out on average in its bias, where one can be stored."""
+    """The cut with the removed neurons' mean output in its bias, if the architecture can store one."""
     if not evidence.can_have_bias:
         return cut
     removed = torch.ones(evidence.weight.shape[1], dtype=torch.bool)
@@ -175,23 +177,23 @@ def _mean_into_bias(evidence: LayerEvidence, cut: MlpCut) -> MlpCut:
 
 @register_criterion("membership", needs_networks=True)
 def membership(evidence: LayerEvidence, width: int) -> MlpCut:
-    """Largest abs z over the kept networks."""
+    """Keep the neurons with the largest abs z over the kept networks."""
     assert evidence.membership is not None
     return _without_refit(evidence, evidence.membership, width)
 
 
 @register_criterion("membership-bias", needs_networks=True)
 def membership_with_bias(evidence: LayerEvidence, width: int) -> MlpCut:
-    """The same, with the bias compensation that the second paper has as an option."""
+    """Cut by membership, with the bias compensation that arXiv 2508.05239 has as an option."""
     return _mean_into_bias(evidence, membership(evidence, width))
 
 
 @register_criterion("second-order")
 def second_order_cut(evidence: LayerEvidence, width: int) -> MlpCut:
-    """Optimal brain surgeon and refit; where the output has a bias, that takes the mean and the weights the rest.
+    """Choose neurons by optimal brain surgeon, and refit the output weights.
 
-    It does not read the networks, which say how much stays and where: protecting the kept networks' hubs was measured
-    to cost perplexity.
+    An output bias, if there is one, absorbs the change of mean. The networks determine only the budget and the
+    widths: in measurements, protecting the kept networks' hubs raised the perplexity.
     """
     gram, cross = _signal(evidence)
     scored = _scored(evidence, gram, cross)
@@ -200,9 +202,9 @@ def second_order_cut(evidence: LayerEvidence, width: int) -> MlpCut:
 
 
 def head_cut(evidence: HeadEvidence, groups: int) -> HeadCut:
-    """The groups of attention heads that the layer can spare least, the output weights refitted to them.
+    """Keep `groups` groups of attention heads, remove those that cost least, and refit the output weights.
 
-    The same second-order step as for neurons, whole groups at a time; where the output has a bias, that takes the mean.
+    The second-order step is that for neurons, applied to whole groups; an output bias absorbs the change of mean.
     """
     gram, cross = _signal(evidence)
     scored = _scored(evidence, gram, cross)
@@ -215,7 +217,7 @@ def head_cut(evidence: HeadEvidence, groups: int) -> HeadCut:
 
 
 def _signal(evidence: OutputEvidence) -> tuple[Tensor, Tensor | None]:
-    """H, or the covariance where a bias takes the mean, and the cross product that goes with it."""
+    """H and the cross product; centred where an output bias absorbs the mean."""
     gram, cross = evidence.gram, evidence.cross
     if evidence.bias is not None:
         gram = centred(gram, evidence.mean)
@@ -227,7 +229,7 @@ def _signal(evidence: OutputEvidence) -> tuple[Tensor, Tensor | None]:
 
 
 def _scored(evidence: OutputEvidence, gram: Tensor, cross: Tensor | None) -> Tensor:
-    """The output weights as errors score them."""
+    """The output weights with which removal costs are computed."""
     weight = evidence.weight
     if cross is not None:
         full = torch.arange(weight.shape[1], device=weight.device)
@@ -244,7 +246,7 @@ def _refit_damping(evidence: OutputEvidence) -> float:
 def _refitted(
     evidence: OutputEvidence, gram: Tensor, cross: Tensor | None, kept: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """New output weights on the kept inputs, and the new bias where there is one; on the CPU."""
+    """New output weights on the kept inputs, and the new bias if the projection has one; on the CPU."""
     damping = _refit_damping(evidence)
     weight = second_order.refit(evidence.weight, gram, kept, damping=damping, cross=cross)
     bias = None
@@ -258,7 +260,7 @@ def _refitted(
 def cuts_to_widths(
     name: str, evidence: LayerEvidence, widths: Collection[int]
 ) -> dict[int, MlpCut]:
-    """What the criterion of that name gives for each width; where the second order decides, by one removal of all."""
+    """Return the named criterion's cut to each width; the second order needs only one removal of all neurons."""
     if CRITERIA[name] is not second_order_cut or len(widths) == 1:
         return {width: CRITERIA[name](evidence, width) for width in widths}
     gram, cross = _signal(evidence)
@@ -272,7 +274,7 @@ def cuts_to_widths(
 
 
 def neuron_costs(evidence: LayerEvidence) -> Tensor:
-    """What each neuron of a layer costs to remove, cheapest first, in its own layer's units; float64 [N]."""
+    """Return each neuron's cost in squared MLP output, when neurons are removed cheapest first; float64 [N]."""
     gram = evidence.gram
     if evidence.bias is not None:
         gram = centred(gram, evidence.mean)

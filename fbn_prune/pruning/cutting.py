@@ -1,4 +1,4 @@
-"""Cut every layer of a live model, one at a time: statistics (:mod:`fbn_prune.pruning.evidence`), choice, refit."""
+"""Cut every layer of a live model, one at a time: collect evidence, choose neurons, refit."""
 
 from __future__ import annotations
 
@@ -32,28 +32,36 @@ Name = TypeVar("Name")
 
 @dataclass(frozen=True)
 class CutModel:
-    """The cuts of all layers, the seconds of one bare pass over the calibration tokens, and the layers' errors, see
-    :func:`fbn_prune.pruning.prediction.relative_error`."""
+    """The cuts of all layers.
+
+    Attributes
+    ----------
+    forward_seconds
+        Time of one bare forward pass over the calibration tokens.
+    relative_errors
+        For each layer, see :func:`fbn_prune.pruning.prediction.relative_error`.
+    trained
+        Tensors that recovery changed, by their names in the checkpoint; None without recovery.
+    """
 
     cuts: Sequence[MlpCut]
     forward_seconds: float
     relative_errors: tuple[float, ...]
     trained: Mapping[str, Tensor] | None = None
-    """What a recovery changed, by the names that the checkpoint gives it; None without one."""
 
 
 @dataclass(frozen=True)
 class CutPlan:
-    """Which cut each layer is to get.
+    """The criterion and widths by which to cut the layers.
 
     Attributes
     ----------
     criterion
-        Its name in :data:`fbn_prune.pruning.criteria.CRITERIA`.
+        Name in :data:`fbn_prune.pruning.criteria.CRITERIA`.
     widths
-        Neurons that each layer keeps.
+        Number of neurons that each layer keeps.
     membership
-        For each layer the largest abs z of its neurons over the kept networks, float64 [neurons]; None without
+        For each layer, the largest abs z of its neurons over the kept networks, float64 [neurons]; None without
         networks.
     """
 
@@ -77,17 +85,17 @@ def cut_layers(
     Parameters
     ----------
     loss_roots
-        For each layer R [hidden, hidden] (see :func:`fbn_prune.pruning.second_order.loss_root`), or None to count all
+        R [hidden, hidden] for each layer (see :func:`fbn_prune.pruning.second_order.loss_root`); None to count all
         errors alike.
     store
-        Where layers finished by an earlier run come from, and finished layers go.
+        Keeps finished layers, and provides those that an earlier run finished; None keeps nothing.
 
     Raises
     ------
     InvalidInput
-        A layer's activations are NaN or Inf; the layer is named.
+        A layer's activations contain NaN or Inf; the message names the layer.
     FbnPruneError
-        The store cannot be written to, or a layer in it was damaged during the run.
+        The store cannot be written, or a finished layer in it was damaged during the run.
     """
     store = store or Store()
     errors: list[float] = []
@@ -105,7 +113,7 @@ def cut_layers(
     def again(layer: int) -> None:
         data = store.read(_name(layer))
         if data is None:
-            raise FbnPruneError(f"{_name(layer)} changed during the run: start it again")
+            raise FbnPruneError(f"{_name(layer)} was changed during the run: start the run again")
         apply(layer, FinishedLayer.from_bytes(data))
 
     evidence = EvidencePass(
@@ -135,21 +143,21 @@ def try_cuts(
     clock: StageClock,
     stage: str = "prune",
 ) -> tuple[dict[Name, SpilledCuts], list[str]]:
-    """The cuts of all layers that each plan leads to, from one pass over the calibration data; the model stays whole.
+    """Make the cuts of several plans in one pass over the calibration data, without changing the model.
 
-    Attention heads are left out of account, and every layer is fitted on what the dense model gives it.
+    Attention heads are not cut, and every layer is fitted to the dense model's activations.
 
     Parameters
     ----------
     scratch
-        Folder for the cuts: those of many plans come to more than the model.
+        Folder for the cuts, since those of many plans are larger than the model.
 
     Returns
     -------
     cuts
-        By the plans' names.
+        By the names of the plans.
     notes
-        What had to be damped otherwise than asked for, a line each.
+        One line for each change of damping.
     """
     options = replace(options, sequential=False, head_groups=None)
     evidence = EvidencePass(
@@ -168,7 +176,7 @@ def try_cuts(
 def _finished_layers(
     evidence: EvidencePass, layers: int, plans: Sequence[CutPlan], options: CutOptions
 ) -> Iterator[tuple[int, list[FinishedLayer]]]:
-    """Each layer's number in order, and what each plan makes of it."""
+    """Each layer's number in order, with its cut by each plan."""
     group: list[int] = []
     own: LayerEvidence | None = None
     for layer in evidence:
@@ -176,9 +184,9 @@ def _finished_layers(
         if distributed.owner(layer.layer) == distributed.rank():
             own = layer
         del layer
-        # Unless sequential, no layer waits for another: each process fits one of a group.
-        whole = 1 if options.sequential else distributed.world()
-        if len(group) < whole and group[-1] + 1 < layers:
+        # Without sequential mode, layers do not depend on one another: each process fits one layer of a group.
+        size = 1 if options.sequential else distributed.world()
+        if len(group) < size and group[-1] + 1 < layers:
             continue
         finished: list[FinishedLayer] | None = None
         if own is not None:
@@ -186,8 +194,9 @@ def _finished_layers(
         own = None
         for number in group:
             source = distributed.owner(number)
-            mine = finished is not None and source == distributed.rank()
-            known = finished if mine and finished is not None else [None] * len(plans)
+            known: Sequence[FinishedLayer | None] = [None] * len(plans)
+            if finished is not None and source == distributed.rank():
+                known = finished
             yield number, [FinishedLayer.shared(one, source) for one in known]
         group.clear()
 
@@ -195,7 +204,7 @@ def _finished_layers(
 def _fitted(
     evidence: LayerEvidence, plans: Sequence[CutPlan], options: CutOptions
 ) -> list[FinishedLayer]:
-    """The cut of one layer by each plan, and what was noticed on the way."""
+    """The cut of one layer by each plan, with error and notes."""
     layer, stored = evidence.layer, options.round_to
     alike: dict[tuple[str, int], list[int]] = {}
     for index, plan in enumerate(plans):
@@ -208,8 +217,8 @@ def _fitted(
     done: dict[int, FinishedLayer] = {}
     for (criterion, _), group in alike.items():
         members = plans[group[0]].membership
-        here = None if members is None else members[layer].to(evidence.weight.device)
-        evidence = replace(evidence, membership=here)
+        membership = None if members is None else members[layer].to(evidence.weight.device)
+        evidence = replace(evidence, membership=membership)
         widths = {plans[index].widths[layer] for index in group}
         notes = DampingNotes()
         with notes.heard(layer):
@@ -225,15 +234,14 @@ def _fitted(
 
 @dataclass(frozen=True)
 class FinishedLayer:
-    """A layer's cut, rounded as it will be stored, the relative error of its MLP with its attention's share, and what
-    is to be said of its damping."""
+    """A layer's cut in the stored dtype, its relative error (MLP plus weighted attention), and damping messages."""
 
     cut: MlpCut
     relative_error: float
     notes: tuple[str, ...] = ()
 
     def to_bytes(self) -> bytes:
-        """As a safetensors file holds it."""
+        """Return the content of a safetensors file."""
         parts = cut_parts(self.cut)
         parts["relative_error"] = torch.tensor(self.relative_error, dtype=torch.float64)
         parts["notes"] = torch.tensor(list(json.dumps(self.notes).encode()), dtype=torch.uint8)
@@ -241,14 +249,14 @@ class FinishedLayer:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> FinishedLayer:
-        """What :meth:`to_bytes` wrote, on the CPU."""
+        """Read the bytes of :meth:`to_bytes`, to the CPU."""
         parts = safetensors.torch.load(data)
         notes = json.loads(bytes(parts["notes"].tolist()))
         return cls(cut_of_parts(parts), float(parts["relative_error"]), tuple(notes))
 
     @classmethod
     def shared(cls, finished: FinishedLayer | None, source: int) -> FinishedLayer:
-        """The layer that the process `source` finished, on all processes of the job."""
+        """Broadcast the layer that the process `source` finished to all processes."""
         if finished is not None and distributed.world() == 1:
             return finished
         data = distributed.broadcast(None if finished is None else finished.to_bytes(), source)
@@ -257,12 +265,12 @@ class FinishedLayer:
 
 
 def _name(layer: int) -> str:
-    """Of a finished layer in the store."""
+    """File name of a finished layer in the store."""
     return f"{LAYERS}{layer:05d}.safetensors"
 
 
 def _layers_done(store: Store) -> int:
-    """How many layers, from the first on, an earlier run finished."""
+    """Number of consecutive layers, from the first, that an earlier run finished."""
     count = 0
     while store.read(_name(count)) is not None:
         count += 1

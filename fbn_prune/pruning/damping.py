@@ -1,16 +1,16 @@
-"""How much a Gram matrix is damped before it is inverted, so that no input makes the inverse meaningless.
+"""Damp Gram matrices before inversion, so that the inverse is meaningful for every input.
 
-A ridge is a share of the neurons' mean energy (the diagonal of H). Four things that real models do to that:
+A ridge is a share of the neurons' mean energy (the diagonal of H). Four problems of real models need more than that:
 
-- A few neurons with massive activations (Sun et al., arXiv 2402.17762) can hold nearly all the energy; a ridge
-  measured by them would drown the others, so they are left out of the mean.
-- H from fewer tokens than a layer has neurons is singular, and a refit to it follows the sample; the refit's share
-  grows as the tokens get fewer.
-- Sums in float32 leave rounding errors as large as a share of each neuron's own energy; where they make H indefinite,
-  each neuron gets as much of its own energy on top as lets H be factored.
-- A neuron that never changes has, behind an output bias, a variance of rounding errors alone: it counts as dead.
+- A few neurons with massive activations (Sun et al., arXiv 2402.17762) can hold nearly all the energy. A ridge in
+  proportion to it would swamp the other neurons, so the mean leaves these outliers out.
+- With fewer tokens than neurons, H is singular and a refit overfits the sample. The share for the refit grows as the
+  number of tokens falls.
+- Float32 sums leave rounding errors in proportion to each neuron's energy. If these make H indefinite, a share of
+  each neuron's own energy is added to its diagonal, just large enough to factor H.
+- Where an output bias absorbs the mean, a constant neuron has only rounding errors as variance. It counts as dead.
 
-Whatever is changed is said with a :class:`DampingWarning`. Pure numerics, float64.
+A :class:`DampingWarning` reports each change. Pure numerics, float64.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from torch import Tensor
 from fbn_prune.errors import FbnPruneError
 
 OUTLIER_ENERGY = 1e4
-"""An outlier neuron has more than so many times the median energy of its layer. Models of 0.3 to 7 M parameters reach
-7500."""
+"""An outlier neuron has more than this many times the median energy of its layer. Models of 0.3 to 7 M parameters
+reach 7500."""
 
 OUTLIER_SHARE = 0.01
-"""More outliers than this share of the neurons (and more than one) are no outliers, but what the layer does."""
+"""If more than this share of the neurons (and more than one) have so much energy, they are typical and not outliers."""
 
 TOKENS_PER_NEURON = 16
-"""From so many tokens for each neuron on, the refit's damping is as asked for (`eval/quality/few_tokens.py`)."""
+"""From this many tokens per neuron on, the refit uses the requested damping (`eval/quality/few_tokens.py`)."""
 
 LARGEST_SHARE = 1.0
-"""No refit is damped more than by the mean energy itself for want of tokens."""
+"""Few tokens raise the refit's damping at most to the mean energy itself."""
 
 RESOLVED_VARIANCE = 8 * torch.finfo(torch.float32).eps
-"""The least variance, as a share of the mean square, that float32 sums can tell from none."""
+"""The smallest variance, as a share of the mean square, that float32 sums can distinguish from zero."""
 
 OWN_ENERGY = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Shares of each neuron's own energy added, in turn, until H can be factored."""
+"""Shares of each neuron's own energy to add, tried in turn until H can be factored."""
 
 
 class DampingWarning(UserWarning):
-    """A Gram matrix was damped otherwise than asked for."""
+    """The damping of a Gram matrix differs from the requested one."""
 
 
 def outliers(gram: Tensor) -> Tensor:
-    """Neurons with massive activations, bool [neurons]; none where they are not few."""
+    """Return a mask, bool [neurons], of the neurons with massive activations; empty if they are not few."""
     energy = gram.diagonal()
     live = energy[energy > 0]
     if len(live) == 0:
@@ -58,41 +58,33 @@ def outliers(gram: Tensor) -> Tensor:
 
 
 def ridge(gram: Tensor, share: float) -> float:
-    """`share` of the mean energy of the neurons that are no outliers; 1 where none of them is active."""
+    """Return `share` times the mean energy of the neurons that are not outliers; 1 if none of these is active."""
     scale = float(gram.diagonal()[~outliers(gram)].mean())
     return share * scale if scale > 0 else 1.0
 
 
 def warn_of_outliers(gram: Tensor) -> None:
-    """Say that some neurons do not count in the :func:`ridge`, if so."""
+    """Warn if :func:`ridge` leaves some neurons out."""
     far = outliers(gram)
     if not bool(far.any()):
         return
     energy = gram.diagonal()
     times = float(energy.mean() / energy[~far].mean())
     warnings.warn(
-        f"{int(far.sum())} neurons with massive activations make the mean energy {times:.3g} times what it is "
-        "without them: the damping is measured by the others",
+        f"{int(far.sum())} neurons with massive activations raise the mean energy to {times:.3g} times that of "
+        "the others: the damping is in proportion to the others' mean",
         DampingWarning,
         stacklevel=2,
     )
 
 
-def damped(gram: Tensor, share: float) -> Tensor:
-    """H with the :func:`ridge` on its diagonal: of an all-zero H, the identity.
-
-    Positive definite for every share > 0 and exact H, also for dead neurons and fewer tokens than neurons.
-    """
-    return _on_diagonal(gram, ridge(gram, share))
-
-
 def factored(gram: Tensor, added: float) -> Tensor:
-    """Cholesky factor of H + `added` I, with as little more on the diagonal as it takes.
+    """Return the Cholesky factor of H + `added` I, with more added (and a :class:`DampingWarning`) if that fails.
 
     Raises
     ------
     FbnPruneError
-        H is not finite, or so far from positive semidefinite that no damping helps.
+        H contains NaN or Inf, or is so far from positive semidefinite that no damping helps.
     """
     if not bool(torch.isfinite(gram).all()):
         raise FbnPruneError(
@@ -102,13 +94,13 @@ def factored(gram: Tensor, added: float) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(base)
     if not int(failed):
         return factor
-    own = gram.diagonal().clamp(min=0)
+    energy = gram.diagonal().clamp(min=0)
     for share in OWN_ENERGY:
-        factor, failed = torch.linalg.cholesky_ex(base + torch.diag(share * own))
+        factor, failed = torch.linalg.cholesky_ex(base + torch.diag(share * energy))
         if not int(failed):
             warnings.warn(
-                f"H is not positive definite at this damping: each neuron is damped by {share:g} of its own "
-                "energy besides",
+                f"H is not positive definite at this damping: each neuron gets {share:g} of its own energy as "
+                "additional damping",
                 DampingWarning,
                 stacklevel=2,
             )
@@ -120,9 +112,9 @@ def factored(gram: Tensor, added: float) -> Tensor:
 
 
 def refit_share(share: float, tokens: float, neurons: int) -> float:
-    """The refit's damping where `tokens` have been seen: grows with the square of what is missing.
+    """Return the refit's damping: `share` from :data:`TOKENS_PER_NEURON` tokens per neuron on, more for fewer tokens.
 
-    At :data:`TOKENS_PER_NEURON` and above it is `share`.
+    Below that number, it grows with the inverse square of the tokens, and a :class:`DampingWarning` is issued.
     """
     missing = TOKENS_PER_NEURON * neurons / max(tokens, 1.0)
     if missing <= 1 or share >= LARGEST_SHARE:
@@ -137,8 +129,8 @@ def refit_share(share: float, tokens: float, neurons: int) -> float:
         )
     else:
         warnings.warn(
-            f"{tokens / neurons:.1f} tokens for each neuron are few: the refit's damping is {adapted:.2g} instead "
-            f"of {share:g}",
+            f"{tokens / neurons:.1f} tokens per neuron are few: the refit's damping is {adapted:.2g} instead of "
+            f"{share:g}; raise --tokens",
             DampingWarning,
             stacklevel=2,
         )
@@ -146,13 +138,13 @@ def refit_share(share: float, tokens: float, neurons: int) -> float:
 
 
 def constant_neurons(gram: Tensor, mean: Tensor) -> Tensor:
-    """Neurons whose variance float32 sums cannot tell from none, dead ones included; bool [neurons]."""
+    """Return a mask, bool [neurons], of neurons whose variance float32 sums cannot distinguish from zero."""
     energy = gram.diagonal()
     return energy - mean.square() <= RESOLVED_VARIANCE * energy
 
 
 def centred(gram: Tensor, mean: Tensor) -> Tensor:
-    """The covariance belonging to H and the mean: what is left to explain where an output bias takes the mean.
+    """Return the covariance for H and the mean: the signal that remains where an output bias absorbs the mean.
 
     Rows and columns of :func:`constant_neurons` are zero.
     """
@@ -164,6 +156,6 @@ def centred(gram: Tensor, mean: Tensor) -> Tensor:
 
 
 def _on_diagonal(gram: Tensor, added: float) -> Tensor:
-    result = gram.clone()  # in place: a few matrices of this size are most of what a run takes
+    result = gram.clone()  # then in place: a few matrices of this size take most of a run's memory
     result.diagonal().add_(added)
     return result

@@ -1,8 +1,8 @@
-"""What is known of each layer when it is cut: statistics of its activations from one pass over the calibration data.
+"""Collect the evidence for each layer's cut: statistics of its activations on the calibration data.
 
-One-shot (default): every layer's statistics come from the dense model, which runs once over the calibration tokens.
-Sequential: a second stream runs through the layers already cut; a layer is fitted on that stream's activations, to
-the mean of the dense output and the output it would itself give there.
+One-shot mode (default): all statistics come from one pass of the dense model over the calibration tokens. Sequential
+mode: a second stream runs through the layers that are already cut. A layer's statistics come from that stream, and
+the refit's target is the mean of the uncut layer's outputs on the two streams.
 """
 
 from __future__ import annotations
@@ -26,35 +26,47 @@ from fbn_prune.pruning.statistics import CrossStatistics, GramStatistics
 
 @dataclass(frozen=True)
 class CutOptions:
-    """What decides the cuts beside the data: see the recipe keys of the same names."""
+    """Settings of the cuts, apart from the data; the recipe keys of the same names explain them.
+
+    Attributes
+    ----------
+    round_to
+        The dtype of the written checkpoint. The live model's weights are rounded to it, so that its measured quality
+        is that of the written checkpoint.
+    head_groups
+        Groups of attention heads that each layer keeps; None leaves the attention unchanged.
+    """
 
     sequential: bool
     damping: float
     refit_damping: float
     seed: int
     round_to: torch.dtype
-    """The type in which the checkpoint will be stored; the live model gets weights rounded to it, so that its
-    figures are those of the written one."""
 
     loss_aware: bool = False
 
     head_groups: int | None = None
-    """Groups of attention heads that stay in every layer; None leaves the attention whole."""
 
 
 class EvidencePass:
-    """One pass over the calibration data; iterating yields each layer's :class:`LayerEvidence` in order.
+    """One pass over the calibration data; iteration yields each layer's :class:`LayerEvidence` in order.
 
-    In sequential mode the layer must have been cut before the next evidence is asked for. In one-shot mode it does
-    not matter, so one pass can serve any number of criteria and widths.
+    In sequential mode, the caller must cut each layer before it requests the next evidence. In one-shot mode, the
+    model may stay unchanged, so one pass can serve any number of criteria and widths.
 
-    Of the first `done` layers there is no evidence: `again` is called with each when the dense model is past it, and
-    cuts it as it was cut before.
+    Parameters
+    ----------
+    loss_roots
+        R [hidden, hidden] for each layer, copied to the evidence; None to count all errors alike.
+    done
+        Number of leading layers that an earlier run has cut; they yield no evidence.
+    again
+        Repeats the cut of such a layer, once the dense stream has passed it.
 
     Attributes
     ----------
     forward_seconds
-        Wall time of the dense model's own work so far.
+        Time that the dense model's forward pass has taken so far.
     """
 
     def __init__(
@@ -71,7 +83,7 @@ class EvidencePass:
     ) -> None:
         self._adapter = adapter
         self._batches: Sequence[Batch] = batches
-        self._mine: Sequence[Batch] = batches
+        self._own_batches: Sequence[Batch] = batches
         self._options, self._clock = options, clock
         self._loss_roots, self._stage = loss_roots, stage
         self._done, self._again = done, again
@@ -83,14 +95,14 @@ class EvidencePass:
             for layer in range(self._done):
                 self._again(layer)
             return
-        self._mine = distributed.share(self._batches)
-        dense = LayerwiseForward(adapter, self._mine)
+        self._own_batches = distributed.share(self._batches)
+        dense = LayerwiseForward(adapter, self._own_batches)
         pruned = None
         if self._options.sequential:
-            pruned = LayerwiseForward(adapter, self._mine)
+            pruned = LayerwiseForward(adapter, self._own_batches)
         layers = adapter.num_layers
         passes = 1 if pruned is None else 3
-        total = sum(batch.tokens for batch in self._mine) * layers * passes
+        total = sum(batch.tokens for batch in self._own_batches) * layers * passes
         with self._clock.stage(self._stage, total, "tokens x layers") as advance:
             for layer in range(layers):
                 if layer < self._done:
@@ -108,8 +120,10 @@ class EvidencePass:
         layer: int,
         advance: Advance,
     ) -> tuple[_Statistics, _Statistics | None]:
-        """Statistics of one layer's MLP, and of its attention where heads are cut; the dense stream moves on past it,
-        the pruned one stays."""
+        """Statistics of one layer's MLP, and of its attention if heads are cut.
+
+        The dense stream moves past the layer; the pruned stream stays before it.
+        """
         self._adapter.load_layer(layer)
         weights = [self._adapter.down_weight(layer)]
         if self._options.head_groups is not None:
@@ -131,7 +145,7 @@ class EvidencePass:
         return sites[0], sites[1] if len(sites) > 1 else None
 
     def _weights(self, index: int, x: Tensor) -> Tensor | None:
-        weights = self._mine[index].token_weights
+        weights = self._own_batches[index].token_weights
         return None if weights is None else weights.to(x.device)
 
     def _observer(self, site: _Statistics) -> Observe:
@@ -144,7 +158,7 @@ class EvidencePass:
         sites: Sequence[_Statistics],
         advance: Advance,
     ) -> None:
-        """Statistics of the pruned stream's activations, with the mean of both streams' as the target."""
+        """Add the pruned stream's activations, with the mean of both streams' activations as the target."""
         for index in range(len(dense.hidden)):
             seen: list[list[Tensor]] = [[] for _ in sites]
             watching: list[Observe] = [lambda _, x, kept=kept: kept.append(x) for kept in seen]  # type: ignore[misc]
@@ -174,19 +188,19 @@ class EvidencePass:
             ),
             start=weight.new_zeros(weight.shape[1]),
         )
-        of_heads = None
+        head_evidence = None
         if heads is not None:
             out = adapter.attention_output(layer)
-            of_heads = HeadEvidence(
+            head_evidence = HeadEvidence(
                 weight=out.weight.detach().double(),
                 bias=None if out.bias is None else out.bias.detach().double(),
-                loss_root=None,  # the loss's gradient is taken at the MLPs' outputs
+                loss_root=None,  # loss gradients are known only at the MLPs' outputs
                 group=adapter.family.head_shape(adapter.config).width,
                 damping=options.damping,
                 refit_damping=options.refit_damping,
                 **heads.facts(),
             )
-        adapter.release()  # what the cut needs of the layer is in the evidence
+        adapter.release()  # the evidence contains all that the cut needs
         return LayerEvidence(
             layer=layer,
             weight=weight,
@@ -197,42 +211,34 @@ class EvidencePass:
             damping=options.damping,
             refit_damping=options.refit_damping,
             seed=options.seed,
-            heads=of_heads,
+            heads=head_evidence,
             **neurons.facts(),
         )
 
 
 class _Statistics:
-    """What is summed up over the input of one output projection.
-
-    Parameters
-    ----------
-    both
-        Whether the signal to reproduce is another than the input itself: the mean of it and the dense stream's.
-    """
+    """Sums over the input of one output projection; with `both`, also over the mean of both streams' inputs."""
 
     def __init__(self, width: int, device: torch.device, *, both: bool) -> None:
         self.own = GramStatistics(width, device)
         self._cross = CrossStatistics(width, device) if both else None
 
     def update(self, x: Tensor, weights: Tensor | None) -> None:
-        """Add the tokens of x [tokens, width]."""
         self.own.update(x, weights)
 
     def update_both(self, x_dense: Tensor, x_pruned: Tensor, weights: Tensor | None) -> None:
-        """Add tokens as both streams have them."""
         assert self._cross is not None
         self.own.update(x_pruned, weights)
         self._cross.update((x_dense + x_pruned) / 2, x_pruned, weights)
 
     def add_up(self) -> None:
-        """Join what all processes of the job have seen."""
+        """Add the sums of all processes."""
         self.own.add_up()
         if self._cross is not None:
             self._cross.add_up()
 
     def facts(self) -> dict[str, Any]:
-        """As :class:`OutputEvidence` has them."""
+        """Arguments for :class:`OutputEvidence`."""
         return {
             "gram": self.own.gram,
             "mean": self.own.mean,

@@ -1,4 +1,4 @@
-"""A cut that the checkpoint can store, and a record of what had to be damped for it."""
+"""Make cuts whose weights fit the checkpoint's dtype, and record each change of damping."""
 
 from __future__ import annotations
 
@@ -27,25 +27,27 @@ Evidence = TypeVar("Evidence", bound=OutputEvidence)
 Cut = TypeVar("Cut", MlpCut, HeadCut)
 
 STRONGEST_REFIT_DAMPING = 1e3
-"""So damped a refit changes next to nothing: the last try where refitted weights do not fit the stored type."""
+"""The last try if refitted weights overflow the stored dtype; a refit damped so strongly changes almost nothing."""
 
 
 def fitting_cuts(
     evidence: LayerEvidence, widths: Collection[int], *, criterion: str, stored: torch.dtype
 ) -> dict[int, MlpCut]:
-    """The cut to each width by a criterion, refitted more cautiously where new weights overflow the stored type.
+    """Cut a layer to each width, with more damping in the refit if new weights overflow the stored dtype.
 
     Parameters
     ----------
     widths
-        Neurons to keep. Where the second order decides, one removal of all neurons serves every width.
+        Numbers of neurons to keep. The second order serves all of them by one removal of all neurons.
+    criterion
+        Name in :data:`fbn_prune.pruning.criteria.CRITERIA`.
     stored
         The dtype in which the output weights will be stored.
 
     Warns
     -----
     DampingWarning
-        The refit was damped more than asked for.
+        The refit has more damping than requested.
     """
     made = cuts_to_widths(criterion, evidence, widths)
     return {
@@ -61,7 +63,7 @@ def fitting_cuts(
 
 
 def fitting_head_cut(evidence: HeadEvidence, groups: int, *, stored: torch.dtype) -> HeadCut:
-    """The same for the attention heads, which the second order chooses whatever the criterion."""
+    """Cut the attention as :func:`fitting_cuts` cuts the MLP; the second order always chooses the groups."""
     return _fitting(
         evidence,
         stored,
@@ -78,13 +80,13 @@ def _fitting(
     again: Callable[[Evidence], Cut],
     weight: Callable[[Cut], Tensor],
 ) -> Cut:
-    asked = evidence.refit_damping
+    requested = evidence.refit_damping
     while not float(weight(cut).abs().max()) <= torch.finfo(stored).max:  # NaN does not fit either
         damping = evidence.refit_damping * 10
         if damping > STRONGEST_REFIT_DAMPING:
             break
         warnings.warn(
-            f"refitted weights overflow {stored}: the refit's damping is {damping:g} instead of {asked:g}",
+            f"refitted weights overflow {stored}: the refit's damping is {damping:g} instead of {requested:g}",
             DampingWarning,
             stacklevel=3,
         )
@@ -94,24 +96,24 @@ def _fitting(
 
 
 class DampingNotes:
-    """What was damped otherwise than asked for, a line for each kind, with its layers."""
+    """Collects messages about changed damping; each message keeps the list of its layers."""
 
     def __init__(self) -> None:
         self._layers: dict[str, list[int]] = {}
 
     def add(self, layer: int, messages: Iterable[str]) -> None:
-        """Take down what was heard of a layer elsewhere: in another process, or in an earlier run."""
+        """Record messages about a layer that come from another process or from an earlier run."""
         for message in messages:
             if layer not in (layers := self._layers.setdefault(message, [])):
                 layers.append(layer)
 
     def of(self, layer: int) -> tuple[str, ...]:
-        """What was heard of one layer."""
+        """Return the messages about one layer."""
         return tuple(message for message, layers in self._layers.items() if layer in layers)
 
     @contextmanager
     def heard(self, layer: int, part: str = "") -> Iterator[None]:
-        """Collect the :class:`DampingWarning` of the block, which is about a `part` of it; other warnings pass."""
+        """Record each :class:`DampingWarning` issued inside the context, prefixed by `part`; pass other warnings on."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", DampingWarning)
             yield
@@ -124,6 +126,7 @@ class DampingNotes:
                 self.add(layer, [f"{part}{warning.message}"])
 
     def lines(self) -> list[str]:
+        """Return one line for each message, with its layers."""
         return [
             f"warning: layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}: {message}"
             for message, layers in self._layers.items()

@@ -1,7 +1,8 @@
-"""Which widths the layers get: one for all, or each its own, by one of several rules, or by a trial of them.
+"""Choose the layers' widths: equal ones, those of a rule, or the best of several candidates in a trial.
 
-A trial cuts the model in each way at the same number of neurons and takes the loss on calibration blocks left out of
-the statistics that the cuts are fitted on. The held-out text stays out of it: it only measures what was chosen.
+A trial cuts the model to each candidate's widths, all with the same total, and compares the losses on calibration
+blocks that were set aside when the cuts were fitted. The held-out text plays no part in the choice; it only measures
+the result.
 """
 
 from __future__ import annotations
@@ -37,22 +38,23 @@ from fbn_prune.pruning.fitting import DampingNotes
 UNIFORM = "uniform"
 MOST_TRIED_EVERY = 8
 TRIAL_TOKENS = 8192
-"""A trial sets about so many tokens of the calibration blocks aside to measure on, but at least an eighth of all."""
+"""A trial sets about this many tokens of calibration text aside for measurement, but at least an eighth of all."""
 
 STRENGTHS = (0.5, 0.75, 1.0)
-"""How far from an even split to a rule's own widths the trials go: where the rule is right, all the way can be too far,
-and on some models it is wrong."""
+"""How far each rule's candidates go from the even split (0) to the rule's own widths (1): the full step can be too
+large where the rule is right, and on some models the rule is wrong."""
 
 SURE_ERRORS = 2.0
-"""Standard errors by which a rule must beat the even split on the tokens tried, or the even split stands."""
+"""A rule replaces the even split only if its loss on the trial tokens is lower by this many standard errors."""
 
 RAGGED_GAIN = 0.1
-"""The share of the loss rise that ragged layers must save to be worth a checkpoint that brings its own code."""
+"""With layout `auto`, ragged layers must save this share of the loss rise to justify a checkpoint with its own model
+code."""
 
 
 @dataclass(frozen=True)
 class LayoutRequest:
-    """What is asked of the widths.
+    """The requested layout and budget.
 
     Attributes
     ----------
@@ -61,13 +63,11 @@ class LayoutRequest:
     budget
         Neurons to keep.
     most
-        Whether the budget may be undercut and not exceeded.
+        Whether the budget is an upper limit, which rounding may not exceed.
     full
-        Neurons of each layer now.
-    multiple
+        Present number of neurons of each layer.
+    multiple, whole
         See :func:`fbn_prune.pruning.allocation.ranked_widths`.
-    whole
-        Layers that keep everything.
     """
 
     layout: str
@@ -81,9 +81,10 @@ class LayoutRequest:
 
 @dataclass(frozen=True)
 class Layout:
-    """The widths, the rule that gave them, and the loss rise over dense of each one tried (nats a token).
+    """The chosen widths, the rule that gave them, and each tried candidate's loss rise over dense, in nats a token.
 
-    A rule's name with a number, as "networks 0.5", is so far on the way from an even split to its own widths.
+    A rule's name with a number, as in "networks 0.5", is that part of the way from the even split to the rule's own
+    widths.
     """
 
     widths: list[int]
@@ -93,7 +94,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Subject:
-    """The dense model, what is known of it when its widths are chosen, and a folder for cuts that are only tried."""
+    """The dense model, the data on which widths are chosen, and a folder for trial cuts."""
 
     adapter: ModelAdapter
     blocks: TokenBlocks
@@ -107,7 +108,7 @@ class Subject:
 
 
 def trial_bytes(request: LayoutRequest, hidden: int, itemsize: int) -> int:
-    """What the cuts of a trial take on disk, a neuron's output weights `hidden` values each; 0 without a trial."""
+    """Return the bytes on disk that a trial's cuts take, with `hidden` output weights per neuron; 0 without a trial."""
     rules = _rules(request)
     if not rules or (request.layout == "ragged" and rules == ["members"]):
         return 0
@@ -116,22 +117,22 @@ def trial_bytes(request: LayoutRequest, hidden: int, itemsize: int) -> int:
 
 
 def choose_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -> Layout:
-    """The widths that the request asks for.
+    """Choose the widths for a request.
 
     Raises
     ------
     InvalidInput
-        A trial is needed and the calibration text is a single block.
+        A trial is needed, but the calibration text is a single block.
     """
     rules = _rules(request)
     if not rules:
         return Layout(_uniform(request), UNIFORM)
-    if request.layout == "ragged" and rules == ["members"]:  # the published rule, as published
+    if request.layout == "ragged" and rules == ["members"]:  # the published rule has no trial
         return Layout(_ranked(subject, request, "members", clock), "members")
     shaping, trying = subject.blocks.split(_tried_every(subject.blocks.tokens))
     if not shaping.blocks:
         raise InvalidInput(
-            "one calibration block cannot shape a trial of widths and measure it too: give more text"
+            "a trial of widths needs at least two blocks of calibration text: give more text, or use --layout uniform"
         )
     subject = replace(subject, blocks=shaping)
     candidates = _candidates(subject, request, rules, clock)
@@ -145,7 +146,7 @@ def choose_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -
 
 
 def _rules(request: LayoutRequest) -> list[str]:
-    """The rules to try against an even split."""
+    """The rules to try in comparison with the even split."""
     if request.layout == UNIFORM:
         return []
     return ["networks", "loss"] if request.rule == "auto" else [request.rule]
@@ -156,14 +157,14 @@ def _strengths(rule: str) -> tuple[float, ...]:
 
 
 def _tried_every(tokens: int) -> int:
-    """Each so-many-th block is set aside: of little text a larger share, half of it at most."""
+    """Set every n-th block aside for the trial; n is smaller for short texts, but at least 2."""
     return max(2, min(MOST_TRIED_EVERY, tokens // TRIAL_TOKENS))
 
 
 def _candidates(
     subject: Subject, request: LayoutRequest, rules: Sequence[str], clock: StageClock
 ) -> dict[str, list[int]]:
-    """Widths to try by name; all keep the same number of neurons."""
+    """Candidate widths by name; all keep the same number of neurons."""
     even = _even(request)
     candidates = {UNIFORM: even}
     for rule in rules:
@@ -178,7 +179,7 @@ def _candidates(
 
 
 def _surely_less(losses: Tensor, others: Tensor) -> bool:
-    """Whether the mean over these tokens would be less on other text too, as far as they can tell."""
+    """Whether the mean loss is lower by more than the sampling error."""
     difference = losses - others
     doubt = SURE_ERRORS * float(difference.std()) / math.sqrt(len(difference))
     return float(difference.mean()) < -doubt
@@ -202,7 +203,7 @@ def _even(request: LayoutRequest) -> list[int]:
 def _ranked(subject: Subject, request: LayoutRequest, rule: str, clock: StageClock) -> list[int]:
     budget = request.budget
     if request.layout == "auto":
-        budget = sum(_uniform(request))  # a trial compares equals
+        budget = sum(_uniform(request))  # a trial compares models of equal size
     scores = _scores(subject, rule, clock)
     return _within(request, ranked_widths(scores, budget, request.multiple, request.whole))
 
@@ -232,7 +233,7 @@ def _scores(subject: Subject, rule: str, clock: StageClock) -> list[Tensor]:
 def _evidence(
     subject: Subject, loss_roots: Sequence[Tensor] | None, clock: StageClock
 ) -> EvidencePass:
-    """One-shot also where the cut will be sequential: widths are chosen before any layer is cut."""
+    """Evidence in one-shot mode also for sequential cuts, because widths are chosen before any layer is cut."""
     return EvidencePass(
         subject.adapter,
         subject.blocks.batches(subject.batch_tokens),
@@ -246,11 +247,11 @@ def _evidence(
 def _trials(
     subject: Subject, candidates: dict[str, list[int]], trying: TokenBlocks, clock: StageClock
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The losses [tokens] of the dense model, and of each candidate."""
+    """The losses [tokens] of the dense model and of each candidate."""
     members = None
     if subject.networks is not None:
         members = member_scores(subject.networks, subject.kept)
-    cuts, _ = try_cuts(  # the cut itself will say the same of its damping
+    cuts, _ = try_cuts(  # the final cut reports the same changes of damping
         subject.adapter,
         subject.blocks.batches(subject.batch_tokens),
         {name: CutPlan(subject.criterion, widths, members) for name, widths in candidates.items()},

@@ -1,9 +1,9 @@
-"""What a cut should cost, from the statistics it was made on; the measured loss is held against it.
+"""Predict the loss rise of a cut from its calibration statistics, as a check on the measured loss.
 
-A layer's relative error is the share of its MLP output's mean square that the cut MLP misses on the calibration text,
-and a third of the same share of its attention's output. The loss on held-out text rises by about the sum of these over
-the layers: of 114 cuts of four models, by five criteria to five widths and of heads, one lies outside the range below
-(`eval/quality/predicted_rise.py`). To lie outside is no proof of a fault, but it is always said.
+A layer's relative error is the part of its MLP output's mean square that the cut MLP misses on the calibration text,
+plus a third of the same measure for its attention's output. The loss on held-out text rises by about the sum of these
+over the layers. Of 114 cuts of four models (five criteria at five widths, and heads), one falls outside the predicted
+range (`eval/quality/predicted_rise.py`). A rise outside the range does not prove a fault, but it is always reported.
 """
 
 from __future__ import annotations
@@ -19,36 +19,38 @@ from fbn_prune.errors import FbnPruneError
 from fbn_prune.model.heads import HeadCut
 from fbn_prune.model.surgery import MlpCut
 from fbn_prune.pruning.criteria import HeadEvidence, LayerEvidence, OutputEvidence
+from fbn_prune.pruning.second_order import output_error
 
 MOST_RISE = 4.0
-"""Nats for each unit of summed relative error."""
+"""Largest expected rise for each unit of summed relative error, in nats a token."""
 
 HEAD_WEIGHT = 1 / 3
-"""How much of an attention's relative error counts: it costs a quarter of what an MLP's does at most."""
+"""Weight of an attention's relative error, which costs at most a quarter as much as an MLP's."""
 
 SLACK = 0.1
-"""Nats by which held-out text may differ from calibration text beside that, up or down."""
+"""Difference in loss between held-out and calibration text that the range allows in either direction, in nats a
+token."""
 
 
 @dataclass(frozen=True)
 class PredictedRise:
-    """The range in which the loss rise should be found, in nats a token."""
+    """The range of the expected loss rise, in nats a token."""
 
     least: float
     most: float
 
     def perplexity(self, before: float) -> tuple[float, float]:
-        """The same as perplexities, the dense model's being `before`."""
+        """Return the range as perplexities, where the dense model's perplexity is `before`."""
         return before * math.exp(self.least), before * math.exp(min(self.most, 600.0))
 
 
 def relative_error(evidence: LayerEvidence, cut: MlpCut) -> float:
-    """E||y - y'||² / E||y||² of the outputs y and y' of a layer's MLP before and after, without its bias in y."""
+    """Return E||y - y'||² / E||y||² for the outputs y, y' of a layer's MLP before and after (no bias in E||y||²)."""
     return _relative(evidence, cut.kept, cut.down_weight, cut.down_bias)
 
 
 def relative_head_error(evidence: HeadEvidence, cut: HeadCut) -> float:
-    """The same of a layer's attention."""
+    """Return the same measure for a layer's attention output."""
     inner = torch.arange(evidence.group)
     channels = (cut.kept[:, None] * evidence.group + inner).flatten()
     return _relative(evidence, channels, cut.out_weight, cut.out_bias)
@@ -58,50 +60,46 @@ def _relative(
     evidence: OutputEvidence, kept: Tensor, new_weight: Tensor, new_bias: Tensor | None
 ) -> float:
     weight, gram, mean = evidence.weight, evidence.gram, evidence.mean
-    difference = weight.clone()
-    difference[:, kept.to(weight.device)] -= new_weight.to(weight)
-    lost = float(((difference @ gram) * difference).sum())
+    kept, new_weight = kept.to(weight.device), new_weight.to(weight)
+    lost = output_error(weight, gram, kept, new_weight)
     if new_bias is not None:
         shift = -new_bias.to(weight)
         if evidence.bias is not None:
             shift = shift + evidence.bias
-        lost += float(2 * shift @ (difference @ mean) + shift @ shift)
+        mean_error = weight @ mean - new_weight @ mean[kept]
+        lost += float(2 * shift @ mean_error + shift @ shift)
     energy = float(((weight @ gram) * weight).sum())
     return max(lost, 0.0) / energy if energy > 0 else 0.0
 
 
 def predicted_rise(errors: Sequence[float]) -> PredictedRise:
-    """The range for a model whose layers have these relative errors."""
+    """Return the expected range for a model whose layers have these relative errors."""
     return PredictedRise(-SLACK, MOST_RISE * sum(errors) + SLACK)
 
 
 def check_rise(
     before: float, after: float, predicted: PredictedRise, vocabulary: int
 ) -> str | None:
-    """Hold the perplexities before and after against the prediction.
-
-    Returns
-    -------
-    A sentence where the measured rise lies outside the range, else None.
+    """Return a sentence if the loss rise between two perplexities is outside the predicted range, else None.
 
     Raises
     ------
     FbnPruneError
-        It lies outside, and the pruned model is worse than guessing.
+        The rise is above the range, and the pruned model is worse than a uniform guess among `vocabulary` tokens.
     """
     rise = math.log(after / before)
     if predicted.least <= rise <= predicted.most:
         return None
     low, high = predicted.perplexity(before)
-    told = (
-        f"the pruned model's perplexity is {after:.4g}, where the statistics of the cut lead to expect {low:.4g} to "
+    finding = (
+        f"the pruned model's perplexity is {after:.4g}, but the statistics of the cut predict {low:.4g} to "
         f"{high:.4g} (dense: {before:.4g})"
     )
     if rise > predicted.most and after > vocabulary > before:
         raise FbnPruneError(
-            f"{told}, and guessing among {vocabulary} tokens would be better: nothing was written; raise --tokens, "
-            "calibrate on text like what is held out, or compute in --dtype float32"
+            f"{finding}, and guessing among {vocabulary} tokens would be better: nothing was written; raise --tokens, "
+            "calibrate on text like the held-out text, or compute in --dtype float32"
         )
     if rise < predicted.least:
-        return f"{told}: better than before; the held-out text may be too short to tell"
-    return f"{told}: calibrate on more text (--tokens), or on text more like the held-out share"
+        return f"{finding}: the model got better, or the held-out text is too short to tell"
+    return f"{finding}: calibrate on more text (--tokens), or on text more like the held-out share"

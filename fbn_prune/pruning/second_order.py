@@ -1,10 +1,11 @@
-"""Which neurons a layer can spare, and the output weights with which the others do their work.
+"""Choose the neurons that a layer can lose at least cost, and refit the output weights of the others.
 
-Optimal brain surgeon (Hassibi & Stork, 1993) on whole neurons: removing neuron j from y = W x and letting the others
-compensate raises the output error by ``||W_j||² / [H⁻¹]_jj`` with H = xᵀx / tokens. Neurons go a small block at a
-time, W and H⁻¹ updated by the exact block formula in between; a least-squares refit on the kept set closes the step.
+Optimal brain surgeon (Hassibi & Stork, 1993) on whole neurons: removing neuron j from y = W x, with compensation by
+the other neurons, raises the output error by ``||W_j||² / [H⁻¹]_jj``, where H = xᵀx / tokens. Neurons are removed in
+small blocks; after each block, the exact block formula updates W and H⁻¹. At the end, a least-squares refit sets the
+output weights of the kept neurons.
 
-Pure numerics in float64: W [d, neurons], H [neurons, neurons], on any device. Nothing here knows of models.
+Pure numerics in float64: W [d, neurons], H [neurons, neurons], on any device, independent of models.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from torch import Tensor
 from fbn_prune.pruning.damping import factored, ridge
 
 BLOCKS_PER_LAYER = 64
-"""Neurons leave in at most this many blocks a layer: fewer is visibly worse, more costs time and changes little."""
+"""Remove neurons in about this many blocks per layer: fewer blocks give visibly worse cuts, more take longer and
+change little."""
 
 INVERSE_TOLERANCE = 1e-6
-"""How far rounding may push [H⁻¹]_jj below its least possible value, 1 / H_jj, before H⁻¹ is computed afresh."""
+"""Rounding may push [H⁻¹]_jj this far below its lower bound 1 / H_jj before H⁻¹ is recomputed."""
 
 
 def choose_neurons(weight: Tensor, gram: Tensor, keep: int, *, damping: float) -> Tensor:
-    """Indices of the neurons to keep, by removing the cheapest ones block after block.
+    """Return the neurons to keep after removing the cheapest ones block by block.
 
     Parameters
     ----------
@@ -33,13 +35,14 @@ def choose_neurons(weight: Tensor, gram: Tensor, keep: int, *, damping: float) -
     gram
         H or a covariance [neurons, neurons], float64.
     keep
-        Number of neurons that stay, 0 < keep <= neurons.
+        Number of neurons to keep, 0 < keep <= neurons.
     damping
         Share of the mean diagonal of H added before inversion, see :func:`fbn_prune.pruning.damping.ridge`.
 
     Returns
     -------
-    int64 [keep], ascending.
+    Tensor
+        int64 [keep], ascending.
     """
     surgeon = _Surgeon(weight, gram, damping)
     while surgeon.left > keep:
@@ -48,23 +51,24 @@ def choose_neurons(weight: Tensor, gram: Tensor, keep: int, *, damping: float) -
 
 
 def choose_groups(weight: Tensor, gram: Tensor, size: int, keep: int, *, damping: float) -> Tensor:
-    """Indices of the groups of inputs to keep, by removing the cheapest group again and again.
+    """Return the groups of inputs to keep after removing the cheapest group repeatedly.
 
-    Taking group G out costs ``tr(W_G ([H⁻¹]_GG)⁻¹ W_Gᵀ)`` once the others compensate: the formula for one neuron,
-    with a block in the place of a number.
+    Removing group G costs ``tr(W_G ([H⁻¹]_GG)⁻¹ W_Gᵀ)`` after compensation by the others: the formula for one neuron,
+    with a matrix block instead of a number.
 
     Parameters
     ----------
     weight, gram, damping
-        As for :func:`choose_neurons`, over the groups' inputs one after another: [d, groups * size].
+        As in :func:`choose_neurons`, over the inputs of all groups in order: [d, groups * size].
     size
-        Inputs of a group: the channels of an attention head, for instance.
+        Inputs of one group, such as the channels of an attention head.
     keep
-        Number of groups that stay, 0 < keep <= groups.
+        Number of groups to keep, 0 < keep <= groups.
 
     Returns
     -------
-    int64 [keep], ascending.
+    Tensor
+        int64 [keep], ascending.
     """
     surgeon = _Surgeon(weight, gram, damping)
     while surgeon.left > keep * size:
@@ -73,13 +77,14 @@ def choose_groups(weight: Tensor, gram: Tensor, size: int, keep: int, *, damping
 
 
 def removal_costs(weight: Tensor, gram: Tensor, *, damping: float) -> Tensor:
-    """What each neuron's removal costs when all go, the cheapest first: the slope of the removal curve.
+    """Return each neuron's removal cost when all neurons are removed, cheapest first: the slope of the removal curve.
 
-    Parameters as for :func:`choose_neurons`, which removes in this order.
+    Parameters are as in :func:`choose_neurons`, which removes neurons in the same order.
 
     Returns
     -------
-    float64 [neurons], in units of the squared MLP output; never less than that of a neuron that goes earlier.
+    Tensor
+        float64 [neurons], in units of the squared MLP output; never less than the cost of a neuron removed earlier.
     """
     costs = weight.new_zeros(weight.shape[1])
     highest = 0.0
@@ -90,22 +95,23 @@ def removal_costs(weight: Tensor, gram: Tensor, *, damping: float) -> Tensor:
 
 
 def removal_order(weight: Tensor, gram: Tensor, *, damping: float) -> Tensor:
-    """All neurons in the order in which they go: the last `keep` are those that :func:`choose_neurons` keeps.
+    """Return all neurons in order of removal: the last `keep` are those that :func:`choose_neurons` keeps.
 
-    One removal of all costs little more than one down to a few, and answers for every width.
+    Removing all neurons takes little longer than removing most of them, and gives the result for every width.
 
     Returns
     -------
-    int64 [neurons].
+    Tensor
+        int64 [neurons].
     """
     return torch.cat([gone for gone, _ in _removals(weight, gram, damping)])
 
 
 def loss_root(sensitivity: Tensor) -> Tensor:
-    """R with F = RᵀR, by which output weights are multiplied where errors count as the loss feels them.
+    """Return R with F = RᵀR; multiplying output weights by R weighs their errors by the effect on the loss.
 
-    A weight W scored as R W, its cost is the rise of the loss to second order: ``||R W_j||² / [H⁻¹]_jj``. Which
-    weights compensate best does not depend on F, so nothing else changes.
+    Scored by R W instead of W, a neuron's cost is the rise of the loss to second order, ``||R W_j||² / [H⁻¹]_jj``.
+    The best compensating weights do not depend on F, so the refit stays the same.
 
     Parameters
     ----------
@@ -117,17 +123,17 @@ def loss_root(sensitivity: Tensor) -> Tensor:
 
 
 def _removals(weight: Tensor, gram: Tensor, damping: float) -> Iterator[tuple[Tensor, Tensor]]:
-    """The neurons of one block after another until none is left, cheapest first, and what each cost."""
+    """Remove all neurons, cheapest first; yields each block's neurons and their costs."""
     surgeon = _Surgeon(weight, gram, damping)
     while surgeon.left > 0:
         yield surgeon.remove_cheapest(surgeon.left)
 
 
 class _Surgeon:
-    """Takes neurons out of one layer, from all of them to the last.
+    """Removes neurons from one layer, block by block.
 
-    The neurons that are left stand first in W and H⁻¹, in any order: those that go change places with the last ones,
-    so that nothing but their rows and columns is copied.
+    W and H⁻¹ hold the remaining neurons first, in any order: removed neurons swap places with the last remaining
+    ones, so only their own rows and columns are copied.
     """
 
     def __init__(self, weight: Tensor, gram: Tensor, damping: float) -> None:
@@ -135,28 +141,28 @@ class _Surgeon:
         self._ridge = ridge(gram, damping)
         self._block = max(1, weight.shape[1] // BLOCKS_PER_LAYER)
         factor = factored(gram, self._ridge)
-        self._energy = factor.square().sum(1)  # the diagonal of H as it was damped
+        self._energy = factor.square().sum(1)  # the diagonal of the damped H
         self.left = weight.shape[1]
         self._neurons = torch.arange(self.left, device=weight.device)
         self._weight, self._inverse = weight.clone(), torch.cholesky_inverse(factor)
 
     @property
     def kept(self) -> Tensor:
-        """The neurons that are left, ascending."""
+        """The remaining neurons, ascending."""
         return self._neurons[: self.left].sort().values
 
     def remove_cheapest(self, most: int) -> tuple[Tensor, Tensor]:
-        """Take out a block, of `most` neurons at most: which they were (cheapest first) and what each cost."""
+        """Remove one block of at most `most` neurons; returns the neurons, cheapest first, and their costs."""
         neurons, weight, inverse = self._all_left()
         cost = weight.square().sum(0) / inverse.diagonal()
-        by_number = neurons.argsort()  # of equal costs the first neuron goes first
-        places = by_number[cost[by_number].argsort(stable=True)][: min(self._block, most)]
+        by_index = neurons.argsort()  # for equal costs, the neuron of lower index is removed first
+        places = by_index[cost[by_index].argsort(stable=True)][: min(self._block, most)]
         gone = neurons[places], cost[places]
         self._take_out(places.sort().values)
         return gone
 
     def remove_cheapest_group(self, size: int) -> None:
-        """Take out the `size` neighbours, of those left, that cost least together."""
+        """Remove the cheapest group of `size` consecutive inputs."""
         _, weight, inverse = self._all_left()
         groups = self.left // size
         own = inverse.view(groups, size, groups, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
@@ -166,12 +172,12 @@ class _Surgeon:
         self._take_out(torch.arange(first, first + size, device=weight.device))
 
     def _all_left(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Views of the neurons' numbers [left], weights [d, left] and H⁻¹ [left, left]."""
+        """Views of the remaining neurons' indices [left], weights [d, left] and H⁻¹ [left, left]."""
         left = self.left
         return self._neurons[:left], self._weight[:, :left], self._inverse[:left, :left]
 
     def _take_out(self, places: Tensor) -> None:
-        """Remove the neurons at these places, ascending, and let the others compensate."""
+        """Remove the neurons at `places` (ascending), with compensation by the others."""
         neurons, weight, inverse = self._all_left()
         stay = self.left - len(places)
         _move_last(places, neurons, weight, inverse)
@@ -184,13 +190,13 @@ class _Surgeon:
             self._start_afresh()
 
     def _sound(self) -> bool:
-        """Whether H⁻¹ is still one: its diagonal cannot be less than one over that of H."""
+        """Whether H⁻¹ is still precise: its diagonal cannot be less than 1 / diag(H)."""
         neurons, _, inverse = self._all_left()
         share = inverse.diagonal() * self._energy[neurons]
         return bool((share >= 1 - INVERSE_TOLERANCE).all())
 
     def _start_afresh(self) -> None:
-        """Go on from what the block formula would have come to without rounding."""
+        """Recompute W and H⁻¹ for the remaining neurons, free of accumulated rounding errors."""
         kept = self.kept
         inner = self._gram[kept[:, None], kept]
         factor = factored(inner, self._ridge)
@@ -202,7 +208,7 @@ class _Surgeon:
 
 
 def _move_last(places: Tensor, neurons: Tensor, weight: Tensor, inverse: Tensor) -> None:
-    """Let the neurons at `places`, ascending, change places with those at the end that are not among them."""
+    """Swap the neurons at `places` (ascending) with the last ones."""
     first_last = len(neurons) - len(places)
     last = torch.arange(first_last, len(neurons), device=places.device)
     early = places[places < first_last]
@@ -217,11 +223,11 @@ def _move_last(places: Tensor, neurons: Tensor, weight: Tensor, inverse: Tensor)
 def refit(
     weight: Tensor, gram: Tensor, kept: Tensor, *, damping: float, cross: Tensor | None = None
 ) -> Tensor:
-    """Least-squares output weights on the kept neurons, held near the original ones by the damping.
+    """Return least-squares output weights on the kept neurons, held near the original ones by the damping.
 
-    Minimises ``E||W t - W' x_kept||² + ridge ||W' - W_kept||²``, where t is x itself, or another signal of the same
-    shape whose cross product with x is given. Near the original weights, not near zero: the refit then never does
-    worse on these statistics than no refit, and it changes nothing where nothing is missing.
+    Minimises ``E||W t - W' x_kept||² + ridge ||W' - W_kept||²``, where t is x itself or another signal of the same
+    shape. The damping pulls towards the original weights instead of zero. The refit is therefore never worse on these
+    statistics than no refit, and it changes nothing if no neuron is removed.
 
     Parameters
     ----------
@@ -232,11 +238,12 @@ def refit(
     kept
         int64 [n], ascending.
     cross
-        E[tᵀx], [neurons, neurons]; default H (t = x).
+        E[tᵀx], [neurons, neurons]; None means H (t = x).
 
     Returns
     -------
-    float64 [d, n].
+    Tensor
+        float64 [d, n].
     """
     target = weight @ (gram if cross is None else cross)[:, kept]
     inner = gram[kept[:, None], kept]
@@ -246,7 +253,7 @@ def refit(
 
 
 def output_error(weight: Tensor, gram: Tensor, kept: Tensor, new_weight: Tensor) -> float:
-    """E||W x - W' x_kept||² under H, in units of the squared MLP output."""
+    """Return E||W x - W' x_kept||² under H, in units of the squared MLP output."""
     difference = weight.clone()
     difference[:, kept] -= new_weight
     return float(((difference @ gram) * difference).sum())

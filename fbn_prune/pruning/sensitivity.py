@@ -1,7 +1,7 @@
-"""How much the loss feels an error at each MLP's output: F = E[g gᵀ], g the loss gradient there.
+"""Sensitivity of the loss to errors at each MLP's output: F = E[g gᵀ], where g is the loss gradient there.
 
-To second order, and with the Fisher information for the Hessian, an error e at the output of a layer's MLP raises
-the loss by ``eᵀ F e / 2``. One backward pass over a sample of the calibration text gives F for all layers.
+To second order, with the Fisher information as the Hessian, an error e at the output of a layer's MLP raises the loss
+by ``eᵀ F e / 2``. One backward pass over a sample of the calibration text gives F for all layers.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.progress import StageClock
 
 GRADIENT_TOKENS = 32768
-"""F [d, d] is settled by a few tokens for each of its d directions; the backward pass is what costs time."""
+"""Tokens of the backward pass, which takes the time; F [d, d] is accurate with a few tokens for each of its d
+directions."""
 
 
 def output_sensitivity(
     adapter: ModelAdapter, batches: Sequence[Batch], clock: StageClock
 ) -> list[Tensor]:
-    """F of each layer, float64 [d, d] on the layer's device.
+    """Return F of each layer, float64 [d, d] on the layer's device.
 
     Parameters
     ----------
     batches
-        Small ones: a backward pass keeps the activations of a whole batch.
+        Small batches, because a backward pass holds the activations of a whole batch.
 
     Raises
     ------
@@ -65,7 +66,7 @@ def output_sensitivity(
 
 @contextmanager
 def _recording(adapter: ModelAdapter, sums: list[Tensor]) -> Iterator[None]:
-    """Gradients flow, to activations alone, and those at the MLP outputs add up in `sums`."""
+    """Let gradients flow to activations only, and sum their outer products at the MLP outputs in `sums`."""
     trained = [parameter for parameter in adapter.model.parameters() if parameter.requires_grad]
     handles = [adapter.model.get_input_embeddings().register_forward_hook(_start_graph)]
     for layer, total in enumerate(sums):
@@ -93,7 +94,7 @@ def _watch(total: Tensor) -> Any:
         total.add_((rows.T @ rows).double())
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        output = output.clone()  # an architecture may add to it in place
+        output = output.clone()  # some architectures add to the output in place
         output.register_hook(add)
         return output
 

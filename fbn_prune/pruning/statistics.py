@@ -1,6 +1,6 @@
 """Streaming statistics of activations x [tokens, neurons], the input of a layer's output projection.
 
-Accumulators see one batch at a time and keep sums only; each has `state_dict`, so a pass can be split and joined.
+The accumulators see one batch at a time and hold only sums.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from fbn_prune.networks.gram import add_cross, add_gram, mirror_upper
 
 
 class GramStatistics:
-    """Count, sum and Gram of x, and where wanted the cross product with a target of the same shape.
+    """Accumulates the number of tokens, the sum of x and its Gram matrix.
 
-    Products of a batch in float32, their sum in float64, on the activations' device: so several processes, which add
-    the same batches up in another order, come to the same statistics.
+    Products of a batch are in float32, sums over batches in float64, on the activations' device. Several processes,
+    which add the batches in another order, therefore arrive at the same statistics.
     """
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
@@ -37,13 +37,13 @@ class GramStatistics:
         add_gram(self._upper, x)
 
     def add_up(self) -> None:
-        """Join what all processes of the job have seen."""
+        """Add the sums of all processes."""
         (self.count,) = distributed.total(self.count)
         distributed.add_up(self._sum, self._upper)
 
     @property
     def finite(self) -> bool:
-        """False once a NaN or Inf was among the activations: it reaches the diagonal of the Gram."""
+        """Whether all activations so far were finite: a NaN or Inf shows in the Gram matrix's diagonal."""
         return bool(torch.isfinite(self._upper.diagonal()).all())
 
     @property
@@ -56,18 +56,12 @@ class GramStatistics:
         """Mean activation, float64 [neurons]."""
         return self._sum / (self.count or 1)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"count": torch.tensor(self.count), "sum": self._sum, "upper": self._upper}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.count = state["count"].item()
-        self._sum = state["sum"].clone()
-        self._upper = state["upper"].clone()
-
 
 class CrossStatistics:
-    """Cross product of a target t with x, both [tokens, neurons], and the target's mean: what a refit to the output
-    of another signal needs."""
+    """Accumulates the cross product of a target t with x, both [tokens, neurons], and the target's mean.
+
+    A refit that reproduces the target instead of x needs both.
+    """
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
         self.count: float = 0
@@ -87,7 +81,7 @@ class CrossStatistics:
         add_cross(self._cross, target, x)
 
     def add_up(self) -> None:
-        """Join what all processes of the job have seen."""
+        """Add the sums of all processes."""
         (self.count,) = distributed.total(self.count)
         distributed.add_up(self._target_sum, self._cross)
 
@@ -100,15 +94,3 @@ class CrossStatistics:
     def target_mean(self) -> Tensor:
         """Mean target, float64 [neurons]."""
         return self._target_sum / (self.count or 1)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {
-            "count": torch.tensor(self.count),
-            "target_sum": self._target_sum,
-            "cross": self._cross,
-        }
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.count = state["count"].item()
-        self._target_sum = state["target_sum"].clone()
-        self._cross = state["cross"].clone()

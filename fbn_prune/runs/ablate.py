@@ -1,7 +1,7 @@
-"""The `ablate` command's run: networks masked, retained alone or amplified, measured beside random sets and components.
+"""Mask, retain or amplify networks of a checkpoint and measure the effect (the `ablate` command; arXiv 2502.20408).
 
-Each network by itself, growing sets of them in the order of their rank, and two controls of equal size: random sets,
-drawn many times, and principal components of the same space, ranked as the networks are.
+Measures each network alone, growing sets of the strongest networks, and two controls with as many neurons: random sets,
+drawn many times, and principal components of the same space, ranked by the same rule.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from typing import Any
 from torch import Tensor
 
 from fbn_prune.data import builtin
-from fbn_prune.data.calibration import Batch, TokenBlocks, read_documents
+from fbn_prune.data.calibration import Batch, TokenBlocks
 from fbn_prune.data.calibration import tokenize_document as tokenize
+from fbn_prune.data.documents import read_documents
 from fbn_prune.errors import InvalidInput
-from fbn_prune.networks.ablation import (
+from fbn_prune.networks.activity import principal_networks, second_moment, time_courses
+from fbn_prune.networks.functional_networks import HUB_Z
+from fbn_prune.networks.intervention_effects import (
     Ablated,
     Ablation,
     ActionName,
@@ -28,8 +31,6 @@ from fbn_prune.networks.ablation import (
     check_sizes,
     largest,
 )
-from fbn_prune.networks.activity import principal_networks, second_moment, time_courses
-from fbn_prune.networks.functional_networks import HUB_Z
 from fbn_prune.networks.ranking import strongest_first
 from fbn_prune.progress import StageClock
 from fbn_prune.recipe import Recipe
@@ -38,27 +39,33 @@ from fbn_prune.runs.study import Studied, study
 
 CHARACTERS_PER_TOKEN = 16
 MOMENT_TOKENS = 8192
-"""Tokens that the principal components of the control are found on."""
+"""Calibration tokens for the principal components."""
 
 
 @dataclass(frozen=True)
 class AblationPlan:
-    """What to ablate and what on.
+    """Which networks to change, how, and the texts to measure on.
 
     Attributes
     ----------
+    action
+        "mask" zeroes the networks' neurons, "retain" zeroes all others, "amplify" multiplies them by `factor`.
+    factor
+        Factor for "amplify".
     networks
-        Which networks, by id; empty for all.
+        Indices of the networks; empty for all.
     z
-        Neurons of a network are those with abs z-score of at least this.
+        Smallest absolute z-score of a neuron that belongs to a network.
     grow
-        Sizes of growing sets to mask and to retain.
+        Numbers of strongest networks to mask, and to retain, together.
+    draws
+        Random sets per control.
     texts
-        NAME=SOURCE or SOURCE, as in `calibration`; empty for the recipe's held-out share.
+        NAME=SOURCE or SOURCE, as in `calibration`; empty for the held-out share of the calibration text.
     tokens
-        Of each text, at most.
+        Largest number of tokens of each text.
     components
-        Whether to ablate principal components of the same space, too.
+        Whether to ablate principal components of the same space as well.
     """
 
     action: ActionName = "mask"
@@ -74,7 +81,17 @@ class AblationPlan:
 
 @dataclass
 class AblationResult:
-    """What an ablation measured; :meth:`to_json` is the object that `--json` prints."""
+    """What an ablation measured; `--json` prints it as :meth:`to_json` returns it.
+
+    Attributes
+    ----------
+    dense, networks
+        Quality of the unchanged model, and effect of each network by index, strongest first.
+    strongest
+        Index of the network with the largest effect; `random` and `components` have as many neurons.
+    masked, retained
+        Effects of the growing sets.
+    """
 
     model: str
     plan: AblationPlan
@@ -89,12 +106,13 @@ class AblationResult:
 
     @property
     def ratio(self) -> float | None:
-        """The strongest network's rise of perplexity in units of the random sets' mean rise, where that is a rise."""
-        of_random = self.random.mean - self.dense.perplexity
-        of_network = self.networks[self.strongest].quality.perplexity - self.dense.perplexity
-        return of_network / of_random if of_random > 0 else None
+        """Perplexity rise of the strongest network over the mean rise of random sets; None if that is not positive."""
+        random_rise = self.random.mean - self.dense.perplexity
+        rise = self.networks[self.strongest].quality.perplexity - self.dense.perplexity
+        return rise / random_rise if random_rise > 0 else None
 
     def to_json(self) -> dict[str, Any]:
+        """Return all measurements as JSON values."""
         dense = self.dense
         return {
             "model": self.model,
@@ -137,18 +155,18 @@ def run_ablation(
     clock: StageClock,
     on_tasks: Callable[[Any], TaskMeasure] | None = None,
 ) -> AblationResult:
-    """The `ablate` command.
+    """Run an ablation; see :func:`fbn_prune.api.ablate`.
 
     Parameters
     ----------
     on_tasks
-        From the model's tokenizer to what measures the model on tasks; None for texts alone.
+        Returns, for the model's tokenizer, a function that measures the model on tasks; None for texts only.
 
     Raises
     ------
     InvalidInput
-        A network or size of a growing set that does not exist, a text that cannot be read, or a network without a
-        neuron of that z-score.
+        If a network or the size of a growing set does not exist, a text cannot be read, or a network has no neuron
+        with the z-score.
     """
     if plan.draws < 1:
         raise InvalidInput(f"draws = {plan.draws}: at least one random set is needed")
@@ -156,7 +174,7 @@ def run_ablation(
     networks, count = on.networks, len(on.networks.maps)
     check_sizes(plan.grow, count)
     for network in plan.networks:
-        networks.members(network)  # refuses one that does not exist
+        networks.members(network)  # raises if it does not exist
     texts = _texts(on, plan)
     scores = rank_scores(on, networks, on.matched)
     order = strongest_first(scores)
@@ -200,18 +218,18 @@ def run_ablation(
 
 
 def _strongest(measured: dict[int, Ablated], action: ActionName) -> int:
-    """The network that matters most: that costs most without it, or least with it alone."""
+    """Return the network with the largest effect: the highest loss, or the lowest if it is retained alone."""
     sign = -1 if action == "retain" else 1
     return max(measured, key=lambda network: sign * measured[network].quality.loss)
 
 
 def _components(on: Studied, clock: StageClock) -> Tensor:
-    """Maps of the principal components, [components, N], in the order of the same rank as the networks.
+    """Return the maps of the principal components, [components, N], ranked by the same rule as the networks.
 
-    How far a component stands out on a task is not measured: with `rank` task they go by output energy.
+    The rule "task" is not defined for components; they are then ranked by output energy.
     """
-    few = on.data.calibrating.subset(MOMENT_TOKENS).batches(on.prepared.batch_tokens)
-    moment = second_moment(time_courses(on.adapter, on.networks, few, clock))
+    sample = on.data.calibrating.subset(MOMENT_TOKENS).batches(on.prepared.batch_tokens)
+    moment = second_moment(time_courses(on.adapter, on.networks, sample, clock))
     control = principal_networks(on.networks, moment)
     if on.prepared.recipe.rank_or_default == "task":
         by_energy = on.prepared.recipe.model_copy(update={"rank": "energy"})
@@ -221,7 +239,7 @@ def _components(on: Studied, clock: StageClock) -> Tensor:
 
 
 def _texts(on: Studied, plan: AblationPlan) -> dict[str, Sequence[Batch]]:
-    """The texts to measure on, tokenized."""
+    """Return the batches of each text to measure on."""
     batch_tokens = on.prepared.batch_tokens
     if not plan.texts:
         return {"held out": on.data.held_out.subset(plan.tokens).batches(batch_tokens)}
@@ -239,12 +257,12 @@ def _texts(on: Studied, plan: AblationPlan) -> dict[str, Sequence[Batch]]:
 
 
 def read_blocks(on: Studied, source: str, tokens: int) -> TokenBlocks:
-    """The beginning of a text in blocks of the run's context.
+    """Return the first `tokens` tokens of a source, in blocks of the run's context length.
 
     Raises
     ------
     InvalidInput
-        The source cannot be read or gives no block.
+        If the source cannot be read or is too short for a block.
     """
     prepared = on.prepared
     characters = (tokens + prepared.context) * CHARACTERS_PER_TOKEN
@@ -254,5 +272,5 @@ def read_blocks(on: Studied, source: str, tokens: int) -> TokenBlocks:
         for block in tokenize(on.tokenizer, document, prepared.context)
     ]
     if not blocks:
-        raise InvalidInput(f"text {source!r} gives no block of tokens")
+        raise InvalidInput(f"text {source!r} is too short for a block of tokens")
     return TokenBlocks(tuple(blocks), prepared.context, (source,)).subset(tokens)

@@ -1,6 +1,7 @@
-"""What a recipe's budget means in neurons, and what a number of neurons means in parameters and bytes.
+"""Convert a recipe's budget into neurons, and neurons into parameters and bytes.
 
-All from the checkpoint's headers: every neuron of a model costs the same, and everything else stays.
+All numbers come from the checkpoint's headers: every MLP neuron of a model has the same size, and only neurons (and,
+with `head_sparsity`, attention heads) are removed.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from fbn_prune.recipe import Recipe, parse_count, parse_layers, parse_size
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A checkpoint's size and what each of its MLP neurons adds to it.
+    """The size of a checkpoint and of one of its MLP neurons.
 
     Attributes
     ----------
     neurons, parameters, nbytes
-        Of the whole model; bytes are those of the tensors.
+        Totals of the model; `nbytes` counts the tensors' bytes.
     neuron_parameters, neuron_bytes
-        Of one neuron: its rows, its column, its biases.
+        Size of one neuron: its rows, its column and its biases.
     header_bytes
-        What the files hold beside the tensors.
+        Bytes of the files that belong to no tensor.
     """
 
     neurons: int
@@ -38,7 +39,7 @@ class ModelSize:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, head_groups: int | None = None) -> ModelSize:
-        """The size of a checkpoint, or of what is left of it with so many groups of attention heads a layer."""
+        """Return the size of a checkpoint, cut to `head_groups` groups of attention heads per layer if given."""
         family = checkpoint.family
         layers, width = family.num_layers(checkpoint.config), family.width(checkpoint.config)
         parameters = nbytes = 0
@@ -50,29 +51,29 @@ class ModelSize:
                 continue
             parameters += info.parameters
             nbytes += info.nbytes
-        gone_parameters, gone_bytes = _removed_heads(checkpoint, head_groups)
+        head_parameters, head_bytes = _removed_heads(checkpoint, head_groups)
         files = {info.file for info in checkpoint.tensors.values()}
         stored = sum((checkpoint.path / file).stat().st_size for file in files)
         return cls(
             neurons=layers * width,
-            parameters=checkpoint.total_parameters - gone_parameters,
-            nbytes=checkpoint.total_bytes - gone_bytes,
+            parameters=checkpoint.total_parameters - head_parameters,
+            nbytes=checkpoint.total_bytes - head_bytes,
             neuron_parameters=parameters // (layers * width),
             neuron_bytes=nbytes // (layers * width),
             header_bytes=stored - checkpoint.total_bytes,
         )
 
     def parameters_with(self, neurons: int) -> int:
-        """Parameters of the model cut to so many neurons."""
+        """Return the parameters of the model cut to `neurons` neurons."""
         return self.parameters - (self.neurons - neurons) * self.neuron_parameters
 
     def bytes_with(self, neurons: int) -> int:
-        """Tensor bytes of the model cut to so many neurons."""
+        """Return the tensor bytes of the model cut to `neurons` neurons."""
         return self.nbytes - (self.neurons - neurons) * self.neuron_bytes
 
 
 def _removed_heads(checkpoint: Checkpoint, groups: int | None) -> tuple[int, int]:
-    """Parameters and bytes of the attention heads that go where so many groups stay in each layer."""
+    """Return the parameters and bytes of the removed attention heads if each layer keeps `groups` groups."""
     if groups is None:
         return 0, 0
     family = checkpoint.family
@@ -89,13 +90,13 @@ def _removed_heads(checkpoint: Checkpoint, groups: int | None) -> tuple[int, int
 
 
 def kept_head_groups(recipe: Recipe, checkpoint: Checkpoint) -> int | None:
-    """How many groups of attention heads stay in every layer; None where none go.
+    """Return the number of attention head groups that every layer keeps, or None if no heads are removed.
 
     Raises
     ------
     InvalidInput
-        None would stay or go, the architecture's heads cannot be cut, or its config does not accept what would be
-        left; what it accepts is named.
+        If the share would remove no group or all groups, or the architecture or its config does not support the
+        result; the message lists the shares that are possible.
     """
     if recipe.head_sparsity is None:
         return None
@@ -104,16 +105,18 @@ def kept_head_groups(recipe: Recipe, checkpoint: Checkpoint) -> int | None:
     asked = f"head_sparsity = {recipe.head_sparsity:g}"
     kept = round(heads.groups * (1 - recipe.head_sparsity))
     if family.attention is None:
-        family.with_head_groups(config, kept)  # says why not
+        family.with_head_groups(config, kept)  # raises the error that explains why
     accepted = [groups for groups in range(1, heads.groups) if _accepts(checkpoint, groups)]
     if kept in accepted:
         return kept
     if not accepted:
-        raise InvalidInput(f"{asked}: no number below {heads.groups} key-value heads can be had")
+        raise InvalidInput(
+            f"{asked}: the model cannot have fewer than its {heads.groups} key-value heads"
+        )
     shares = ", ".join(f"{1 - groups / heads.groups:.4g}" for groups in reversed(accepted))
     raise InvalidInput(
-        f"{asked}: {kept} of {heads.groups} key-value heads a layer is no model that {family.name}'s config accepts; "
-        f"shares that can go: {shares}"
+        f"{asked}: {family.name}'s config does not accept {kept} of {heads.groups} key-value heads per layer; "
+        f"possible shares: {shares}"
     )
 
 
@@ -127,7 +130,7 @@ def _accepts(checkpoint: Checkpoint, groups: int) -> bool:
 
 @dataclass(frozen=True)
 class Budget:
-    """Neurons to keep; `most` if the result may have fewer, but not more of them."""
+    """Number of neurons to keep; with `most` it is an upper limit, otherwise a target."""
 
     neurons: int
     most: bool
@@ -136,19 +139,19 @@ class Budget:
 def stated_budget(
     recipe: Recipe, checkpoint: Checkpoint, least: int, head_groups: int | None = None
 ) -> Budget | None:
-    """The budget that the recipe states by itself, None where the kept networks set it.
+    """Return the budget that `sparsity`, `target_params` or `target_size` sets, or None if none is given.
 
     Parameters
     ----------
     least
-        The fewest neurons that can be kept.
+        The smallest number of neurons that the layout can keep.
     head_groups
-        Groups of attention heads that stay in every layer, see :func:`kept_head_groups`.
+        Attention head groups that every layer keeps; see :func:`kept_head_groups`.
 
     Raises
     ------
     InvalidInput
-        The model is that small already, or cannot become that small.
+        If the model is already that small, or cannot become that small.
     """
     size = ModelSize.of(checkpoint, head_groups)
     if recipe.sparsity is not None:
@@ -168,7 +171,7 @@ def stated_budget(
     else:
         return None
     if neurons >= size.neurons:
-        raise InvalidInput(f"{stated}: the model has {now}: there is nothing to remove")
+        raise InvalidInput(f"{stated}: the model has only {now}; there is nothing to remove")
     if neurons < least:
         raise InvalidInput(
             f"{stated}: attention, embeddings and the narrowest MLPs alone take {smallest}"
@@ -177,12 +180,12 @@ def stated_budget(
 
 
 def whole_layers(recipe: Recipe, layers: int) -> frozenset[int]:
-    """The layers that `keep_layers` names, counted from 0.
+    """Return the indices of the layers in `keep_layers`.
 
     Raises
     ------
     InvalidInput
-        There is no such layer, or no other is left to cut.
+        If a layer does not exist, or no other layer is left to cut.
     """
     if recipe.keep_layers is None:
         return frozenset()
@@ -190,7 +193,7 @@ def whole_layers(recipe: Recipe, layers: int) -> frozenset[int]:
     for layer in named:
         if not -layers <= layer < layers:
             raise InvalidInput(
-                f"keep_layers = {recipe.keep_layers}: there is no layer {layer} among {layers}"
+                f"keep_layers = {recipe.keep_layers}: there is no layer {layer}; the model has {layers}"
             )
     whole = frozenset(layer % layers for layer in named)
     if len(whole) == layers:

@@ -1,7 +1,7 @@
-"""Every criterion at several budgets on one calibration sample: one pass over the model serves them all.
+"""Compare all criteria at several budgets on one calibration sample, in one pass over the model.
 
-Each cell is written as soon as it is measured, and the same command goes on from what is written; a file that another
-calibration, model or seed left behind is refused, not mixed in.
+Each measurement (cell) is written at once, and the same command continues from the file. A file with results of
+another model, calibration text or seed is refused.
 """
 
 from __future__ import annotations
@@ -32,12 +32,24 @@ from fbn_prune.runs.stages import rank_networks
 from fbn_prune.runs.study import Studied, study
 
 Cell = tuple[str, float]
-"""A criterion and the share of neurons it keeps."""
+"""A criterion and the share of neurons that it keeps."""
 
 
 @dataclass
 class Comparison:
-    """Perplexity on the held-out share, dense and in each cell."""
+    """Perplexities on the held-out text.
+
+    Attributes
+    ----------
+    facts
+        What identifies the calibration: fingerprints, seed and settings.
+    dense, cells
+        Perplexity of the dense model, and by criterion and share of neurons kept.
+    widths
+        Width of each layer, by share.
+    networks
+        Number of networks that set a share, for shares that were given that way.
+    """
 
     model: str
     facts: dict[str, Any]
@@ -45,9 +57,9 @@ class Comparison:
     widths: dict[float, list[int]]
     cells: dict[Cell, float] = field(default_factory=dict)
     networks: dict[float, int] = field(default_factory=dict)
-    """How many networks set a share, where they did."""
 
     def to_json(self) -> dict[str, Any]:
+        """Return the comparison as JSON values, budgets in falling order."""
         shares = sorted(self.widths, reverse=True)
         return {
             "model": self.model,
@@ -67,12 +79,12 @@ class Comparison:
         }
 
     def save(self, path: Path) -> None:
-        """Write the JSON whole or not at all."""
+        """Write the JSON file atomically."""
         _replace(path, json.dumps(self.to_json(), indent=1) + "\n")
 
 
 def plot_path(path: Path) -> Path:
-    """Where the plot of the results in `path` goes."""
+    """Return the path of the plot that belongs to a results file."""
     return path.with_suffix(".svg")
 
 
@@ -92,21 +104,12 @@ def run_comparison(
     path: Path | None,
     clock: StageClock,
 ) -> Comparison:
-    """The `compare` command.
-
-    Parameters
-    ----------
-    criteria
-        Names of criteria; empty for all.
-    kept
-        Shares of neurons to keep, each between 0 and 1; or, from 1 on, numbers of networks, whose members say how many.
-    path
-        File of the results, written after each cell and read at the start; the plot goes beside it.
+    """Run a comparison; the parameters are those of :func:`fbn_prune.api.compare`.
 
     Raises
     ------
     InvalidInput
-        An unknown criterion, an impossible share, or a file of another comparison.
+        If a criterion is unknown, a budget is impossible, or the file holds another comparison.
     """
     names = list(criteria) or list(CRITERION_NAMES)
     for name in names:
@@ -115,12 +118,14 @@ def run_comparison(
     for share in kept:
         if not 0 < share < 1 and not (share >= 1 and share == int(share)):
             raise InvalidInput(
-                f"kept = {share}: the share of neurons kept lies between 0 and 1; whole numbers are of networks"
+                f"kept = {share}: give a share of neurons between 0 and 1, or a whole number of networks"
             )
     if path is not None and not path.resolve().parent.is_dir():
         raise InvalidInput(f"{path}: there is no folder {path.resolve().parent}")
     if path is not None and path == plot_path(path):
-        raise InvalidInput(f"{path}: the plot gets that name; name a .json file for the results")
+        raise InvalidInput(
+            f"{path}: the plot is written under this name; give a .json file for the results"
+        )
     on = study(recipe, clock)
     order = rank_networks(on, on.networks, on.matched)
     budgets = {share: _budget(on, share, order) for share in kept}
@@ -148,7 +153,7 @@ def run_comparison(
 
 
 def _budget(on: Studied, kept: float, order: Sequence[int]) -> int:
-    """Neurons to keep: of a share, or of the strongest networks' members."""
+    """Return the number of neurons to keep: a share of all, or the members of the strongest networks."""
     prepared = on.prepared
     if kept < 1:
         return budget_from_sparsity(prepared.width * prepared.layers, 1 - kept)
@@ -164,7 +169,7 @@ def _share(on: Studied, kept: float, budget: int) -> float:
 def _begin(
     on: Studied, budgets: dict[float, int], path: Path | None, clock: StageClock
 ) -> Comparison:
-    """What is known before any cut: from the file, or measured."""
+    """Return the comparison so far: from the file, or with the dense perplexity alone."""
     prepared = on.prepared
     blocks = on.data.calibrating if on.matched is None else on.matched.blocks
     facts: dict[str, Any] = {
@@ -185,7 +190,7 @@ def _begin(
         before = _read(path)
         if (before.model, before.facts) != (prepared.recipe.model, facts):
             raise InvalidInput(
-                f"{path} holds a comparison of another model, calibration or seed: name another file"
+                f"{path} holds a comparison of another model, calibration or seed; give another file"
             )
         before.widths |= widths
         before.networks |= networks
@@ -209,7 +214,9 @@ def _read(path: Path) -> Comparison:
             {e["kept"]: e["networks"] for e in budgets if e["networks"] is not None},
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise InvalidInput(f"{path} exists and is no comparison: name another file") from None
+        raise InvalidInput(
+            f"{path} exists and does not hold a comparison; give another file"
+        ) from None
 
 
 def _cuts(
@@ -220,17 +227,17 @@ def _cuts(
     scratch: Path,
     clock: StageClock,
 ) -> dict[Cell, SpilledCuts]:
-    """The cuts of all layers for each cell, from one pass over the calibration data.
+    """Return the cuts of all layers for each cell, from one pass over the calibration text.
 
-    They lie on disk, in a file without a name in `scratch`: those of many cells come to more than the model. Where a
-    number of networks sets the budget, membership is in those networks; else in those that the recipe keeps.
+    The cuts of many cells are larger than the model, so they are stored in an unnamed file in `scratch`. The membership
+    criteria use the networks that set the budget, or else those that the recipe keeps.
 
     Raises
     ------
     InvalidInput
-        The disk has not the room.
+        If the disk has too little space.
     FbnPruneError
-        A new output weight does not fit the type that the model is stored in.
+        If a new output weight overflows the dtype of the checkpoint.
     """
     prepared, recipe = on.prepared, on.prepared.recipe
     stored = prepared.checkpoint.storage_dtype
@@ -266,6 +273,6 @@ def _cuts(
 
 
 def _perplexity(on: Studied, cuts: SpilledCuts, held_out: Any) -> float:
-    """Of the one model there is, as if cut: a second would take as much memory again."""
+    """Return the held-out perplexity with the cuts applied to the one model in memory for the measurement."""
     with on.adapter.trying(cuts, round_to=on.prepared.checkpoint.storage_dtype):
         return perplexity(on.adapter, held_out)

@@ -1,9 +1,10 @@
-"""The `discover` command: find a model's functional networks and write them as an artifact."""
+"""Find the functional networks of a checkpoint and write them to a folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from fbn_prune.errors import InvalidInput
 from fbn_prune.export.directory import atomic_directory
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.progress import StageClock
@@ -14,9 +15,10 @@ from fbn_prune.runs.stages import find_networks
 
 
 def run_discovery(recipe: Recipe, clock: StageClock) -> tuple[FunctionalNetworks, Path]:
-    """The `discover` command: find the networks, with their recurrence, and write the artifact into `output`."""
+    """Find the networks, measure their recurrence, and write them; see :func:`fbn_prune.api.discover_checkpoint`."""
+    if recipe.output is None:
+        raise InvalidInput("--output is missing: name the folder to write")
     networks = find_networks(open_run(prepare(recipe), clock), recurrence=True)
-    assert recipe.output is not None
     with atomic_directory(recipe.output, recipe.overwrite) as folder:
         networks.save(folder / "networks.safetensors")
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")

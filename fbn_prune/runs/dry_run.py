@@ -1,8 +1,8 @@
-"""What a run will take and give, predicted from the checkpoint's headers alone: the dry run.
+"""The dry run: predict the size, memory and time of a run from the checkpoint's headers.
 
-Counts are exact where the recipe fixes them. Two things are estimates and are said to be: how many neurons ten
-networks cover before the networks are known, and time, a rough range that one decoder layer with random weights gives
-in well under a second.
+Counts are exact if the recipe fixes them. Estimates are marked as such: the number of neurons that K networks cover
+before the networks are known, peak memory, and a rough range of the time, from timing one decoder layer with random
+weights for less than a second.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fbn_prune.distributed import processes
 from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.model.families import as_config
+from fbn_prune.model.family import as_config
 from fbn_prune.pruning.allocation import (
     at_most,
     budget_from_networks,
@@ -35,30 +35,39 @@ from fbn_prune.runs.setup import Prepared
 from fbn_prune.runs.stages import KNOCKOUT_TOKENS
 
 MEMBERS_PER_NETWORK = 0.041
-"""Share of all neurons that one network of 64 has as members on trained models; sets of K networks overlap as if
-drawn independently, to within two points (17 % of the neurons for 5, 35 % for 10, 55 % for 20, 84 % for 40)."""
+"""Share of the neurons that are members of one of 64 networks, measured on trained models. The members of K networks
+overlap as if drawn independently, to within two points (17 % of all neurons for 5, 35 % for 10, 55 % for 20, 84 % for
+40)."""
 
 RECOVERY_PASSES = 8
-"""Forward passes that one pass of the recovery over the text is worth: the dense and the cut model forward, layer by
-layer and as a whole, and the cut one backward."""
+"""Cost of one pass of the recovery in forward passes: the dense and the cut model forward, layer by layer and as a
+whole, and the cut model backward."""
 
 HIGH_MULTIPLE, START_SECONDS = 3, 10
-"""The upper bound of the time: three times the forward passes, the cuts and the ICA, and ten seconds for the start of
-the process. In tokens that pass through a layer of N neurons, choosing and refitting its neurons is taken to cost 2 N,
-and its share of an ICA on t tokens t² / 2 N. `eval/speed/bench_memory.py` prints the bounds beside what runs took."""
+"""The upper bound of the time: three times the cost of forward passes, cuts and ICA, plus ten seconds to start the
+process. In tokens through a layer of N neurons, selecting and refitting its neurons costs 2 N, and its share of an ICA
+on t tokens costs t² / 2 N. `eval/speed/bench_memory.py` compares the bounds with measured times."""
 
 MEASURED_TOKENS = {"cpu": 512, "cuda": 4096}
 MEASURED_OPERATIONS = {"cpu": 1e10, "cuda": 1e13}
 MEASURED_SECONDS = 0.2
-"""The layer is measured on at most so many tokens and operations a pass, repeated for so long."""
+"""Limits on the tokens and operations of a timed pass, and the total time of the repeated passes."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Prediction of a run. Bytes, seconds; `estimated` names the fields that are no exact counts.
+    """Prediction for a run.
 
-    `same_budget` says what the budget is in each of the other keys that could have set it; `seconds_low` and
-    `seconds_high` are None where no layer of the model could be run to measure it.
+    Attributes
+    ----------
+    same_budget
+        The same budget as `sparsity`, `target_params` and `target_size`.
+    memory
+        Where weights and hidden states are kept.
+    seconds_low, seconds_high
+        Range of the time; None if no layer could be timed.
+    estimated
+        Names of the fields that are estimates.
     """
 
     parameters_before: int
@@ -82,7 +91,7 @@ class Plan:
 
 
 def plan(prepared: Prepared) -> Plan:
-    """Predict size, memory and time of a prepared run; reads no weights."""
+    """Predict the size, memory and time of a prepared run without reading weights."""
     recipe, checkpoint = prepared.recipe, prepared.checkpoint
     total = prepared.width * prepared.layers
     estimated = ["peak_memory_bytes", "seconds_low", "seconds_high"]
@@ -90,12 +99,12 @@ def plan(prepared: Prepared) -> Plan:
     if prepared.budget is not None:
         budget = prepared.budget
     elif prepared.networks is not None:
-        # The order needs the weights; any K networks cover about as much as any others.
+        # Ranking needs the weights; any K networks have about the same number of members.
         kept = range(recipe.kept_networks_or_default)
         budget = Budget(budget_from_networks(prepared.networks, list(kept)), most=False)
         estimated += sizes
     else:
-        # Fewer networks are each larger: the share that 64 leave untouched is spread over those there are.
+        # The share holds for 64 networks; fewer networks are larger.
         share = 1 - (1 - MEMBERS_PER_NETWORK) ** recipe.kept_networks_or_default
         budget = Budget(round(total * share), most=False)
         estimated += sizes
@@ -129,7 +138,7 @@ def plan(prepared: Prepared) -> Plan:
 
 
 def _widths(prepared: Prepared, budget: Budget) -> list[int]:
-    """Exact for uniform layers; otherwise an even split, which has the sum that the true widths will have."""
+    """Return the widths of a uniform layout, or an even split with the same sum as the ragged widths."""
     recipe, multiple = prepared.recipe, prepared.width_multiple
     full = [prepared.width] * prepared.layers
     neurons = budget.neurons
@@ -143,15 +152,15 @@ def _widths(prepared: Prepared, budget: Budget) -> list[int]:
 
 
 def seconds_range(prepared: Prepared) -> tuple[float, float] | None:
-    """Rough bounds of a run's seconds, from one decoder layer run for a moment on the device.
+    """Return rough bounds of a run's seconds, from timing one decoder layer on the device.
 
-    The lower bound counts the forward passes alone; :data:`HIGH_MULTIPLE` says what the upper adds. Neither includes
-    reading a streamed model from a slow disk.
+    The lower bound counts the forward passes; see :data:`HIGH_MULTIPLE` for the upper. Neither includes reading a
+    streamed model from a slow disk.
 
     Returns
     -------
     tuple or None
-        None where a layer cannot be built, run, or held in memory.
+        Lower and upper bound; None if a layer cannot be built, run or held in memory.
     """
     each = _layer_token_seconds(prepared)
     if each is None:
@@ -162,7 +171,7 @@ def seconds_range(prepared: Prepared) -> tuple[float, float] | None:
 
 
 def token_passes(prepared: Prepared) -> tuple[float, float]:
-    """Tokens that a run passes through the model, and the tokens that its cuts and its ICA are worth."""
+    """Return the tokens that a run passes through the model, and the cost of its cuts and its ICA in tokens."""
     recipe = prepared.recipe
     shaped = recipe.layout != "uniform"
     by_loss = shaped and recipe.widths in ("loss", "auto")
@@ -191,12 +200,12 @@ def token_passes(prepared: Prepared) -> tuple[float, float]:
 
 
 def _layer_token_seconds(prepared: Prepared) -> float | None:
-    """Seconds that one token takes in one decoder layer; None where none can be run."""
+    """Return the seconds per token of one decoder layer, or None if it cannot run."""
     device = prepared.device
     try:
         model = _one_layer(prepared.checkpoint, prepared.dtype)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        # Twice: what it computes with its weights has to have room too.
+        # Twice the weights, because the activations need memory as well.
         if 2 * parameters * prepared.dtype.itemsize > free_memory(device):
             return None
         _fill(model, device)
@@ -204,17 +213,17 @@ def _layer_token_seconds(prepared: Prepared) -> float | None:
         tokens = max(16, min(most, int(MEASURED_OPERATIONS[device.type] / (2 * parameters))))
         ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
         with torch.inference_mode():
-            _timed(model, ids)  # the first run sets libraries up
+            _timed(model, ids)  # warm-up
             took = [_timed(model, ids)]
             while sum(took) < MEASURED_SECONDS:
                 took.append(_timed(model, ids))
-    except Exception:  # a strange config or a full device: the rest of the plan still holds
+    except Exception:  # an unusual config or a full device; the rest of the plan is still valid
         return None
     return min(took) / tokens
 
 
 def _one_layer(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
-    """The checkpoint's architecture with one decoder layer and next to no vocabulary, without weights."""
+    """Return the checkpoint's architecture with one decoder layer and 8 tokens of vocabulary, without weights."""
     config = copy.deepcopy(as_config(checkpoint.config))
     for key, value in list(vars(config).items()):
         if isinstance(value, list) and len(value) == config.num_hidden_layers:  # one entry a layer
@@ -241,7 +250,7 @@ def _fill(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def _timed(model: PreTrainedModel, ids: torch.Tensor) -> float:
-    """Seconds of one forward pass."""
+    """Return the seconds of one forward pass."""
     start = time.perf_counter()
     model(ids).logits.sum().item()  # waits for a GPU
     return time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""Runs of lm-evaluation-harness on checkpoints, pruned or not, one beside the other."""
+"""Run lm-evaluation-harness on checkpoints, pruned or not."""
 
 from __future__ import annotations
 
@@ -20,35 +20,52 @@ from fbn_prune.data.harness_files import TaskConfig, task_from_file
 from fbn_prune.data.harness_tasks import document_question, load_tasks, task_manager
 from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.networks.ablation import TaskFigures
+from fbn_prune.networks.intervention_effects import TaskFigures
+from fbn_prune.recipe import DtypeName
+from fbn_prune.runs.setup import chosen_device
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
 BOOTSTRAPS = 100_000
-"""Resamples behind the standard errors that have no closed form: the harness's own default, so that its figures come
-out the same."""
+"""Bootstrap samples for standard errors without a closed form; the harness's default, so that results agree."""
 
 FEWSHOT_SEED = 1234
-"""The harness's own default, so that it shows the same examples."""
+"""Seed of the few-shot examples; the harness's default, so that they are the same."""
 
 
 @dataclass(frozen=True)
 class HarnessOptions:
-    """The harness's own options; see its documentation."""
+    """Options of lm-evaluation-harness, and the device and dtype of the models.
+
+    Attributes
+    ----------
+    limit
+        Questions per task, or a share below 1.
+    fewshot
+        Examples in the prompt. Default: the task's own number.
+    batch_size
+        A number or "auto".
+    log_samples
+        Whether to include the result of every question in `Evaluation.raw`.
+    device, dtype
+        As in a recipe; "auto" is float32, and a GPU if there is one.
+    max_length
+        Longest prompt in tokens. Default: the model's context length.
+    """
 
     limit: float | None = None
     fewshot: int | None = None
     batch_size: str = "8"
     log_samples: bool = False
-    device: str = "cpu"
-    dtype: torch.dtype = torch.float32
+    device: str = "auto"
+    dtype: DtypeName = "auto"
     max_length: int | None = None
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One metric of one task; `stderr` is None where the harness has none."""
+    """One metric of one task; `stderr` is None if the harness has no standard error for it."""
 
     task: str
     metric: str
@@ -59,13 +76,14 @@ class Figure:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model's figures, and the harness's whole result."""
+    """A model's metrics, and the complete result of the harness (`raw`)."""
 
     model: str
     figures: list[Figure]
     raw: dict[str, Any] = field(repr=False)
 
     def to_json(self) -> dict[str, Any]:
+        """Return the metrics by task as JSON values, with sample counts, task versions and few-shot numbers."""
         tasks: dict[str, dict[str, Any]] = {}
         for one in self.figures:
             entry = {
@@ -84,12 +102,12 @@ class Evaluation:
 
 
 def resolve_tasks(names: Sequence[str]) -> list[str | TaskConfig]:
-    """Harness tasks for what the user named: files, `builtin` for the embedded model's skills, standard names.
+    """Return the harness tasks for task files, "builtin" (the skills of the embedded model) and names of tasks.
 
     Raises
     ------
     InvalidInput
-        A file that is no task, or nothing named.
+        If a file is not a task, two files have the same task name, or no task is given.
     """
     tasks: list[str | TaskConfig] = []
     for name in names:
@@ -103,60 +121,85 @@ def resolve_tasks(names: Sequence[str]) -> list[str | TaskConfig]:
         else:
             tasks.append(name)
     if not tasks:
-        raise InvalidInput("no task named: give task files, builtin, or names of the harness")
+        raise InvalidInput("no task given: give task files, builtin, or names of harness tasks")
     named = [task["task"] for task in tasks if isinstance(task, dict)]
     for name in named:
         if named.count(name) > 1:
-            raise InvalidInput(f"two task files give a task called {name!r}: rename one")
+            raise InvalidInput(f"two task files have a task called {name!r}: rename one")
     return tasks
 
 
-def evaluate(model: str, tasks: Sequence[str | TaskConfig], options: HarnessOptions) -> Evaluation:
-    """Run the harness on a checkpoint (a folder, a hub id, or `builtin`).
+def evaluate(
+    models: Sequence[str], tasks: Sequence[str], options: HarnessOptions | None = None
+) -> list[Evaluation]:
+    """Evaluate checkpoints with lm-evaluation-harness.
+
+    Parameters
+    ----------
+    models
+        Checkpoint folders, Hub ids or "builtin".
+    tasks
+        See :func:`resolve_tasks`.
+    options
+        Options of the harness, and the device and dtype of the models.
+
+    Returns
+    -------
+    list of Evaluation
+        One per model.
 
     Raises
     ------
     InvalidInput
-        The checkpoint cannot be read, a task is unknown, or a test question was among the examples the checkpoint
-        was made from.
+        If a model or task cannot be used, or a task tests a question that a model was made from.
     FbnPruneError
-        lm-evaluation-harness is not installed, or a task cannot be loaded.
+        If lm-evaluation-harness is missing or fails.
     """
+    configs = resolve_tasks(tasks)
+    return [_evaluate(model, configs, options or HarnessOptions()) for model in models]
+
+
+def _evaluate(model: str, tasks: Sequence[str | TaskConfig], options: HarnessOptions) -> Evaluation:
     checkpoint = Checkpoint.open(str(builtin.model_path()) if model == "builtin" else model)
     seen = recorded_fingerprints(checkpoint.path)
     require_unseen_lines(checkpoint.path, seen, tasks)
     loaded = load_tasks(tasks)
     require_unseen_documents(checkpoint.path, seen, loaded["tasks"])
-    bench = checkpoint.load_model(torch.device(options.device), options.dtype)
-    raw = _run(bench, checkpoint.load_tokenizer(), _top_level(loaded), options)
+    dtype = torch.float32 if options.dtype == "auto" else getattr(torch, options.dtype)
+    loaded_model = checkpoint.load_model(chosen_device(options.device), dtype)
+    raw = _run(loaded_model, checkpoint.load_tokenizer(), _top_level(loaded), options)
     return Evaluation(model, _figures(raw), raw)
 
 
 def measure_on_tasks(
     names: Sequence[str], options: HarnessOptions
 ) -> Callable[[Any], Callable[[PreTrainedModel], TaskFigures]]:
-    """What measures a model on tasks again and again, as an ablation does; tasks are loaded once, here.
+    """Load tasks once, and return what measures models on them repeatedly, as an ablation does.
 
     Parameters
     ----------
     names
-        As for :func:`resolve_tasks`; of a group each of its tasks is measured.
+        See :func:`resolve_tasks`; the tasks of a group are measured one by one.
+    options
+        Options of the harness.
 
     Returns
     -------
-    From a tokenizer to a function of the model, which gives metrics by task without standard errors.
+    callable
+        Takes a tokenizer, and returns a function from a model to its metrics by task, without standard errors.
 
     Raises
     ------
     InvalidInput, FbnPruneError
-        As :func:`resolve_tasks` and :func:`evaluate`.
+        See :func:`resolve_tasks` and :func:`evaluate`.
     """
-    with redirect_stderr(io.StringIO()):  # what reads data sets draws bars wherever it runs
+    # Loading data sets draws progress bars even without a terminal.
+    with redirect_stderr(io.StringIO()):
         loaded = load_tasks(resolve_tasks(names))["tasks"]
 
     def with_tokenizer(tokenizer: Any) -> Callable[[PreTrainedModel], TaskFigures]:
         def measure(model: PreTrainedModel) -> TaskFigures:
-            # It draws bars and prints wherever it runs.
+            # The harness prints, and draws progress bars even without a terminal.
             with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
                 raw = _measure(model, tokenizer, loaded, options)
             figures: TaskFigures = {}
@@ -172,11 +215,11 @@ def measure_on_tasks(
 def _run(
     model: PreTrainedModel, tokenizer: Any, tasks: Sequence[Any], options: HarnessOptions
 ) -> dict[str, Any]:
-    """One whole run of the harness on a loaded model."""
+    """Run the harness on a loaded model and return its complete result."""
     from lm_eval import simple_evaluate
 
     wrapped = _wrapped(model, tokenizer, options)
-    with _said_in_a_line(wrapped.max_length):
+    with _one_line_errors(wrapped.max_length):
         raw = simple_evaluate(
             model=wrapped,
             tasks=list(tasks),
@@ -193,7 +236,7 @@ def _run(
 def _measure(
     model: PreTrainedModel, tokenizer: Any, tasks: dict[str, Task], options: HarnessOptions
 ) -> dict[str, Any]:
-    """The figures alone. A whole run describes the machine as well, which takes seconds each time."""
+    """Return the metrics only; a complete run also describes the machine, which takes seconds."""
     from lm_eval.evaluator import evaluate as evaluate_tasks
 
     for task in tasks.values():
@@ -202,7 +245,7 @@ def _measure(
         task.set_config(key="num_fewshot", value=shots or 0)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
     wrapped = _wrapped(model, tokenizer, options)
-    with _said_in_a_line(wrapped.max_length):
+    with _one_line_errors(wrapped.max_length):
         raw = evaluate_tasks(
             lm=wrapped,
             task_dict={"tasks": tasks},
@@ -222,29 +265,28 @@ def _wrapped(model: PreTrainedModel, tokenizer: Any, options: HarnessOptions) ->
         pretrained=model,
         tokenizer=tokenizer,
         batch_size=int(batch_size) if batch_size.isdigit() else batch_size,
-        device=options.device,
         max_length=options.max_length,
     )
 
 
 @contextmanager
-def _said_in_a_line(max_length: int) -> Iterator[None]:
-    """Turn what the harness raises into one line."""
+def _one_line_errors(max_length: int) -> Iterator[None]:
+    """Turn the exceptions of the harness into one-line errors."""
     try:
         yield
     except (OSError, ConnectionError, ValueError, KeyError) as error:
         line = " ".join(str(error).split())
         raise FbnPruneError(f"the harness failed: {line[:300]}") from error
     except AssertionError as error:
-        # It asserts, without a word, that no answer is longer than the model's context.
+        # The harness asserts, without a message, that no answer is longer than the model's context.
         raise FbnPruneError(
-            f"the harness refuses a question: is an answer longer than the {max_length} tokens that the "
-            "model takes? --max-length raises that where the model allows it"
+            f"the harness refuses a question: is an answer longer than the model's {max_length} tokens? "
+            "--max-length raises this limit if the model allows it"
         ) from error
 
 
 def _top_level(loaded: dict[str, Any]) -> list[Any]:
-    """Groups, which bring their own tasks and figures, and the tasks that are in none."""
+    """Return the outermost groups, which contain their tasks, and the tasks that are in no group."""
     groups: dict[str, Any] = loaded.get("groups") or {}
     inner = {name for children in (loaded.get("group_map") or {}).values() for name in children}
     grouped = {task.task_name for group in groups.values() for task in group.get_all_tasks()}
@@ -274,12 +316,12 @@ def _figures(raw: Any) -> list[Figure]:
 def require_unseen_lines(
     checkpoint: Path, seen: set[str], tasks: Sequence[str | TaskConfig]
 ) -> None:
-    """Refuse to test a checkpoint on lines of local files that it was made from, before anything is loaded.
+    """Refuse local task files with questions that the checkpoint was made from, before anything is loaded.
 
     Raises
     ------
     InvalidInput
-        A line of a local task file asks what an example of the checkpoint asked.
+        If a task file contains such a question.
     """
     for path in (path for task in tasks if seen for path in _test_files(task)):
         asked = _questions(path)
@@ -287,17 +329,17 @@ def require_unseen_lines(
         if known:
             raise InvalidInput(
                 f"{known} of {len(asked)} questions of {path} are examples that {checkpoint} "
-                "was made from: test on others"
+                "was made from: give other questions"
             )
 
 
 def require_unseen_documents(checkpoint: Path, seen: set[str], tasks: dict[str, Task]) -> None:
-    """The same for the documents that tasks of any kind are tested on.
+    """Refuse tasks of any kind with test documents that the checkpoint was made from.
 
     Raises
     ------
     InvalidInput
-        A task asks what an example of the checkpoint asked.
+        If a task tests such a question.
     """
     for name, task in tasks.items() if seen else ():
         asked = [document_question(task, doc) for doc in task.eval_docs]
@@ -305,12 +347,12 @@ def require_unseen_documents(checkpoint: Path, seen: set[str], tasks: dict[str, 
         if known:
             raise InvalidInput(
                 f"{known} of {len(asked)} questions of task {name} are examples that {checkpoint} "
-                "was made from: test on others"
+                "was made from: give other questions"
             )
 
 
 def _test_files(task: str | TaskConfig) -> list[Path]:
-    """Local JSON-lines files that a task is tested on."""
+    """Return the local JSON-lines files with the test questions of a task."""
     if isinstance(task, str) or task.get("dataset_path") != "json":
         return []
     files = (task.get("dataset_kwargs") or {}).get("data_files") or {}

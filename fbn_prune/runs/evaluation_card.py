@@ -1,16 +1,23 @@
-"""Evaluations as a table, on the terminal and in a model card."""
+"""Tables of evaluation results, for the terminal and for model cards."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from fbn_prune.runs.evaluate import Evaluation, Figure
 
 HEADING = "## Evaluation"
 
 
-def rows(evaluations: Sequence[Evaluation]) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells: one row a figure, one column a model, and the difference where there are two."""
+def evaluation_table(evaluations: Sequence[Evaluation]) -> tuple[list[str], list[list[str]]]:
+    """Return the headings and rows of a table: a row per metric, a column per model, and the difference of two models.
+
+    Parameters
+    ----------
+    evaluations
+        One per model; the first one decides which metrics are listed.
+    """
     headings = ["task", "metric", *(one.model for one in evaluations)]
     if len(evaluations) == 2:
         headings.append("difference")
@@ -27,8 +34,8 @@ def rows(evaluations: Sequence[Evaluation]) -> tuple[list[str], list[list[str]]]
 
 
 def with_evaluation(card: str, evaluations: Sequence[Evaluation]) -> str:
-    """A model card with an evaluation section, in place of the one it may have."""
-    headings, body = rows(evaluations)
+    """Return the model card with its evaluation section added or replaced."""
+    headings, body = evaluation_table(evaluations)
     lines = [
         HEADING,
         "",
@@ -45,6 +52,20 @@ def with_evaluation(card: str, evaluations: Sequence[Evaluation]) -> str:
         _, following, tail = rest.partition("\n## ")
         after = following + tail
     return before.rstrip("\n") + "\n\n" + "\n".join(lines) + after
+
+
+def write_evaluation_card(readme: Path, evaluations: Sequence[Evaluation]) -> None:
+    """Add the results to a model card, or replace those it has.
+
+    Parameters
+    ----------
+    readme
+        The `README.md` of the evaluated model's folder.
+    evaluations
+        See :func:`evaluation_table`.
+    """
+    card = readme.read_text(encoding="utf-8")
+    readme.write_text(with_evaluation(card, evaluations), encoding="utf-8")
 
 
 def _cell(figure: Figure) -> str:

@@ -1,4 +1,4 @@
-"""A run's results as its store keeps them: JSON, tensors, networks; each as kept, or computed and kept."""
+"""Results of a run that its store keeps. Each function loads a stored result, or computes and stores it."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from fbn_prune.store import Store
 
 
 def numbers(store: Store, name: str, compute: Callable[[], Any]) -> Any:
-    """A result that is plain JSON."""
+    """Return a result made of JSON values."""
     return store.kept(f"{name}.json", compute, lambda value: json.dumps(value).encode(), json.loads)
 
 
 def tensors(store: Store, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors by their names; kept ones come back on the CPU."""
+    """Return named tensors; stored ones are loaded onto the CPU."""
     return store.kept(f"{name}.safetensors", compute, packed, load)
 
 
 def artifact(store: Store, compute: Callable[[], FunctionalNetworks]) -> FunctionalNetworks:
-    """Networks, as the artifact that `discover` writes."""
+    """Return functional networks; stored in the format that `discover` writes."""
     return store.kept(
         "networks.safetensors",
         compute,

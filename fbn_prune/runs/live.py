@@ -1,11 +1,11 @@
-"""Runs on a model that is already in memory: the stages of the checkpoint's runs, without files."""
+"""Prune a transformers model in memory, find its networks, or mask them; the stages are those of a checkpoint's run."""
 
 from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,8 @@ from fbn_prune.errors import InvalidInput
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.networks.activity import time_courses
-from fbn_prune.networks.functional_networks import FunctionalNetworks
+from fbn_prune.networks.functional_networks import HUB_Z, FunctionalNetworks
+from fbn_prune.networks.interventions import amplified, masked, retained
 from fbn_prune.progress import StageClock
 from fbn_prune.recipe import PruningConfig, build_recipe
 from fbn_prune.runs.memory import possible_plans
@@ -40,7 +41,7 @@ def prune_live(
     config: PruningConfig,
     clock: StageClock,
 ) -> PruneResult:
-    """Prune a model in place, see :func:`fbn_prune.prune`."""
+    """Prune a model in place; see :func:`fbn_prune.prune`."""
     with _opened(model, tokenizer, dataset, config, clock) as run:
         for line in run.prepared.recipe.notes:
             clock.note(line)
@@ -63,7 +64,7 @@ def discover_live(
     *,
     recurrence: bool = False,
 ) -> FunctionalNetworks:
-    """Find the functional networks of a model, see :func:`fbn_prune.discover`."""
+    """Find the functional networks of a model; see :func:`fbn_prune.discover`."""
     with _opened(model, tokenizer, dataset, config, clock) as run:
         return find_networks(run, recurrence=recurrence)
 
@@ -71,17 +72,17 @@ def discover_live(
 def time_courses_live(
     model: PreTrainedModel, tokenizer: Any, dataset: Dataset, networks: FunctionalNetworks
 ) -> Tensor:
-    """Time courses of known networks on all of a text, float64 [tokens, networks], in the order of the text.
+    """Return the networks' time courses on a whole text, float64 [tokens, networks], in the order of the text.
 
     Raises
     ------
     InvalidInput
-        The text gives no block, or the model has other widths than the networks.
+        If the text is too short for one block, or the model's widths differ from those of the networks.
     """
     adapter = ModelAdapter(model)
     if adapter.widths != list(networks.widths):
         raise InvalidInput(
-            f"the networks are of layers of {networks.widths}, the model has {adapter.widths}"
+            f"the networks were found in layers of widths {networks.widths}; the model has {adapter.widths}"
         )
     context = min(adapter.family.context_length(adapter.config), MAX_CONTEXT)
     blocks = all_blocks(as_source(dataset, tokens=sys.maxsize), tokenizer, context)
@@ -97,7 +98,7 @@ def time_courses_live(
 
 @contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """The model is in evaluation mode inside the context, and as it was afterwards."""
+    """Put the model into evaluation mode, and restore its mode afterwards."""
     training = model.training
     model.eval()
     try:
@@ -114,13 +115,7 @@ def _opened(
     config: PruningConfig,
     clock: StageClock,
 ) -> Iterator[OpenRun]:
-    """A run on this very model, which is in evaluation mode inside the context and as it was afterwards.
-
-    Raises
-    ------
-    InvalidInput
-        The model's architecture, the data or the settings cannot be used.
-    """
+    """Yield a run that works on this model object; the model is in evaluation mode inside the context."""
     headers = Checkpoint.of_model(model)
     name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
     recipe = build_recipe({**config.model_dump(), "model": name}, where="config")
@@ -128,7 +123,7 @@ def _opened(
     context = recipe.context or min(longest, MAX_CONTEXT)
     memory = next(possible_plans(recipe, headers, model.device, model.dtype, context))
     prepared = prepared_for(recipe, headers, model.device, model.dtype, memory)
-    # A held-out share comes on top of what calibrates, and blocks that open it may be left out.
+    # The held-out share is read in addition, and the blocks at its start may be skipped.
     tokens = int(recipe.tokens / (1 - recipe.held_out)) + 2 * prepared.context
     source = as_source(dataset, tokens=tokens)
     with clock.stage("calibration"):
@@ -136,3 +131,63 @@ def _opened(
     with _evaluating(model):
         dense = ModelAdapter(copy.deepcopy(model)) if recipe.recover else None
         yield OpenRun(prepared, tokenizer, data, task, ModelAdapter(model), clock, dense)
+
+
+def mask_networks(
+    model: PreTrainedModel, networks: FunctionalNetworks, ids: Sequence[int], *, z: float = HUB_Z
+) -> AbstractContextManager[PreTrainedModel]:
+    """Return a context in which the neurons of some networks output zero (the causal test of arXiv 2502.20408).
+
+    Parameters
+    ----------
+    model
+        The model that the networks were found in; the context yields it.
+    networks
+        The model's functional networks.
+    ids
+        Indices of the networks to mask, from 0.
+    z
+        Smallest absolute z-score of a neuron that belongs to a network: 3 for its hubs, 2 for all members.
+
+    Raises
+    ------
+    InvalidInput
+        If a network does not exist, or the model's widths differ from those of the networks.
+
+    Examples
+    --------
+    >>> with mask_networks(model, networks, [2, 5]):  # doctest: +SKIP
+    ...     model(**inputs)
+    """
+    return _intervened(model, masked(ModelAdapter(model), _neurons(networks, ids, z)))
+
+
+def retain_networks(
+    model: PreTrainedModel, networks: FunctionalNetworks, ids: Sequence[int], *, z: float = HUB_Z
+) -> AbstractContextManager[PreTrainedModel]:
+    """Return a context in which all neurons outside some networks output zero; see :func:`mask_networks`."""
+    return _intervened(model, retained(ModelAdapter(model), _neurons(networks, ids, z)))
+
+
+def amplify_networks(
+    model: PreTrainedModel,
+    networks: FunctionalNetworks,
+    ids: Sequence[int],
+    *,
+    factor: float = 2.0,
+    z: float = HUB_Z,
+) -> AbstractContextManager[PreTrainedModel]:
+    """Return a context that multiplies the activations of some networks by `factor`; see :func:`mask_networks`."""
+    return _intervened(model, amplified(ModelAdapter(model), _neurons(networks, ids, z), factor))
+
+
+def _neurons(networks: FunctionalNetworks, ids: Sequence[int], z: float) -> list[Tensor]:
+    return networks.by_layer(networks.union(ids, z))
+
+
+@contextmanager
+def _intervened(
+    model: PreTrainedModel, intervention: AbstractContextManager[None]
+) -> Iterator[PreTrainedModel]:
+    with intervention:
+        yield model

@@ -1,9 +1,9 @@
-"""How a run keeps within a memory budget: decided before any work, from the checkpoint's headers and the recipe.
+"""Plan how a run stays within its memory budget, from the checkpoint's headers and the recipe alone.
 
-A model that fits is held in memory whole. One that fits no single GPU but all of the machine's together is spread over
-them, layer by layer (:mod:`fbn_prune.model.placement`). Any other is streamed (:mod:`fbn_prune.model.streaming`); then,
-in this order, activations kept for the ICA go to disk, hidden states go to disk, and batches become smaller. What is
-left is the least the run takes: one layer's weights, or one layer's second order, whichever is larger.
+A model that fits is loaded whole. A model that fits only on several GPUs together is spread over them by layers
+(:mod:`fbn_prune.model.placement`). Any other model is streamed (:mod:`fbn_prune.model.streaming`). If that is not
+enough, first the activations for the ICA go to disk, then the hidden states, and then batches become smaller. The
+minimum is the weights of one layer or the second-order matrices of one layer, whichever is larger.
 """
 
 from __future__ import annotations
@@ -26,34 +26,33 @@ from fbn_prune.networks.sampling import LEAST_BLOCKS
 from fbn_prune.recipe import Recipe, parse_size
 
 PROCESS_BYTES = 580 * 10**6
-"""Python, torch, transformers and what the report draws with, before any model."""
+"""Memory of the process before it loads a model: Python, torch, transformers and matplotlib."""
 
 RECOVERY_TOKENS = 2048
-"""Tokens of a training step of the recovery (`recovery/healing.py`, which is slow to import)."""
+"""Tokens per training step of the recovery; repeated here because `recovery/healing.py` is slow to import."""
 
 LOGIT_BYTES = 2**28
-"""The largest logits that the recovery makes at once."""
+"""Size of the largest logits that the recovery computes at once."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What is held where.
+    """Where a run keeps weights, activations and hidden states.
 
     Attributes
     ----------
     streamed
-        Whether weights are read from the checkpoint a layer at a time instead of loaded whole.
+        Whether weights are read from the checkpoint layer by layer instead of loaded at once.
     batch_tokens
-        Tokens of one forward batch.
+        Tokens per forward batch.
     keep_activations, keep_hidden
-        Whether the activations that the ICA reads twice, and the hidden states between two layers, stay in memory.
+        Whether the ICA's activations, and the hidden states between two layers, stay in memory.
     stages
-        Stage -> predicted peak of the process in bytes, on host and device together.
+        Predicted peak memory of each stage in bytes, host and device together.
     scratch
-        Folder for what does not stay in memory.
+        Folder for temporary files.
     placement
-        For each decoder layer the number of the GPU that holds it, all else being on GPU 0; None where the model is
-        not spread over several.
+        GPU index of each decoder layer (everything else is on GPU 0); None if the model is not spread over GPUs.
     """
 
     streamed: bool
@@ -70,7 +69,7 @@ class MemoryPlan:
 
     @property
     def words(self) -> str:
-        """What was decided, in a few words."""
+        """The plan in a few words, for the dry run."""
         if self.placement is not None:
             (first, layers), *others = sorted(Counter(self.placement).items())
             more = "".join(f", {count} on GPU {gpu}" for gpu, count in others)
@@ -89,12 +88,14 @@ def plan_memory(
     dtype: torch.dtype,
     context: int,
 ) -> MemoryPlan:
-    """The quickest way of running the recipe within its `memory_budget`, or within what is free.
+    """Return the fastest plan that stays within the recipe's `memory_budget`, or within the free memory.
+
+    Without a budget, the smallest plan is returned if none fits.
 
     Raises
     ------
     InvalidInput
-        No way keeps within the budget that the recipe states.
+        If no plan stays within the budget; the message names the smallest possible one.
     """
     budget = None
     if recipe.memory_budget is not None:
@@ -118,9 +119,9 @@ def plan_memory(
     stage = max(least.stages, key=least.stages.__getitem__)
     why = ""
     if recipe.needs_whole_model:
-        why = ", as gradients need the whole model in memory"
+        why = "; gradients need the whole model in memory"
     raise InvalidInput(
-        f"memory_budget = {recipe.memory_budget}: the least that this run takes is "
+        f"memory_budget = {recipe.memory_budget}: this run needs at least "
         f"{least.peak_bytes / 1e9:.2f}GB (stage {stage}{why})"
     )
 
@@ -132,7 +133,7 @@ def possible_plans(
     dtype: torch.dtype,
     context: int,
 ) -> Iterator[MemoryPlan]:
-    """Every way of running the recipe, quickest first."""
+    """Yield all plans for a run, fastest first; parameters as in :func:`plan_memory`."""
     usual = 16384 if device.type == "cuda" else 4096
     scratch = Path(tempfile.gettempdir()) if recipe.output is None else recipe.output.parent
 
@@ -166,17 +167,19 @@ def spread_plan(
     free: Sequence[int],
     copies: int = 1,
 ) -> MemoryPlan | None:
-    """The plan of a model in memory with its layers spread over several devices, or None where they do not hold it.
+    """Return the plan with the model's layers spread over several devices, or None if it does not fit on them.
 
-    A stage works on one layer at a time and so on every device in turn: each is to have room for all that the stages
-    need beside the weights.
+    A stage works on one layer after another, and so on every device. Each device therefore needs room for everything
+    that a stage holds in addition to the weights.
 
     Parameters
     ----------
+    whole
+        The plan for one device with enough memory.
     free
-        Bytes free on each device.
+        Free bytes of each device.
     copies
-        Of the model, in memory at once: two while a cut one is trained towards the dense one.
+        Copies of the model in memory: two if the recovery trains the cut model to match the dense one.
     """
     layers, rest = layer_bytes(checkpoint, dtype)
     beside = max(
@@ -192,7 +195,7 @@ def spread_plan(
 
 
 def may_spread(device: torch.device) -> bool:
-    """Whether several GPUs may share the model: there are several, none was named, and no launcher dealt them out."""
+    """Return whether the model may use several GPUs: they exist, no index was given, and no launcher assigned them."""
     return (
         device.type == "cuda"
         and device.index is None
@@ -202,13 +205,13 @@ def may_spread(device: torch.device) -> bool:
 
 
 def free_on_device(index: int) -> int:
-    """Bytes free on one GPU."""
+    """Return the free bytes of one GPU."""
     free, _ = torch.cuda.mem_get_info(index)
     return int(free)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that the process may still take: of the machine, or of its own limit where that is less; of the GPU."""
+    """Return the bytes that the process may use in all: of the GPU, or of the machine and the process's own limit."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free) + PROCESS_BYTES
@@ -222,7 +225,7 @@ def free_memory(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Bytes of what each stage holds at once."""
+    """Predicts the peak memory of each stage in bytes."""
 
     recipe: Recipe
     checkpoint: Checkpoint
@@ -248,15 +251,15 @@ class _Sizes:
         held_out = int(tokens * recipe.held_out)
         rows = min(self.context if self.streamed else batch, held_out)
         logits = head + rows * vocabulary * (size + 2 * 4)
-        # Trials of widths, and comparisons, measure a model in memory as if it were cut: a cut layer, one of its
-        # projections on the way there, and the output weights that it is made from.
-        as_if = 0 if self.streamed else (layer + 2 * hidden * width) * size
+        # Trials of widths and comparisons cut one layer at a time in memory: the cut layer, one of its projections
+        # while it is cut, and the output weights that it is made from.
+        trial = 0 if self.streamed else (layer + 2 * hidden * width) * size
         stages = {
             "perplexity": base
             + self._hidden(held_out)
-            + max(logits, head + batch * hidden * size, forward + as_if)
+            + max(logits, head + batch * hidden * size, forward + trial)
         }
-        if not self.streamed:  # the files are mapped while the weights are made from them
+        if not self.streamed:  # the files are memory-mapped while the weights are loaded
             stages["load"] = base + self.checkpoint.total_bytes
         neurons, networks = width * layers, recipe.networks
         maps = 0
@@ -272,7 +275,7 @@ class _Sizes:
             shape = family.head_shape(config)
             channels = shape.heads * shape.size
             second_order = max(second_order, self._fit(channels, hidden))
-            # The attention's statistics stay beside the MLP's until both have been fitted.
+            # The statistics of the attention stay in memory with those of the MLP until both are fitted.
             waiting = (32 if recipe.sequential else 16) * channels**2
         statistics = (2 if recipe.sequential else 1) * square
         streams = 2 if recipe.sequential else 1
@@ -299,7 +302,7 @@ class _Sizes:
         return stages
 
     def _fit(self, inputs: int, outputs: int) -> float:
-        """Of choosing among the inputs of one output projection, of the refit, and of the check of both."""
+        """Return the bytes for selecting inputs of one output projection, refitting it, and checking the result."""
         sequential = self.recipe.sequential
         square, columns = 8 * inputs * inputs, 8 * outputs * inputs
         choosing = (7 if sequential else 3.2) * square + 3.5 * columns
@@ -307,7 +310,7 @@ class _Sizes:
         return max(choosing, checking)
 
     def _hidden(self, tokens: int) -> int:
-        """Hidden states between two layers."""
+        """Return the bytes of the hidden states between two layers."""
         hidden = self.checkpoint.family.hidden_size(self.checkpoint.config)
         held = tokens if self.keep_hidden else min(tokens, 2 * self.batch)
         return held * hidden * self.dtype.itemsize
@@ -321,7 +324,7 @@ class _Sizes:
         return kept + max(sampling, gram)
 
     def _weights(self) -> tuple[int, int, int]:
-        """Parameters of the largest decoder layer, bytes of the largest tensor, parameters in no layer or embedding."""
+        """Return parameters of the largest layer, bytes of the largest tensor, parameters in no layer or embedding."""
         checkpoint, family = self.checkpoint, self.checkpoint.family
         layers: dict[int, int] = {}
         rest = 0

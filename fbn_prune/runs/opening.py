@@ -1,7 +1,7 @@
-"""Opening a run, which every command begins with: the recipe checked, its texts tokenized, its model loaded.
+"""Open a run: tokenize its texts, load its model, and find the store of its finished stages.
 
-A run that writes an output has a store beside it, in a folder named by a fingerprint of all that decides the bytes of
-the result: the same command finds what an earlier, unfinished run of it has left.
+A run with an output has a store in its work directory. The name of its folder is a fingerprint of everything that
+decides the bytes of the result, so the same command finds the stages that an unfinished run has left.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from fbn_prune.runs.setup import Prepared
 from fbn_prune.store import Store, default_place, fingerprint, store_in
 
 PLACES = frozenset({"output", "overwrite", "work_dir", "max_shard_size", "memory_budget"})
-"""Recipe keys that say where and how to write, and not what."""
+"""Recipe keys that do not affect the weights that are written."""
 
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A prepared run with its text and its model, and the clock that times its stages.
+    """A prepared run with its texts, its model and its clock.
 
     Attributes
     ----------
     data
-        The calibrating and the held-out blocks, without those that hold a test question of the task.
+        Calibration blocks and held-out blocks, without those that contain a test question of the task.
     task
-        The task's own blocks; None without a task.
+        The blocks of the task's examples and tests; None without a task.
     dense
-        A second copy of the model for a recovery to aim at; None where it is loaded when it is needed.
+        A copy of the dense model as the target of the recovery; None if the recovery loads it itself.
     """
 
     prepared: Prepared
@@ -55,7 +55,7 @@ class OpenRun:
 
     @property
     def texts(self) -> str:
-        """Fingerprints of all text that is read: for calibration, held out, and the task's examples and test."""
+        """Fingerprints of all texts of the run: calibration, held-out, and the task's examples and tests."""
         blocks = [self.data.calibrating, self.data.held_out]
         if self.task is not None:
             blocks += [self.task.examples]
@@ -64,17 +64,17 @@ class OpenRun:
 
 
 def open_run(prepared: Prepared, clock: StageClock, *, whole: bool = False) -> OpenRun:
-    """Read a prepared run's texts and load its model.
+    """Read the texts of a prepared run and load its model.
 
     Parameters
     ----------
     whole
-        Have the whole model in memory, whatever the memory plan says.
+        Load the whole model into memory even if the memory plan streams it.
 
     Raises
     ------
     InvalidInput
-        A text cannot be read or is too short, see :func:`fbn_prune.data.calibration.calibration_data`.
+        If a text cannot be read or is too short; see :func:`fbn_prune.data.calibration.calibration_data`.
     """
     tokenizer = prepared.checkpoint.load_tokenizer()
     with clock.stage("calibration"):
@@ -87,12 +87,12 @@ def open_run(prepared: Prepared, clock: StageClock, *, whole: bool = False) -> O
 def read_texts(
     prepared: Prepared, tokenizer: Any, sources: Sequence[str | GivenData] | None = None
 ) -> tuple[CalibrationData, TaskCalibration | None]:
-    """Read the calibrating and held-out blocks of a prepared run, and its task's blocks, or None without a task.
+    """Return the calibration and held-out blocks of a run, and those of its task (None without a task).
 
     Parameters
     ----------
     sources
-        In the place of those that the recipe names.
+        Text to read instead of the recipe's calibration sources.
     """
     recipe = prepared.recipe
     vocabulary = prepared.family.vocab_size(prepared.checkpoint.config)
@@ -115,16 +115,14 @@ def read_texts(
 
 @contextmanager
 def store_of(prepared: Prepared) -> Iterator[Store]:
-    """The store of a prepared run, in its work directory; a run without an output keeps nothing.
-
-    Of several processes on one job the first keeps it; what it reads goes to the others.
+    """Open the store in the run's work directory; runs without an output, and ranks above 0, keep nothing.
 
     Raises
     ------
     InvalidInput
-        The same run is at work there.
+        If another process works on the same run.
     FbnPruneError
-        The work directory cannot be written to.
+        If the work directory cannot be written to.
     """
     recipe = prepared.recipe
     if recipe.output is None or not is_first():
@@ -140,7 +138,7 @@ def store_of(prepared: Prepared) -> Iterator[Store]:
 
 
 def facts(prepared: Prepared) -> dict[str, Any]:
-    """All that decides a run's bytes beside its calibration text, as JSON."""
+    """Return everything but the calibration text that decides the bytes of the result, as JSON values."""
     recipe = prepared.recipe
     device = str(prepared.device)
     if prepared.device.type == "cuda":
@@ -158,7 +156,7 @@ def facts(prepared: Prepared) -> dict[str, Any]:
 
 
 def _checkpoint(prepared: Prepared) -> list[Any]:
-    """Headers, and what changes when a file's data do: sizes and times."""
+    """Return the config, the tensor headers, and the size and time of each file (which change with its data)."""
     checkpoint = prepared.checkpoint
     files = sorted({info.file for info in checkpoint.tensors.values()})
     stats = [(file, (checkpoint.path / file).stat()) for file in files]

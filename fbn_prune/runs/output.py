@@ -1,4 +1,4 @@
-"""Writing the pruned checkpoint with what belongs to it: networks, kept neurons, recipe, task record, card, report."""
+"""Write the output folder: the pruned checkpoint, networks, kept neurons, recipe, task record, card and report."""
 
 from __future__ import annotations
 
@@ -31,16 +31,21 @@ def publish(
     *,
     store: Store | None = None,
 ) -> None:
-    """Write everything into the recipe's output, which appears when it is whole.
+    """Write all files of the output; the folder appears at its path when it is complete.
 
     Parameters
     ----------
-    store : keeps finished shards for a run that has to start again.
+    cut
+        Kept neurons and new weights of every layer.
+    result
+        Figures of the run; its sizes after pruning are filled in here.
+    store
+        Keeps finished shards, so that a repeated run does not write them again.
 
     Raises
     ------
     FbnPruneError
-        The disk cannot be written to, or the checkpoint does not fit its config.
+        If the disk cannot be written to, or the checkpoint does not fit its config.
     """
     recipe = prepared.recipe
     assert recipe.output is not None
@@ -86,7 +91,7 @@ _CRITERION_WORDS = {
     "flap": "FLAP (output variance, mean moved into a bias)",
     "wanda": "Wanda (weight times activation norm)",
     "membership": "membership in the kept networks, without a refit",
-    "membership-bias": "membership in the kept networks, the removed ones' mean output moved into a bias",
+    "membership-bias": "membership in the kept networks, the removed neurons' mean output moved into a bias",
     "magnitude": "weight norm",
     "random": "chance",
 }
@@ -103,8 +108,8 @@ def _card(
     for_task = ""
     if result.task is not None:
         for_task = (
-            f", weighed to match {result.task['examples']} examples of {result.task['file']} "
-            f"(with them in) by {len(result.task['matched_networks'])} functional networks"
+            f", weighted to match {result.task['examples']} examples of {result.task['file']} "
+            f"(included) on {len(result.task['matched_networks'])} functional networks"
         )
     facts = CardFacts(
         base_name=recipe.model,
@@ -119,7 +124,7 @@ def _card(
         bytes_before=result.bytes_before,
         bytes_after=result.bytes_after,
         calibration=f"{result.calibration_tokens:,} tokens of {sources}{for_task}",
-        held_out=f"{result.held_out_tokens:,} tokens of {sources} that calibrated nothing",
+        held_out=f"{result.held_out_tokens:,} tokens of {sources} that were kept out of calibration",
         command="fbn-prune run recipe.yaml --output NEW_FOLDER",
         version=tool_version(),
         kept_networks=len(kept) if recipe.stated_budget is None else None,

@@ -1,7 +1,6 @@
 """The main job, from a recipe to a smaller checkpoint: calibrate, discover, rank, prune, measure, export.
 
-Everything that can be refused is refused in :func:`fbn_prune.runs.setup.prepare`, before any work; nothing appears at
-the output path until all of it is written.
+:func:`fbn_prune.runs.setup.prepare` refuses invalid input before any work; the output appears when it is complete.
 """
 
 from __future__ import annotations
@@ -53,19 +52,14 @@ from fbn_prune.store import Store
 
 
 def run_prune(recipe: Recipe, clock: StageClock) -> PruneResult:
-    """The main job.
-
-    Parameters
-    ----------
-    recipe
-        With `output` None everything but the export is done.
+    """Run the main job; see :func:`fbn_prune.prune_checkpoint`. Without an `output`, nothing is written.
 
     Raises
     ------
     InvalidInput
-        See :func:`prepare` and :func:`fbn_prune.data.calibration.calibration_data`.
+        If the recipe cannot be used (:func:`prepare`), or a text cannot be read or is too short.
     FbnPruneError
-        The pruned model does not work, or its checkpoint does not fit its config.
+        If the pruned model does not work, or the output cannot be written.
     """
     prepared = prepare(recipe)
     for line in recipe.notes:
@@ -75,15 +69,14 @@ def run_prune(recipe: Recipe, clock: StageClock) -> PruneResult:
 
 
 class PruneRun:
-    """The stages of the main job, one method each; what an earlier run finished is taken from the store."""
+    """The main job on an open model, one method per stage; stages that the store holds are not computed again."""
 
     networks: FunctionalNetworks | None
     matched: MatchedCalibration | None
     blocks: TokenBlocks
-    """What the statistics are taken of: the calibrating blocks, or those matched to a task."""
+    """Text of the statistics: the calibration blocks, or those of `matched`."""
     ranked: list[int]
     kept: list[int]
-    """The strongest of the ranked networks."""
     subject: Subject
     widths: Layout
     pruned: CutModel
@@ -95,8 +88,8 @@ class PruneRun:
         self.held_out = on.data.held_out.batches(on.prepared.batch_tokens)
 
     def run(self) -> PruneResult:
-        """All stages, in their order."""
-        self.go_on()
+        """Run all stages in order and return the result."""
+        self.resume()
         self.measure_dense()
         self.find()
         self.match()
@@ -107,12 +100,12 @@ class PruneRun:
         self.recover()
         return self.publish()
 
-    def go_on(self) -> None:
-        """Find out what an earlier run has left, if it read the same text."""
+    def resume(self) -> None:
+        """Drop stored stages that were made from another text, and tell the user what is left."""
         if self.store.bind(self.on.texts):
-            self.clock.note("the calibration text has changed: all stages are done anew")
+            self.clock.note("the calibration text has changed: all stages run again")
         if self.store.started:
-            self.clock.note(f"going on from {self.store.words}")
+            self.clock.note(f"continuing from {self.store.words}")
 
     def measure_dense(self) -> None:
         self.before = numbers(
@@ -121,7 +114,7 @@ class PruneRun:
         self.before_on_task = numbers(self.store, "dense-task", lambda: _test_perplexity(self.on))
 
     def find(self) -> None:
-        """Networks from the recipe's file, or discovered."""
+        """Load the networks of the recipe's file, or discover them if they are needed."""
         self.networks = self.prepared.networks
         if self.networks is None and self.recipe.needs_networks:
             self.networks = artifact(self.store, lambda: find_networks(self.on))
@@ -137,7 +130,7 @@ class PruneRun:
         self.kept = _kept_networks(self.recipe, self.ranked)
 
     def lay_out(self) -> None:
-        """How many neurons each layer keeps."""
+        """Decide how many neurons each layer keeps."""
         prepared, recipe = self.prepared, self.recipe
         options = CutOptions(
             sequential=recipe.sequential,
@@ -183,7 +176,7 @@ class PruneRun:
         )
 
     def measure(self) -> None:
-        """The cut model's perplexity, held beside what the cuts' errors lead to expect."""
+        """Measure the cut model's perplexity, and compare it with the one that the errors of the cuts predict."""
         checkpoint = self.prepared.checkpoint
         self.after = self._pruned_perplexity("pruned")
         self.expected = predicted_rise(self.pruned.relative_errors)
@@ -191,7 +184,7 @@ class PruneRun:
         warning = check_rise(self.before, self.after, self.expected, vocabulary)
         if warning is not None:
             self.clock.note(f"warning: {warning}")
-        # The first was noted when the checkpoint was opened; the result repeats it for those who read that alone.
+        # The oddities were shown when the checkpoint was opened; the result repeats them.
         self.warnings = [line for line in (checkpoint.oddities(), warning) if line is not None]
 
     def recover(self) -> None:
@@ -205,7 +198,7 @@ class PruneRun:
         )
 
     def publish(self) -> PruneResult:
-        """The result, and the output that goes with it where the recipe names one."""
+        """Write the output if the recipe has one, and return the result."""
         result = self._result()
         if self.recipe.output is not None and is_first():
             publish(self.prepared, self.pruned, self.networks, result, self.clock, store=self.store)
@@ -219,7 +212,7 @@ class PruneRun:
         )
 
     def _result(self) -> PruneResult:
-        """Parameters and bytes are those before until the output is there to be counted."""
+        """Return the result; sizes after the cut are filled in when the output is written."""
         prepared, recipe, checkpoint = self.prepared, self.recipe, self.prepared.checkpoint
         return PruneResult(
             model_name=recipe.model,
@@ -290,11 +283,11 @@ def _dense_perplexity(on: OpenRun, batches: Sequence[Batch]) -> float:
 
 
 def _pruned_perplexity(adapter: ModelAdapter, batches: Sequence[Batch], clock: StageClock) -> float:
-    remedy = "nothing was written; keep more neurons, raise --tokens, or compute in --dtype float32"
+    remedy = "nothing was written; keep more neurons, raise --tokens, or use --dtype float32"
     try:
         after = _perplexity(adapter, batches, clock, "pruned perplexity")
     except NonFiniteLogits:
-        raise FbnPruneError(f"the pruned model gives NaN or Inf: {remedy}") from None
+        raise FbnPruneError(f"the pruned model outputs NaN or Inf: {remedy}") from None
     if not math.isfinite(after):
         raise FbnPruneError(f"the pruned model's perplexity is {after}: {remedy}")
     return after
@@ -308,12 +301,12 @@ def _test_perplexity(on: OpenRun) -> float | None:
 
 
 def _kept_networks(recipe: Recipe, order: list[int]) -> list[int]:
-    """The networks to keep: as many as named; where the budget is stated without a number of them, all."""
+    """Return the networks to keep: `keep_networks` of them, or all if only the size of the result is given."""
     if recipe.stated_budget is not None and recipe.keep_networks is None:
         return order
     if order and recipe.kept_networks_or_default > len(order):
         raise InvalidInput(
-            f"keep_networks = {recipe.kept_networks_or_default}: only {len(order)} networks found"
+            f"keep_networks = {recipe.kept_networks_or_default}: only {len(order)} networks were found"
         )
     return order[: recipe.kept_networks_or_default]
 
@@ -340,19 +333,19 @@ def _chosen_layout(
     prepared: Prepared, subject: Subject, request: LayoutRequest, clock: StageClock
 ) -> Layout:
     hidden = prepared.family.hidden_size(prepared.checkpoint.config)
-    tried = trial_bytes(request, hidden, prepared.dtype.itemsize)
-    check_room(subject.scratch, tried, "folder of temporary files")
+    needed = trial_bytes(request, hidden, prepared.dtype.itemsize)
+    check_room(subject.scratch, needed, "folder of temporary files")
     return choose_layout(subject, request, clock)
 
 
 def _verdict(layout: Layout) -> str:
-    """What a trial of layouts found, in a sentence: what ragged gains, and what it costs."""
+    """Return one line on the trial of layouts: the gain of ragged widths, and the choice."""
     ragged = min(rise for rule, rise in layout.trials.items() if rule != UNIFORM)
     uniform = layout.trials[UNIFORM]
     gain = 1 - ragged / uniform if uniform > 0 else 0.0
-    taken = "uniform" if layout.rule == UNIFORM else f"ragged (widths by {layout.rule})"
+    chosen = "uniform" if layout.rule == UNIFORM else f"ragged (widths by {layout.rule})"
     return (
-        f"layers of different widths would save {gain:.0%} of the loss rise on calibration text set aside "
-        f"({uniform:.3f} nats with uniform widths, {ragged:.3f} ragged) and would load with trust_remote_code only: "
-        f"taken: {taken}"
+        f"ragged widths avoid {gain:.0%} of the loss rise on held-back calibration text "
+        f"({uniform:.3f} nats with uniform widths, {ragged:.3f} ragged) but need trust_remote_code to load; "
+        f"chosen: {chosen}"
     )

@@ -1,4 +1,4 @@
-"""What a run reports of itself: its figures, its peak memory, the version that made it."""
+"""The result of a pruning run, its peak memory, and the version of this package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,25 @@ from fbn_prune.pruning.recovery.gain import Recovery
 
 @dataclass
 class PruneResult:
-    """What a run did; :meth:`to_json` is the object that `--json` prints."""
+    """Figures of a finished run; `--json` prints them as :meth:`to_json` returns them.
+
+    Attributes
+    ----------
+    perplexity_before, perplexity_after, perplexity_expected
+        On the held-out text, with the recovery if there was one; and the range that the errors of the cuts predict.
+    warning
+        Oddities of the model's config and findings of the check after pruning; also in the model card.
+    heads_kept, heads_total
+        Attention (query) heads of all layers.
+    widths, width_rule, layout_trials
+        New width of each layer, the rule that set it, and the loss rise in nats of each rule that was tried.
+    kept_networks, ranked_networks
+        Indices of the networks, strongest first.
+    stages
+        Wall seconds of each stage; `forward_seconds` is the part of the forward passes.
+    model
+        The pruned model; None if a checkpoint was written.
+    """
 
     model_name: str
     output: str | None
@@ -28,14 +46,11 @@ class PruneResult:
     perplexity_before: float
     perplexity_after: float
     perplexity_expected: tuple[float, float]
-    """The range that the cuts' own statistics lead to expect."""
     warning: str | None
-    """What is odd in the model's configs, and what the check after pruning found; also in the model card."""
     neurons_kept: int
     neurons_total: int
     heads_kept: int
     heads_total: int
-    """Attention heads (query heads) of all layers."""
     widths: list[int]
     width_rule: str
     layout_trials: dict[str, float]
@@ -48,25 +63,23 @@ class PruneResult:
     forward_seconds: float
     peak_memory_bytes: int
     recovery: Recovery | None = None
-    """What `recover` brought; `perplexity_after` has it in."""
     stages: dict[str, float] = field(default_factory=dict)
     model: PreTrainedModel | None = field(default=None, repr=False, compare=False)
-    """The live model that was pruned in place; None where a checkpoint was written."""
 
     def to_json(self) -> dict[str, Any]:
-        """All figures as plain JSON; the model by its name."""
+        """Return all figures as JSON values, with the model's name as `model`."""
         figures = asdict(replace(self, model=None))
         figures["model"] = figures.pop("model_name")
         return {"model": figures["model"], **figures}
 
     def lasting(self) -> dict[str, Any]:
-        """What is the same whenever and wherever the run is made again: no place, no times, no memory."""
+        """Return the figures that are the same in every repetition of the run: without paths, times and memory."""
         passing = ("output", "forward_seconds", "peak_memory_bytes", "stages")
         return {key: value for key, value in self.to_json().items() if key not in passing}
 
 
 def peak_memory_bytes() -> int:
-    """Highest resident memory of the process so far, plus the highest allocation on each GPU."""
+    """Return the peak resident memory of the process, plus the peak allocation on each GPU."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak *= 1 if sys.platform == "darwin" else 1024
     peak += sum(torch.cuda.max_memory_allocated(gpu) for gpu in range(torch.cuda.device_count()))
@@ -74,7 +87,7 @@ def peak_memory_bytes() -> int:
 
 
 def tool_version() -> str:
-    """The installed version of this package."""
+    """Return the installed version of fbn-prune."""
     try:
         return version("fbn-prune")
     except PackageNotFoundError:

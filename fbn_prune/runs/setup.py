@@ -1,4 +1,4 @@
-"""What a recipe names, opened and checked before any work: everything that can be refused is refused here."""
+"""Open and check everything that a recipe names before any work; all invalid input is refused here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fbn_prune.errors import InvalidInput
 from fbn_prune.export.directory import check_output, check_room, on_one_disk
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.model.families import Family
+from fbn_prune.model.family import Family
 from fbn_prune.model.placement import device_map
 from fbn_prune.model.streaming import StreamedModel, skeleton
 from fbn_prune.model.surgery import require_bias
@@ -33,7 +33,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a recipe names, opened and checked, and nothing loaded yet."""
+    """A checked recipe; its checkpoint is open, and no weights are loaded yet."""
 
     recipe: Recipe
     checkpoint: Checkpoint
@@ -42,14 +42,15 @@ class Prepared:
     context: int
     width_multiple: int
     networks: FunctionalNetworks | None
+    """The networks of `networks_from`, if it is given."""
     budget: Budget | None
-    """None where the kept networks set it."""
+    """Number of neurons to keep; None if the kept networks set it."""
     whole: frozenset[int]
-    """Layers that keep every neuron."""
+    """Layers that keep all their neurons."""
     memory: MemoryPlan
     task: Task | None = None
     head_groups: int | None = None
-    """Groups of attention heads that stay in every layer; None where none go."""
+    """Attention head groups that every layer keeps; None if no heads are removed."""
 
     @property
     def family(self) -> Family:
@@ -70,7 +71,7 @@ class Prepared:
 
     @property
     def heads_kept(self) -> int:
-        """Those of them that stay."""
+        """Attention heads of all layers after the cut."""
         if self.head_groups is None:
             return self.heads_total
         shape = self.family.head_shape(self.checkpoint.config)
@@ -78,11 +79,11 @@ class Prepared:
 
     @property
     def batch_tokens(self) -> int:
-        """Tokens of one forward batch: enough to fill the device, few enough to stay in its caches."""
+        """Tokens per forward batch."""
         return self.memory.batch_tokens
 
     def load_model(self) -> ModelAdapter:
-        """The model, in memory or streamed as the memory plan says."""
+        """Return the model, in memory or streamed, as the memory plan says."""
         if not self.memory.streamed:
             return self.load_whole_model()
         return StreamedModel(
@@ -94,7 +95,7 @@ class Prepared:
         )
 
     def load_whole_model(self) -> ModelAdapter:
-        """The model in memory, whatever the plan: on one device, or spread over those that the plan names."""
+        """Return the model in memory, on one device or spread over those of the memory plan."""
         places = None
         if self.memory.placement is not None:
             first, *layers = (
@@ -112,13 +113,13 @@ def prepare(recipe: Recipe) -> Prepared:
     Raises
     ------
     InvalidInput
-        The checkpoint, the output place, the device, the context or the networks cannot be used.
+        If the checkpoint, the output, the device, the context, the networks, the budget or the task cannot be used.
     """
     source = str(builtin.model_path()) if recipe.model == "builtin" else recipe.model
     checkpoint = Checkpoint.open(source, trust_remote_code=recipe.trust_remote_code)
     if recipe.output is not None:
         _check_places(recipe, recipe.output, checkpoint)
-    device = _device(recipe.device)
+    device = chosen_device(recipe.device)
     dtype = _dtype(recipe.dtype, device, checkpoint)
     return prepared_for(recipe, checkpoint, device, dtype)
 
@@ -130,22 +131,24 @@ def prepared_for(
     dtype: torch.dtype,
     memory: MemoryPlan | None = None,
 ) -> Prepared:
-    """Check a recipe against a checkpoint that is open, or against the headers of a live model.
+    """Check a recipe against an open checkpoint or the headers of a model in memory.
 
     Parameters
     ----------
     memory
-        What is held where; by default planned from the recipe.
+        Where weights and activations are kept. Default: planned from the recipe.
 
     Raises
     ------
     InvalidInput
-        The context, a width, the networks or the budget do not fit the model.
+        If the context, a width, the networks, the budget or the task do not fit the model.
     """
     family = checkpoint.family
     longest = family.context_length(checkpoint.config)
     if recipe.context is not None and recipe.context > longest:
-        raise InvalidInput(f"context = {recipe.context}: the model was made for {longest} at most")
+        raise InvalidInput(
+            f"context = {recipe.context}: the model supports at most {longest} tokens"
+        )
     width = family.width(checkpoint.config)
     layers = family.num_layers(checkpoint.config)
     multiple = recipe.width_multiple or min(default_multiple(width), width)
@@ -158,8 +161,8 @@ def prepared_for(
         networks = FunctionalNetworks.load(recipe.networks_from)
         if list(networks.widths) != [width] * layers:
             raise InvalidInput(
-                f"{recipe.networks_from} was found on layers of {networks.widths}, "
-                f"the model has {layers} of {width}"
+                f"{recipe.networks_from} was found in layers of widths {networks.widths}; "
+                f"the model has {layers} layers of width {width}"
             )
         counts = {"task_networks": recipe.task_networks, "keep_networks": recipe.keep_networks}
         if recipe.stated_budget is None:
@@ -198,18 +201,25 @@ def prepared_for(
 
 
 def _check_places(recipe: Recipe, output: Path, checkpoint: Checkpoint) -> None:
-    """The output and the work directory; shards that an unfinished run has there need no room again."""
+    """Check the output, the work directory and their disk space; shards of an unfinished run need no space again."""
     place = default_place(output) if recipe.work_dir is None else recipe.work_dir
     whole = checkpoint.total_bytes
     missing = max(0, whole - shard_bytes(place.expanduser(), output))
-    together = on_one_disk(place, output)
-    needed = missing if together else whole
+    one_disk = on_one_disk(place, output)
+    needed = missing if one_disk else whole
     check_output(output, recipe.overwrite, checkpoint.path, needed_bytes=needed)
-    if not together:
+    if not one_disk:
         check_room(place, missing, "work directory")
 
 
-def _device(name: str) -> torch.device:
+def chosen_device(name: str) -> torch.device:
+    """Return the device of a recipe's `device` key; "auto" prefers a GPU.
+
+    Raises
+    ------
+    InvalidInput
+        If there is no such device.
+    """
     if name == "auto":
         return distributed.local_device(
             torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -221,7 +231,9 @@ def _device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise InvalidInput(f"device = {name!r}: write auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InvalidInput(f"device = {name!r}: {torch.cuda.device_count()} CUDA devices are here")
+        raise InvalidInput(
+            f"device = {name!r}: this machine has {torch.cuda.device_count()} CUDA devices"
+        )
     return distributed.local_device(device)
 
 

@@ -1,4 +1,4 @@
-"""The stages of an open run that several commands share: networks, their order, what the loss feels."""
+"""Stages that several commands share: discovery, task matching, ranking, recovery, gradients."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from fbn_prune.runs.result import tool_version
 from fbn_prune.store import Store
 
 KNOCKOUT_TOKENS = 8192
-"""Calibration tokens on which knock-outs are measured: one pass a network must stay cheap."""
+"""Calibration tokens for knock-outs; few, because each network takes a pass over them."""
 
 
 def find_networks(run: OpenRun, *, recurrence: bool = False) -> FunctionalNetworks:
-    """Discover the networks of a run's model, with their output energy filled in."""
+    """Discover the networks of the run's model and compute their output energy; with `recurrence`, measure that too."""
     prepared, adapter = run.prepared, run.adapter
     recipe = prepared.recipe
     header = {
@@ -56,7 +56,7 @@ def find_networks(run: OpenRun, *, recurrence: bool = False) -> FunctionalNetwor
 def match_to_task(
     run: OpenRun, networks: FunctionalNetworks | None, store: Store
 ) -> MatchedCalibration | None:
-    """Weigh the generic data by the networks that the recipe keeps; None without a task."""
+    """Return the calibration text weighted by its similarity to the task; None without a task."""
     prepared, task = run.prepared, run.task
     if task is None:
         return None
@@ -80,14 +80,17 @@ def match_to_task(
 def rank_scores(
     run: OpenRun, networks: FunctionalNetworks, matched: MatchedCalibration | None
 ) -> Tensor:
-    """What the recipe's `rank` orders networks by, float64 [networks]: energy, nats, or standard deviations."""
+    """Return the score of each network by the recipe's `rank`, float64 [networks].
+
+    The unit is output energy ("energy"), nats of loss ("knockout") or standard deviations ("task").
+    """
     prepared, adapter = run.prepared, run.adapter
     rank = prepared.recipe.rank_or_default
     if rank == "task":
         assert matched is not None
         return matched.match.vector.abs()
     if rank == "energy":
-        # Networks from a file may have been found on another model, whose weights gave them another energy.
+        # The energy in a file may come from another model's weights.
         if prepared.networks is None and networks.energy is not None:
             return networks.energy
         return output_energy(networks, adapter.down_weights())
@@ -101,14 +104,14 @@ def rank_scores(
 def rank_networks(
     run: OpenRun, networks: FunctionalNetworks | None, matched: MatchedCalibration | None
 ) -> list[int]:
-    """Networks, strongest first; empty without networks."""
+    """Return the indices of the networks, strongest first; an empty list without networks."""
     if networks is None:
         return []
     return strongest_first(rank_scores(run, networks, matched))
 
 
 def recover_model(run: OpenRun, blocks: TokenBlocks, store: Store) -> dict[str, Tensor]:
-    """Train the cut model in place towards the dense one; its new weights by their names in the checkpoint."""
+    """Train the cut model in place to match the dense one, and return its weights by their names in the checkpoint."""
     from fbn_prune.pruning.recovery.healing import (  # peft is slow
         RecoveryOptions,
         heal,
@@ -125,7 +128,7 @@ def recover_model(run: OpenRun, blocks: TokenBlocks, store: Store) -> dict[str, 
 
 
 def loss_roots_of(run: OpenRun, blocks: TokenBlocks, store: Store) -> list[Tensor] | None:
-    """R of each layer, where errors are to be scored as the loss feels them."""
+    """Return the loss root R of each layer (F = RᵀR of the output gradients), or None if no gradients are needed."""
     prepared, adapter = run.prepared, run.adapter
     if not prepared.recipe.needs_gradients:
         return None

@@ -1,4 +1,4 @@
-"""A model loaded with its networks, to be looked at and not changed; and the order of those networks."""
+"""Load a model with its networks to study them (`rank`, `ablate`, `compare`), and rank the networks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fbn_prune.store import Store
 
 @dataclass(frozen=True, kw_only=True)
 class Studied(OpenRun):
-    """An open run with its networks, ready to be looked at."""
+    """An open run with its networks and, if there is a task, the calibration text matched to it."""
 
     networks: FunctionalNetworks
     matched: MatchedCalibration | None
@@ -29,7 +29,19 @@ class Studied(OpenRun):
 
 @dataclass(frozen=True)
 class Ranking:
-    """Networks by falling score."""
+    """Networks sorted by score.
+
+    Attributes
+    ----------
+    model, rank
+        The model and the rule that scored the networks.
+    order
+        Indices of the networks, strongest first.
+    networks
+        The networks.
+    scores
+        Score of each network, by index.
+    """
 
     model: str
     rank: str
@@ -38,6 +50,7 @@ class Ranking:
     scores: list[float]
 
     def to_json(self) -> dict[str, Any]:
+        """Return the ranking as JSON values: score and size of each network, strongest first."""
         networks = self.networks
         return {
             "model": self.model,
@@ -56,20 +69,20 @@ class Ranking:
 
 
 def study(recipe: Recipe, clock: StageClock) -> Studied:
-    """Load a recipe's model, and its networks or find them; match the task, if there is one.
+    """Load a recipe's model, load or discover its networks, and match the calibration text to the task, if any.
 
     Raises
     ------
     InvalidInput
-        The recipe names what cannot be used, or the model does not fit into memory, where a study has it whole.
+        If the recipe names something that cannot be used, or the whole model does not fit into memory.
     """
     prepared = prepare(recipe)
     if prepared.memory.streamed:
         layers, rest = layer_bytes(prepared.checkpoint, prepared.dtype)
         free = free_memory(prepared.device)
         raise InvalidInput(
-            f"this command has the whole model in memory: {recipe.model} takes {(sum(layers) + rest) / 1e9:.1f} GB and "
-            f"more beside it, {free / 1e9:.1f} GB are free (prune and discover read such a model layer by layer)"
+            f"this command needs the whole model in memory: {recipe.model} takes {(sum(layers) + rest) / 1e9:.1f} GB "
+            f"plus activations, {free / 1e9:.1f} GB are free (prune and discover can read it layer by layer)"
         )
     run = open_run(prepared, clock, whole=True)
     networks = prepared.networks or find_networks(run)
@@ -78,7 +91,7 @@ def study(recipe: Recipe, clock: StageClock) -> Studied:
 
 
 def run_rank(recipe: Recipe, clock: StageClock) -> Ranking:
-    """The `rank` command: every network with its score, strongest first."""
+    """Score and sort the networks; see :func:`fbn_prune.api.rank`."""
     on = study(recipe, clock)
     scores = rank_scores(on, on.networks, on.matched)
     order = strongest_first(scores)

@@ -1,4 +1,4 @@
-"""What unfinished runs have left in work directories (:mod:`fbn_prune.store`), listed and removed."""
+"""List and remove the finished stages of unfinished runs in work directories (:mod:`fbn_prune.store`)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from fbn_prune.store import KINDS, LOCK, RECORD, counted, owned, read_record, re
 
 
 @dataclass(frozen=True)
-class Unfinished:
-    """A run's folder in a work directory."""
+class UnfinishedRun:
+    """The folder of an unfinished run: its recipe's model and output, its finished parts by kind, and their size.
+
+    `idle_seconds` counts from the last finished part; `in_use` tells whether a process works on the run.
+    """
 
     folder: Path
     model: str
@@ -28,24 +31,24 @@ class Unfinished:
     in_use: bool
 
 
-def unfinished(where: Path) -> list[Unfinished]:
-    """The runs in a work directory, or in the work directories beside the outputs in a folder.
+def unfinished_runs(folder: Path) -> list[UnfinishedRun]:
+    """Return the unfinished runs in a work directory, or in the default work directories of a folder's outputs.
 
     Raises
     ------
     InvalidInput
-        `where` is no folder.
+        If the folder does not exist.
     """
-    if not where.is_dir():
-        raise InvalidInput(f"there is no folder {where}")
+    if not folder.is_dir():
+        raise InvalidInput(f"there is no folder {folder}")
     found = []
-    for record in sorted({*where.glob(f"*/{RECORD}"), *where.glob(f".*.work/*/{RECORD}")}):
+    for record in sorted({*folder.glob(f"*/{RECORD}"), *folder.glob(f".*.work/*/{RECORD}")}):
         content = read_record(record.parent)
         if content is None:
             continue
         counts = counted(content["stages"])
         found.append(
-            Unfinished(
+            UnfinishedRun(
                 folder=record.parent,
                 model=str(content.get("model")),
                 output=str(content.get("output")),
@@ -61,21 +64,26 @@ def unfinished(where: Path) -> list[Unfinished]:
     return found
 
 
-def clean(where: Path) -> tuple[list[Unfinished], list[Unfinished]]:
-    """Remove the runs that :func:`unfinished` finds and no process is at work on: those removed, those left."""
+def clean_runs(folder: Path) -> tuple[list[UnfinishedRun], list[UnfinishedRun]]:
+    """Remove the unfinished runs that no process works on; parameter and errors as in :func:`unfinished_runs`.
+
+    Returns
+    -------
+    removed, left
+        The removed runs, and those in use.
+    """
     removed, left = [], []
-    for run in unfinished(where):
+    for run in unfinished_runs(folder):
         if run.in_use:
             left.append(run)
             continue
-        remove(run.folder, run.folder.parent, keep_place=run.folder.parent == where)
+        remove(run.folder, run.folder.parent, keep_place=run.folder.parent == folder)
         removed.append(run)
     return removed, left
 
 
 def shard_bytes(place: Path, output: Path) -> int:
-    """What the shards take that unfinished runs to this output have in a work directory: room that an output made from
-    them does not need again."""
+    """Return the bytes of the finished shards that unfinished runs to `output` have in the work directory `place`."""
     target = str(output.expanduser().resolve())
     records = ((file.parent, read_record(file.parent)) for file in place.glob(f"*/{RECORD}"))
     folders = [folder for folder, record in records if record and record.get("output") == target]
@@ -83,7 +91,7 @@ def shard_bytes(place: Path, output: Path) -> int:
 
 
 def _bytes(files: Iterable[Path]) -> int:
-    """Of files that a run at work may be replacing."""
+    """Return the total size of files, some of which a running process may remove meanwhile."""
     size = 0
     for file in files:
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Serve several tasks from one whole model, each through its own functional networks."""
+"""Serve several tasks from one unpruned model, each through its own functional networks."""
 
 from __future__ import annotations
 
@@ -16,16 +16,25 @@ __all__ = ["Bundle", "FullDown", "LowRankDown", "Memory", "Served", "TaskSet", "
 def load(
     folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> Served:
-    """Load a bundle that `fbn-prune bundle` wrote: its model, with its tasks attached.
+    """Load a bundle that `fbn-prune bundle` wrote, and attach its tasks to its model.
 
     Parameters
     ----------
+    folder
+        The bundle.
+    device
+        Where the model is loaded.
     dtype
         None for the dtype in which the checkpoint is stored.
+
+    Returns
+    -------
+    Served
+        The model with its tasks.
 
     Raises
     ------
     InvalidInput
-        If it is no bundle, or damaged.
+        The folder is not a bundle, or a file is damaged.
     """
     return Bundle.open(Path(folder)).serve(device, dtype)

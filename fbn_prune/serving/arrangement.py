@@ -1,10 +1,9 @@
-"""An order of a layer's neurons in which the sets of several tasks lie in few runs.
+"""Order a layer's neurons so that the kept neurons of each of several tasks form few contiguous runs.
 
-An MLP computes the same function when its neurons are permuted, and a run is read without gathering.
-Neurons are sorted by which tasks keep them, the patterns following one another in reflected Gray
-order (F. Gray, US patent 2632058): neighbours differ in one task, so few runs begin or end there.
-The first task becomes a prefix, the second one run, the third two at most, the fourth four; the
-neurons that any task keeps are a prefix too.
+Permuting the neurons of an MLP does not change its output, and a contiguous run can be read without gathering. Neurons
+are sorted by the set of tasks that keep them, with the sets in reflected Gray order (F. Gray, US patent 2632058):
+neighbouring sets differ in one task, so few runs begin or end between them. The first task's neurons become a prefix,
+the second's one run, the third's at most two, the fourth's at most four. The neurons of all tasks are a prefix too.
 """
 
 from __future__ import annotations
@@ -16,15 +15,15 @@ from torch import Tensor
 
 
 def together(masks: Sequence[Tensor]) -> Tensor:
-    """Return the order, int64 [neurons]: the neuron that comes to stand at each place.
+    """Return for each new position the neuron to put there, int64 [neurons].
 
     Parameters
     ----------
     masks
-        For each task bool [neurons], true where it keeps the neuron; the tasks most used first.
+        For each task bool [neurons], true for the neurons that it keeps; the most used tasks first.
     """
     bits = torch.stack([mask.to(torch.int8) for mask in masks])
-    # What the first task keeps comes first; what no task keeps then has the last code of all.
+    # Inverting the first bit puts the first task's neurons first and those that no task keeps last.
     bits[0] = 1 - bits[0]
     rank = bits.cumsum(0) % 2
     order = torch.arange(bits.shape[1])
@@ -34,7 +33,7 @@ def together(masks: Sequence[Tensor]) -> Tensor:
 
 
 def inverse(order: Tensor) -> Tensor:
-    """Return the place at which each neuron stands, int64 [neurons]."""
+    """Return for each neuron its position in `order`, int64 [neurons]."""
     places = torch.empty_like(order)
     places[order] = torch.arange(len(order))
     return places

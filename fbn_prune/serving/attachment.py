@@ -1,7 +1,7 @@
-"""A live model that serves several tasks, each through its own neurons, its weights in memory once.
+"""Attach several tasks to a live model, whose weights stay in memory once.
 
-`attach` takes the place of the model's MLPs without copying them; entering `networks` switches the
-task; a batch may carry a task for each row. Nothing waits for the device, so a forward pass can be
+`attach` replaces the forward functions of the model's MLPs without copying the weights. The context manager `networks`
+selects a task, or a task for each row of a batch. No step synchronises with the device, so a forward pass can be
 compiled or captured in a CUDA graph. A served model runs one forward pass at a time.
 """
 
@@ -28,24 +28,28 @@ from fbn_prune.serving.layer import Routing, ServedLayer, arrangement, batch_on,
 from fbn_prune.serving.tasks import TaskSet
 
 COPIES_SHARE = 0.19
-"""Copies on a CPU take at most this share of the weights: many tasks then cost 1.2 times one."""
+"""Largest size of the copied rows on a CPU as a share of the weights; memory then stays below 1.2 times the model's."""
 
 _numbers = itertools.count()
 _attached: dict[int, ServedLayer] = {}
-"""The layers that serve, for as long as their model lives. What a compiler reaches through a module it
-takes for constant, the size of a task's neurons too; through here it does not."""
+"""The serving layers of all live models. `torch.compile` treats what it reaches through a module as constant, including
+the size of a task's neuron set; it does not for what it reaches through this dictionary."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a served model.
+    """The memory of a served model, in bytes.
 
     Attributes
     ----------
-    weights : the whole model's parameters, which all tasks share.
-    lists : index lists of all tasks.
-    copies : room for rows that lie in no long run, on a CPU: of one task, whichever is current.
-    corrections : for each task, its own output weights.
+    weights
+        The model's parameters, which all tasks share.
+    lists
+        The index lists of all tasks.
+    copies
+        On a CPU, the buffer for copied rows of the current task that lie outside long runs.
+    corrections
+        The output weights of each task.
     """
 
     weights: int
@@ -59,12 +63,14 @@ class Memory:
 
 
 class Served:
-    """A model with tasks attached; made by :func:`attach`. As a context manager it detaches at the end.
+    """A model with tasks attached, as :func:`attach` returns it. As a context manager it detaches at the end.
 
     Attributes
     ----------
-    model : the model itself; `model.networks` is :meth:`networks`.
-    names : the tasks, numbered in this order.
+    model
+        The model; `model.networks` is :meth:`networks`.
+    names
+        The tasks; their numbers follow this order.
     """
 
     def __init__(self, model: PreTrainedModel, tasks: Mapping[str, TaskSet]) -> None:
@@ -118,14 +124,19 @@ class Served:
 
     @contextmanager
     def networks(self, names: str | Sequence[str]) -> Iterator[PreTrainedModel]:
-        """Run through a task's neurons inside the context, or each row of a batch through its own task's.
+        """Run forward passes inside the context through the neurons of one task, or of one task for each row.
 
-        Outside the model is whole. Contexts nest, and end also when an exception leaves them.
+        Outside the context the whole model runs. Contexts can be nested.
 
         Parameters
         ----------
         names
-            One task, or for each row of the batches to come one.
+            One task, or one task for each row of the following batches.
+
+        Raises
+        ------
+        InvalidInput
+            There is no task of that name.
         """
         routing = self._routing
         before = (routing.task, routing.rows)
@@ -142,13 +153,13 @@ class Served:
             routing.rows = before[1]
 
     def ids(self, names: Sequence[str]) -> Tensor:
-        """Numbers of tasks, int64 [len(names)] on the model's device: what `network_ids` takes."""
+        """Return the numbers of tasks for `network_ids`, int64 [len(names)] on the model's device."""
         numbers = [self._number(name) for name in names]
         return torch.tensor(numbers, dtype=torch.int64, device=self.model.device)
 
     @property
     def memory(self) -> Memory:
-        """What the model and each of its tasks cost."""
+        """The memory of the model and of each task."""
         return Memory(
             weights=sum(one.nbytes for one in self.model.parameters()),
             lists=sum(layer.list_bytes for layer in self._layers),
@@ -160,7 +171,7 @@ class Served:
         )
 
     def detach(self) -> None:
-        """Give the model back as it was, bit for bit. Again is no error."""
+        """Restore the model bit for bit. A second call does nothing."""
         self._undo.close()
 
     def __enter__(self) -> Served:
@@ -171,7 +182,7 @@ class Served:
 
     def _number(self, name: str) -> int:
         if name not in self.names:
-            raise InvalidInput(f"no task {name!r}; there are {', '.join(self.names)}")
+            raise InvalidInput(f"there is no task {name!r}; the tasks are {', '.join(self.names)}")
         return self.names.index(name)
 
     def _switch(self, task: int) -> None:
@@ -186,12 +197,14 @@ class Served:
             return
         if rows.dim() != 1 or rows.shape[0] != tokens.shape[0]:
             raise InvalidInput(
-                f"network_ids {list(rows.shape)} must name a task for each of {tokens.shape[0]} rows"
+                f"network_ids has shape {list(rows.shape)}; it needs one task for each of the {tokens.shape[0]} rows"
             )
         if rows.device.type == "cpu" and not torch.compiler.is_compiling():
             wrong = rows[(rows < 0) | (rows >= len(self.names))]
             if len(wrong):
-                raise InvalidInput(f"network_ids holds {int(wrong[0])}: {len(self.names)} tasks")
+                raise InvalidInput(
+                    f"network_ids holds {int(wrong[0])}, but there are {len(self.names)} tasks"
+                )
         rows = rows.to(self._devices[0], torch.int32)
         batch = self._layers[0].route(rows, tokens.shape[1])
         self._routing.batches = (batch, *(batch_on(batch, one) for one in self._devices[1:]))
@@ -203,24 +216,30 @@ class Served:
 def attach(
     model: PreTrainedModel, tasks: Mapping[str, TaskSet | KeptNeurons | Sequence[Tensor]]
 ) -> Served:
-    """Let a live model serve tasks, in place, its weights in memory once.
+    """Attach tasks to a live model in place.
 
-    The neurons of each layer are permuted so that the tasks' lie in few runs; the model computes
-    the same function, and `detach` puts them back. Attach after the model is where it shall run, in
-    the dtype it shall have. Inside `model.networks("name")` every forward pass runs through the
-    task's neurons; `network_ids` [batch], given to the model or to `generate` (see
-    :meth:`Served.ids`), sends each row through its own task's.
+    The neurons of each layer are permuted so that those of each task form few contiguous runs; this does not change the
+    model's output, and `detach` reverses it. Move the model to its device and dtype before attaching. Inside
+    `model.networks("name")` every forward pass runs through the task's neurons. `network_ids` [batch], an argument of
+    the model and of `generate` (see :meth:`Served.ids`), selects a task for each row.
 
     Parameters
     ----------
+    model
+        A model of a supported family, in evaluation mode.
     tasks
-        By name, those most used first: a task's set, its neurons alone, or for each layer the kept
-        neurons as ascending int64 or as a bool mask.
+        The tasks by name, the most used first: a task set, its kept neurons, or for each layer the kept neurons as
+        ascending int64 indices or as a bool mask.
+
+    Returns
+    -------
+    Served
+        The model with its tasks.
 
     Raises
     ------
     InvalidInput
-        If the sets do not fit the model, it is of an unknown family, attached already or training.
+        The sets do not fit the model, or it is of an unknown family, in training mode or serves tasks already.
     """
     return Served(model, {name: _as_task(model, task) for name, task in tasks.items()})
 
@@ -241,7 +260,7 @@ def _check(model: PreTrainedModel, tasks: Mapping[str, TaskSet]) -> ModelAdapter
     adapter = ModelAdapter(model)
     family = adapter.family
     if not tasks:
-        raise InvalidInput("no tasks to attach")
+        raise InvalidInput("there are no tasks to attach")
     if model.training:
         raise InvalidInput("the model is in training mode: call eval() first")
     if "networks" in vars(model):
@@ -256,14 +275,14 @@ def _check(model: PreTrainedModel, tasks: Mapping[str, TaskSet]) -> ModelAdapter
     for name, task in tasks.items():
         if task.neurons.widths != widths:
             raise InvalidInput(
-                f"the task {name!r} is of layers of {list(task.neurons.widths)} neurons, "
+                f"the task {name!r} is for layers of {list(task.neurons.widths)} neurons, "
                 f"the model has {list(widths)}"
             )
     return adapter
 
 
 def _override(module: nn.Module, name: str, value: object, undo: ExitStack) -> None:
-    """Set an attribute of this one object; an earlier one of its own comes back at the end."""
+    """Set an attribute of one module instance; `undo` restores the earlier one."""
     own = vars(module)
     if name in own:
         undo.callback(own.__setitem__, name, own[name])
@@ -284,7 +303,7 @@ def _pass_on(x: Tensor) -> Tensor:
 
 
 def _routed_forward(forward: Callable[..., Any], served: Served) -> Callable[..., Any]:
-    """The model's forward with `network_ids` among its parameters, where `generate` looks for it."""
+    """Return the model's forward with `network_ids` in its signature, where `generate` looks for it."""
 
     def routed(*args: Any, network_ids: Tensor | None = None, **kwargs: Any) -> Any:
         tokens = args[0] if args else kwargs.get("input_ids")

@@ -1,8 +1,8 @@
-"""One whole checkpoint and the tasks it serves, in a folder.
+"""Write and read bundles: folders with one unpruned checkpoint and the tasks that it serves.
 
-config.json, model.safetensors, ...     the whole model, which every loader opens; absent if linked
-bundle.json                             where the model is, the tasks in order, what each costs
-tasks/NAME/kept_neurons.safetensors     the neurons, a bit each
+config.json, model.safetensors, ...     the unpruned model, which every loader opens; absent if linked
+bundle.json                             the place of the model, the tasks in order, the size of each
+tasks/NAME/kept_neurons.safetensors     the kept neurons, one bit for each neuron
 tasks/NAME/down.safetensors             the task's own output weights, if it has any
 """
 
@@ -46,13 +46,16 @@ _NAME = re.compile(r"\w[\w.-]*")
 
 @dataclass(frozen=True)
 class TaskSource:
-    """Where a task comes from.
+    """The source of a task.
 
     Attributes
     ----------
-    name : what it will be called.
-    path : a pruned checkpoint, a file of kept neurons, or one of functional networks.
-    networks : which networks' members are kept; empty for the other two.
+    name
+        The name of the task.
+    path
+        A pruned checkpoint, a file of kept neurons, or a file of functional networks.
+    networks
+        The networks whose members are kept; empty for the other two sources.
     """
 
     name: str
@@ -61,15 +64,18 @@ class TaskSource:
 
     @classmethod
     def parse(cls, text: str) -> TaskSource:
-        """Read `name=folder`, `name=kept_neurons.safetensors` or `name=networks.safetensors:2,5,21`.
+        """Parse `name=folder`, `name=kept_neurons.safetensors` or `name=networks.safetensors:2,5,21`.
 
         Raises
         ------
         InvalidInput
+            The text has another form, or the name holds other characters than letters, digits, `.`, `_` and `-`.
         """
         name, equals, rest = text.partition("=")
         if not equals or not rest or not _NAME.fullmatch(name):
-            raise InvalidInput(f"{text!r}: write NAME=PATH, the name of letters, digits, . _ and -")
+            raise InvalidInput(
+                f"{text!r}: write NAME=PATH; the name may have letters, digits, . _ and -"
+            )
         listed = re.fullmatch(r"(.+\.safetensors):(\d+(?:,\d+)*)", rest)
         if listed is None:
             return cls(name, Path(rest).expanduser())
@@ -79,7 +85,7 @@ class TaskSource:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle on disk: the whole model, and the tasks by name, in order."""
+    """A bundle on disk: the checkpoint, and the tasks by name, in order."""
 
     base: Checkpoint
     tasks: dict[str, TaskSet]
@@ -91,21 +97,21 @@ class Bundle:
         Raises
         ------
         InvalidInput
-            If a file is missing, damaged, or of another version.
+            The folder is not a bundle, or a file is missing, damaged or of another version.
         """
         if not (folder / BUNDLE_FILE).is_file():
-            raise InvalidInput(f"{folder} is no bundle: it has no {BUNDLE_FILE}")
+            raise InvalidInput(f"{folder} is not a bundle: it has no {BUNDLE_FILE}")
         content = read_object(folder / BUNDLE_FILE)
         if content.get("format") != _FORMAT_VERSION:
             raise InvalidInput(
-                f"{folder / BUNDLE_FILE}: format {content.get('format')!r}, this fbn-prune reads {_FORMAT_VERSION}"
+                f"{folder / BUNDLE_FILE}: format {content.get('format')!r}, this version reads {_FORMAT_VERSION}"
             )
         names, base = content.get("order"), content.get("base")
         if not isinstance(names, list) or not names or not (base is None or isinstance(base, str)):
             raise InvalidInput(f"{folder / BUNDLE_FILE}: lacks its tasks or its model")
         for name in names:
             if not isinstance(name, str) or not _NAME.fullmatch(name):
-                raise InvalidInput(f"{folder / BUNDLE_FILE}: {name!r} is no name of a task")
+                raise InvalidInput(f"{folder / BUNDLE_FILE}: {name!r} is not a valid task name")
         checkpoint = Checkpoint.open(folder if base is None else base, ragged=True)
         tasks = {name: _read_task(folder / "tasks" / name) for name in names}
         return cls(checkpoint, tasks)
@@ -134,30 +140,40 @@ def write_bundle(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Write a bundle, whole or not at all.
+    """Write a bundle. If writing fails, nothing is left.
 
     Parameters
     ----------
+    base
+        The unpruned checkpoint.
+    sources
+        The tasks, the most used first.
+    output
+        The folder to write.
     refit, rank
-        What is kept of a pruned checkpoint's output weights; see :func:`task_of_pruned`.
+        How much of a pruned checkpoint's output weights is kept; see :func:`task_of_pruned`.
     link
-        Name the model's place instead of copying it.
+        Store the place of the model instead of a copy.
+    overwrite
+        Replace an existing output.
     progress
         Called with the number of bytes read since the last call.
 
     Returns
     -------
     dict
-        What `bundle.json` says, with `output` and `base_bytes`.
+        The content of `bundle.json`, with `output` and `base_bytes`.
 
     Raises
     ------
     InvalidInput
-        If a task is named twice or does not belong to the model.
+        Two tasks have the same name, or a task does not belong to the model.
+    FbnPruneError
+        The output cannot be written.
     """
     names = [source.name for source in sources]
     if len(set(names)) < len(names):
-        raise InvalidInput(f"two tasks have one name: {', '.join(names)}")
+        raise InvalidInput(f"two tasks have the same name: {', '.join(names)}")
     tasks = {one.name: _task_of(base, one, refit, rank, progress) for one in sources}
     linked = base.hub_id or str(base.path.resolve())
     with atomic_directory(output, overwrite) as folder, disk_errors(output):
@@ -202,7 +218,7 @@ def _task_of(
     widths = base.family.widths(base.config)
     if list(task.neurons.widths) != widths:
         raise InvalidInput(
-            f"{source.path} is of layers of {list(task.neurons.widths)} neurons, "
+            f"{source.path} is for layers of {list(task.neurons.widths)} neurons, "
             f"{base.path} has {widths}"
         )
     return task
@@ -263,6 +279,6 @@ def _read_down(file: Path, tensors: dict[str, Tensor], layer: int, kept: int) ->
         return None
     if left.ndim != 2 or left.shape[1] != right.shape[0]:
         raise InvalidInput(
-            f"{file}: layer {layer}: {list(left.shape)} and {list(right.shape)} make no product"
+            f"{file}: layer {layer}: shapes {list(left.shape)} and {list(right.shape)} do not multiply"
         )
     return LowRankDown(left, right)

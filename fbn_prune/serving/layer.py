@@ -1,4 +1,4 @@
-"""One layer's MLP while it serves: its weights laid out for sets, and its output for the task at hand."""
+"""Serve one layer's MLP: lay out its weights for the tasks, and compute its output for the current task."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ from fbn_prune.serving.tasks import FullDown, OwnDown, TaskSet
 
 @dataclass
 class Routing:
-    """Which task the model runs, shared by its layers.
+    """The current task or tasks, shared by the layers of a model.
 
     Attributes
     ----------
-    task : number of the task; as many as there are tasks stands for the whole model.
-    rows : int32 [batch], the task of each row instead, or None.
-    batches : what the running forward pass makes of `rows`, on each device that holds layers; empty
-        where all rows run the same task. The sets are those of layer 0.
+    task
+        Number of the task; the number of tasks stands for the whole model.
+    rows
+        The task of each row, int32 [batch]; None if all rows run `task`.
+    batches
+        The routing of the running forward pass on each device that holds layers, with the sets of layer 0; empty if
+        all rows run the same task.
     """
 
     task: int
@@ -34,18 +37,28 @@ class Routing:
 
 
 def batch_on(batch: NeuronBatch, device: torch.device) -> NeuronBatch:
-    """The batch for a layer on another device; its sets, of which each layer has its own, stay."""
+    """Return the batch on another device, without its sets, of which each layer has its own."""
     lists = (batch.set_ids, batch.order, batch.tiles)
     set_ids, order, tiles = (one.to(device) for one in lists)
     return replace(batch, set_ids=set_ids, order=order, tiles=tiles)
 
 
 def lay_out(adapter: ModelAdapter, layer: int, order: Tensor, undo: ExitStack) -> None:
-    """Permute a layer's neurons, and store every projection with a neuron's weights side by side.
+    """Permute a layer's neurons in place, and store the weights of each neuron contiguously in every projection.
 
-    The model computes the same function through the same parameters; `down` becomes a view of its
-    transposed. No more than one matrix is in memory twice at a time. `undo` puts each parameter back
-    as it was, bit for bit.
+    The layer computes the same function through the same parameters; `down` becomes a view of its stored transpose. At
+    most one matrix is in memory twice at a time.
+
+    Parameters
+    ----------
+    adapter
+        The model.
+    layer
+        The layer's number.
+    order
+        For each new position the neuron to put there, int64 [neurons].
+    undo
+        Gets callbacks that restore each parameter bit for bit.
     """
     back = inverse(order)
     for projection in adapter.family.projections:
@@ -55,13 +68,13 @@ def lay_out(adapter: ModelAdapter, layer: int, order: Tensor, undo: ExitStack) -
             parts.append((module.bias, 0))
         for parameter, axis in parts:
             blocks = range(projection.stacked)
-            there, again = (
+            forward, backward = (
                 torch.cat([one + block * len(one) for block in blocks]).to(parameter.device)
                 for one in (order, back)
             )
             rows = parameter.data if axis == 0 else parameter.data.t()
-            stored = rows.index_select(0, there)
-            undo.callback(_restore, parameter, axis, again)
+            stored = rows.index_select(0, forward)
+            undo.callback(_restore, parameter, axis, backward)
             parameter.data = stored if axis == 0 else stored.t()
 
 
@@ -73,11 +86,11 @@ def _restore(parameter: Tensor, axis: int, back: Tensor) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Own:
-    """A task's own output weights, its columns in the order of the hidden vector."""
+    """A task's own output weights, with columns in the order of its hidden vector."""
 
     down: OwnDown
     columns: Tensor
-    """int64 [kept]: where the task's neurons stand in the union of all tasks."""
+    """Positions of the task's neurons in the union of all tasks, int64 [kept]."""
 
     def __call__(self, hidden: Tensor, shared: Tensor | None) -> Tensor:
         if isinstance(self.down, FullDown):
@@ -87,12 +100,14 @@ class _Own:
 
 
 class ServedLayer:
-    """The forward function of one MLP: the current task's neurons, or each row's own task's.
+    """The forward function of one MLP, for the current task or for one task each row.
 
     Attributes
     ----------
-    device : where the MLP's weights are.
-    place : number of that device among those that hold layers.
+    device
+        The device of the MLP's weights.
+    place
+        Index of that device among the devices that hold layers.
     """
 
     def __init__(
@@ -131,25 +146,25 @@ class ServedLayer:
 
     @property
     def room_bytes(self) -> int:
-        """Bytes that copies of rows would take (CPU only)."""
+        """Bytes of the buffer for copied rows, allocated or not; 0 on a GPU."""
         return self._mlp.room_bytes
 
     def take_room(self) -> None:
-        """Take that memory."""
+        """Allocate the buffer for copied rows."""
         self._mlp.take_room()
 
     def forbid_copies(self) -> None:
-        """Gather scattered rows at every call instead of copying them at a switch."""
+        """Gather scattered rows at every call instead of copying them when the task changes."""
         self._mlp.may_copy = False
 
     @property
     def copied_bytes(self) -> int:
-        """Bytes of the room for copied rows (CPU only)."""
+        """Bytes of the allocated buffer for copied rows; 0 on a GPU."""
         return self._mlp.copied_bytes
 
     @property
     def list_bytes(self) -> int:
-        """Bytes of index lists, for one task at a time and for batches over several."""
+        """Bytes of the index lists, for single tasks and for mixed batches."""
         batches = (self._sets.indices, self._sets.table, self._sets.membership)
         return self._mlp.list_bytes + sum(one.nbytes for one in batches)
 
@@ -162,21 +177,21 @@ class ServedLayer:
     def switch(self, task: int) -> None:
         """Make a task the current one."""
         self._mlp.switch(task)
-        # Not looked up by number while running: a compiled model would be compiled for each.
+        # Set here and not looked up by number in a forward pass, which would be compiled anew for each task.
         self._own_now = self._own[task] if task < len(self._own) else None
         self._bias_now = None if self._bias is None else self._bias[task]
 
     def route(self, rows: Tensor, tokens: int) -> NeuronBatch:
-        """Prepare a forward pass of a batch with a task a row; rows int32 [batch]."""
+        """Prepare a forward pass of a batch with one task for each row, int32 [batch]."""
         if self._mlp.copies or self._any_own:
-            # On a CPU, and where each task goes on with its own weights, the union is run once.
+            # On a CPU, and if tasks have their own output weights, the union of their neurons is run once.
             ids = rows.repeat_interleave(tokens)
             nothing = ids[:0]
             return _union_batch(self._sets, ids, nothing)
         return self._sets.route(rows, tokens_per_row=tokens)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Run x [..., width]."""
+        """Return the MLP's output for x [..., hidden size]."""
         if batches := self._routing.batches:
             return self._mixed(x, replace(batches[self.place], sets=self._sets))
         own = self._own_now
@@ -198,7 +213,7 @@ class ServedLayer:
     def _mixed_own(self, x: Tensor, batch: NeuronBatch) -> Tensor:
         hidden = self._mlp.mixed_hidden(x, batch)
         hidden = hidden.reshape(-1, hidden.shape[-1])
-        # The neurons of all tasks are a prefix of the arrangement.
+        # The neurons of all tasks together are a prefix of the arrangement.
         out = shared = hidden @ self._mlp.down_t[: hidden.shape[1]]
         for number, own in enumerate(self._own):
             if own is not None:
@@ -227,14 +242,14 @@ class ServedLayer:
 
 
 def inverse_of(values: Tensor, size: int) -> Tensor:
-    """Return where each of 0 to size - 1 stands in `values`, int64 [size]; 0 where it does not."""
+    """Return the position of each of 0 to size - 1 in `values`, int64 [size]; 0 if it does not occur."""
     places = torch.zeros(size, dtype=torch.int64)
     places[values] = torch.arange(len(values))
     return places
 
 
 def arrangement(tasks: Sequence[TaskSet], layer: int) -> Tensor:
-    """The order of a layer's neurons that suits these tasks, int64 [neurons]."""
+    """Return the order of a layer's neurons for these tasks, see `together`; int64 [neurons]."""
     masks = []
     for task in tasks:
         mask = torch.zeros(task.neurons.widths[layer], dtype=torch.bool)
@@ -248,7 +263,7 @@ def _union_batch(sets: NeuronSets, ids: Tensor, nothing: Tensor) -> NeuronBatch:
 
 
 def _input_biases(adapter: ModelAdapter, layer: int) -> tuple[Tensor | None, Tensor | None]:
-    """Biases of gate and up, [neurons] each."""
+    """Return the biases of gate and up, [neurons] each."""
     found: list[Tensor | None] = []
     for projection in adapter.family.inputs:
         bias = adapter.module(layer, projection).bias
@@ -260,7 +275,7 @@ def _input_biases(adapter: ModelAdapter, layer: int) -> tuple[Tensor | None, Ten
 def _output_biases(
     tasks: Sequence[TaskSet], layer: int, base: Tensor | None, like: Tensor
 ) -> Tensor | None:
-    """The output bias of each task, then the whole model's, [tasks + 1, hidden]; None if all have none."""
+    """Return the output biases of the tasks and of the model, [tasks + 1, hidden]; None if there are none."""
     own = [task.own_bias[layer] for task in tasks]
     if base is None and all(one is None for one in own):
         return None

@@ -1,8 +1,7 @@
-"""What one task is made of when a whole model serves it: its neurons, and its refitted output weights.
+"""Represent a task that an unpruned model serves: its kept neurons, and its refitted output weights.
 
-The neurons alone cost a bit each. The refit that makes them take over the removed ones' work costs
-more, as much as one chooses: nothing (the whole model's weights serve), a correction of low rank, or
-the task's own `down` in full.
+The kept neurons take one bit for each neuron. The refitted output weights take as much memory as the choice of `refit`
+says: none (the model's own weights are used), a low-rank correction, or the task's own `down` in full.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.model.families import Location
+from fbn_prune.model.family import Location
 from fbn_prune.model.kept_neurons import KEPT_FILE, KeptNeurons
 from fbn_prune.networks.functional_networks import MEMBER_Z, FunctionalNetworks
 
@@ -36,7 +35,7 @@ class FullDown:
 
 @dataclass(frozen=True, eq=False)
 class LowRankDown:
-    """What a task adds to the whole model's output weights: `left` [hidden, rank] @ `right` [rank, kept]."""
+    """A low-rank correction of the model's output weights: `left` [hidden, rank] @ `right` [rank, kept]."""
 
     left: Tensor
     right: Tensor
@@ -51,13 +50,16 @@ OwnDown = FullDown | LowRankDown
 
 @dataclass(frozen=True, eq=False)
 class TaskSet:
-    """One task's neurons and corrections.
+    """The kept neurons and the output weights of one task.
 
     Attributes
     ----------
-    neurons : which are kept.
-    own_down : for each layer the task's output weights, None for the whole model's.
-    own_bias : for each layer the task's output bias [hidden], None for the whole model's.
+    neurons
+        The kept neurons.
+    own_down
+        For each layer the task's output weights, None for the model's.
+    own_bias
+        For each layer the task's output bias [hidden], None for the model's.
     """
 
     neurons: KeptNeurons
@@ -66,7 +68,7 @@ class TaskSet:
 
     @classmethod
     def plain(cls, neurons: KeptNeurons) -> TaskSet:
-        """Neurons alone."""
+        """Return a task without output weights of its own."""
         nothing = (None,) * len(neurons.widths)
         return cls(neurons, nothing, nothing)
 
@@ -74,19 +76,28 @@ class TaskSet:
     def from_networks(
         cls, networks: FunctionalNetworks, kept: Sequence[int], z: float = MEMBER_Z
     ) -> TaskSet:
-        """The members of some functional networks.
+        """Return a task that keeps the members of some functional networks.
+
+        Parameters
+        ----------
+        networks
+            The functional networks of the model.
+        kept
+            Numbers of the networks to keep.
+        z
+            Least abs(z) of a member.
 
         Raises
         ------
         InvalidInput
-            If a layer would keep no neuron.
+            A layer would keep no neuron.
         """
         masks = networks.by_layer(networks.union(kept, z))
         return cls.plain(KeptNeurons.from_masks(masks))
 
     @property
     def correction_parameters(self) -> int:
-        """Weights of its own: each is as wide as the model's dtype, on disk as stored, in memory as loaded."""
+        """Number of the task's own output weights and biases."""
         down = sum(one.parameters for one in self.own_down if one is not None)
         return down + sum(one.numel() for one in self.own_bias if one is not None)
 
@@ -98,20 +109,28 @@ def task_of_pruned(
     rank: int,
     progress: Callable[[int], None] | None = None,
 ) -> TaskSet:
-    """Take a pruned checkpoint for a task of the model it was cut from.
+    """Return the task of a pruned checkpoint, to be served by the model it was cut from.
 
     Parameters
     ----------
+    base
+        The unpruned checkpoint.
+    pruned
+        The checkpoint that was cut from it.
     refit
-        What is kept of its output weights: `full` makes the served task compute what the pruned
-        checkpoint does; `low-rank` the best correction of rank `rank`; `none` nothing.
+        How much of the pruned checkpoint's output weights is kept: "full" reproduces its outputs, "low-rank" keeps the
+        best correction of rank `rank`, "none" keeps nothing.
+    rank
+        Rank of the correction.
     progress
         Called with the number of bytes compared since the last call.
 
     Raises
     ------
     InvalidInput
-        If the checkpoint does not say which neurons it kept, or was not cut from this model.
+        The pruned checkpoint has no file of kept neurons, or was not cut from this model.
+    FbnPruneError
+        A low-rank correction is not finite in the dtype of the weights.
     """
     neurons = KeptNeurons.load(pruned.path / KEPT_FILE)
     widths = base.family.widths(base.config)
@@ -124,8 +143,8 @@ def task_of_pruned(
     own_bias: list[Tensor | None] = [None] * len(widths)
     if (family := base.family).head_shape(pruned.config) != family.head_shape(base.config):
         raise InvalidInput(
-            f"{pruned.path}: attention heads were cut there too, and a task runs through the whole model's: prune "
-            "for a task without --head-sparsity"
+            f"{pruned.path}: attention heads were cut too, but a served task uses all heads of the model; prune for a "
+            "task without --head-sparsity"
         )
     for name in pruned.names:
         location = base.family.locate(name)
@@ -133,7 +152,9 @@ def task_of_pruned(
         if location is None or location.layer >= len(widths):
             _require_equal(base, pruned, name, found, None)
         elif location.projection is not base.family.output:
-            if name in base.tensors or bool(found.any()):  # else the zeros a bias flag asks for
+            if name in base.tensors or bool(
+                found.any()
+            ):  # otherwise these are the zero biases that the config requires
                 _require_equal(base, pruned, name, found, (location, neurons))
         elif location.part == "bias":
             old = base.tensor(name) if name in base.tensors else torch.zeros_like(found)
@@ -160,7 +181,7 @@ def _require_equal(
         expected = _rows_or_columns(expected, *cut)
     if expected is None or not torch.equal(expected, found):
         raise InvalidInput(
-            f"{pruned.path}: {name} is not that of {base.path}: it was cut from another model, "
+            f"{pruned.path}: {name} is not that of {base.path}: the checkpoint was cut from another model, "
             "or trained afterwards"
         )
 
@@ -168,13 +189,13 @@ def _require_equal(
 def _require_shape(pruned: Checkpoint, name: str, found: Tensor, old: Tensor) -> None:
     if found.shape != old.shape:
         raise InvalidInput(
-            f"{pruned.path}: {name} has shape {list(found.shape)}, but {KEPT_FILE} means "
+            f"{pruned.path}: {name} has shape {list(found.shape)}, but {KEPT_FILE} implies "
             f"{list(old.shape)}"
         )
 
 
 def _rows_or_columns(tensor: Tensor, location: Location, neurons: KeptNeurons) -> Tensor:
-    """A tensor's part that belongs to the kept neurons."""
+    """Return the part of a tensor that belongs to the kept neurons."""
     axis = location.projection.neuron_axis if location.part == "weight" else 0
     width, kept = neurons.widths[location.layer], neurons.kept[location.layer]
     rows = torch.cat([kept + block * width for block in range(location.projection.stacked)])

@@ -1,1 +1,1 @@
-"""What a run found and did, as one page to look at."""
+"""Draw a run's networks and results as one HTML page."""

@@ -1,7 +1,7 @@
-"""What a report is drawn from: the files of an output folder, and what `compare`, `ablate` and `evaluate` print.
+"""Read the data of a report: the files of an output folder, and the JSON output of `compare`, `ablate` and `evaluate`.
 
-Everything is read back from files, so that the page a run writes and the page made later of the same folder are one
-and the same. Files are checked as they are read: a file of another kind is refused in one line.
+All data come from files, so that the page that a run writes and a page made later from the same folder are identical.
+Files are validated as they are read.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.networks.ranking import strongest_first
 
 RESULT_NAME = "result.json"
-"""The file of an output folder that says what the run did."""
+"""The file in an output folder with the results of the run."""
 PLACES = ("output", "overwrite", "work_dir")
-"""Recipe keys that say where a result is put and not what it is."""
+"""Recipe keys that set where a result is written and do not affect its content."""
 
 
 class Recovered(BaseModel):
-    """See :class:`fbn_prune.pruning.recovery.gain.Recovery`."""
+    """The JSON form of :class:`fbn_prune.pruning.recovery.gain.Recovery`."""
 
     perplexity_cut: float
     gap_closed: float | None
 
 
 class RunResult(BaseModel):
-    """`result.json`: see :class:`fbn_prune.runs.result.PruneResult`."""
+    """The content of `result.json`, the JSON form of :class:`fbn_prune.runs.result.PruneResult`."""
 
     model: str
     criterion: str
@@ -59,12 +59,12 @@ class RunResult(BaseModel):
 
     @property
     def width_before(self) -> int:
-        """Neurons of every layer of the model that was cut."""
+        """Number of neurons in every layer of the source model."""
         return self.neurons_total // len(self.widths)
 
 
 class Budget(BaseModel):
-    """One budget of a comparison: the share of neurons kept, and each criterion's perplexity."""
+    """One budget of a comparison: the share of neurons kept, and the perplexity of each criterion."""
 
     kept: float
     networks: int | None = None
@@ -72,7 +72,7 @@ class Budget(BaseModel):
 
 
 class Comparison(BaseModel):
-    """What `compare --json` prints."""
+    """The output of `compare --json`."""
 
     model: str
     facts: dict[str, Any] = {}
@@ -81,15 +81,15 @@ class Comparison(BaseModel):
 
     @property
     def criteria(self) -> list[str]:
-        """Every criterion that was measured, the best at the smallest budget first."""
+        """All measured criteria, in order of perplexity at the smallest budget."""
         by_budget = sorted(self.budgets, key=lambda budget: budget.kept)
         names = dict.fromkeys(name for budget in by_budget for name in budget.perplexity)
-        hardest = by_budget[0].perplexity if by_budget else {}
-        return sorted(names, key=lambda name: (hardest.get(name, float("inf")), name))
+        smallest = by_budget[0].perplexity if by_budget else {}
+        return sorted(names, key=lambda name: (smallest.get(name, float("inf")), name))
 
 
 class Ablated(BaseModel):
-    """A set of neurons and the model without them; `id` is a network's, where it is one's."""
+    """An ablated set of neurons and its effect; `id` is that of the network, None for other sets."""
 
     id: int | None = None
     neurons: int
@@ -99,14 +99,14 @@ class Ablated(BaseModel):
 
 
 class Spread(BaseModel):
-    """A figure over random draws."""
+    """Mean and standard deviation over random draws."""
 
     mean: float
     std: float
 
 
 class RandomBand(BaseModel):
-    """The mean and spread of random sets of equal size."""
+    """Mean and standard deviation over `n` random sets of `neurons` neurons."""
 
     neurons: int
     mean: float
@@ -117,7 +117,7 @@ class RandomBand(BaseModel):
 
 
 class GrowingStep(Ablated):
-    """The first `n` networks, and random sets and principal components' neurons as many as they are."""
+    """The first `n` networks, with random sets and principal components of as many neurons."""
 
     n: int
     random: RandomBand
@@ -125,7 +125,7 @@ class GrowingStep(Ablated):
 
 
 class Ablation(BaseModel):
-    """What `ablate --json` prints."""
+    """The output of `ablate --json`."""
 
     model: str
     action: str
@@ -146,14 +146,14 @@ class Ablation(BaseModel):
 
 
 class Figure(BaseModel):
-    """One metric of one task."""
+    """One metric of one task, with its standard error."""
 
     value: float
     stderr: float | None = None
 
 
 class Evaluation(BaseModel):
-    """What `evaluate --json` prints; `compare` is the model beside it."""
+    """The output of `evaluate --json`; `compare` holds the second model."""
 
     model: str
     tasks: dict[str, dict[str, Figure]]
@@ -162,12 +162,12 @@ class Evaluation(BaseModel):
 
 @dataclass(frozen=True, eq=False)
 class ReportFacts:
-    """All that is known; what is None is left out of the page.
+    """The data of a report; the page leaves out what is None.
 
     Attributes
     ----------
     order
-        All networks as they were ranked, strongest first; empty without networks.
+        All networks in the order of their rank, strongest first; empty without networks.
     """
 
     name: str
@@ -181,7 +181,7 @@ class ReportFacts:
 
     @property
     def members_kept(self) -> list[int]:
-        """Neurons that are members of at least one of the first K networks, for K = 1, 2, ..."""
+        """For K = 1, 2, ... the number of neurons that are members of at least one of the first K networks."""
         if self.networks is None:
             return []
         counts, union = [], self.networks.union([])
@@ -198,19 +198,26 @@ def read_facts(
     ablate: Path | None = None,
     evaluate: Path | None = None,
 ) -> ReportFacts:
-    """Read an output folder of the main job or of `discover`, and results beside it.
+    """Read an output folder of the main job or of `discover`, and the JSON files of other commands.
+
+    Parameters
+    ----------
+    folder
+        The output folder.
+    compare, ablate, evaluate
+        Files with the JSON output of these commands.
 
     Raises
     ------
     InvalidInput
-        There is neither a result nor networks in the folder, or a file is damaged or of another kind.
+        The folder holds neither a result nor networks, or a file is damaged or of the wrong kind.
     """
     result = _read(folder / RESULT_NAME, RunResult) if (folder / RESULT_NAME).exists() else None
     artifact = folder / "networks.safetensors"
     networks = FunctionalNetworks.load(artifact) if artifact.exists() else None
     if result is None and networks is None:
         raise InvalidInput(
-            f"{folder} holds neither {RESULT_NAME} nor networks.safetensors: name the output of a run or of discover"
+            f"{folder} holds neither {RESULT_NAME} nor networks.safetensors: give the output of a run or of discover"
         )
     return ReportFacts(
         name=display_name(_model(result, networks)),
@@ -232,7 +239,7 @@ def _model(result: RunResult | None, networks: FunctionalNetworks | None) -> str
 
 
 def _order(networks: FunctionalNetworks, result: RunResult | None) -> list[int]:
-    """As the run ranked them; without a run, by energy, or else as they were found."""
+    """Return the run's ranking; without a run, the order of energy, or else that of the artifact."""
     every = list(range(len(networks.maps)))
     if result is not None and sorted(result.ranked_networks) == every:
         return result.ranked_networks
@@ -240,19 +247,25 @@ def _order(networks: FunctionalNetworks, result: RunResult | None) -> list[int]:
 
 
 def _recipe(path: Path) -> str | None:
-    """The recipe without the places, which differ where the result does not."""
+    """Return the recipe without the keys that only set where files are written."""
     if not path.exists():
         return None
     try:
         keys = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise InvalidInput(f"{path} is no recipe: {' '.join(str(error).split())}") from None
+        raise InvalidInput(f"{path} is not a recipe: {' '.join(str(error).split())}") from None
     if not isinstance(keys, dict):
-        raise InvalidInput(f"{path} is no recipe: it must be a mapping of keys to values")
+        raise InvalidInput(f"{path} is not a recipe: it must be a mapping of keys to values")
     kept = {key: value for key, value in keys.items() if key not in PLACES}
     return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
 
 
+_COMMANDS: dict[type[BaseModel], str] = {
+    RunResult: "a run",
+    Comparison: "compare",
+    Ablation: "ablate",
+    Evaluation: "evaluate",
+}
 _Kind = TypeVar("_Kind", bound=BaseModel)
 
 
@@ -265,5 +278,5 @@ def _read(path: Path, kind: type[_Kind]) -> _Kind:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise InvalidInput(
-            f"{path} is no JSON of a {kind.__name__.lower()}: {place or 'the file'}: {first['msg']}"
+            f"{path} is not the JSON output of {_COMMANDS[kind]}: {place or 'the file'}: {first['msg']}"
         ) from None

@@ -1,7 +1,6 @@
-"""The report's figures, drawn with matplotlib as SVG text that is the same whenever it is drawn.
+"""Draw the report's figures with matplotlib as SVG text, always the same for the same data.
 
-Figures are narrow, so that their letters can be read on a phone, where they are shown at about the size they are
-drawn at.
+The figures are about as wide as a phone's screen, so that their labels are readable there.
 """
 
 from __future__ import annotations
@@ -25,22 +24,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 4.6
-"""Inches: at 96 pixels an inch a little more than a phone is wide."""
+"""Width in inches; at 96 pixels an inch a little more than a phone's screen."""
 INK, MUTED, PALE, KEPT, ALARM = "#22303c", "#6b7a88", "#d4dbe2", "#0b6e8e", "#c2412d"
 OTHER = "#e08e0b"
-"""Of the control that is not chance: principal components."""
+"""Colour of the principal components."""
 _LINES = ("#0b6e8e", "#c2412d", "#7a5195", "#e08e0b", "#3c8d5a", "#8a6a4f", "#6b7a88")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """Our style alone, whatever the user's is, and nothing in the file that changes from run to run."""
+    """Draw in the report's style, independently of the user's matplotlib settings."""
     import matplotlib
 
     logger = logging.getLogger("matplotlib")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # of its caches, which are no business of the run
+    logger.setLevel(logging.ERROR)  # hides messages about its caches
     try:
         with matplotlib.rc_context():
             matplotlib.rcdefaults()
@@ -70,7 +69,7 @@ def drawing() -> Iterator[None]:
 
 
 def widths_figure(result: RunResult) -> str:
-    """Neurons of every layer, before and after."""
+    """Draw the number of neurons of every layer before and after pruning."""
     figure, axes = _figure(1.9)
     layers = range(len(result.widths))
     axes.bar(layers, [result.width_before] * len(result.widths), color=PALE, label="before")
@@ -82,7 +81,7 @@ def widths_figure(result: RunResult) -> str:
 
 
 def dial_figure(members_kept: Sequence[int], neurons: int, kept: int | None) -> str:
-    """How many neurons are members of the strongest K networks, in percent; `kept` marks the run's K."""
+    """Draw the share of neurons that are members of the strongest K networks; `kept` marks the run's K."""
     figure, axes = _figure(1.9)
     numbers = range(1, len(members_kept) + 1)
     shares = [100 * count / neurons for count in members_kept]
@@ -104,14 +103,16 @@ def dial_figure(members_kept: Sequence[int], neurons: int, kept: int | None) -> 
 def quality_figure(
     comparison: Comparison, *, run: RunResult | None, networks: Sequence[float | None] | None = None
 ) -> str:
-    """Perplexity of every criterion against size.
+    """Draw the perplexity of every criterion against size.
 
     Parameters
     ----------
+    comparison
+        The output of `compare`.
     run
-        The run to mark, where it stands on the same text.
+        A run on the same text, to mark in the figure.
     networks
-        For each budget the K networks that it is worth: draw against K instead of against the share of neurons.
+        For each budget the K with as many members; draws against K instead of the share of neurons.
     """
     figure, axes = _figure(2.9)
     _quality(axes, comparison, run, networks)
@@ -119,7 +120,7 @@ def quality_figure(
 
 
 def comparison_svg(comparison: Comparison) -> str:
-    """The plot of `compare`, as a file of its own."""
+    """Return the plot of `compare` as an SVG file."""
     with drawing():
         figure, axes = _figure(3.2)
         _quality(axes, comparison, None, None)
@@ -165,7 +166,7 @@ def _quality(
 
 
 def knockout_figure(ablation: Ablation) -> str:
-    """Perplexity with each network ablated, strongest first, above random sets as large as the strongest."""
+    """Draw the perplexity with each network ablated, strongest first, and with random sets of the strongest's size."""
     figure, axes = _figure(2.4)
     values = [one.perplexity for one in ablation.strongest_first]
     places = np.arange(1, len(values) + 1)
@@ -196,7 +197,7 @@ def knockout_figure(ablation: Ablation) -> str:
 
 
 def growing_figure(name: str, steps: Sequence[GrowingStep], dense: float) -> str:
-    """Perplexity with the first n networks masked, or retained alone, beside random sets."""
+    """Draw the perplexity with the first n networks masked, or only them retained, and with random sets."""
     figure, axes = _figure(2.1)
     numbers = [step.n for step in steps]
     mean = np.array([step.random.mean for step in steps])
@@ -220,12 +221,12 @@ def growing_figure(name: str, steps: Sequence[GrowingStep], dense: float) -> str
 
 
 def connectivity_figure(matrix: Tensor) -> str:
-    """Correlations of time courses, [k, k], networks that go together side by side."""
+    """Draw the correlations of time courses, [k, k], with correlated networks side by side."""
     values = matrix.double().numpy()
     order = _side_by_side(values)
     figure, axes = _figure(3.6)
     shown = values[np.ix_(order, order)].copy()
-    np.fill_diagonal(shown, np.nan)  # each with itself says nothing, and would drown the rest
+    np.fill_diagonal(shown, np.nan)  # self-correlations of 1 would dominate the colour scale
     bound = max(0.1, float(np.nanmax(np.abs(shown), initial=0.0)))
     image = axes.imshow(shown, cmap="RdBu_r", vmin=-bound, vmax=bound)
     step = max(1, len(order) // 16)
@@ -239,7 +240,7 @@ def connectivity_figure(matrix: Tensor) -> str:
 
 
 def _side_by_side(values: np.ndarray) -> list[int]:
-    """An order of networks by average-linkage clustering, leaves turned so that neighbours are alike."""
+    """Return the order of average-linkage clustering with optimal leaf ordering."""
     if len(values) < 3:
         return list(range(len(values)))
     from scipy.cluster.hierarchy import leaves_list, linkage
@@ -266,7 +267,7 @@ def _whole_numbers(axes: Axes) -> None:
 
 
 def _log_scale(axes: Axes, low: float, high: float) -> None:
-    """Logarithmic above a factor of three, with plain numbers at the ticks."""
+    """Use a logarithmic axis above a factor of three, with plain numbers at the ticks."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     if not high > 3 * low:
@@ -281,7 +282,7 @@ def _log_scale(axes: Axes, low: float, high: float) -> None:
 
 
 def _file(figure: Figure, name: str) -> str:
-    """The drawing as a whole SVG file; `name` keeps its ids apart from another drawing's."""
+    """Return the figure as an SVG file; `name` makes its ids differ from those of other figures."""
     import matplotlib
 
     buffer = io.StringIO()
@@ -292,12 +293,12 @@ def _file(figure: Figure, name: str) -> str:
 
 
 def _svg(figure: Figure, name: str) -> str:
-    """The drawing as an element to stand in a page beside others."""
+    """Return the figure as an `svg` element for a page with several figures."""
     return _embedded(_file(figure, name))
 
 
 def _embedded(text: str) -> str:
-    """The `svg` element, as wide as its place; ids that nothing refers to go, as a page holds several drawings."""
+    """Return the `svg` element without its size and without ids that nothing refers to."""
     text = text[text.index("<svg") :]
     head, rest = text.split(">", 1)
     head = re.sub(r' (?:width|height)="[^"]*"', "", head)

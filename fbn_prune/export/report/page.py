@@ -1,7 +1,7 @@
-"""`report.html`: one file that needs nothing beside it, for a screen, a phone or paper.
+"""Write `report.html`, one self-contained file for screen, phone and paper.
 
-Whatever comes from text (tokens, contexts, names) is escaped by the template engine, and signs that no page can hold
-are shown by their pictures; a content policy in the page forbids scripts and the network besides.
+The template engine escapes all text from models and files (tokens, contexts, names); visible symbols replace control
+characters. A content security policy in the page also forbids scripts and network access.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ FIGURES = (
 )
 CONTEXTS_SHOWN = 3
 CARDS_SHOWN = 12
-"""Cards that are open where no run says which networks matter."""
+"""Number of open cards if no run has selected networks."""
 SELECTIVE_SHOWN = 16
-"""Networks in the table of what each text loses."""
+"""Number of networks in the ablation table."""
 
 
 def write_report(facts: ReportFacts, path: Path) -> None:
-    """Write the page as UTF-8."""
+    """Write the page as a UTF-8 file."""
     path.write_text(report_html(facts), encoding="utf-8")
 
 
 def report_html(facts: ReportFacts) -> str:
-    """The page; the same facts give the same text."""
+    """Return the page; the same facts give the same text."""
     environment = Environment(
         loader=PackageLoader("fbn_prune.export.report", "."),
         autoescape=True,
@@ -82,7 +82,7 @@ def _figures(facts: ReportFacts) -> dict[str, str]:
         drawn["widths"] = figures.widths_figure(result)
     members = facts.members_kept
     if networks is not None and len(members) > 1:
-        kept = None if result is None or _budget_of_its_own(facts) else len(result.kept_networks)
+        kept = None if result is None or _has_own_budget(facts) else len(result.kept_networks)
         drawn["dial"] = figures.dial_figure(members, sum(networks.widths), kept)
     if networks is not None and networks.connectivity is not None and len(members) > 1:
         drawn["connectivity"] = figures.connectivity_figure(networks.connectivity)
@@ -100,8 +100,8 @@ def _figures(facts: ReportFacts) -> dict[str, str]:
     return drawn
 
 
-def _budget_of_its_own(facts: ReportFacts) -> bool:
-    """The size was stated and not set by the kept networks."""
+def _has_own_budget(facts: ReportFacts) -> bool:
+    """Return whether the size was set directly and not by the kept networks."""
     result = facts.result
     return result is None or not 0 < len(result.kept_networks) < len(facts.order)
 
@@ -112,7 +112,7 @@ def _same_text(result: RunResult | None, comparison: Comparison) -> bool:
 
 
 def _networks_worth(facts: ReportFacts, comparison: Comparison) -> list[float | None]:
-    """For each budget the K whose members are as many neurons; None where no K is."""
+    """Return for each budget the K with as many members; None where there is no such K."""
     members = facts.members_kept
     worth: list[float | None] = []
     for budget in comparison.budgets:
@@ -235,7 +235,7 @@ def _ablation(ablation: Ablation) -> dict[str, Any]:
 
 
 def _tint(value: float, most: float) -> str:
-    """Opacity of a cell's colour, for rises alone."""
+    """Return the opacity of a cell's colour; only rises are coloured."""
     return f"{0.6 * min(max(value / most, 0.0), 1.0):.2f}" if most > 0 else "0"
 
 
@@ -266,12 +266,12 @@ def _with_error(value: float, stderr: float | None) -> str:
 
 
 def _cards(facts: ReportFacts) -> dict[str, Any]:
-    """Network cards in the networks' order: those that the run kept, or else the strongest, and the others."""
+    """Return the cards in rank order: first those that the run kept, or else the strongest, then the others."""
     if facts.networks is None:
         return {"title": "", "first": [], "others": []}
     first = set(facts.order[:CARDS_SHOWN])
     title = "The strongest networks"
-    if facts.result is not None and not _budget_of_its_own(facts):
+    if facts.result is not None and not _has_own_budget(facts):
         first, title = set(facts.result.kept_networks), "Networks kept"
     drawn = [
         (network in first, _card(facts, card))

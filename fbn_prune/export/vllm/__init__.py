@@ -1,11 +1,11 @@
-"""Makes ragged checkpoints known to vLLM, by its entry point `vllm.general_plugins`.
+"""Register ragged checkpoints with vLLM, through its entry point `vllm.general_plugins`.
 
-vLLM calls :func:`register` in every process it starts, and may call it twice. A ragged Llama checkpoint is then
-served by vLLM's own Llama, its layers of different widths, where the architecture is named:
+vLLM calls :func:`register` in every process that it starts, possibly twice. vLLM's own Llama then serves a ragged Llama
+checkpoint if the architecture is named:
 
     vllm serve DIR --hf-overrides '{"architectures": ["RaggedLlamaForCausalLM"]}'
 
-Every family is served, by transformers' code, with `--model-impl transformers --trust-remote-code` and without this.
+Without this plugin, `--model-impl transformers --trust-remote-code` serves every family with transformers' code.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from __future__ import annotations
 ARCHITECTURES = {
     "RaggedLlamaForCausalLM": "fbn_prune.export.vllm.llama:RaggedLlamaForCausalLM",
 }
-"""Architecture -> where its class is; vLLM imports that when a checkpoint asks for it."""
+"""The class of each architecture, which vLLM imports when a checkpoint needs it."""
 
 
 def register() -> None:
-    """Tell vLLM's registry of the architectures that it does not know yet."""
+    """Add the architectures to vLLM's registry, unless it has them."""
     from vllm import ModelRegistry
 
     known = ModelRegistry.get_supported_archs()

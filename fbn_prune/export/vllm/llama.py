@@ -1,7 +1,7 @@
-"""vLLM's Llama with layers of different MLP widths; imported by vLLM alone (see :mod:`fbn_prune.export.vllm`).
+"""vLLM's Llama with layers of different MLP widths; only vLLM imports this (see :mod:`fbn_prune.export.vllm`).
 
-Names of weights, sharding over devices, quantisation and compilation are vLLM's own: only the config that a layer is
-built from differs, and that is transformers' `config.per_layer_config[layer]`.
+Weight names, sharding, quantisation and compilation are vLLM's own. Each layer is built from its own config,
+`config.per_layer_config[layer]` of transformers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 
 class RaggedLlamaDecoderLayer(LlamaDecoderLayer):
-    """A layer as wide as the checkpoint has it."""
+    """A Llama layer with the MLP width that the config gives for it."""
 
     def __init__(self, vllm_config: Any, prefix: str = "", config: Any = None) -> None:
         config = config or vllm_config.model_config.hf_config
@@ -22,7 +22,7 @@ class RaggedLlamaDecoderLayer(LlamaDecoderLayer):
 
 
 class RaggedLlamaForCausalLM(LlamaForCausalLM):
-    """A Llama of such layers."""
+    """A Llama whose layers may differ in MLP width."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=RaggedLlamaDecoderLayer)

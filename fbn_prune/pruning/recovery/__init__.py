@@ -1,1 +1,1 @@
-"""Short healing of a cut model against the dense one it was cut from."""
+"""Short training of a cut model towards the dense model from which it was cut."""

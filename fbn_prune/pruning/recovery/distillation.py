@@ -1,8 +1,8 @@
-"""Low-rank adapters trained to make the cut model predict what the dense one predicts, and merged into its weights.
+"""Train low-rank adapters so that the cut model predicts what the dense model predicts, and merge them.
 
-LoRA (arXiv 2106.09685) on every linear map of the decoder layers, through peft and accelerate; the loss is the
-Kullback-Leibler divergence of the cut model's next-token distribution from the dense model's (arXiv 1503.02531), so no
-labels are needed. The state between two steps can be kept, and training goes on from it to the same weights.
+LoRA (arXiv 2106.09685) on every linear map of the decoder layers, through peft and accelerate. The loss is the
+Kullback-Leibler divergence of the cut model's next-token distribution from the dense model's (arXiv 1503.02531), so
+no labels are needed. The state between two steps can be stored; training resumed from it gives the same weights.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fbn_prune.progress import StageClock
 from fbn_prune.store import Store
 
 LOGIT_BYTES = 2**28
-"""Largest float32 logits of a forward pass; a step of more tokens adds up the gradients of several."""
+"""Largest size of a forward pass's float32 logits; a step of more tokens accumulates gradients over several passes."""
 
 WARM_UP = 0.05
 """Share of the steps in which the learning rate rises."""
@@ -36,30 +36,33 @@ WARM_UP = 0.05
 LONGEST_GRADIENT = 1.0
 
 RATE_TIMES_WIDTH = 0.5
-"""2e-3 at 256 channels, where it was measured; 1.2e-4 at 4096, which is customary there."""
+"""Learning rate times hidden size: 2e-3 at 256 channels, where it was measured, and 1.2e-4 at 4096, a common value
+there."""
 
 
 KEEPING_SHARE = 0.05
-"""Share of the time that may go into keeping states: often where that costs little, seldom where they are large."""
+"""Share of the time to spend on storing states, so that large states are stored less often."""
 
 STATES = "distilled-"
-"""What the names of kept states begin with; the number of steps done follows, so that the last one is the latest."""
+"""Prefix of the names of stored states; the number of finished steps follows, so the last name is the latest state."""
 
 
 @dataclass(frozen=True)
 class DistillationOptions:
-    """How the adapters are trained.
+    """Settings of the adapters' training.
 
     Attributes
     ----------
     rank
-        Of each adapter; its scale is twice that over the rank, as usual.
+        Rank of each adapter; its alpha is twice the rank.
     passes
-        Over all blocks.
+        Passes over all blocks.
     step_tokens
         Tokens of one step.
     learning_rate
-        The highest; after the warm-up it falls to nothing along a cosine.
+        Highest learning rate; after the warm-up, it falls to zero along a cosine.
+    seed
+        Seed of the adapters' start and of the order of the blocks.
     """
 
     rank: int = 32
@@ -70,7 +73,7 @@ class DistillationOptions:
 
     @classmethod
     def for_width(cls, hidden_size: int) -> DistillationOptions:
-        """A step that falls with the width of the model, as what a step does to its output grows with it."""
+        """Return options with a learning rate that falls with the width, as a step then changes the output more."""
         return cls(learning_rate=min(5e-3, RATE_TIMES_WIDTH / hidden_size))
 
 
@@ -89,11 +92,13 @@ def distil(
     Parameters
     ----------
     model, dense
-        The cut model and the one it was cut from, on one device.
+        The cut model and the dense model from which it was cut, on one device.
     maps
         Names of the linear maps to adapt.
+    blocks
+        Text to train on.
     store
-        Where the state comes from that an earlier run was in, and states go, the last one among them.
+        Keeps states, including the final one, and provides the last state of an earlier run; None keeps nothing.
     """
     store = store or Store()
     training = _Training(model, dense, maps, blocks, options)
@@ -146,7 +151,7 @@ class _Training:
         self.done = 0
 
     def steps(self) -> Iterator[TokenBlocks]:
-        """The blocks of each step, in an order drawn for each pass by the seed and the pass."""
+        """Yield the blocks of each step, in an order that the seed and the number of the pass determine."""
         for index in range(self._options.passes):
             order = list(range(len(self._blocks.blocks)))
             random.Random(f"{self._options.seed} {index}").shuffle(order)
@@ -164,7 +169,7 @@ class _Training:
         self.done += 1
 
     def _divergence(self, batch: Batch) -> Tensor:
-        """Summed over the batch's tokens, in nats."""
+        """Divergence summed over the batch's tokens, in nats."""
         ids = batch.input_ids.to(self._dense.device)
         valid = batch.valid.to(ids.device)
         with torch.no_grad():
@@ -175,13 +180,13 @@ class _Training:
         return divergence.sum() if weights is None else (divergence * weights.to(found)).sum()
 
     def merge(self) -> None:
-        """Leave the model with the adapters' work in its weights, and as it was otherwise."""
+        """Merge the adapters into the weights, and restore which parameters require gradients."""
         self._accelerator.unwrap_model(self._adapted).merge_and_unload()
         for parameter, required in self._trained:
             parameter.requires_grad_(required)
 
     def state(self) -> dict[str, Tensor]:
-        """How many steps are done, the adapters, and their moments; all else follows from the options."""
+        """Number of finished steps, adapters and optimizer moments; the options determine everything else."""
         state = {"steps": torch.tensor(self.done)}
         for name, parameter in self._parameters.items():
             moments = self._optimizer.state[parameter]
@@ -193,7 +198,7 @@ class _Training:
         return state
 
     def go_on_from(self, state: dict[str, Tensor]) -> None:
-        """Be in the state that :meth:`state` gave."""
+        """Resume from a state of :meth:`state`."""
         self.done = int(state["steps"])
         for name, parameter in self._parameters.items():
             parameter.data.copy_(state[name])
@@ -214,7 +219,7 @@ def _adapted(
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the insides of peft, and nobody can act on them
+        warnings.simplefilter("ignore")  # about peft's internals; users cannot act on them
         torch.manual_seed(options.seed)
         adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)

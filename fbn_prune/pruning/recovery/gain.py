@@ -1,4 +1,4 @@
-"""What healing a cut model brought."""
+"""The gain in perplexity from healing a cut model."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Recovery:
-    """Perplexity on the held-out share before and after healing, and what it took.
+    """Perplexity on the held-out share before and after healing, and the passes over how many tokens it took.
 
-    `gap_closed` is the share of the perplexity that the cut had cost and that came back; None where it had cost none.
+    `gap_closed` is the share of the cut's rise in perplexity that healing reversed; None if the perplexity did not
+    rise.
     """
 
     perplexity_cut: float
@@ -22,5 +23,6 @@ class Recovery:
     def measured(
         cls, dense: float, cut: float, recovered: float, passes: int, tokens: int
     ) -> Recovery:
+        """Return the gain for the perplexities of the dense, the cut and the recovered model."""
         closed = (cut - recovered) / (cut - dense) if cut > dense else None
         return cls(cut, recovered, closed, passes, tokens)

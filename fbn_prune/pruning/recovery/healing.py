@@ -1,6 +1,6 @@
-"""Healing a cut model on its calibration text: first layer by layer, then as a whole, against the dense model.
+"""Heal a cut model on its calibration text, towards the dense model: first layer by layer, then as a whole.
 
-Both steps train linear maps of the decoder layers alone, so the result is the stock architecture with other weights.
+Both steps change only the weights of linear maps in the decoder layers, so the architecture stays the same.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BATCH_TOKENS = 2048
 
 @dataclass(frozen=True)
 class RecoveryOptions:
-    """`passes` over the blocks in each of the two steps, the `rank` of the adapters, and the seed of the order."""
+    """`passes` over the blocks in each of the two steps, `rank` of the adapters, `seed` of the order of the blocks."""
 
     passes: int
     rank: int
@@ -42,14 +42,14 @@ def heal(
     *,
     store: Store | None = None,
 ) -> None:
-    """Train `model` in place towards `dense`, on `blocks` alone.
+    """Train the cut model in place towards the dense model, on `blocks` only.
 
     Parameters
     ----------
     adapter, dense
-        The cut model and the one it was cut from, on one device.
+        The cut model and the dense model from which it was cut, on one device.
     store
-        Where what an earlier run of the same training finished comes from, and what is finished goes.
+        Keeps the training's progress, and provides that of an earlier run; None keeps nothing.
     """
     match_layers(
         adapter,
@@ -78,7 +78,7 @@ def heal(
 
 
 def linear_maps(adapter: ModelAdapter) -> dict[str, nn.Module]:
-    """Every linear map of the decoder layers, by its name in the live model: what healing may change."""
+    """Return every linear map of the decoder layers, which healing may change, by its name in the live model."""
     return {
         name: module
         for name, module in adapter.model.named_modules()
@@ -87,14 +87,14 @@ def linear_maps(adapter: ModelAdapter) -> dict[str, nn.Module]:
 
 
 def healed_tensors(adapter: ModelAdapter, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The live parameters of all linear maps by the names that the checkpoint gives them.
+    """Return the parameters of all linear maps by their names in the checkpoint.
 
-    They take the values that they have in the checkpoint's dtypes, so that what is measured is what is written.
+    The live parameters are rounded to the checkpoint's dtypes, so that the measured model equals the written one.
 
     Raises
     ------
     FbnPruneError
-        A value is not finite in its dtype.
+        A value is not finite in the checkpoint's dtype.
     """
     tensors: dict[str, Tensor] = {}
     for name, module in linear_maps(adapter).items():

@@ -1,9 +1,10 @@
-"""Layer-wise output matching: the MLPs of a cut model are fitted, layer by layer, to what the dense layers put out.
+"""Fit the MLPs of a cut model, layer by layer, to the outputs of the dense model's layers.
 
-No labels and no loss through the whole model: the dense layer's output on the calibration tokens is the target, the
-cut layer runs on what the layers already fitted give it, and all weights of its MLP move. So each layer also makes up
-for what the layers before it lost. The closed form of this step, over the output weights alone, is the refit
-(:mod:`fbn_prune.pruning.second_order`); the weights into the neurons have none.
+No labels are needed, and no loss of the whole model: the target is the dense layer's output on the calibration
+tokens. The cut layer's input comes from the layers that are already fitted, so each layer also compensates for the
+errors of the layers before it. All weights of its MLP are trained. For the output weights alone, the refit
+(:mod:`fbn_prune.pruning.second_order`) solves this problem in closed form; for the input weights, no closed form
+exists.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from fbn_prune.progress import StageClock
 from fbn_prune.store import MATCHED_LAYERS, Store
 
 STEP = 0.04
-"""First step of each weight in units of its matrix's root mean square, so that it fits models of every size; it falls
-to nothing along a cosine."""
+"""Initial step of each weight, relative to the root mean square of its matrix, so that it suits models of every size;
+it falls to zero along a cosine."""
 
 
 def match_layers(
@@ -41,18 +42,18 @@ def match_layers(
     clock: StageClock,
     store: Store | None = None,
 ) -> None:
-    """Fit the MLP weights of `model` in place; everything else of it stays.
+    """Fit the MLP weights of the cut model in place; all other weights stay the same.
 
     Parameters
     ----------
     adapter, dense
-        The cut model and the one it was cut from, on one device, evaluation mode.
+        The cut model and the dense model from which it was cut, on one device, in evaluation mode.
     batches
-        One step each, in an order drawn by `seed` anew in each pass.
+        One training step each; `seed` determines their order, which is new in each pass.
     passes
-        How often each layer sees every batch.
+        Number of passes over the batches for each layer.
     store
-        Where layers fitted by an earlier run come from, and fitted layers go.
+        Keeps fitted layers, and provides those that an earlier run fitted; None keeps nothing.
     """
     store = store or Store()
     layers = adapter.num_layers
@@ -63,7 +64,7 @@ def match_layers(
     with _frozen(adapter.model), clock.stage("layer matching", total, "tokens x layers") as advance:
 
         def fitted(layer: int, order: Sequence[int]) -> dict[str, Tensor]:
-            # The streams come here only now: layers that were kept are in place by then, and are run just once.
+            # Advance only now: layers that the store provided are in place by this time, so each runs only once.
             while stream.next_layer < layer:
                 stream.advance(on_batch=advance)
             while target.next_layer <= layer:
@@ -88,7 +89,7 @@ def match_layers(
 
 @contextmanager
 def _frozen(model: PreTrainedModel) -> Iterator[None]:
-    """No parameter requires gradients, inside; afterwards those that did do so again."""
+    """Turn gradients off for all parameters inside the context, and restore them afterwards."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
@@ -138,13 +139,16 @@ class _LayerFit:
 
 
 def _scale(parameter: Tensor) -> float:
-    """Root mean square; of a bias that is zero still, that of a small weight."""
+    """Root mean square of a parameter; for a bias of zeros, a typical small weight."""
     return float(parameter.detach().square().mean().sqrt()) or 0.02
 
 
 def _relative_error(output: Tensor, target: Tensor, batch: Batch) -> Tensor:
-    """Squared error of each token over the target's square, averaged: the next layer normalises its input, and a few
-    tokens are many times as large as the others."""
+    """Mean over tokens of the squared error relative to the target's square.
+
+    Relative, because the next layer normalises its input and a few tokens have much larger activations than the
+    others.
+    """
     valid = batch.valid.to(output.device)
     wanted = target[valid].float()
     error = (output[valid].float() - wanted).square().sum(-1) / wanted.square().sum(-1)

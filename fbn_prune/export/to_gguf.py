@@ -1,7 +1,7 @@
-"""A checkpoint as a GGUF file for llama.cpp, written tensor by tensor with the `gguf` package.
+"""Write a checkpoint as a GGUF file for llama.cpp, tensor by tensor, with the `gguf` package.
 
-Where the layers differ in width the file names an architecture that reads one width a layer. Vectors are stored in
-float32, as llama.cpp wants them; matrices as they are, or in the type that is asked for.
+If the layers differ in width, the file names an architecture for which llama.cpp reads a width for each layer. Vectors
+are stored in float32, as llama.cpp requires; matrices keep their dtype or get the requested one.
 """
 
 from __future__ import annotations
@@ -23,36 +23,49 @@ from fbn_prune.errors import InvalidInput
 from fbn_prune.export.directory import disk_errors
 from fbn_prune.export.gguf_tokenizer import GgufTokenizer, gguf_tokenizer
 from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.model.families import Gguf, as_config
+from fbn_prune.model.family import Gguf, as_config
 
 GgufType = Literal["auto", "f32", "f16", "bf16"]
-"""Type of the matrices; auto keeps the checkpoint's."""
+"""Dtype of the matrices; "auto" keeps that of the checkpoint."""
 
 _NAMES_WITH_RULES = ("phi-3", "phi3", "modern-bert")
-"""A model that is named so gets rules of its own for special tokens from llama.cpp, or is not loaded."""
+"""llama.cpp applies its own rules for special tokens to models with these names, or does not load them."""
 
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
-def write_gguf(
+def write(
     source: Checkpoint,
     path: Path,
     *,
-    matrices: GgufType = "auto",
+    dtype: GgufType = "auto",
     progress: Callable[[int], None] | None = None,
     note: Callable[[str], None] | None = None,
 ) -> str:
-    """Write `source` to the file `path`, whole or not at all; returns the architecture's name in GGUF.
+    """Write a checkpoint as a GGUF file. If writing fails, no file is left.
 
     Parameters
     ----------
-    progress : called with the bytes of each tensor that is written.
-    note : called with a line for each way in which llama.cpp may read rare text differently.
+    source
+        The checkpoint, uniform or ragged.
+    path
+        The file to write; missing parent folders are created.
+    dtype
+        Of the matrices; "auto" keeps that of the checkpoint.
+    progress
+        Called with the number of bytes of each written tensor.
+    note
+        Called with one line for each way in which llama.cpp may tokenize rare text differently.
+
+    Returns
+    -------
+    str
+        GGUF's name of the architecture.
 
     Raises
     ------
     InvalidInput
-        The family, its rotary embedding or its tokenizer has no form in GGUF here, or `gguf` is not installed.
+        The family, its rotary embedding or its tokenizer cannot be converted, or `gguf` is not installed.
     FbnPruneError
         The file cannot be written.
     """
@@ -65,7 +78,7 @@ def write_gguf(
         source.config,
     )
     config = _OwnAttributes(as_config(source.config))
-    tensors = _plan(source, _Names(gguf, arch, source), matrices)
+    tensors = _plan(source, _Names(gguf, arch, source), dtype)
     extra = _rope_factors(config)
     if note is not None:
         for line in tokenizer.notes:
@@ -105,9 +118,7 @@ def _package() -> Any:
     try:
         import gguf
     except ImportError:
-        raise InvalidInput(
-            "GGUF files are written with the package gguf: pip install gguf"
-        ) from None
+        raise InvalidInput("writing GGUF files needs the package gguf: pip install gguf") from None
     return gguf
 
 
@@ -115,28 +126,28 @@ def _architecture(source: Checkpoint) -> tuple[Gguf, str]:
     facts = source.family.gguf
     if facts is None:
         raise InvalidInput(
-            f"{source.path}: {source.family.name} models are not converted to GGUF here"
+            f"{source.path}: {source.family.name} models are not converted to GGUF by fbn-prune"
         )
     heads = source.family.head_shape(source.config)
     if not facts.own_head_size and heads.heads * heads.size != source.family.hidden_size(
         source.config
     ):
         raise InvalidInput(
-            f"{source.path}: llama.cpp reads {source.family.name} only with heads that make up the hidden size "
-            "together; prune without --head-sparsity"
+            f"{source.path}: for {source.family.name} llama.cpp requires heads * head size = hidden size; "
+            "prune without --head-sparsity"
         )
     if len(set(source.family.widths(source.config))) == 1:
         return facts, facts.arch
     if facts.ragged_arch is None:
         raise InvalidInput(
-            f"{source.path}: llama.cpp reads layers of different widths only with Llama's arithmetic, not "
-            f"{source.family.name}'s; prune with --layout uniform"
+            f"{source.path}: llama.cpp reads layers of different widths only with Llama's arithmetic, not that of "
+            f"{source.family.name}; prune with --layout uniform"
         )
     return facts, facts.ragged_arch
 
 
 class _OwnAttributes:
-    """A config's attributes, also those that a ragged config refuses to give for all layers at once."""
+    """The attributes of a config, including those that a ragged config gives only for single layers."""
 
     def __init__(self, config: Any) -> None:
         self._fields = config.to_dict()
@@ -147,7 +158,7 @@ class _OwnAttributes:
 
 
 class _Names:
-    """GGUF's name for each tensor of a checkpoint."""
+    """Maps the names of a checkpoint's tensors to GGUF's names."""
 
     def __init__(self, gguf: Any, arch: str, source: Checkpoint) -> None:
         number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
@@ -155,7 +166,7 @@ class _Names:
         self._root = source.family.layers.partition(".")[0] + "."
 
     def __call__(self, name: str) -> str | None:
-        """None for a tensor that GGUF has no place for: what the model computes by itself."""
+        """Return the GGUF name of a tensor; None if it has none."""
         for spelled in (name, self._root + name):
             if (
                 found := self._map.get_name(spelled, try_suffixes=(".weight", ".bias"))
@@ -166,7 +177,7 @@ class _Names:
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor of the checkpoint, and the type it is to have in the file."""
+    """A tensor of the checkpoint, and its dtype in the GGUF file."""
 
     name: str
     shape: tuple[int, ...]
@@ -174,7 +185,7 @@ class _Stored:
 
 
 def _plan(source: Checkpoint, names: _Names, matrices: GgufType) -> dict[str, _Stored]:
-    """GGUF name -> the tensor, in the order of the file."""
+    """Return the tensors by GGUF name, in the order of the file."""
     tied = bool(as_config(source.config).tie_word_embeddings)
     plan: dict[str, _Stored] = {}
     for stored, info in source.tensors.items():
@@ -182,7 +193,7 @@ def _plan(source: Checkpoint, names: _Names, matrices: GgufType) -> dict[str, _S
             continue
         name = names(stored)
         if name is None:
-            raise InvalidInput(f"{source.path}: GGUF has no place for {stored}")
+            raise InvalidInput(f"{source.path}: GGUF has no tensor for {stored}")
         dtype = info.dtype if matrices == "auto" else _DTYPES[matrices]
         plan[name] = _Stored(stored, info.shape, torch.float32 if len(info.shape) == 1 else dtype)
     return plan
@@ -197,7 +208,9 @@ def _add_info(
         torch.bfloat16: gguf.GGMLQuantizationType.BF16,
     }.get(dtype)
     if kind is None:
-        raise InvalidInput(f"{name} is stored as {dtype}: name a type with --gguf-type")
+        raise InvalidInput(
+            f"{name} is stored as {dtype}, which GGUF does not have: choose a type with --gguf-type"
+        )
     size = math.prod(shape) * dtype.itemsize
     writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=kind)
 
@@ -207,7 +220,7 @@ def _array(tensor: Tensor) -> Any:
 
 
 def _reordered(tensor: Tensor, name: str, config: _OwnAttributes) -> Tensor:
-    """Query and key rows from halves of a head to neighbouring pairs."""
+    """Reorder query and key rows, whose rotary pairs are the halves of a head, so that pairs are neighbours."""
     match = re.search(r"self_attn\.([qk])_proj\.", name)
     if match is None:
         return tensor
@@ -245,13 +258,13 @@ def _rope(config: _OwnAttributes) -> dict[str, Any]:
     rope: dict[str, Any] = config.rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
     if rope.get("rope_type") not in ("default", "llama3"):
         raise InvalidInput(
-            f"rotary embedding of type {rope.get('rope_type')!r} is not converted to GGUF here"
+            f"a rotary embedding of type {rope.get('rope_type')!r} is not converted to GGUF"
         )
     return rope
 
 
 def _rope_factors(config: _OwnAttributes) -> Tensor | None:
-    """What llama.cpp divides the rotary frequencies by, float32 [head / 2]; None where they are plain."""
+    """Return the divisors of the rotary frequencies, float32 [head / 2]; None for the default embedding."""
     rope = _rope(config)
     if rope["rope_type"] != "llama3":
         return None
@@ -260,7 +273,7 @@ def _rope_factors(config: _OwnAttributes) -> Tensor | None:
     wavelength = 2 * math.pi / plain
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     smooth = (rope["original_max_position_embeddings"] / wavelength - low) / (high - low)
-    share = smooth.clamp(0, 1)  # 1: the frequency as it is, 0: divided by the whole factor
+    share = smooth.clamp(0, 1)  # 1 keeps the frequency, 0 divides it by the whole factor
     return (1 / (share + (1 - share) / rope["factor"])).float()
 
 

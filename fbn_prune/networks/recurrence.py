@@ -1,9 +1,9 @@
-"""How functional networks stand to one another, to tokens, and to the networks found elsewhere.
+"""How functional networks relate to one another, to tokens, and to the networks of another search.
 
-Functional connectivity is the correlation of time courses, as in functional MRI; recurrence is the overlap of members
-after one-to-one matching (arXiv 2502.20408 compares inputs so; here also seeds, tasks and models of one shape). An
-overlap means something beside what chance gives, so the same maps are matched with the neurons of each layer shuffled.
-This module knows nothing of models.
+Functional connectivity is the correlation of time courses, as in functional MRI. Recurrence is the overlap of members
+after matching networks one to one (arXiv 2502.20408 compares inputs in this way; here also seeds, tasks, and models
+of equal shape). To show which overlap arises by chance, the maps are also matched after shuffling the neurons within
+each layer. This module is independent of models.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from fbn_prune.networks.fastica import fastica
 from fbn_prune.networks.functional_networks import MEMBER_Z, FunctionalNetworks
 
 STARTS = 8
-"""Starts of the ICA among which a network is looked for: which maps two of them share is luck."""
+"""Number of further ICA starts that look for each network; whether only two starts share a map is partly luck."""
 SHARED_CORRELATION = 0.9
-"""Two maps with at least this abs correlation are the same network."""
+"""Two maps with at least this abs correlation count as the same network."""
 SHUFFLES = 20
 CHANCE_QUANTILE = 0.99
 LEAST_OCCURRENCES = 3
-"""A token seen less often than this tells of its context and not of itself."""
+"""A token with fewer occurrences is left out: its activity reflects its contexts more than the token."""
 
 
 def connectivity(time_courses: Tensor) -> Tensor:
-    """Pearson correlation of every two networks over tokens: [T, k] -> float64 [k, k] in [-1, 1].
+    """Return the Pearson correlation of all pairs of time courses [T, k], float64 [k, k] in [-1, 1].
 
-    A network that never changes is correlated with itself alone.
+    A network with constant activity correlates with itself only.
     """
     courses = time_courses.double() - time_courses.double().mean(0)
     unit = torch.nn.functional.normalize(courses, dim=0)
@@ -43,19 +43,22 @@ def connectivity(time_courses: Tensor) -> Tensor:
 
 
 def driving_tokens(time_courses: Tensor, tokens: Tensor, count: int) -> list[list[dict[str, Any]]]:
-    """For each network the vocabulary entries at which it is most unusual, strongest first.
+    """Return for each network the vocabulary entries at which its activity is most unusual, strongest first.
 
     Parameters
     ----------
     time_courses
         [T, k].
     tokens
-        int64 [T]; the token at which each row was taken.
+        int64 [T]; the token id of each row.
+    count
+        Largest number of entries for each network.
 
     Returns
     -------
-    For each network at most `count` of {`token`: id, `activity`: mean in standard deviations of the time course,
-    `count`: occurrences}, ordered by abs(activity) * sqrt(count), the z-score of that mean.
+    list of list of dict
+        For each network, dicts of `token` (id), `activity` (mean in standard deviations of the time course) and
+        `count` (occurrences), ordered by abs(activity) * sqrt(count), the z-score of that mean.
     """
     ids, place, seen = torch.unique(tokens, return_inverse=True, return_counts=True)
     courses = time_courses.double() - time_courses.double().mean(0)
@@ -79,37 +82,32 @@ def driving_tokens(time_courses: Tensor, tokens: Tensor, count: int) -> list[lis
 def recurrence_between_starts(
     maps: Tensor, spans: Sequence[slice], seeds: Sequence[int]
 ) -> dict[str, list[float]]:
-    """How often each map comes back when the ICA starts elsewhere.
+    """Measure how often ICA finds each map again from other random starts.
 
-    The maps are a whitened basis of the space they were found in, so that another start needs no more than the
-    iterations on them.
+    The maps are a whitened basis of their own space, so a new start only repeats the FastICA iterations in it.
 
     Parameters
     ----------
     maps
-        [k, N] z-scored maps of one ICA for each span.
+        [k, N] z-scored maps; each span contributes the same number, in order.
     spans
-        Which neurons each ICA was over; its maps follow one another and are 0 elsewhere.
+        Neurons of each ICA; its maps are 0 outside them.
     seeds
         One for each further start.
 
     Returns
     -------
-    By network, over the starts: `shared_seeds`, the share of them with a partner that correlates at least 0.9;
-    `correlation_seeds` and `iou_seeds`, the mean abs correlation and overlap of members with the partner.
+    dict of str to list of float
+        For each network, over the starts: `shared_seeds`, the share of starts with a partner that correlates at least
+        0.9; `correlation_seeds` and `iou_seeds`, the mean abs correlation and mean overlap of members with the
+        partner.
     """
-    each = len(maps) // len(spans)
+    found = [part[:, span] for part, span in zip(maps.chunk(len(spans)), spans, strict=True)]
     shared, correlation, overlap = [], [], []
     for seed in seeds:
-        parts = [
-            _again(maps[i * each : (i + 1) * each, span], seed) for i, span in enumerate(spans)
-        ]
-        found = [maps[i * each : (i + 1) * each, span] for i, span in enumerate(spans)]
-        matched = [ica.matched_correlation(a, b).cpu() for a, b in zip(found, parts, strict=True)]
-        correlation.append(torch.cat(matched))
-        overlap.append(
-            torch.cat([ica.spatial_overlap(a, b).cpu() for a, b in zip(found, parts, strict=True)])
-        )
+        pairs = [(part, _from_start(part, seed)) for part in found]
+        correlation.append(torch.cat([ica.matched_correlation(a, b).cpu() for a, b in pairs]))
+        overlap.append(torch.cat([ica.spatial_overlap(a, b).cpu() for a, b in pairs]))
         shared.append((correlation[-1] >= SHARED_CORRELATION).double())
     return {
         "shared_seeds": torch.stack(shared).mean(0).tolist(),
@@ -118,8 +116,8 @@ def recurrence_between_starts(
     }
 
 
-def _again(maps: Tensor, seed: int) -> Tensor:
-    """The maps that another start finds in the space of these."""
+def _from_start(maps: Tensor, seed: int) -> Tensor:
+    """The maps that another start finds in the space of `maps`."""
     return fastica(maps.T.contiguous(), seed=seed).W.to(maps.dtype) @ maps
 
 
@@ -130,13 +128,14 @@ class Recurrence:
     Attributes
     ----------
     partner
-        int64 [k]; the network of B.
+        int64 [k]; index of the matched network in B.
     correlation, overlap
-        float64 [k]; abs correlation of the maps, and members shared / members of either.
+        float64 [k]; abs correlation of the maps, and shared members / members of either.
     chance
         The overlap that one in a hundred networks reaches when the neurons of each layer are shuffled.
     connectivity
-        Correlation of the two connectivity matrices after matching, over pairs of networks; None where one is unknown.
+        Correlation between the two connectivity matrices after matching, over pairs of networks; None where either is
+        unknown.
     """
 
     partner: Tensor
@@ -147,7 +146,7 @@ class Recurrence:
 
     @property
     def recurs(self) -> Tensor:
-        """Bool [k]: the overlap is above chance."""
+        """Bool [k]: whether the overlap is above chance."""
         return self.overlap > self.chance
 
     def to_json(self) -> dict[str, Any]:
@@ -172,7 +171,12 @@ class Recurrence:
 
 
 def recurrence(a: FunctionalNetworks, b: FunctionalNetworks, *, seed: int = 0) -> Recurrence:
-    """Compare the networks of two artifacts: of other text, another task, or another model of the same shape.
+    """Compare the networks of two artifacts: from other text, another task, or another model of the same shape.
+
+    Parameters
+    ----------
+    seed
+        Seed of the shuffles that estimate the overlap by chance.
 
     Raises
     ------
@@ -181,12 +185,12 @@ def recurrence(a: FunctionalNetworks, b: FunctionalNetworks, *, seed: int = 0) -
     """
     if a.widths != b.widths:
         raise InvalidInput(
-            f"layers of {_widths(a)} neurons and of {_widths(b)}: networks are compared neuron by neuron, "
-            "which takes models of the same widths"
+            f"the networks are of layers x neurons {_widths(a)} and {_widths(b)}: compare networks of models with "
+            "equal widths"
         )
     if a.maps.shape != b.maps.shape:
         raise InvalidInput(
-            f"{len(a.maps)} networks and {len(b.maps)}: discover as many in both to compare them"
+            f"{len(a.maps)} and {len(b.maps)} networks cannot be compared: discover as many in both models"
         )
     partner, correlations = ica.match(a.maps, b.maps)
     return Recurrence(
@@ -199,7 +203,7 @@ def recurrence(a: FunctionalNetworks, b: FunctionalNetworks, *, seed: int = 0) -
 
 
 def _chance(a: FunctionalNetworks, b: FunctionalNetworks, seed: int) -> float:
-    """The overlap that few networks reach with B's neurons shuffled within each layer, all maps alike."""
+    """The overlap that few networks reach when B's neurons are shuffled within each layer, in all maps alike."""
     generator = torch.Generator().manual_seed(seed)
     overlaps = []
     for _ in range(SHUFFLES):
@@ -222,7 +226,7 @@ def _same_connectivity(
 ) -> float | None:
     if a.connectivity is None or b.connectivity is None or len(a.maps) < 3:
         return None
-    # The sign of a map is a convention; where partners' maps point apart, so do their time courses.
+    # The sign of a map is a convention; partners' maps of opposite sign have time courses of opposite sign.
     signs = torch.sign((a.maps.double() * b.maps[partner].double()).sum(1))
     turned = b.connectivity[partner][:, partner] * signs[:, None] * signs
     rows, columns = torch.triu_indices(len(a.maps), len(a.maps), 1)

@@ -16,7 +16,7 @@ from fbn_prune.cli.main import _exit_code
 from fbn_prune.errors import InvalidInput
 from fbn_prune.networks.cards import network_cards
 from fbn_prune.networks.functional_networks import FunctionalNetworks
-from fbn_prune.networks.structure import (
+from fbn_prune.networks.recurrence import (
     connectivity,
     driving_tokens,
     recurrence,

@@ -1,9 +1,10 @@
-"""What a model loses when its networks' neurons are masked, retained alone, or amplified: the causal test.
+"""Measure how a model's loss changes when neurons are masked, retained alone or amplified.
 
-After arXiv 2502.20408: each network by itself, growing sets of the strongest, and beside them random sets with as many
-neurons in each layer, drawn many times. The control that says whether independence matters takes sets of the same size
-from the principal components of the same space. Every measurement is kept apart by text and by task, so that it shows
-what a network is for. The model is never copied or changed.
+This is the causal test of what networks do, after arXiv 2502.20408: measure each network by itself, then growing
+unions of the strongest networks, and compare both with random sets that have as many neurons in each layer. A second
+control takes sets of the same size from the principal components of the same space; it shows whether statistical
+independence matters. Losses are reported for each text and each task separately, so that they show what a network is
+for. Hooks change the activations; the weights are neither copied nor changed.
 """
 
 from __future__ import annotations
@@ -29,25 +30,25 @@ from fbn_prune.progress import Advance
 
 ActionName = Literal["mask", "retain", "amplify"]
 Intervene = Callable[[Sequence[Tensor]], AbstractContextManager[None]]
-"""From masks by layer to a context in which the model runs changed."""
+"""Takes one mask of neurons per layer and returns a context in which the model runs with these neurons changed."""
 
 TaskFigures = dict[str, dict[str, float]]
 """Task -> metric -> value."""
 
 TaskMeasure = Callable[[PreTrainedModel], TaskFigures]
-"""What measures a model, as it is at the call, on questions beside the texts."""
+"""Measures the model, in its present state, on tasks, in addition to the perplexity on texts."""
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Loss of a model on several texts, name -> (nats summed over predicted tokens, their number); figures on tasks."""
+    """Loss on texts, name -> (nats summed over predicted tokens, number of these tokens), and figures on tasks."""
 
     texts: dict[str, tuple[float, int]]
     tasks: TaskFigures = field(default_factory=dict)
 
     @property
     def loss(self) -> float:
-        """Mean loss over all texts' tokens together, in nats."""
+        """Mean loss over the tokens of all texts together, in nats a token."""
         return sum(loss for loss, _ in self.texts.values()) / sum(n for _, n in self.texts.values())
 
     @property
@@ -56,18 +57,18 @@ class Quality:
 
     @property
     def losses(self) -> dict[str, float]:
-        """Mean loss of each text, in nats."""
+        """Mean loss on each text, in nats a token."""
         return {name: loss / count for name, (loss, count) in self.texts.items()}
 
     def rises(self, dense: Quality) -> dict[str, float]:
-        """How far each text's loss is above the unchanged model's, in nats."""
+        """Return how much the loss on each text exceeds the unchanged model's, in nats a token."""
         before = dense.losses
         return {name: loss - before[name] for name, loss in self.losses.items()}
 
 
 @dataclass(frozen=True)
 class Ablated:
-    """A set of neurons and the model's quality with it ablated."""
+    """A number of changed neurons, and the model's quality with them changed."""
 
     neurons: int
     quality: Quality
@@ -84,24 +85,24 @@ class Ablated:
 
 @dataclass(frozen=True)
 class Band:
-    """Random sets with as many neurons in each layer as some other set has."""
+    """The model's quality with each of several random sets changed, all with equal numbers of neurons in each layer."""
 
     neurons: int
     qualities: tuple[Quality, ...]
 
     @property
     def mean(self) -> float:
-        """Mean perplexity."""
+        """Mean perplexity over the random sets."""
         return statistics.fmean(q.perplexity for q in self.qualities)
 
     @property
     def std(self) -> float:
-        """Standard deviation of the perplexity over the draws; 0 for one draw."""
+        """Standard deviation of the perplexity over the random sets; 0 for a single set."""
         return _spread([q.perplexity for q in self.qualities])["std"]
 
     @property
     def tasks(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Task -> metric -> mean and standard deviation over the draws."""
+        """Task -> metric -> mean and standard deviation over the random sets."""
         drawn = [q.tasks for q in self.qualities]
         return {
             task: {metric: _spread([one[task][metric] for one in drawn]) for metric in metrics}
@@ -122,9 +123,10 @@ class Band:
 
 @dataclass(frozen=True)
 class Step:
-    """One point of a growing curve: the first `networks` of the order, and its controls of equal size.
+    """One point of a growing curve: the union of the first `networks` networks, and its controls of equal size.
 
-    `components` are as many principal components' neurons with the largest weights; None where they were not asked for.
+    `components` changes the neurons with the largest weights in as many principal components; None without this
+    control.
     """
 
     networks: int
@@ -134,16 +136,16 @@ class Step:
 
 
 class Ablation:
-    """One model measured on some texts, as it is and with neurons changed.
+    """Measures one model on some texts, unchanged and with neurons changed.
 
     Parameters
     ----------
     texts
-        Name -> batches; perplexity is over the tokens of all together.
+        Name -> batches. The perplexity is over the tokens of all texts together.
     on_measured
         Called with 1 after each measurement.
     tasks
-        Measures the model on tasks each time as well; None for texts alone.
+        Measures the model on tasks too, each time; None for texts only.
     """
 
     def __init__(
@@ -157,7 +159,7 @@ class Ablation:
         self._on_measured, self._tasks = on_measured, tasks
 
     def action(self, name: ActionName, factor: float = 1.0) -> Intervene:
-        """The intervention of that name on this model; `factor` is for `amplify` alone."""
+        """Return the intervention of that name on this model; only `amplify` uses `factor`."""
         adapter = self._adapter
         if name == "amplify":
             return lambda masks: amplified(adapter, masks, factor)
@@ -166,21 +168,21 @@ class Ablation:
         return lambda masks: masked(adapter, masks)
 
     def dense(self) -> Quality:
-        """The unchanged model."""
+        """Measure the unchanged model."""
         texts = {name: summed_loss(self._adapter, batches) for name, batches in self._texts.items()}
         figures = {} if self._tasks is None else self._tasks(self._adapter.model)
         self._on_measured(1)
         return Quality(texts, figures)
 
     def measure(self, intervene: Intervene, masks: Sequence[Tensor]) -> Ablated:
-        """The model with the neurons of `masks`, bool [neurons] for each layer, changed."""
+        """Measure the model with the neurons of `masks` (bool [neurons] for each layer) changed."""
         with intervene(masks):
             return Ablated(sum(int(mask.sum()) for mask in masks), self.dense())
 
     def random(
         self, intervene: Intervene, like: Sequence[Tensor], *, draws: int, seed: int
     ) -> Band:
-        """The same done to `draws` random sets with as many neurons in each layer as `like`."""
+        """Measure the model with `draws` random sets changed, each with as many neurons in each layer as `like`."""
         generator = torch.Generator().manual_seed(seed)
         done = [self.measure(intervene, random_like(like, generator)) for _ in range(draws)]
         return Band(done[0].neurons, tuple(one.quality for one in done))
@@ -197,10 +199,15 @@ class Ablation:
         seed: int,
         components: Tensor | None = None,
     ) -> list[Step]:
-        """The same done to the union of the first n networks of `order`, for each n of `sizes`.
+        """Measure the union of the first n networks of `order`, and its controls, for each n in `sizes`.
 
-        `components`, [components, N], are maps to take sets of equal size from: the neurons of the largest abs weight
-        in any of the first n.
+        Parameters
+        ----------
+        z
+            A neuron belongs to a network where its abs z-score is at least this.
+        components
+            Maps [components, N] of the second control, or None. The control takes as many neurons as the union has:
+            those with the largest abs weight in any of the first n maps.
         """
         steps = []
         for size in sizes:
@@ -216,7 +223,7 @@ class Ablation:
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
-    """Mean, and standard deviation: 0 for one value, or where one is not finite."""
+    """Mean and standard deviation; the latter is 0 for a single value, or where a value is not finite."""
     varied = len(values) > 1 and all(map(math.isfinite, values))
     return {
         "mean": statistics.fmean(values),
@@ -225,7 +232,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def random_like(masks: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
-    """Masks with as many neurons in each layer as `masks` has, drawn evenly."""
+    """Draw masks at random, each with as many neurons in its layer as the mask in `masks`."""
     drawn = []
     for mask in masks:
         chosen = torch.zeros(len(mask), dtype=torch.bool)
@@ -235,20 +242,22 @@ def random_like(masks: Sequence[Tensor], generator: torch.Generator) -> list[Ten
 
 
 def largest(weights: Tensor, count: int) -> Tensor:
-    """Bool [N]: the `count` neurons with the largest abs weight in one map [N]."""
+    """Return a mask, bool [N], of the `count` neurons with the largest abs weight in a map [N]."""
     chosen = torch.zeros(len(weights), dtype=torch.bool)
     chosen[torch.argsort(weights.abs(), descending=True, stable=True)[:count]] = True
     return chosen
 
 
 def check_sizes(sizes: Sequence[int], networks: int) -> None:
-    """Refuse sizes of growing sets that no set of networks can have.
+    """Check that each size of a growing set is a possible number of networks.
 
     Raises
     ------
     InvalidInput
-        A size is below 1 or above the number of networks.
+        A size is below 1 or above `networks`.
     """
     for size in sizes:
         if not 1 <= size <= networks:
-            raise InvalidInput(f"cannot grow to {size} networks: there are {networks}")
+            raise InvalidInput(
+                f"cannot grow to {size} networks: give a number from 1 to {networks}"
+            )

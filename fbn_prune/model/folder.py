@@ -1,0 +1,104 @@
+"""Find a checkpoint's folder, on disk or by download from the Hub, and read its `config.json`.
+
+A download fetches the small files first, so that an unsupported model is refused before its weights are fetched.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub.errors import EntryNotFoundError
+
+from fbn_prune.errors import InvalidInput
+from fbn_prune.model.shards import INDEX_FILE, SINGLE_FILE, one_line, read_index, read_object
+
+VOCABULARY_FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+    "*.model",
+    "*.model.v*",
+    "*.tiktoken",
+)
+TOKENIZER_FILES = (
+    *VOCABULARY_FILES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+)
+"""Patterns of all files that may belong to a tokenizer and its chat template."""
+
+COMPANION_FILES = ("generation_config.json", "LICENSE*", "NOTICE*", "README.md")
+
+
+def find_folder(
+    path_or_hub_id: str | Path,
+    accept: Callable[[dict[str, Any]], object],
+    trust_remote_code: bool = False,
+) -> tuple[Path, str | None]:
+    """Return a checkpoint's folder and its Hub id (None for a local folder), downloading the checkpoint if needed.
+
+    Parameters
+    ----------
+    path_or_hub_id
+        A folder, or a Hub id.
+    accept
+        Called with the `config.json` object before the weights are downloaded; raises to refuse the model.
+    trust_remote_code
+        Also download the checkpoint's Python files.
+
+    Raises
+    ------
+    InvalidInput
+        There is no such folder, it is empty, or the Hub cannot provide the model.
+    """
+    path = Path(path_or_hub_id).expanduser()
+    if path.is_dir():
+        if not any(path.iterdir()):
+            raise InvalidInput(f"{path} is empty; give a folder with config.json and safetensors")
+        return path, None
+    if path.exists():
+        raise InvalidInput(f"{path} is a file; give the folder that holds it and config.json")
+    text = str(path_or_hub_id)
+    if isinstance(path_or_hub_id, Path) or not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", text):
+        raise InvalidInput(f"there is no folder {path}; give a model folder or a Hub id")
+    return _download(text, accept, trust_remote_code), text
+
+
+def _download(
+    hub_id: str, accept: Callable[[dict[str, Any]], object], trust_remote_code: bool
+) -> Path:
+    """Fetch the small files, check the config, and only then fetch the weights."""
+    small = ["config.json", INDEX_FILE, *TOKENIZER_FILES, *COMPANION_FILES]
+    path = _snapshot(hub_id, small + (["*.py"] if trust_remote_code else []))
+    accept(read_config(path))
+    index = path / INDEX_FILE
+    shards = sorted(set(read_index(path).values())) if index.exists() else [SINGLE_FILE]
+    return _snapshot(hub_id, shards)
+
+
+def _snapshot(hub_id: str, patterns: list[str]) -> Path:
+    try:
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
+    except (OSError, ValueError, EntryNotFoundError) as error:
+        raise InvalidInput(
+            f"{hub_id!r} is not a local folder and cannot be downloaded from the Hub: {one_line(error)}"
+        ) from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the object in a checkpoint's `config.json`; raise InvalidInput if it is missing or not an object."""
+    if not (path / "config.json").is_file():
+        adapter = (path / "adapter_config.json").is_file()
+        hint = "; this is an adapter: merge it into its base model first" if adapter else ""
+        raise InvalidInput(f"{path} has no config.json{hint}")
+    return read_object(path / "config.json")
