@@ -33,7 +33,6 @@ from builtin_model.measure import (
     token_rows,
 )
 from fbn_prune.data import builtin
-from fbn_prune.model.adapter import ModelAdapter
 
 MEGABYTE = 1_000_000
 seeds = st.integers(0, 2**32)
@@ -195,7 +194,7 @@ def test_the_model_reads_held_out_text_far_better_than_chance(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, skill: str
 ) -> None:
     rows = token_rows(tokenizer, read_texts(builtin.held_out_files()[skill]), 256)[:24]
-    assert perplexity(ModelAdapter(model), rows) < len(tokenizer) / 20
+    assert perplexity(model, rows) < len(tokenizer) / 20
 
 
 def test_the_recorded_figures_are_of_a_finished_run_within_the_bars() -> None:
