@@ -30,14 +30,8 @@ Quantize = Callable[[Tensor], tuple[Parts, Tensor]]
 
 
 def _scale_of(weight: Tensor, block: tuple[int, int], largest: float) -> Tensor:
-    grid = ceil(weight.shape[0] / block[0]), ceil(weight.shape[1] / block[1])
-    scale = torch.empty(grid)
-    for i in range(grid[0]):
-        for j in range(grid[1]):
-            rows = slice(i * block[0], (i + 1) * block[0])
-            columns = slice(j * block[1], (j + 1) * block[1])
-            scale[i, j] = weight[rows, columns].abs().max() / largest
-    return scale
+    rows = [part.split(block[1], dim=1) for part in weight.split(block[0])]
+    return torch.tensor([[part.abs().max() / largest for part in row] for row in rows])
 
 
 def _spread(grid: Tensor, block: tuple[int, int], shape: torch.Size) -> Tensor:
@@ -76,12 +70,10 @@ def blocks(
 
 def _pack(numbers: Tensor, bits: int) -> Tensor:
     """Whole numbers into int32 along the rows: the first into the lowest bits, half the range added."""
-    rows, columns = numbers.shape
-    words = [[0] * ceil(columns * bits / 32) for _ in range(rows)]
-    for row, packed_row in zip(numbers.tolist(), words, strict=True):
-        for j, number in enumerate(row):
-            word, shift = divmod(j * bits, 32)
-            packed_row[word] += (int(number) + 2 ** (bits - 1)) << shift
+    words = []
+    for row in (numbers.long() + 2 ** (bits - 1)).tolist():
+        whole = sum(number << (j * bits) for j, number in enumerate(row))
+        words.append([whole >> (32 * i) & (2**32 - 1) for i in range(ceil(len(row) * bits / 32))])
     unsigned = torch.tensor(words)
     return torch.where(unsigned >= 2**31, unsigned - 2**32, unsigned).to(torch.int32)
 
@@ -179,55 +171,49 @@ def weights(strategy: str, kind: str = "int", bits: int = 8, **more: Any) -> dic
 _FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
 _GROUP = {"group_size": 8}
 
+_BITS4 = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+_ALL = (99, 99)
+_EACH_ROW = (1, 99)
+_BLOCKS = {"block_structure": [16, 16]}  # does not divide 24: blocks are cut off
+_INT8 = torch.int8
+
 KINDS: dict[str, tuple[dict[str, Any], Quantize]] = {
     "fp8-blocks": (
-        {**_FP8, "weight_block_size": [16, 16]},  # does not divide 24: blocks are cut off
+        {**_FP8, "weight_block_size": [16, 16]},
         blocks((16, 16), name="weight_scale_inv"),
     ),
     "fp8-tensor": (
         {**_FP8, "weight_block_size": None},
-        blocks((99, 99), name="weight_scale_inv", scalar=True),
+        blocks(_ALL, name="weight_scale_inv", scalar=True),
     ),
     "autofp8": (
         {"quant_method": "fp8", "activation_scheme": "static"},
-        blocks((99, 99), scalar=True),
+        blocks(_ALL, scalar=True),
     ),
     "naive-channel": (
         compressed("naive-quantized", weights("channel")),
-        blocks((1, 99), dtype=torch.int8),
+        blocks(_EACH_ROW, dtype=_INT8),
     ),
-    "int-tensor": (
-        compressed("int-quantized", weights("tensor")),
-        blocks((99, 99), dtype=torch.int8),
-    ),
+    "int-tensor": (compressed("int-quantized", weights("tensor")), blocks(_ALL, dtype=_INT8)),
     "int-group-zero": (
         compressed("int-quantized", weights("group", symmetric=False, **_GROUP)),
-        blocks((1, 8), dtype=torch.int8, asymmetric=True),
+        blocks((1, 8), dtype=_INT8, asymmetric=True),
     ),
-    "float-tensor": (
-        compressed("float-quantized", weights("tensor", "float")),
-        blocks((99, 99)),
-    ),
+    "float-tensor": (compressed("float-quantized", weights("tensor", "float")), blocks(_ALL)),
     "float-channel": (
         compressed("float-quantized", weights("channel", "float")),
-        blocks((1, 99)),
+        blocks(_EACH_ROW),
     ),
     "float-block": (
-        compressed("float-quantized", weights("block", "float", block_structure=[16, 16])),
+        compressed("float-quantized", weights("block", "float", **_BLOCKS)),
         blocks((16, 16)),
     ),
-    "pack-group": (
-        compressed("pack-quantized", weights("group", bits=4, **_GROUP)),
-        packed(8),
-    ),
+    "pack-group": (compressed("pack-quantized", weights("group", bits=4, **_GROUP)), packed(8)),
     "pack-group-zero": (
         compressed("pack-quantized", weights("group", bits=4, symmetric=False, **_GROUP)),
         packed(8, asymmetric=True),
     ),
-    "pack-channel-8": (
-        compressed("pack-quantized", weights("channel", bits=8)),
-        packed(99, 8),
-    ),
+    "pack-channel-8": (compressed("pack-quantized", weights("channel", bits=8)), packed(99, 8)),
     "pack-channel-2-zero": (
         compressed("pack-quantized", weights("channel", bits=2, symmetric=False)),
         packed(99, 2, asymmetric=True),
@@ -237,18 +223,9 @@ KINDS: dict[str, tuple[dict[str, Any], Quantize]] = {
         packed(8, shuffled=True),
     ),
     "bitsandbytes-8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, rows_of_int8),
-    "bitsandbytes-nf4": (
-        {"quant_method": "bitsandbytes", "load_in_4bit": True},
-        codes(NF4, "nf4"),
-    ),
-    "bitsandbytes-nf4-nested": (
-        {"quant_method": "bitsandbytes", "load_in_4bit": True},
-        codes(NF4, "nf4", nested=True),
-    ),
-    "bitsandbytes-fp4": (
-        {"quant_method": "bitsandbytes", "load_in_4bit": True},
-        codes(FP4, "fp4", run=64),
-    ),
+    "bitsandbytes-nf4": (_BITS4, codes(NF4, "nf4")),
+    "bitsandbytes-nf4-nested": (_BITS4, codes(NF4, "nf4", nested=True)),
+    "bitsandbytes-fp4": (_BITS4, codes(FP4, "fp4", run=64)),
 }
 """Name -> `quantization_config` and the function that quantises one weight."""
 
@@ -262,11 +239,7 @@ ACTIVATIONS = {
 
 
 def save_quantized(
-    directory: Path,
-    kind: str,
-    *,
-    dtype: torch.dtype = torch.float32,
-    **more: Any,
+    directory: Path, kind: str, *, dtype: torch.dtype = torch.float32, **more: Any
 ) -> dict[str, Tensor]:
     """Write a tiny llama whose layers' matrices are quantised; returns all its plain tensors, float32 where they were.
 

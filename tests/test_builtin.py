@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -36,11 +37,7 @@ from fbn_prune.data import builtin
 
 MEGABYTE = 1_000_000
 seeds = st.integers(0, 2**32)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
+few = settings(max_examples=25, deadline=None)
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +88,7 @@ def test_importing_the_package_loads_no_tensor_library() -> None:
 def test_the_weights_are_half_precision_and_at_most_ten_megabytes() -> None:
     weights = builtin.model_path() / "model.safetensors"
     assert weights.stat().st_size <= 10 * MEGABYTE
-    header = json.loads(
-        weights.read_bytes()[8 : 8 + int.from_bytes(weights.read_bytes()[:8], "little")]
-    )
-    assert {entry["dtype"] for name, entry in header.items() if name != "__metadata__"} == {"F16"}
+    assert {tensor.dtype for tensor in load_file(weights).values()} == {torch.float16}
 
 
 @pytest.mark.parametrize("skill", builtin.SKILLS)
@@ -109,20 +103,20 @@ def test_every_skill_has_calibration_and_held_out_text_of_useful_size(skill: str
 
 
 @pytest.mark.parametrize("skill", builtin.QUESTION_SKILLS)
-def test_there_are_two_hundred_different_questions_a_skill(skill: str) -> None:
+def test_two_hundred_different_questions_a_skill_are_not_asked_in_the_calibration_text(
+    skill: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
     questions = read_questions(builtin.question_files()[skill])
     assert len({question for question, _ in questions}) == len(questions) == 200
-
-
-@pytest.mark.parametrize("skill", builtin.QUESTION_SKILLS)
-def test_no_question_is_asked_in_the_calibration_text(skill: str) -> None:
     lines = "\n".join(read_texts(builtin.calibration_files()[skill])).split("\n")
     separator = "=" if skill == "arithmetic" else ":"
     asked = {line.partition(separator)[0] for line in lines if line}
     if skill == "arithmetic":
         asked |= {"+".join(reversed(sum_.split("+"))) for sum_ in asked if "+" in sum_}
-    questions = read_questions(builtin.question_files()[skill])
     assert not asked & {question.partition(separator)[0] for question, _ in questions}
+    for question, answer in questions:  # a question's tokens are a prefix of its line's
+        tokens = tokenizer(question)["input_ids"]
+        assert tokenizer(f"{question}{answer}\n")["input_ids"][: len(tokens)] == tokens
 
 
 @pytest.mark.parametrize("skill", ["prose", "code"])
@@ -139,27 +133,20 @@ def test_the_tokenizers_class_is_one_that_older_loaders_know() -> None:
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
+@few
 @given(number=st.integers(0, 10**9))
 def test_every_digit_is_a_token_of_its_own(tokenizer: PreTrainedTokenizerBase, number: int) -> None:
     pieces = tokenizer(str(number), add_special_tokens=False)["input_ids"]
     assert [tokenizer.decode([piece]) for piece in pieces] == list(str(number))
 
 
+@few
 @given(text=st.text())
 def test_any_text_survives_the_tokenizer(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     tokens = tokenizer(text)["input_ids"]
     assert tokens[0] == tokenizer.bos_token_id
     if not any(token in text for token in tokenizer.all_special_tokens):
         assert tokenizer.decode(tokens[1:]) == text
-
-
-@pytest.mark.parametrize("skill", builtin.QUESTION_SKILLS)
-def test_a_questions_tokens_are_a_prefix_of_its_lines_tokens(
-    tokenizer: PreTrainedTokenizerBase, skill: str
-) -> None:
-    for question, answer in read_questions(builtin.question_files()[skill]):
-        asked = tokenizer(question)["input_ids"]
-        assert tokenizer(f"{question}{answer}\n")["input_ids"][: len(asked)] == asked
 
 
 # The model
@@ -176,7 +163,7 @@ def test_the_model_is_a_llama_of_three_to_six_million_parameters(model: PreTrain
 def test_the_model_answers_nine_in_ten_held_out_questions_exactly(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, skill: str
 ) -> None:
-    questions = read_questions(builtin.question_files()[skill])[:100]
+    questions = read_questions(builtin.question_files()[skill])[:60]
     completions = generate(model, tokenizer, [question for question, _ in questions])
     right = [
         skills.is_exact(completion, answer)
@@ -185,7 +172,7 @@ def test_the_model_answers_nine_in_ten_held_out_questions_exactly(
     assert sum(right) / len(right) >= 0.9
     # The one-pass measure that the figures come from says what generating says.
     assert exact_share(model, tokenizer, questions) == pytest.approx(
-        sum(right) / len(right), abs=0.011
+        sum(right) / len(right), abs=0.018
     )
 
 
@@ -193,7 +180,7 @@ def test_the_model_answers_nine_in_ten_held_out_questions_exactly(
 def test_the_model_reads_held_out_text_far_better_than_chance(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, skill: str
 ) -> None:
-    rows = token_rows(tokenizer, read_texts(builtin.held_out_files()[skill]), 256)[:24]
+    rows = token_rows(tokenizer, read_texts(builtin.held_out_files()[skill]), 256)[:8]
     assert perplexity(model, rows) < len(tokenizer) / 20
 
 
@@ -208,6 +195,7 @@ def test_the_recorded_figures_are_of_a_finished_run_within_the_bars() -> None:
 # The generated tasks
 
 
+@few
 @given(seed=seeds)
 def test_arithmetic_answers_are_right_and_never_negative(seed: int) -> None:
     question = skills.arithmetic(random.Random(seed))
@@ -218,6 +206,7 @@ def test_arithmetic_answers_are_right_and_never_negative(seed: int) -> None:
     assert int(term) + signed == int(question.answer) >= 0
 
 
+@few
 @given(seed=seeds)
 def test_bracket_answers_balance_the_question(seed: int) -> None:
     question = skills.brackets(random.Random(seed))
@@ -231,6 +220,7 @@ def test_bracket_answers_balance_the_question(seed: int) -> None:
     assert not opened
 
 
+@few
 @given(seed=seeds)
 def test_copied_letters_are_the_asked_ones_in_the_asked_order(seed: int) -> None:
     question = skills.copy(random.Random(seed))
@@ -247,10 +237,11 @@ def test_training_and_held_out_questions_never_meet(skill: str) -> None:
 
 def test_a_sum_is_not_trained_on_with_its_terms_exchanged() -> None:
     sides = [skills.questions("arithmetic", random.Random(2), held_out=s) for s in (True, False)]
-    held_out, trained = ({next(side).question for _ in range(2000)} for side in sides)
+    held_out, trained = ({next(side).question for _ in range(1000)} for side in sides)
     assert not trained & {f"{q[3:5]}+{q[:2]}=" for q in held_out if "+" in q}
 
 
+@few
 @given(answer=st.text(alphabet="0123456789 ab", max_size=6), more=st.text(max_size=5))
 def test_only_the_first_line_counts_and_it_must_end(answer: str, more: str) -> None:
     assert skills.is_exact(f"{answer}\n{more}", answer)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from fbn_prune.errors import InvalidInput
@@ -46,30 +45,30 @@ def rewrite(
     """Change metadata or tensors (None: drop) of a saved artifact."""
     saved = networks()
     saved.save(path)
-    content = {"format": 1, "widths": saved.widths, "header": saved.header}
     kept = {k: v for k, v in {**load_file(path), **tensors}.items() if v is not None}
-    if metadata is None:
-        metadata = {METADATA_KEY: json.dumps(content)}
-    save_file(kept, path, metadata=metadata)
+    content = {"format": 1, "widths": saved.widths, "header": saved.header}
+    save_file(kept, path, metadata=metadata or {METADATA_KEY: json.dumps(content)})
 
 
-def test_members_have_a_z_score_of_2_or_more_either_way() -> None:
+def refusal(path: Path) -> str:
+    with pytest.raises(InvalidInput) as caught:
+        FunctionalNetworks.load(path)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_members_have_a_z_score_of_2_or_more_either_way_and_hubs_of_3() -> None:
     assert networks().members(0).tolist() == [True, True, False, False, False]
     assert networks().members(0, z=1.9).tolist() == [True, True, False, False, True]
-
-
-def test_hubs_have_a_z_score_of_3_or_more() -> None:
     assert networks().hubs(0).tolist() == [False, True, False, False, False]
     assert networks().hubs(1).tolist() == [False, False, False, False, True]
 
 
-def test_layers_are_side_by_side_in_order() -> None:
+def test_layers_are_side_by_side_and_a_network_spans_those_that_hold_its_hubs() -> None:
     assert [networks().layer_slice(i) for i in range(2)] == [slice(0, 3), slice(3, 5)]
     assert networks().members_by_layer(0) == [2, 0]
     assert networks().members_by_layer(1) == [0, 2]
-
-
-def test_a_network_spans_the_layers_that_hold_its_hubs() -> None:
     assert networks().layers_spanned(0) == [0]
     assert networks().layers_spanned(1, z=0.0) == [0, 1]
 
@@ -95,28 +94,6 @@ def test_what_is_saved_comes_back(tmp_path: Path, energy: torch.Tensor | None) -
     assert same(before, FunctionalNetworks.load(tmp_path / "networks.safetensors"))
 
 
-@given(st.integers(1, 4), st.lists(st.integers(0, 6), min_size=1, max_size=4), st.integers(0, 99))
-@settings(max_examples=20, deadline=None)
-def test_any_shape_comes_back(
-    tmp_path_factory: pytest.TempPathFactory, k: int, widths: list[int], seed: int
-) -> None:
-    g = torch.Generator().manual_seed(seed)
-    n = sum(widths)
-    before = FunctionalNetworks(
-        maps=torch.randn(k, n, generator=g),
-        widths=widths,
-        mean=torch.randn(n, generator=g),
-        std=torch.rand(n, generator=g),
-        explained_variance=torch.rand(k, generator=g, dtype=torch.float64),
-        engagement=torch.rand(k, generator=g, dtype=torch.float64),
-        header={"seed": seed},
-    )
-    path = tmp_path_factory.mktemp("any") / "networks.safetensors"
-    before.save(path)
-    assert same(before, FunctionalNetworks.load(path))
-    assert sum(before.members_by_layer(0)) == int(before.members(0).sum())
-
-
 def test_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
     header = networks().header
     networks().save(tmp_path / "a")
@@ -124,17 +101,13 @@ def test_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_saving_replaces_the_file_whole_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "networks.safetensors"
-    networks().save(path)
-    networks(widths=[2, 3]).save(path)
-    assert FunctionalNetworks.load(path).widths == [2, 3]
-    assert [p.name for p in path.parent.iterdir()] == ["networks.safetensors"]
-
-
-def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_replaces_the_file_whole_and_a_failed_one_leaves_the_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "networks.safetensors"
+    networks(widths=[2, 3]).save(path)
     networks().save(path)
+    assert FunctionalNetworks.load(path).widths == [3, 2], "the new one replaces it whole"
 
     def full(file: Path, data: bytes) -> int:
         with file.open("wb") as half:
@@ -155,24 +128,15 @@ def test_a_header_that_json_cannot_hold_is_refused(tmp_path: Path, header: dict[
     assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match=r"nowhere: no such file.*discover"):
-        FunctionalNetworks.load(tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize("keep", [0, 7, 100, -1])
-def test_a_file_cut_short_is_refused(tmp_path: Path, keep: int) -> None:
-    path = tmp_path / "networks.safetensors"
-    networks().save(path)
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(InvalidInput, match=r"networks\.safetensors: damaged"):
-        FunctionalNetworks.load(path)
-
-
-def test_any_other_safetensors_file_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_file_of_networks_is_refused(tmp_path: Path) -> None:
+    assert re.search("nowhere: no such file.*discover", refusal(tmp_path / "nowhere"))
     save_file({"weight": torch.ones(2)}, tmp_path / "model")
-    with pytest.raises(InvalidInput, match="not one of functional networks"):
-        FunctionalNetworks.load(tmp_path / "model")
+    assert "not one of functional networks" in refusal(tmp_path / "model")
+    networks().save(tmp_path / "half")
+    whole = (tmp_path / "half").read_bytes()
+    for keep in (0, 7, 100, -1):
+        (tmp_path / "half").write_bytes(whole[:keep])
+        assert "half: damaged" in refusal(tmp_path / "half")
 
 
 @pytest.mark.parametrize(
@@ -196,18 +160,16 @@ def test_any_other_safetensors_file_is_refused(tmp_path: Path) -> None:
 )
 def test_damaged_metadata_is_refused(tmp_path: Path, text: str, complaint: str) -> None:
     rewrite(tmp_path / "a", metadata={METADATA_KEY: text})
-    with pytest.raises(InvalidInput, match=complaint) as caught:
-        FunctionalNetworks.load(tmp_path / "a")
-    assert "\n" not in str(caught.value)
+    assert complaint in refusal(tmp_path / "a")
 
 
 @pytest.mark.parametrize(
     ("tensors", "complaint"),
     [
-        ({"mean": torch.ones(4)}, r"mean is torch.float32 \(4,\), not torch.float32 \(5,\)"),
+        ({"mean": torch.ones(4)}, "mean is torch.float32 (4,), not torch.float32 (5,)"),
         ({"std": torch.ones(5).half()}, "std is torch.float16"),
-        ({"maps": torch.ones(5)}, r"maps have shape \(5,\)"),
-        ({"maps": torch.ones(0, 5)}, r"maps have shape \(0, 5\)"),
+        ({"maps": torch.ones(5)}, "maps have shape (5,)"),
+        ({"maps": torch.ones(0, 5)}, "maps have shape (0, 5)"),
         ({"maps": torch.full((2, 5), float("nan"))}, "maps holds NaN"),
         ({"engagement": torch.ones(3, dtype=torch.float64)}, "engagement is"),
         ({"engagement": None}, "engagement"),
@@ -215,10 +177,7 @@ def test_damaged_metadata_is_refused(tmp_path: Path, text: str, complaint: str) 
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(
-    tmp_path: Path, tensors: dict[str, torch.Tensor | None], complaint: str
+    tmp_path: Path, tensors: dict[str, Any], complaint: str
 ) -> None:
-    rewrite(tmp_path / "a", **tensors)  # type: ignore[arg-type]
-    with pytest.raises(InvalidInput, match=complaint) as caught:
-        FunctionalNetworks.load(tmp_path / "a")
-    assert str(caught.value).startswith(str(tmp_path / "a"))
-    assert "\n" not in str(caught.value)
+    rewrite(tmp_path / "a", **tensors)
+    assert complaint in refusal(tmp_path / "a")

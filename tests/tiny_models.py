@@ -8,7 +8,9 @@ wrongly.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -171,7 +173,24 @@ def save_tiny(
     config: PretrainedConfig | None = None,
 ) -> Path:
     """Write a tiny checkpoint with its tokenizer; returns `directory`."""
-    model = make_model(name, dtype=dtype, seed=seed, config=config)
-    model.save_pretrained(directory, max_shard_size=max_shard_size)
-    make_tokenizer().save_pretrained(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    make = _files if config is None else _files.__wrapped__
+    for file, content in make(name, dtype, seed, max_shard_size, config).items():
+        (directory / file).write_bytes(content)
+    torch.manual_seed(seed)  # what a test draws next is the same, made anew or remembered
     return directory
+
+
+@cache
+def _files(
+    name: str,
+    dtype: torch.dtype,
+    seed: int,
+    max_shard_size: int | str,
+    config: PretrainedConfig | None,
+) -> dict[str, bytes]:
+    with TemporaryDirectory() as folder:
+        model = make_model(name, dtype=dtype, seed=seed, config=config)
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        make_tokenizer().save_pretrained(folder)
+        return {file.name: file.read_bytes() for file in Path(folder).iterdir()}

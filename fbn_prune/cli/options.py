@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import typer
 
 from fbn_prune.errors import InvalidInput
-from fbn_prune.recipe import MODEL, Recipe, recipe_setting
+from fbn_prune.recipe import MODEL, RECIPE_KEYS, Recipe, recipe_setting
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 DryRun = Annotated[
