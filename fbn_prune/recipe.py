@@ -285,7 +285,24 @@ class Recipe(PruningConfig):
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML, with the value of every key but `work_dir`."""
-        return yaml.safe_dump(self.model_dump(mode="json", exclude={"work_dir"}), sort_keys=False)
+        values = self.model_dump(mode="json", exclude={"work_dir"})
+        ordered = {key: values[key] for key in RECIPE_KEYS if key in values}
+        return yaml.safe_dump(ordered, sort_keys=False)
+
+
+def _in_order() -> tuple[str, ...]:
+    own = [key for key in Recipe.model_fields if key not in PruningConfig.model_fields]
+    groups = [MODEL, CALIBRATION, CUT, QUALITY, MACHINE]
+
+    def place(key: str) -> int:
+        extra = Recipe.model_fields[key].json_schema_extra
+        return groups.index(str(extra["group"])) if isinstance(extra, dict) else len(groups)
+
+    return tuple(sorted([*own, *PruningConfig.model_fields], key=place))
+
+
+RECIPE_KEYS = _in_order()
+"""All keys, in the order in which help and recipe files show them."""
 
 
 def recipe_key(name: object, known: Collection[str]) -> str:

@@ -230,7 +230,7 @@ def test_ablate_measures_tasks_of_the_harness_as_evaluate_does(
         (["--tasks", "no_such_task_at_all"], "no_such_task_at_all"),
         (["--tasks", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--network", "9"], "no network 9"),
-        (["--grow", "1,7"], "there are 6"),
+        (["--grow", "1,7"], "give a number from 1 to 6"),
         (["--grow", "many"], "write numbers"),
         (["--draws", "0"], "draws"),
         (["--action", "freeze"], "freeze"),

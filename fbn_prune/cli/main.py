@@ -47,8 +47,9 @@ def build_app() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode="rich",
-        help="Make a causal language model smaller: remove the MLP neurons that matter least, refit the others, "
-        "and write a checkpoint. Functional networks set how many stay (--keep-networks), or a share does (--sparsity).",
+        help="Make a causal language model smaller: remove the MLP neurons that matter least, refit the "
+        "others, and write a checkpoint. Functional networks set how many stay (--keep-networks), or a "
+        "share does (--sparsity).",
         epilog=EXAMPLES,
     )
     app.callback(invoke_without_command=True)(main_job)

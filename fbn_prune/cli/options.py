@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import typer
 
 from fbn_prune.errors import InvalidInput
-from fbn_prune.recipe import MODEL, Recipe, recipe_setting
+from fbn_prune.recipe import MODEL, RECIPE_KEYS, Recipe, recipe_setting
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 DryRun = Annotated[
@@ -82,7 +82,7 @@ STUDY_FLAGS = (
     "task_test",
 )
 OUTPUT_FLAGS = ("output", "overwrite")
-ALL_FLAGS = tuple(Recipe.model_fields)
+ALL_FLAGS = RECIPE_KEYS
 
 
 def _help_all(context: typer.Context, given: bool) -> None:
@@ -144,7 +144,7 @@ def recipe_flags(
         parameters = [
             *(
                 _keyword(name, _flag(name, shown=name in shown), None)
-                for name in Recipe.model_fields
+                for name in RECIPE_KEYS
                 if name in names
             ),
             *own,

@@ -1,6 +1,7 @@
-"""Gathered sparse MLPs: run a whole checkpoint's MLP through a set of its neurons.
+"""Gathered sparse MLPs: run an unpruned MLP through a subset of its neurons.
 
-The weights stay in memory once; a set is a list of neurons. Needs torch; Triton only on a GPU.
+The weights are in memory once, whatever the number of subsets, and a subset is a list of neurons. The package needs
+torch, and Triton on a GPU.
 """
 
 from __future__ import annotations

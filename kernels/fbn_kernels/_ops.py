@@ -1,7 +1,7 @@
-"""Names the package's torch operators.
+"""Name the package's torch operators.
 
-The Hugging Face kernel builder replaces this file with one of its own, whose namespace is unique
-to the build, so that two versions of the package can live in one process.
+The Hugging Face kernel builder replaces this file with one whose namespace is unique to the build, so that two
+versions of the package can be loaded in one process.
 """
 
 from __future__ import annotations

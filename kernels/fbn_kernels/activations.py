@@ -1,4 +1,4 @@
-"""The activation functions the kernels know, with their derivatives, in plain PyTorch."""
+"""The activation functions that the kernels support, with their derivatives, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ ACTIVATIONS = tuple(_FORWARD)
 
 
 def canonical_activation(name: str) -> str:
-    """Return the kernels' name of an activation, which may be given as transformers spells it.
+    """Return the kernels' name of an activation, given by that name or by the name in transformers.
 
     Raises
     ------
     ValueError
-        For an activation the kernels do not have.
+        The kernels do not support the activation.
     """
     canonical = _ALIASES.get(name, name)
     if canonical not in _FORWARD:

@@ -1,8 +1,8 @@
-"""Compiles tiles ahead of time for a GPU that need not be there, and tells what they take.
+"""Compile tiles ahead of time, without the GPU itself, and report the resources that they use.
 
-The compiler accepts a tile that a chip cannot launch or that spills its registers; this module reads
-the finished binary for shared memory, spills, matrix instructions and asynchronous copies. The
-tests do so for every tile of every table, the tuner for every candidate.
+The compiler accepts tiles that a chip cannot launch and tiles that spill registers. This module reads shared memory,
+spills, matrix instructions and asynchronous copies from the binary. The tests check every tile of every table, the
+tuner every candidate.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class Chip:
     Attributes
     ----------
     name
-        As the tuning tables call it.
+        Its name in the tuning tables.
     target
-        As Triton calls it.
+        Its Triton target.
     shared_limit
-        Bytes of shared memory a program may use.
+        Bytes of shared memory that a program may use.
     precision
-        How float32 is multiplied.
+        Precision of float32 products.
     chained
         Whether a kernel may start while the one before it drains.
     """
@@ -74,7 +74,7 @@ _UNALIGNED = {"rows", "row_tiles", "column_tiles", "kept", "splits"}
 
 @dataclass(frozen=True)
 class Binary:
-    """What a compiled kernel takes.
+    """The resources of a compiled kernel.
 
     Attributes
     ----------
@@ -85,8 +85,8 @@ class Binary:
     spilled
         Bytes of stack (NVIDIA) or registers (AMD) spilled to memory.
     matrix_instructions, wgmma, async_copies
-        How many matrix instructions there are, how many of them Hopper's asynchronous ones, and how
-        many asynchronous copies to shared memory (NVIDIA).
+        Number of matrix instructions, of Hopper's asynchronous ones among them, and of asynchronous copies to shared
+        memory (NVIDIA).
     columns
         Columns of the widest of Hopper's asynchronous matrix instructions.
     """
@@ -259,5 +259,5 @@ def _resource_usage(cubin: bytes) -> str:
 def _number(pattern: str, text: str) -> int:
     found = re.search(pattern, text)
     if found is None:
-        raise ValueError(f"the compiler's output has no {pattern!r}")
+        raise ValueError(f"the compiler's output does not match {pattern!r}")
     return int(found.group(1))

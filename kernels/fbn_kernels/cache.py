@@ -1,4 +1,4 @@
-"""A bounded cache of what is computed from tensors, which notices when those change or die."""
+"""A bounded cache of values computed from tensors, which are dropped when the tensors change or are freed."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ class _Entry(Generic[Value]):
 
 
 class TensorCache(Generic[Value]):
-    """Values computed from tensors, dropped when those change, die, or room is needed.
+    """A cache of values computed from tensors.
 
-    A tensor written to in place (its version counter tells) or freed invalidates what was computed
-    from it. Writing through `.data`, or to a tensor made in inference mode, moves no counter: call
-    `clear` after that.
+    A value is dropped when one of its tensors is written to in place (as its version counter shows) or freed, and the
+    least recently used values are dropped to stay within the limit. Writing through `.data`, or to a tensor created in
+    inference mode, does not change the counter: call `clear` afterwards.
 
     Parameters
     ----------
     limit_bytes
-        Most bytes kept. A single value above it is computed at every call.
+        Largest size of all kept values. A value above it is computed at every call.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -49,7 +49,7 @@ class TensorCache(Generic[Value]):
 
     @property
     def limit_bytes(self) -> int:
-        """Most bytes kept; setting it lower evicts at once."""
+        """Largest size of all kept values; a lower limit evicts at once."""
         return self._limit
 
     @limit_bytes.setter
@@ -62,14 +62,14 @@ class TensorCache(Generic[Value]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes kept now."""
+        """Size of the kept values in bytes."""
         return self._nbytes
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Drop all values."""
         with self._lock:
             self._entries.clear()
             self._nbytes = 0

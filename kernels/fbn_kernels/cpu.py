@@ -1,8 +1,8 @@
 """The gathered MLP on a CPU.
 
-Rows that lie in a long run are read where they are; a short run would cost more in the call than in
-the reading, so the rows of short runs (of `up` and `gate`) are copied together once a set and kept,
-within a bound of bytes. `down` is never copied: for a few tokens its rows are summed where they lie.
+Rows in long runs are read in place. For short runs the overhead of a call exceeds the time to read, so their rows of
+`up` and `gate` are copied into one tensor for each set, which is cached within a limit of bytes. `down` is never
+copied: for few tokens its rows are summed in place.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ from .cache import TensorCache
 from .neuron_set import runs_of
 
 DEFAULT_LIMIT_BYTES = 2 * 2**30
-"""Bytes of compact weights kept unless `compact_cache.limit_bytes` is set otherwise."""
+"""Default of `compact_cache.limit_bytes`, the size of the cached copies."""
 
 LONG_RUN_BYTES = 2 * 2**20
-"""A run of one matrix from which reading it in place beats copying it together with others."""
+"""Size of a run of one matrix from which reading in place is faster than copying."""
 
 _GATHER_BYTES = 4 * 2**20
-"""Rows gathered for one call are gathered in pieces of this size, which stay in the cache."""
+"""Rows are gathered in pieces of this size, which fit into the processor's cache."""
 
 _FEW_TOKENS = 8
-"""Up to so many tokens a weighted sum of rows where they lie beats gathering them for a product."""
+"""Up to this number of tokens, summing rows in place is faster than gathering them for a matrix product."""
 
 _READINGS_KEPT = 4096
 
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """How a set's rows are read: long runs in place, then the others from a copy.
+    """How the rows of a set are read: long runs in place, then the other rows from a copy.
 
     Attributes
     ----------
     runs
         The long runs, (first, one past the last).
     loose
-        int32: the rows in no long run, ascending.
+        int32: the rows outside long runs, ascending.
     order
-        int32 [count]: the neurons in the order in which the hidden vector holds them.
+        int32 [count]: the neurons in the order of the hidden vector.
     position
-        int64 [count]: where each of `order` stands in the set's own list; None if nowhere else.
+        int64 [count]: the position of each of `order` in the set's list; None if the orders are equal.
     """
 
     runs: tuple[tuple[int, int], ...]
@@ -55,7 +55,7 @@ class Reading:
 
     @classmethod
     def of(cls, rows: Tensor, row_bytes: int) -> Reading:
-        """Decide how `rows`, ascending integers on the CPU, of `row_bytes` each are read."""
+        """Decide how to read `rows`, ascending integers on the CPU, of `row_bytes` bytes each."""
         rows = rows.to(torch.int64)
         found = runs_of(rows)
         runs = found
@@ -103,7 +103,7 @@ class LooseRows:
 
 
 compact_cache: TensorCache[LooseRows] = TensorCache(DEFAULT_LIMIT_BYTES)
-"""Copies for the sets in use on the CPU; `limit_bytes` bounds it, `clear()` empties it."""
+"""The copied rows of the sets used on the CPU."""
 
 _readings: TensorCache[Reading] = TensorCache(_READINGS_KEPT)
 
@@ -203,7 +203,7 @@ def hidden_in_place(
 ) -> Tensor:
     """Return the hidden vector of x [rows, width], [rows, count] in the order of the reading.
 
-    Without `loose` those rows are gathered.
+    Without `loose` the rows outside long runs are gathered.
     """
 
     def through(
@@ -230,7 +230,7 @@ def hidden_in_place(
 
 
 def down_in_place(hidden: Tensor, down_t: Tensor, reading: Reading, threads: int) -> Tensor:
-    """Return hidden [rows, count] @ the reading's rows of `down_t`, [rows, width out]."""
+    """Return the product of hidden [rows, count] and the reading's rows of `down_t`, [rows, width out]."""
     few = 0 < hidden.shape[0] <= _FEW_TOKENS
     if few and down_t.is_contiguous():
         return _sum_rows(hidden, down_t, reading.order, threads)
@@ -257,7 +257,7 @@ def _pieces(rows: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
 def _sum_rows(hidden: Tensor, down_t: Tensor, order: Tensor, threads: int) -> Tensor:
     """Return hidden @ down_t[order] by `embedding_bag`, which reads the rows where they lie."""
     tokens, count = hidden.shape
-    # One bag a thread: a bag is summed by one thread.
+    # One bag for each thread, because a bag is summed by one thread.
     bags = max(1, threads // tokens)
     size = -(-count // bags)
     starts = torch.arange(0, count, size)

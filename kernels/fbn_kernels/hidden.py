@@ -1,4 +1,4 @@
-"""`gathered_hidden`: the kept neurons' activations, for a caller with output weights of its own."""
+"""`gathered_hidden`: the activations of the kept neurons, for callers with their own output weights."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def gathered_hidden(
     up_bias: Tensor | None = None,
     gate_bias: Tensor | None = None,
 ) -> Tensor:
-    """Compute what `gathered_mlp` would multiply with `down`. Not differentiable.
+    """Return the activations that `gathered_mlp` multiplies with `down`. Not differentiable.
 
-    Parameters are those of `gathered_mlp`.
+    The parameters are those of `gathered_mlp`.
 
     Returns
     -------
     Tensor
-        [..., kept], in the order of the set; of a batch over several sets [..., kept by any], in the
-        order of their union, zero where a row's own set lacks the neuron.
+        For a set [..., kept], in the order of the set. For a batch over several sets [..., kept by any], in the order
+        of their union, with zeros for neurons outside the row's own set.
     """
     sets = neurons.sets if isinstance(neurons, NeuronBatch) else None
     union = neurons if isinstance(neurons, NeuronSet) else neurons.sets.union
@@ -68,7 +68,7 @@ def hidden_of(
     count: int,
     kind: str,
 ) -> Tensor:
-    """Activations of x [rows, width], [rows, count]; arguments as of `one_set`."""
+    """Return the activations of x [rows, width], [rows, count]; the arguments are those of `one_set`."""
     if not on_triton(x):
         mask = mask_of(membership, set_ids, count, x.dtype)
         return cpu_hidden(
@@ -116,7 +116,7 @@ def _launch(
     count: int,
     kind: Kind,
 ) -> Tensor:
-    """Run the first kernel alone."""
+    """Run only the hidden kernel."""
     from . import launch
 
     rows, width = x.shape
@@ -124,7 +124,7 @@ def _launch(
         return x.new_empty(0, count)
     x = x if x.stride(1) == 1 else x.contiguous()
     up, gate, up_bias, gate_bias = weights
-    # The kernel does not look at `down`; any rows of the right dtype satisfy the check.
+    # The kernel does not read `down`; any tensor of the right dtype passes the check.
     held = launch.Weights(up, gate, up, up_bias, gate_bias, None)
     membership = None if masked is None else launch.Membership(*masked)
     tile = launch.table_for(x.device).find(rows, count, width, x.dtype, kind)

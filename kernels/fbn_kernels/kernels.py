@@ -1,22 +1,21 @@
-"""The Triton kernels: gathered up and gate with the activation, gathered down, and its reduction.
+"""The Triton kernels: gathered up and gate with the activation, gathered down, and the reduction of its parts.
 
-The hidden kernel reads its rows' numbers once, before the loop over the model width. The down kernel
-walks over the kept neurons, so it carries the next rows' numbers from one step to the next: a load
-that another load waits for, inside the loop, would keep the compiler from pipelining it.
+The hidden kernel reads the indices of its rows once, before the loop over the model width. The down kernel loops over
+the kept neurons and loads the indices of the next rows one step ahead: a load inside the loop that waits for another
+load would prevent the compiler from pipelining the loop.
 
-A tile may interleave the rows of up and gate into one operand: one product of twice the columns, whose
-pairs of columns are then split. Hopper multiplies 64 rows by at most 256 columns at a time, both read
-from shared memory, so a 128 by 128 tile reads x once and not twice for the same arithmetic.
+A tile may interleave the rows of up and gate into one operand: one product with twice the columns, whose pairs of
+columns are then split. Hopper multiplies 64 rows by at most 256 columns at a time, both from shared memory, so a 128 by
+128 tile reads x once instead of twice for the same arithmetic.
 
-Weights stay where they are; `down` is stored transposed, since gathering its columns would touch
-nearly every memory sector whatever the set. The padding of an index list points at a valid row and
-the hidden kernel writes zeros there, so the down kernel needs no mask. Partial sums go to a float32
-workspace and are added in a fixed order, so a result does not change from run to run: by a kernel of
-its own, or by the program that finishes a tile last, which counts arrivals but adds in the same order.
+`down` is stored transposed, because gathering its columns would touch nearly every memory sector. The padding of an
+index list points at a valid row and the hidden kernel writes zeros there, so the down kernel needs no mask. Partial
+sums go to a float32 workspace and are added in a fixed order, so results are reproducible. Either a separate kernel
+adds them, or the program that finishes a tile last, which counts arrivals but adds in the same order.
 
-On Hopper and later the three launches are chained (programmatic dependent launch): a kernel starts
-while the one before it drains, computes what depends on weights and index lists alone, and waits
-before it reads what the other wrote, or writes anything.
+On Hopper and later the three launches are chained (programmatic dependent launch): a kernel starts before the previous
+one has finished, computes what depends only on weights and index lists, and waits before it reads the previous kernel's
+output or writes anything.
 """
 
 # A Triton function's arguments are pointers and sizes of the device's own; its branches on

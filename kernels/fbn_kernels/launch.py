@@ -1,4 +1,4 @@
-"""Launches the kernels: sizes, workspaces, and tiles from the table. Nothing here waits for the GPU."""
+"""Launch the kernels: choose tiles from the table, compute sizes and allocate workspaces, without synchronising."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from .tuning import (
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Floating types the kernels take."""
+"""Dtypes that the kernels support."""
 
 CUDA_PRECISION = "tf32x3"
-"""How float32 is multiplied on NVIDIA: three tensor core products, whose error is float32's own."""
+"""Precision of float32 products on NVIDIA: three tensor core products, as accurate as float32."""
 
 HIP_PRECISION = "ieee"
-"""How float32 is multiplied on AMD, whose matrix cores take it as it is."""
+"""Precision of float32 products on AMD, whose matrix cores support float32."""
 
 CHAINS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 5)
-"""Whether this Triton compiles programmatic dependent launch: 3.4 names it and fails on it."""
+"""Whether this Triton compiles programmatic dependent launch; 3.4 has the option but fails."""
 
 _PRECISION = HIP_PRECISION if torch.version.hip else CUDA_PRECISION
 _GROUP_ROWS = 8
@@ -83,14 +83,14 @@ def launch_mlp(
     route: Route | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
-    """Run the kernels over x [rows, width]; `tile` overrides the table's (the tuner does).
+    """Run the kernels on x [rows, width]; `tile`, which the tuner gives, overrides that of the table.
 
     Raises
     ------
     TypeError
-        For a dtype the kernels do not take, or mixed ones.
+        The dtype is not supported, or the dtypes differ.
     ValueError
-        For weights whose rows are not contiguous.
+        The rows of a weight are not contiguous.
     """
     _check(x, weights)
     rows, width = x.shape
@@ -104,7 +104,7 @@ def launch_mlp(
             tile = table.find(rows, count, width, x.dtype, kind)
         else:
             tile = table.find_routed(route.block_rows, rows, count, width, x.dtype, kind)
-    # Triton launches on the current device, which need not be the tensors'.
+    # Triton launches on the current device, which may differ from that of the tensors.
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         plan = _plan_down(out, count, route, tile.down)
         hidden = launch_hidden(
@@ -115,7 +115,7 @@ def launch_mlp(
 
 
 def splits(tile: DownTile, row_tiles: int, width_tiles: int, kept_padded: int, units: int) -> int:
-    """Return how many parts the sum over neurons is cut into, so that the device is filled."""
+    """Return the number of parts of the sum over neurons that fills the device."""
     if tile.split is not None:
         return tile.split
     wanted = 2 * units // max(1, row_tiles * width_tiles)
@@ -132,14 +132,14 @@ def _padded(count: int) -> int:
 
 @functools.cache
 def chained(device: torch.device) -> bool:
-    """Whether the device can start a kernel while the one before it drains (Hopper and later)."""
+    """Return whether the device can start a kernel before the previous one has finished (Hopper and later)."""
     if device.type != "cuda" or torch.version.hip or not CHAINS:
         return False
     return torch.cuda.get_device_properties(device).major >= 9
 
 
 def _launch_options(chain: bool) -> dict[str, bool]:
-    # AMD's compiler does not know the option.
+    # AMD's compiler does not have this option.
     return {"launch_pdl": True} if chain else {}
 
 
@@ -154,9 +154,9 @@ def launch_hidden(
     tile: HiddenTile,
     arrivals: Tensor | None = None,
 ) -> Tensor:
-    """Run the first kernel alone: hidden [rows, `count` rounded up to 64], zeros where nothing is kept.
+    """Run only the hidden kernel; return [rows, `count` rounded up to a multiple of 64], with zeros in the padding.
 
-    `arrivals`, int32 of a power of two, is zeroed on the way.
+    The kernel also zeroes `arrivals`, int32, whose length is a power of two.
     """
     rows, width = x.shape
     kept_padded = _padded(count)
@@ -216,7 +216,7 @@ def launch_hidden(
 
 @dataclass(frozen=True)
 class _DownPlan:
-    """How the down kernel is launched: its grid, where parts go, and counters of finished parts."""
+    """The launch of the down kernel: its grid, the workspace of the parts, and the counters of finished parts."""
 
     block_rows: int
     row_tiles: int
@@ -319,7 +319,7 @@ def _launch_reduce(partial: Tensor, bias: Tensor | None, out: Tensor) -> None:
 
 def _check(x: Tensor, weights: Weights) -> None:
     if x.dtype not in DTYPES:
-        raise TypeError(f"the kernels take float32, bfloat16 or float16, got {x.dtype}")
+        raise TypeError(f"the kernels support float32, bfloat16 or float16, got {x.dtype}")
     for name in ("up", "gate", "down_t"):
         weight = getattr(weights, name)
         if weight is None:

@@ -1,4 +1,4 @@
-"""`gathered_mlp`: one MLP, run through the neurons of a set, weights untouched."""
+"""`gathered_mlp`: run an MLP through the neurons of a set, without changing or copying its weights on a GPU."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def gathered_mlp(
 ) -> Tensor:
     """Compute `down(act(x gateᵀ) * (x upᵀ))` over the kept neurons, or `down(act(x upᵀ))`.
 
-    Triton kernels on a GPU, views and cached compact weights on a CPU; differentiable; traceable by
-    `torch.compile`; capturable in a CUDA graph.
+    Runs Triton kernels on a GPU, and views and cached compact weights on a CPU. Differentiable, traceable by
+    `torch.compile` and capturable in a CUDA graph.
 
     Parameters
     ----------
     x
-        [..., width], floating. The kernels take float32, bfloat16 and float16; a CPU float64 too.
+        [..., width], float32, bfloat16 or float16; on a CPU also float64.
     up, gate
-        [neurons, width]: the whole weights. Without `gate` the MLP is a plain one.
+        [neurons, width]: the unpruned weights. Without `gate` the MLP is not gated.
     down_t
-        [neurons, width out]: `down` transposed, which is how it must be stored on a GPU.
+        [neurons, width out]: the transpose of `down`; on a GPU it must be contiguous in this form.
     neurons
-        A set for all rows, or a batch with a set a row (`NeuronSets.route`).
+        A set for all rows, or a batch with one set for each row (`NeuronSets.route`).
     activation
         silu, gelu, gelu_tanh or relu, or transformers' name for one of them.
     up_bias, gate_bias
@@ -52,12 +52,12 @@ def gathered_mlp(
     Returns
     -------
     Tensor
-        [..., width out], of x's dtype.
+        [..., width out], in the dtype of x.
 
     Raises
     ------
     ValueError
-        If shapes or devices do not fit together, or the activation is unknown.
+        Shapes or devices do not match, or the activation is not supported.
     """
     name = canonical_activation(activation)
     _check(x, up, down_t, neurons, gate, up_bias, gate_bias, down_bias)
@@ -130,11 +130,11 @@ def gathered_mlp(
 
 
 def _better_dense(x: Tensor, count: int, frozen: bool) -> bool:
-    """Whether the first `count` neurons are better run as a smaller dense MLP, by cuBLAS.
+    """Return whether cuBLAS runs the first `count` neurons faster, as a smaller dense MLP.
 
-    The kernels, fused and chained, take less time where launches count: few rows of not too many
-    weights of two bytes (`bench/results/h200.json`: through consecutive rows 0.72 to 1.00 of cuBLAS's time up to 32
-    tokens at 0.3 to 0.7 of an MLP of 352 MB, and 0.96 to 1.10 for all of it).
+    The fused and chained kernels are faster where launch overhead matters: for few rows and small two-byte weights
+    (`bench/results/h200.json`: through consecutive rows 0.72 to 1.00 of cuBLAS's time up to 32 tokens at 0.3 to 0.7 of
+    an MLP of 352 MB, and 0.96 to 1.10 for all of it).
     """
     small = x.element_size() == 2 and 6 * count * x.shape[1] <= _FEW_BYTES
     return x.is_cuda and not (frozen and small and x.shape[0] <= _FEW_ROWS)
@@ -150,7 +150,7 @@ def _prefix(
     activation: str,
     mask: Tensor | None,
 ) -> Tensor:
-    """Run a prefix as what it is: a smaller dense MLP over views."""
+    """Run a prefix of the neurons as a smaller dense MLP over views."""
     up_bias, gate_bias, down_bias = biases
     hidden = F.linear(x, up[:count], None if up_bias is None else up_bias[:count])
     if gate is None:
@@ -180,7 +180,7 @@ def _check(
         )
     count = up.shape[0]
     if neurons.width != count:
-        raise ValueError(f"the set is of an MLP {neurons.width} wide, up has {count} neurons")
+        raise ValueError(f"the set is for an MLP of {neurons.width} neurons, up has {count}")
     if down_t.dim() != 2 or down_t.shape[0] != count:
         raise ValueError(
             f"down_t {list(down_t.shape)} must be down transposed, [{count} neurons, width out]"

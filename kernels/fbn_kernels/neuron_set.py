@@ -1,8 +1,7 @@
-"""Which neurons of an MLP a call runs through.
+"""The set of neurons of an MLP that a call runs through.
 
-A set lists the kept rows of `up`, `gate` and the transposed `down`. How its rows lie in memory
-decides how it is run, so three kinds are told apart: a prefix (a view: no gathering at all), aligned
-blocks of 64 rows, and any sorted rows.
+A set lists the kept rows of `up`, `gate` and the transposed `down`. The layout of these rows in memory decides how the
+set is run: a prefix (a view, without gathering), aligned blocks of 64 rows, or any sorted rows.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _MAX_WIDTH = 2**31 - 1
 
 
 class Kind(enum.Enum):
-    """How the rows of a set lie in memory."""
+    """The layout of a set's rows in memory."""
 
     PREFIX = "prefix"
     BLOCK64 = "block64"
@@ -39,13 +38,13 @@ class NeuronSet:
     count
         Neurons kept, from 1 to `width`.
     kind
-        How the kept rows lie in memory.
+        The layout of the kept rows in memory.
     indices
         int32, [`count` rounded up to a multiple of 64]: the kept neurons, ascending; the padding
-        repeats the last one, so that every entry is a row that may be read.
+        repeats the last one, so that every entry is a valid row.
     listed
-        `indices` without the padding, [`count`]. `torch.compile` takes the length of a tensor for a
-        variable and a number for a constant: what is compiled for one set serves others by this.
+        `indices` without the padding, [`count`]. `torch.compile` treats the length of a tensor as variable and a number
+        as constant, so code compiled with this length works for all sets.
     """
 
     width: int
@@ -59,7 +58,7 @@ class NeuronSet:
 
     @classmethod
     def from_indices(cls, indices: Tensor | Sequence[int], width: int) -> NeuronSet:
-        """Check a list of neurons and find out how it lies in memory.
+        """Check a list of neurons and determine its layout in memory.
 
         Parameters
         ----------
@@ -71,9 +70,9 @@ class NeuronSet:
         Raises
         ------
         ValueError
-            If the list is empty, unsorted, has a duplicate or leaves the MLP.
+            The list is empty, unsorted, has a duplicate or an entry outside the MLP.
         TypeError
-            If the entries are not integers.
+            The entries are not integers.
         """
         given = torch.as_tensor(indices)
         if given.dtype == torch.bool or given.is_floating_point() or given.is_complex():

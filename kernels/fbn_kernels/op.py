@@ -1,8 +1,8 @@
 """The torch operators behind `gathered_mlp`, with fake versions and gradients.
 
-Two operators: one index list for all rows (with, optionally, a mask a row), and one list a tile of
-rows. Backward recomputes the hidden vector instead of keeping it, and forms the weight gradients for
-the kept rows alone before putting them into zeros of the weight's shape.
+There are two operators: one index list for all rows (optionally with a mask for each row), and one list for each tile
+of rows. The backward pass recomputes the hidden vector instead of keeping it, and computes the weight gradients only
+for the kept rows before it puts them into zeros of the weight's shape.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .tuning import INTERPRETED
 
 
 def on_triton(x: Tensor) -> bool:
-    """Whether the kernels run on x: on a GPU, or anywhere under Triton's interpreter."""
+    """Return whether the kernels run on x: on a GPU, or on any device under Triton's interpreter."""
     return x.is_cuda or INTERPRETED
 
 
@@ -43,7 +43,7 @@ def one_set(
 ) -> Tensor:
     """Run x [rows, width] through the first `count` rows of `indices`.
 
-    `frozen` tells that the weights are not being trained, so that copies of them may be kept.
+    `frozen` means that the weights are not being trained, so that copies of them may be cached.
     With `membership` uint8 [sets, padded] and `set_ids` int32 [rows], a row uses neuron j only
     where `membership[set_ids[row], j]` is 1.
     """
@@ -101,11 +101,11 @@ def many_sets(
     block_rows: int,
     frozen: bool,
 ) -> Tensor:
-    """Run each tile of rows through the list of its own set.
+    """Run each tile of rows through the index list of its set.
 
     `indices`, `membership` and `count` describe the union of the sets; `set_indices`, `table`,
     `order`, `tiles`, `largest` and `block_rows` are those of `NeuronSets` and `NeuronBatch`;
-    `frozen` is as for `one_set`.
+    `frozen` has the meaning that it has in `one_set`.
     """
     if on_triton(x):
         from .launch import Route, Weights, launch_mlp
@@ -160,7 +160,7 @@ def mask_of(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    # Both operators start with the same ten tensors and name the union's count.
+    # Both operators take the same first ten tensors, and the activation followed by the union's count.
     ctx.save_for_backward(*inputs[:10])
     first_option = next(n for n, one in enumerate(inputs) if isinstance(one, str))
     ctx.activation, ctx.count = inputs[first_option], inputs[first_option + 1]

@@ -1,4 +1,4 @@
-"""The gathered MLP in a few lines of plain PyTorch: what every faster path must agree with."""
+"""The gathered MLP in a few lines of plain PyTorch, as the reference for the faster implementations."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def reference_mlp(
     gate_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
 ) -> Tensor:
-    """Compute `gathered_mlp` by gathering the rows; differentiable, any floating dtype.
+    """Compute the result of `gathered_mlp` by gathering the rows; differentiable, for any floating dtype.
 
-    Shapes are those of `fbn_kernels.gathered_mlp`.
+    The parameters are those of `fbn_kernels.gathered_mlp`.
     """
     if isinstance(neurons, NeuronBatch):
         flat = x.reshape(-1, x.shape[-1])

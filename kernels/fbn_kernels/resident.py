@@ -1,8 +1,7 @@
-"""An MLP that stays in memory whole and runs through one set at a time, or through a set a row.
+"""An MLP that stays in memory unpruned and runs through one set at a time, or through one set for each row.
 
-What differs from calling `gathered_mlp` each time is who owns the copies of scattered rows on a CPU:
-here there is room for one set's, made once and written over at every switch, so that many sets cost
-no more than the largest of them. On a GPU nothing is ever copied.
+Unlike `gathered_mlp`, it owns the copies of scattered rows on a CPU: one buffer, overwritten when the set changes, so
+that many sets take no more memory than the largest. On a GPU no rows are copied.
 """
 
 from __future__ import annotations
@@ -31,10 +30,9 @@ _residents: WeakValueDictionary[int, ResidentMlp] = WeakValueDictionary()
 
 @torch.library.custom_op(add_op_namespace_prefix("current_hidden"), mutates_args=())
 def current_hidden(x: Tensor, order: Tensor, handle: int) -> Tensor:
-    """`ResidentMlp.hidden` on a CPU of x [rows, width]; `order` int [kept] tells its size.
+    """Run `ResidentMlp.hidden` on a CPU for x [rows, width]; `order`, int [kept], gives the output size.
 
-    How a set is read, which runs and which copies, is a matter of the set. A compiler that saw it would
-    compile for each.
+    The runs and copies differ from set to set. The operator hides them from the compiler, which would compile each.
     """
     return _residents[handle].hidden_in_place(x)
 
@@ -46,7 +44,7 @@ def _(x: Tensor, order: Tensor, handle: int) -> Tensor:
 
 @torch.library.custom_op(add_op_namespace_prefix("current_down"), mutates_args=())
 def current_down(hidden: Tensor, width: int, handle: int) -> Tensor:
-    """`ResidentMlp.down` on a CPU of hidden [rows, kept], [rows, width]."""
+    """Run `ResidentMlp.down` on a CPU for hidden [rows, kept]; return [rows, width]."""
     return _residents[handle].down_in_place(hidden)
 
 
@@ -56,7 +54,7 @@ def _(hidden: Tensor, width: int, handle: int) -> Tensor:
 
 
 def mark_varying(tensor: Tensor, *dimensions: int) -> None:
-    """Tell `torch.compile` that these sizes differ from set to set, lest it compile for one."""
+    """Mark sizes that differ from set to set, so that `torch.compile` does not compile for one of them."""
     import torch._dynamo
 
     for dimension in dimensions:
@@ -64,21 +62,21 @@ def mark_varying(tensor: Tensor, *dimensions: int) -> None:
 
 
 class ResidentMlp:
-    """Whole weights, and the set they are run through now: the first, until `switch`.
+    """The unpruned weights of an MLP, with a current set of neurons: the first, until `switch`.
 
-    Not for training: weights get no gradient. With `may_copy` false no room is taken on a CPU: scattered
-    rows are gathered at every call.
+    Not for training: the weights get no gradient. On a CPU, if `may_copy` is false, scattered rows are gathered at
+    every call and no buffer is allocated.
 
     Parameters
     ----------
     up, gate
-        [neurons, width]; without `gate` the MLP is a plain one.
+        [neurons, width]; without `gate` the MLP is not gated.
     down_t
         [neurons, width out]: `down` transposed.
     sets
         The sets to choose from, on the weights' device.
     activation, up_bias, gate_bias
-        As of `gathered_mlp`. A bias of `down` is the caller's to add.
+        As in `gathered_mlp`. The caller adds a bias of `down`.
     """
 
     def __init__(
@@ -117,14 +115,14 @@ class ResidentMlp:
 
     @property
     def room_bytes(self) -> int:
-        """Bytes that copies of the set with the most scattered rows take; 0 on a GPU."""
+        """Bytes of the copies for the set with the most scattered rows; 0 on a GPU."""
         most = max(len(one.loose) for one in self._readings) if self.copies else 0
         sources = (self.up, self.gate, self.up_bias, self.gate_bias)
         return most * sum(one[0].nbytes for one in sources if one is not None)
 
     @property
     def copied_bytes(self) -> int:
-        """Bytes of the room for copied rows; none until it is taken, or a set needs it."""
+        """Bytes of the buffer for copied rows; 0 until it is allocated."""
         return 0 if self._room is None else self._room.nbytes
 
     @property
@@ -134,13 +132,13 @@ class ResidentMlp:
         return sum(one.nbytes for one in held)
 
     def order(self, number: int) -> Tensor:
-        """Neurons of a set in the order in which `hidden` returns them, int64 [kept] on the CPU."""
+        """Return the neurons of a set in the order of `hidden`, int64 [kept] on the CPU."""
         rows = self._readings[number].order if self.copies else self.sets[number].rows()
         return rows.to("cpu", torch.int64)
 
     def switch(self, number: int) -> None:
-        """Run through another of the sets from now on."""
-        # What a compiled caller looks up anew each time: no number that it would take for a constant.
+        """Make another set the current one."""
+        # A compiled caller reads these anew at each call; it would treat a number as a constant.
         self._set, self._reading = self.sets[number], self._readings[number]
         self._loose = None
         rows = self._reading.loose
@@ -162,7 +160,7 @@ class ResidentMlp:
         return hidden.reshape(*x.shape[:-1], hidden.shape[-1])
 
     def down(self, hidden: Tensor) -> Tensor:
-        """Return what the current set's rows of `down` make of `hidden`, [..., width out].
+        """Return the product of `hidden` and the current set's rows of `down`, [..., width out].
 
         On a GPU this gathers the rows at every call; `__call__` does not.
         """
@@ -177,7 +175,7 @@ class ResidentMlp:
         return out.reshape(*hidden.shape[:-1], out.shape[-1])
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Run x [..., width] through the current set; [..., width out]."""
+        """Run x [..., width] through the current set; return [..., width out]."""
         if self.copies:
             return self.down(self.hidden(x))
         return gathered_mlp(x, self.up, self.down_t, self._set, **self._inputs())
@@ -199,7 +197,7 @@ class ResidentMlp:
         }
 
     def hidden_in_place(self, x: Tensor) -> Tensor:
-        """`hidden` of x [rows, width] as a CPU computes it."""
+        """Compute `hidden` of x [rows, width] on a CPU."""
         return hidden_in_place(
             x,
             self.up,
@@ -212,11 +210,11 @@ class ResidentMlp:
         )
 
     def down_in_place(self, hidden: Tensor) -> Tensor:
-        """`down` of hidden [rows, kept] as a CPU computes it."""
+        """Compute `down` of hidden [rows, kept] on a CPU."""
         return down_in_place(hidden, self.down_t, self._reading, self._threads)
 
     def take_room(self) -> None:
-        """Take the memory for copied rows now, lest the first switch wait for the system to give it."""
+        """Allocate the buffer for copied rows now, so that the first switch does not wait for it."""
         if self._room is not None or not self.room_bytes:
             return
         most = max(len(one.loose) for one in self._readings)
@@ -228,7 +226,7 @@ class ResidentMlp:
         self._room = LooseRows(up, *others)
 
     def _copy(self, rows: Tensor) -> LooseRows:
-        """Write the rows over those of the set before."""
+        """Copy the rows into the buffer, over those of the previous set."""
         self.take_room()
         sources = (self.up, self.gate, self.up_bias, self.gate_bias)
         assert self._room is not None

@@ -1,9 +1,8 @@
-"""Many sets at once: a batch whose rows run through different sets.
+"""Run a batch whose rows use different sets of neurons.
 
-Two ways to run such a batch. `UNION` computes the neurons that any set keeps, once, and zeroes in
-each row those its own set drops: the weights are read once. `ROUTED` sorts the rows by set and gives
-each tile of rows its own index list: no multiplication is wasted, but weights that two sets share
-are read twice. Reading dominates while rows are few, multiplying once they are many.
+There are two strategies. `UNION` computes the neurons that any set keeps once, and zeroes in each row those outside its
+own set, so weights are read once. `ROUTED` sorts the rows by set and gives each tile of rows its own index list: no
+product is wasted, but weights that two sets share are read twice. For few rows reading dominates, for many arithmetic.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from torch import Tensor
 from .neuron_set import Kind, NeuronSet
 
 RIDGE_TOKENS = 184
-"""Rows at which a weight row's arithmetic takes as long as reading it (H200, bfloat16)."""
+"""Number of rows for which the arithmetic of a weight row takes as long as reading it (H200, bfloat16)."""
 
 ROUTED_ROWS = (128, 64, 16)
-"""Rows a tile of a routed batch may have: the largest that the sets fill on average, else the last."""
+"""Numbers of rows in a tile of a routed batch: the largest that the sets fill on average, else the last."""
 
 
 class Strategy(enum.Enum):
@@ -33,7 +32,7 @@ class Strategy(enum.Enum):
 
 @dataclass(frozen=True, eq=False)
 class NeuronSets:
-    """Several sets of the same MLP, kept as index lists alone.
+    """Several sets of the same MLP, stored as index lists.
 
     Attributes
     ----------
@@ -42,9 +41,9 @@ class NeuronSets:
     indices
         int32: the padded index lists one after the other.
     table
-        int32 [sets, 2]: where a set's list starts in `indices`, and how many neurons it keeps.
+        int32 [sets, 2]: the start of a set's list in `indices`, and its number of neurons.
     union
-        The neurons any of them keeps.
+        The neurons that any of them keeps.
     membership
         uint8 [sets, padded union]: 1 where the set keeps that neuron of the union, 0 elsewhere and
         on the padding.
@@ -58,12 +57,12 @@ class NeuronSets:
 
     @classmethod
     def from_sets(cls, sets: Sequence[NeuronSet]) -> NeuronSets:
-        """Put sets of one MLP together.
+        """Combine sets of one MLP.
 
         Raises
         ------
         ValueError
-            If there is none, or they differ in width or device.
+            There are no sets, or they differ in width or device.
         """
         if not sets:
             raise ValueError("at least one set is needed, got none")
@@ -71,7 +70,7 @@ class NeuronSets:
         for number, one in enumerate(sets):
             if one.width != first.width:
                 raise ValueError(
-                    f"set {number} is of an MLP {one.width} wide, set 0 of {first.width}"
+                    f"set {number} is for an MLP of {one.width} neurons, set 0 for {first.width}"
                 )
             if one.indices.device != first.indices.device:
                 raise ValueError(
@@ -144,20 +143,25 @@ class NeuronSets:
         tokens_per_row: int = 1,
         strategy: Strategy | None = None,
     ) -> NeuronBatch:
-        """Send each row of a batch through a set.
+        """Assign a set to each row of a batch.
 
-        Nothing is read back from the device, so the call can be captured in a CUDA graph; build it
-        once a forward pass and use it in every layer whose sets are numbered alike.
+        Nothing is read back from the device, so the call can be captured in a CUDA graph. Route once for each forward
+        pass and use the result in every layer whose sets have the same numbers.
 
         Parameters
         ----------
         set_ids
-            int [batch]: the set of each row. Checked where it lies on the CPU; on a GPU, and inside a
-            compiled function, an id out of range is the caller's error.
+            int [batch]: the set of each row. Ids are checked on the CPU; on a GPU, and inside a compiled function,
+            the caller must ensure that they are in range.
         tokens_per_row
-            How many consecutive rows of the flattened activations belong to one entry.
+            Number of consecutive rows of the flattened activations for each entry.
         strategy
-            `choose` decides when not given.
+            The strategy; by default that of `choose`.
+
+        Raises
+        ------
+        ValueError
+            The ids are not a flat list of integers, or one is out of range.
         """
         device = self.indices.device
         ids = torch.as_tensor(set_ids)
@@ -182,7 +186,7 @@ class NeuronSets:
 
 @dataclass(frozen=True, eq=False)
 class NeuronBatch:
-    """Which set each row of a batch runs through.
+    """The set of each row of a batch.
 
     Attributes
     ----------
@@ -193,12 +197,11 @@ class NeuronBatch:
     order
         int32 [rows]: the rows sorted by set.
     tiles
-        int32 [tiles, 3]: for each tile of rows its set and its range in `order`; a range is empty
-        where the table is longer than needed.
+        int32 [tiles, 3]: for each tile of rows its set and its range in `order`; surplus tiles have an empty range.
     block_rows
         Rows in a tile.
     strategy
-        How the batch is run.
+        The strategy that runs the batch.
     """
 
     sets: NeuronSets
@@ -224,7 +227,7 @@ def _tile_table(ids: Tensor, sets: int, block_rows: int) -> tuple[Tensor, Tensor
     stops = torch.searchsorted(sorted_ids, numbers, right=True)
     tiles_of = (stops - starts + block_rows - 1) // block_rows
     ends = torch.cumsum(tiles_of, 0)
-    # The count of tiles depends on the ids; their bound does not.
+    # The number of tiles depends on the ids; this bound does not.
     bound = max(1, min(rows, rows // block_rows + sets))
     tile = torch.arange(bound, device=ids.device)
     owner = torch.searchsorted(ends, tile, right=True).clamp(max=sets - 1)

@@ -1,8 +1,8 @@
-"""Which tile sizes a call uses: JSON tables, one a device, written by the tuner and read once.
+"""Choose the tile sizes of a call from JSON tables, one for each device, which the tuner writes.
 
-Nothing is tried out at run time. A table's entries are keyed by token bucket, kept bucket, model
-width, dtype and kind of set; a key that is null fits everything, and the most specific entry wins.
-A device without a table of its own takes the one of its architecture.
+Nothing is tuned at run time. The entries of a table are keyed by token bucket, kept bucket, model width, dtype and kind
+of set; a null key matches everything, and the most specific entry is used. A device without its own table uses that of
+its architecture.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ TABLES = Path(__file__).parent / "tables"
 """The folder of the tables."""
 
 TOKEN_BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
-"""Upper ends of the token buckets; more tokens belong to the last."""
+"""Upper ends of the token buckets; the last one also holds larger numbers."""
 
 _HIGH = 128
 _MOST_WARPS = 8
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
-"""Whether Triton's interpreter runs the kernels, on CPU tensors, as Triton itself reads it."""
+"""Whether Triton's interpreter runs the kernels on CPU tensors, from the variable that Triton reads."""
 
 FALLBACK = "sm_80"
-"""The table for a device that has neither its own nor one of its architecture."""
+"""The table for devices without a table of their own or of their architecture."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,9 @@ class HiddenTile:
 
 @dataclass(frozen=True)
 class DownTile:
-    """Tile of the down kernel; `split` None leaves the number of splits to the shape.
+    """Tile of the down kernel; if `split` is None, the shape decides the number of splits.
 
-    With `fixup` the program that finishes a tile last adds the splits' parts up, else a kernel of
-    its own does.
+    With `fixup` the program that finishes a tile last adds the parts of its splits; otherwise a separate kernel does.
     """
 
     block_rows: int
@@ -84,7 +83,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Entry:
-    """A tile and the calls it is for; None stands for any."""
+    """A tile and the calls that it is for; None matches any."""
 
     tile: Tile
     tokens: int | None = None
@@ -103,8 +102,8 @@ class Table:
     device
         Name of the device or architecture.
     measured
-        Where and how the tiles with a model width were timed; None if none was: entries for any
-        width are starting points.
+        Where and how the tiles with a model width were timed; None if none were. Entries for any width are untimed
+        starting points.
     entries
         The tiles.
     """
@@ -116,12 +115,12 @@ class Table:
     def find(
         self, tokens: int, kept: int, model_width: int, dtype: torch.dtype, kind: Kind
     ) -> Tile:
-        """Return the tile of the most specific entry that fits; a prefix lies as whole blocks do.
+        """Return the tile of the most specific entry that matches; a prefix uses the entries of blocks.
 
         Raises
         ------
         LookupError
-            If no entry fits.
+            No entry matches.
         """
         wanted = {
             "tokens": token_bucket(tokens),
@@ -153,7 +152,7 @@ class Table:
     ) -> Tile:
         """Return the tile for a batch of `rows` whose sets are each cut into tiles of `block_rows`.
 
-        Low tiles are those of a call of so many tokens. High ones are as many as a long call's.
+        Tiles with few rows are those of a call with that many tokens, tiles with many rows those of a long call.
         """
         tokens = min(rows, block_rows) if block_rows < _HIGH else max(rows, 2 * _HIGH)
         tile = self.find(tokens, kept, model_width, dtype, kind)
@@ -161,13 +160,13 @@ class Table:
 
 
 def _with_rows(tile: _Part, block_rows: int) -> _Part:
-    """Give a tile other rows, and a higher one more warps, so that no thread holds more of it."""
+    """Change the rows of a tile, with more warps for more rows, so that the work of a thread stays the same."""
     warps = tile.warps * max(1, block_rows // tile.block_rows)
     return replace(tile, block_rows=block_rows, warps=min(warps, _MOST_WARPS))
 
 
 def token_bucket(tokens: int) -> int:
-    """Return the upper end of the bucket that `tokens` belongs to."""
+    """Return the upper end of the bucket of `tokens`."""
     return next((end for end in TOKEN_BUCKETS if tokens <= end), TOKEN_BUCKETS[-1])
 
 
@@ -178,7 +177,7 @@ def kept_bucket(kept: int) -> int:
 
 
 def table_path(device: str) -> Path:
-    """Return where the table of a device or architecture lies, whether or not it exists."""
+    """Return the path of the table of a device or architecture, whether or not it exists."""
     return TABLES / f"{re.sub(r'[^A-Za-z0-9]+', '_', device).strip('_')}.json"
 
 
@@ -201,7 +200,7 @@ def read_table(path: Path) -> Table:
 
 @functools.cache
 def load_table(device: str) -> Table:
-    """Read the table of a device or architecture that has one; read once."""
+    """Return the table of a device or architecture, which is read once."""
     return read_table(table_path(device))
 
 
@@ -221,7 +220,7 @@ def table_for(device: torch.device) -> Table:
 
 @functools.cache
 def compute_units(device: torch.device) -> int:
-    """Return how many multiprocessors a GPU has; 1 for the interpreter."""
+    """Return the number of multiprocessors of a GPU; 1 for the interpreter."""
     if device.type != "cuda":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -310,7 +310,7 @@ def test_no_rows_give_no_rows() -> None:
     ("change", "message"),
     [
         ({"x": torch.zeros(2, 5)}, "does not fit up"),
-        ({"neurons": NeuronSet.full(7)}, "MLP 7 wide, up has 192 neurons"),
+        ({"neurons": NeuronSet.full(7)}, "an MLP of 7 neurons, up has 192"),
         ({"down_t": torch.zeros(WIDTH, NEURONS)}, "must be down transposed"),
         ({"gate": torch.zeros(3, WIDTH)}, "differs from up"),
         ({"gate_bias": torch.zeros(NEURONS)}, "gate_bias is given without gate"),

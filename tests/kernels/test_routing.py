@@ -75,7 +75,7 @@ def test_ids_must_be_a_flat_list_of_integers() -> None:
 
 
 def test_sets_of_different_mlps_do_not_go_together() -> None:
-    with pytest.raises(ValueError, match="set 1 is of an MLP 128 wide, set 0 of 256"):
+    with pytest.raises(ValueError, match="set 1 is for an MLP of 128 neurons, set 0 for 256"):
         NeuronSets.from_sets([NeuronSet.full(256), NeuronSet.full(128)])
     with pytest.raises(ValueError, match="at least one set"):
         NeuronSets.from_sets([])
