@@ -145,9 +145,9 @@ def test_what_is_measured_is_what_stock_transformers_loads(
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(again)), logits(written))
     prepared = prepare(recipe(model, text))
     from fbn_prune.model.perplexity import perplexity
-    from fbn_prune.runs.opening import load_calibration
+    from fbn_prune.runs.opening import read_texts
 
-    held_out = load_calibration(prepared, prepared.checkpoint.load_tokenizer()).held_out
+    held_out = read_texts(prepared, prepared.checkpoint.load_tokenizer())[0].held_out
     assert perplexity(ModelAdapter(written), held_out.batches(400)) == pytest.approx(
         result.perplexity_after, rel=1e-4
     )

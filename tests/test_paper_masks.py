@@ -15,7 +15,6 @@ from fbn_prune.cli.main import _exit_code
 from fbn_prune.data import builtin
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.recipe import load_recipe
-from fbn_prune.runs.opening import load_calibration
 from fbn_prune.runs.setup import prepare
 
 torch.set_num_threads(1)
@@ -44,7 +43,7 @@ def test_the_recipe_keeps_exactly_what_a_plain_implementation_of_the_paper_keeps
     ours = [paper_masks.kept_in_checkpoint(before, after, layer) for layer in range(LAYERS)]
     assert [int(layer.sum()) for layer in ours] == [768, 768, 768, 768 - 276, 768, 768]
 
-    blocks = load_calibration(prepare(recipe), before.load_tokenizer()).calibrating
+    blocks = read_texts(prepare(recipe), before.load_tokenizer())[0].calibrating
     model = AutoModelForCausalLM.from_pretrained(before.path, dtype=torch.float32).eval()
     activations = paper_masks.layer_activations(model, blocks)[CUT]
     strongest = paper_masks.strongest_z(activations, NETWORKS, seed=0)

@@ -21,7 +21,7 @@ from fbn_prune.pruning.cutting import CutPlan, cut_layers
 from fbn_prune.pruning.evidence import CutOptions, EvidencePass
 from fbn_prune.pruning.second_order import choose_neurons, output_error, refit
 from fbn_prune.recipe import Recipe, build_recipe
-from fbn_prune.runs.opening import load_calibration
+from fbn_prune.runs.opening import read_texts
 from fbn_prune.runs.prune import run_prune
 from fbn_prune.runs.setup import Prepared, prepare
 
@@ -44,7 +44,7 @@ def recipe(model: Path, text: Path, output: Path | None = None, **changes: objec
 def opened(model: Path, text: Path, **changes: object) -> tuple[Prepared, ModelAdapter, list]:
     prepared = prepare(recipe(model, text, **changes))
     live = ModelAdapter(prepared.checkpoint.load_model("cpu", torch.float32))
-    data = load_calibration(prepared, prepared.checkpoint.load_tokenizer())
+    data = read_texts(prepared, prepared.checkpoint.load_tokenizer())[0]
     return prepared, live, data.calibrating.batches(400)
 
 
@@ -56,7 +56,7 @@ def test_the_reported_figures_are_those_of_the_written_checkpoint(
     result = run_prune(recipe(model, text, tmp_path / "out", sparsity=0.4), StageClock())
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     prepared = prepare(recipe(model, text))
-    held_out = load_calibration(prepared, prepared.checkpoint.load_tokenizer()).held_out
+    held_out = read_texts(prepared, prepared.checkpoint.load_tokenizer())[0].held_out
     after = perplexity(ModelAdapter(written), held_out.batches(prepared.batch_tokens))
     assert after == pytest.approx(result.perplexity_after, rel=1e-4)
     assert result.parameters_after == Checkpoint.open(tmp_path / "out").total_parameters

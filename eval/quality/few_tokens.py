@@ -23,7 +23,7 @@ from fbn_prune.pruning.damping import DampingWarning, refit_share
 from fbn_prune.pruning.evidence import CutOptions, EvidencePass
 from fbn_prune.pruning.second_order import choose_neurons, refit
 from fbn_prune.recipe import build_recipe
-from fbn_prune.runs.opening import load_calibration
+from fbn_prune.runs.opening import read_texts
 from fbn_prune.runs.setup import prepare
 
 TOKENS_PER_NEURON = (0.5, 1, 4, 16)
@@ -41,7 +41,7 @@ def main() -> None:
     recipe = build_recipe({**known, "tokens": 65536, "context": 256})
     prepared = prepare(recipe)
     adapter = ModelAdapter(prepared.checkpoint.load_model("cpu", torch.float32))
-    data = load_calibration(prepared, prepared.checkpoint.load_tokenizer())
+    data = read_texts(prepared, prepared.checkpoint.load_tokenizer())[0]
     held_out = data.held_out.subset(8192).batches(4096)
     width = prepared.width
     table: dict[str, dict[str, float]] = {}

@@ -28,7 +28,7 @@ from fbn_prune.data.calibration import TokenBlocks
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.progress import StageClock
 from fbn_prune.recipe import load_recipe
-from fbn_prune.runs.opening import load_calibration
+from fbn_prune.runs.opening import read_texts
 from fbn_prune.runs.prune import run_prune
 from fbn_prune.runs.setup import prepare
 
@@ -120,7 +120,7 @@ def main(
         )
         cut = [layer for layer in range(prepared.layers) if layer not in prepared.whole]
         ours = [kept_in_checkpoint(before, after, layer) for layer in cut]
-    blocks = load_calibration(prepared, before.load_tokenizer()).calibrating
+    blocks = read_texts(prepared, before.load_tokenizer())[0].calibrating
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     activations = layer_activations(plain, blocks)
     budget = sum(result.widths[layer] for layer in cut)

@@ -32,7 +32,7 @@ from fbn_prune.pruning.prediction import (
     relative_head_error,
 )
 from fbn_prune.recipe import build_recipe
-from fbn_prune.runs.opening import load_calibration
+from fbn_prune.runs.opening import read_texts
 from fbn_prune.runs.setup import prepare
 
 TOKENS, HELD_OUT_TOKENS = 8192, 2048
@@ -48,7 +48,7 @@ def measure(name: str, texts: list[str]) -> list[dict[str, Any]]:
     )
     prepared = prepare(recipe)
     adapter = ModelAdapter(prepared.checkpoint.load_model("cpu", torch.float32))
-    data = load_calibration(prepared, prepared.checkpoint.load_tokenizer())
+    data = read_texts(prepared, prepared.checkpoint.load_tokenizer())[0]
     held_out = data.held_out.subset(HELD_OUT_TOKENS).batches(4096)
     family, config = prepared.family, prepared.checkpoint.config
     groups = family.head_shape(config).groups if family.attention is not None else 1

@@ -78,20 +78,26 @@ def open_run(prepared: Prepared, clock: StageClock, *, whole: bool = False) -> O
     """
     tokenizer = prepared.checkpoint.load_tokenizer()
     with clock.stage("calibration"):
-        data, task = read_texts(prepared, tokenizer, prepared.recipe.calibration)
+        data, task = read_texts(prepared, tokenizer)
     with clock.stage("load"):
         adapter = prepared.load_whole_model() if whole else prepared.load_model()
     return OpenRun(prepared, tokenizer, data, task, adapter, clock)
 
 
 def read_texts(
-    prepared: Prepared, tokenizer: Any, sources: Sequence[str | GivenData]
+    prepared: Prepared, tokenizer: Any, sources: Sequence[str | GivenData] | None = None
 ) -> tuple[CalibrationData, TaskCalibration | None]:
-    """The calibrating and held-out blocks of a prepared run, and its task's; None without a task."""
+    """Read the calibrating and held-out blocks of a prepared run, and its task's blocks, or None without a task.
+
+    Parameters
+    ----------
+    sources
+        In the place of those that the recipe names.
+    """
     recipe = prepared.recipe
     vocabulary = prepared.family.vocab_size(prepared.checkpoint.config)
     data = calibration_data(
-        sources,
+        recipe.calibration if sources is None else sources,
         tokenizer,
         tokens=recipe.tokens,
         context=prepared.context,
