@@ -25,22 +25,15 @@ def random_scores(full: list[int], seed: int) -> list[torch.Tensor]:
     return [torch.rand(width, generator=generator, dtype=torch.float64) for width in full]
 
 
-def test_a_layer_is_as_wide_as_it_has_neurons_among_the_best() -> None:
+def test_a_layer_is_as_wide_as_it_has_neurons_among_the_best_and_none_disappears() -> None:
     found = ranked_widths(scores([9, 8, 1, 0], [7, 6, 5, 0], [3, 2, 0, 0]), 6, 1)
     assert found == [2, 3, 1]
-
-
-def test_no_layer_disappears() -> None:
     assert ranked_widths(scores([9, 8, 7, 6], [1, 0, 0, 0], [5, 4, 3, 2]), 4, 1) == [2, 1, 1]
 
 
 def test_whole_layers_keep_everything_and_the_others_share_the_rest() -> None:
     given_scores = scores([0, 0, 0, 0], [9, 8, 7, 1], [6, 2, 1, 1], [0, 0, 0, 0])
     assert ranked_widths(given_scores, 12, 1, whole={0, 3}) == [4, 3, 1, 4]
-
-
-def test_the_whole_budget_is_everything() -> None:
-    assert ranked_widths(random_scores([10, 10], 0), 20, 8) == [10, 10]
 
 
 @given(
@@ -50,7 +43,7 @@ def test_the_whole_budget_is_everything() -> None:
     share=st.floats(0.0, 1.2),
     seed=st.integers(0, 1000),
 )
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 def test_widths_keep_the_budget_and_the_bounds(
     layers: int, width: int, multiple: int, share: float, seed: int
 ) -> None:
@@ -64,7 +57,7 @@ def test_widths_keep_the_budget_and_the_bounds(
 
 
 @given(seed=st.integers(0, 1000), budget=st.integers(4, 60))
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 def test_a_larger_budget_makes_no_layer_narrower(seed: int, budget: int) -> None:
     given_scores = random_scores([16] * 4, seed)
     less, more = (ranked_widths(given_scores, size, 1) for size in (budget, budget + 4))
@@ -72,16 +65,11 @@ def test_a_larger_budget_makes_no_layer_narrower(seed: int, budget: int) -> None
 
 
 @given(seed=st.integers(0, 1000), factor=st.floats(0.01, 100.0))
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 def test_only_the_order_of_scores_matters(seed: int, factor: float) -> None:
     given_scores = random_scores([16] * 4, seed)
     scaled = [layer * factor for layer in given_scores]
     assert ranked_widths(given_scores, 30, 4) == ranked_widths(scaled, 30, 4)
-
-
-def test_equal_layers_get_equal_widths() -> None:
-    layer = torch.arange(32, dtype=torch.float64)
-    assert ranked_widths([layer] * 4, 64, 8) == [16] * 4
 
 
 def some_networks(maps: torch.Tensor, widths: list[int], std: torch.Tensor) -> FunctionalNetworks:
@@ -114,7 +102,7 @@ def test_a_networks_score_is_part_in_any_network_times_output_carried() -> None:
     strength=st.floats(0.0, 1.0),
     seed=st.integers(0, 1000),
 )
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 def test_widths_between_even_and_ranked_ones_keep_what_both_keep(
     layers: int, width: int, multiple: int, share: float, strength: float, seed: int
 ) -> None:

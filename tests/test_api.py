@@ -53,8 +53,13 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
         return model(IDS).logits
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "phi3"])
-@pytest.mark.parametrize("settings", [{"keep_networks": 2}, {"sparsity": 0.5, "sequential": True}])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        *((name, {"keep_networks": 2}) for name in ("llama", "gpt2")),
+        *((name, {"sparsity": 0.5, "sequential": True}) for name in ("phi3", "qwen2")),
+    ],
+)
 def test_a_live_model_gets_the_bits_that_the_command_line_writes(
     name: str, settings: dict[str, Any], text: Path, tmp_path: Path
 ) -> None:
@@ -75,7 +80,7 @@ def test_a_live_model_gets_the_bits_that_the_command_line_writes(
         assert torch.equal(ours, theirs), key
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "phi3"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
 def test_a_pruned_live_model_trains_generates_saves_and_reloads(name: str, tmp_path: Path) -> None:
     model = make_model(name).train()
     prune(model, make_tokenizer(), TEXTS, PruningConfig(**SMALL, sparsity=0.5))

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny_models import make_tokenizer, save_tiny
+from small_runs import refused, run_json
+from tiny_models import logits, make_tokenizer, save_tiny
+from transformers import AutoModelForCausalLM
 
 pytest.importorskip("lm_eval")
 
@@ -21,36 +23,20 @@ from fbn_prune.errors import InvalidInput
 from fbn_prune.runs.evaluate import Evaluation, Figure, resolve_tasks
 from fbn_prune.runs.evaluation_card import with_evaluation
 
+AB = {"text": ["1", "none"], "label": ["A", "B"]}
 LINES: dict[str, list[dict[str, Any]]] = {
     "published": [
-        {
-            "question": f"Which is {i}?",
-            "choices": {"text": [str(i), "none"], "label": ["A", "B"]},
-            "answerKey": "AB"[i % 2],
-        }
-        for i in range(6)
+        {"question": f"Which is {i}?", "choices": AB, "answerKey": "AB"[i % 2]} for i in range(6)
     ],
-    "stems": [
-        {
-            "question_stem": "One is",
-            "choices": {"text": ["1", "2"], "label": ["A", "B"]},
-            "answerKey": "A",
-        }
-    ],
+    "stems": [{"question_stem": "One is", "choices": AB, "answerKey": "A"}],
     "plain": [
         {"question": "Up?", "choices": ["yes", "no", "so"], "answer": i % 3} for i in range(4)
     ],
     "named": [{"question": "Up?", "choices": ["yes", "no"], "answer": "no"}],
     "goals": [{"goal": "Boil water", "sol1": "heat it", "sol2": "cool it", "label": 0}],
     "science": [
-        {
-            "question": "Which?",
-            "distractor1": "a",
-            "distractor2": "b",
-            "distractor3": "c",
-            "correct_answer": "d",
-            "support": "",
-        }
+        {"question": "Which?", "correct_answer": "d", "support": ""}
+        | {f"distractor{i}": "abc"[i - 1] for i in (1, 2, 3)}
     ],
     "schemas": [
         {"sentence": "He saw her as _ left.", "option1": "he", "option2": "she", "answer": "2"}
@@ -59,13 +45,6 @@ LINES: dict[str, list[dict[str, Any]]] = {
     "exact": [{"question": f"{i}+1=", "answer": str(i + 1)} for i in range(4)],
     "texts": [{"text": "some words of text"}, {"text": "and more of them"}],
 }
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = save_tiny(tmp_path_factory.mktemp("models") / "tiny")
-    make_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -106,12 +85,9 @@ def test_local_files_give_a_plain_harness_runs_figures_to_the_last_digit(
     expected = plain_run(tiny, configs)
     task_file = tmp_path / "again.yaml"
     task_file.write_text(yaml.safe_dump(task_from_file(files["published"]) | {"task": "again"}))
-    named = [
-        argument for path in (*files.values(), task_file) for argument in ("--tasks", str(path))
-    ]
-    command = ["evaluate", "--model", str(tiny), "--batch-size", "1", *named, "--json"]
-    assert _exit_code(command) == 0
-    result = json.loads(capsys.readouterr().out)["tasks"]
+    named = [f"--tasks={path}" for path in (*files.values(), task_file)]
+    command = ["evaluate", "--model", str(tiny), "--batch-size", "1", *named]
+    result = run_json(capsys, *command)["tasks"]
     assert set(result) == {*files, "again"}
     assert result["again"] == result["published"]
     checked = 0
@@ -126,17 +102,13 @@ def test_local_files_give_a_plain_harness_runs_figures_to_the_last_digit(
 def test_perplexity_of_a_text_is_the_models_own(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from transformers import AutoModelForCausalLM
-
     text = tmp_path / "few.txt"
     text.write_text("abc def")
-    command = ["evaluate", "--model", str(tiny), "--tasks", str(text), "--json"]
-    assert _exit_code(command) == 0
-    result = json.loads(capsys.readouterr().out)["tasks"]["few"]
+    command = ["evaluate", "--model", str(tiny), "--tasks", str(text)]
+    result = run_json(capsys, *command)["tasks"]["few"]
     ids = torch.tensor([[256, *make_tokenizer()("abc def")["input_ids"]]])
     model = AutoModelForCausalLM.from_pretrained(tiny)
-    with torch.inference_mode():
-        logs = model(ids).logits[:, :-1].log_softmax(-1)
+    logs = logits(model, ids)[:, :-1].log_softmax(-1)
     total = float(logs.gather(2, ids[:, 1:, None]).sum())
     assert result["byte_perplexity"]["value"] == pytest.approx(math.exp(-total / 7), rel=1e-4)
 
@@ -178,8 +150,7 @@ def test_a_checkpoint_is_not_tested_on_its_own_examples(
     seen = record([Example("1 + 1 =2", "1+1=")], source="task.jsonl", tokens=5, networks=[0])
     (model / RECORD_NAME).write_text(seen)
     command = ["evaluate", "--model", str(model), "--tasks"]
-    assert _exit_code([*command, str(files["exact"])]) == 2
-    assert "1 of 4 questions" in capsys.readouterr().err
+    refused(capsys, [*command, str(files["exact"])], "1 of 4 questions")
     assert _exit_code([*command, str(files["last_words"])]) == 0
 
 
@@ -208,20 +179,12 @@ def test_an_answer_that_no_context_holds_is_refused_in_one_line(
     ],
 )
 def test_a_file_that_is_no_task_is_refused_in_one_line(
-    name: str,
-    content: str | None,
-    message: str,
-    tiny: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    name: str, content: str | None, message: str, tiny: Path, tmp_path: Path, capsys: Any
 ) -> None:
     if content is not None:
         (tmp_path / name).write_text(content)
     command = ["evaluate", "--model", str(tiny), "--tasks", str(tmp_path / name)]
-    assert _exit_code(command) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert len(error.splitlines()) == 1
+    refused(capsys, command, message)
 
 
 def test_two_files_of_one_name_are_refused(files: dict[str, Path], tmp_path: Path) -> None:
@@ -234,5 +197,5 @@ def test_two_files_of_one_name_are_refused(files: dict[str, Path], tmp_path: Pat
 def test_a_task_that_nobody_knows_is_refused(
     tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert _exit_code(["evaluate", "--model", str(tiny), "--tasks", "no_such_task_at_all"]) == 2
-    assert "no_such_task_at_all" in capsys.readouterr().err
+    name = "no_such_task_at_all"
+    refused(capsys, ["evaluate", "--model", str(tiny), "--tasks", name], name)

@@ -146,7 +146,7 @@ def test_what_is_measured_is_what_stock_transformers_loads(
     )
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| attention heads | 12 | 6 | -50.0 % |" in card
-    assert "Of 12 attention heads 6 stay" in card
+    assert "6 of 12 attention heads remain" in card
     assert "attention heads" in (tmp_path / "out" / "report.html").read_text()
     assert json.loads((tmp_path / "out" / "result.json").read_text())["heads_kept"] == 6
 
