@@ -106,7 +106,7 @@ def test_what_is_no_recipe_is_refused_in_one_line(tmp_path: Path, text: str) -> 
 
 
 @given(content=st.binary(max_size=200))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_no_bytes_do_more_than_be_refused(
     tmp_path_factory: pytest.TempPathFactory, content: bytes
 ) -> None:
