@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fbn_prune.cli.main import _exit_code
-from fbn_prune.data import builtin
 from fbn_prune.errors import InvalidInput
 from fbn_prune.export.writer import write_checkpoint
 from fbn_prune.model.adapter import ModelAdapter
@@ -26,7 +25,6 @@ from fbn_prune.model.kept_neurons import KEPT_FILE, KeptNeurons
 from fbn_prune.model.surgery import MlpCut
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.progress import StageClock
-from fbn_prune.recipe import build_recipe
 from fbn_prune.runs.prune import run_prune
 from fbn_prune.serving import Bundle, FullDown, Served, load
 from fbn_prune.serving.bundle import TaskSource, write_bundle
@@ -107,21 +105,6 @@ def test_a_bias_that_the_whole_model_has_no_place_for_is_served(tiny: Path, tmp_
     with served.networks("code"):
         expected = greedy(Checkpoint.open(pruned).load_model("cpu", torch.float32))
         assert greedy(served.model) == expected
-
-
-def test_the_embedded_model_pruned_and_served_speaks_alike(tmp_path: Path) -> None:
-    small = {"tokens": 2048, "network_tokens": 1024, "networks": 8, "keep_networks": 4}
-    output = tmp_path / "half"
-    run_prune(build_recipe({"sparsity": 0.5, "output": output, **small}), StageClock())
-    base = Checkpoint.open(builtin.model_path())
-    write_bundle(base, [TaskSource("half", output)], tmp_path / "bundle", link=True)
-    served = load(tmp_path / "bundle", dtype=torch.float32)
-    exported = Checkpoint.open(output).load_model("cpu", torch.float32)
-    tokenizer = base.load_tokenizer()
-    for text in ("def add(a, b):\n", "Once upon a time"):
-        prompt = tokenizer(text, return_tensors="pt").input_ids
-        with served.networks("half"):
-            assert greedy(served.model, prompt, 20) == greedy(exported, prompt, 20)
 
 
 def test_the_stated_memory_is_that_of_the_choice(tiny: Path, eight: Path, tmp_path: Path) -> None:

@@ -86,12 +86,9 @@ def test_a_checkpoint_opens_and_loads_as_it_was_saved(
     assert torch.equal(logits(model), logits(original))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_dtype_of_the_file_and_of_the_loaded_model_are_independent(
-    dtype: torch.dtype, tmp_path: Path
-) -> None:
-    checkpoint = Checkpoint.open(save_tiny(tmp_path, dtype=dtype))
-    assert checkpoint.storage_dtype == dtype
+def test_dtype_of_the_file_and_of_the_loaded_model_are_independent(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(save_tiny(tmp_path, dtype=torch.bfloat16))
+    assert checkpoint.storage_dtype == torch.bfloat16
     assert checkpoint.total_bytes == 2 * checkpoint.total_parameters
     assert checkpoint.load_model("cpu", torch.float32).dtype == torch.float32
 
@@ -113,15 +110,9 @@ def test_names_of_the_base_model_are_understood(name: str, tmp_path: Path) -> No
     assert torch.equal(logits(model), logits(make_model(name)))
 
 
-def test_the_meta_device_loads_names_and_shapes_without_weights(folder: Path) -> None:
-    model = Checkpoint.open(folder).load_model("meta", torch.float32)
+def test_the_meta_device_loads_names_and_shapes_without_weights(tiny: Path) -> None:
+    model = Checkpoint.open(tiny).load_model("meta", torch.float32)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-
-
-def test_the_tokenizer_round_trips_text(folder: Path) -> None:
-    tokenizer = Checkpoint.open(folder).load_tokenizer()
-    ids = tokenizer("Grüße, 123!")["input_ids"]
-    assert tokenizer.decode(ids) == "Grüße, 123!"
 
 
 def test_opening_changes_nothing_in_the_folder(sharded: Path) -> None:

@@ -48,11 +48,7 @@ def test_a_comparison_gives_what_single_runs_give(
 
 
 def test_a_comparison_goes_on_where_it_stopped(
-    tiny: Path,
-    text: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    tiny: Path, text: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "table.json"
     command = ["compare", *arguments(tiny, text), "--kept", "0.5", "--output-path", str(path)]
@@ -168,11 +164,7 @@ def test_beside_the_model_a_comparison_holds_one_cut_layer(
 
 
 def test_a_comparison_on_a_disk_without_room_says_so_before_it_cuts(
-    tiny: Path,
-    text: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tiny: Path, text: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(
@@ -251,11 +243,7 @@ def test_a_budget_of_networks_is_that_of_a_run_that_keeps_them(
 
 @pytest.mark.parametrize("command", ["compare", "rank", "ablate"])
 def test_a_model_that_memory_does_not_hold_is_refused_where_it_must_be_whole(
-    command: str,
-    tiny: Path,
-    text: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    command: str, tiny: Path, text: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "free_memory", lambda device: 0)
     given = small_runs.arguments(tiny, text)  # without a width multiple: only compare cuts

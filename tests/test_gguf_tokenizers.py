@@ -109,16 +109,17 @@ def digits(*, one_by_one: bool = True) -> Any:
     return in_turn(pre_tokenizers.Digits(individual_digits=one_by_one), words())
 
 
-def spaces(scheme: str = "never", *, split: bool) -> Any:
-    return pre_tokenizers.Metaspace(prepend_scheme=scheme, split=split)
+def spaces(scheme: str = "never", *, split: bool) -> dict[str, Any]:
+    pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=split)
+    return {"normalizer": None, "pre_tokenizer": pre_tokenizer}
 
 
 def marked(*first: Any, prefix: str = "▁") -> Any:
     """Spaces written as marks, as SentencePiece writes them."""
-    marks = normalizers.Prepend(prefix), normalizers.Replace(" ", "▁")
-    return normalizers.Sequence([*first, *marks])
+    return normalizers.Sequence([*first, normalizers.Prepend(prefix), MARKS])
 
 
+MARKS = normalizers.Replace(" ", "▁")
 PIECES = [
     "▁t",
     "th",
@@ -135,6 +136,8 @@ PIECES = [
     "▁s",
     "▁sat",
 ]
+WITHIN = [piece for piece in PIECES if "▁" not in piece[1:]]
+"""Those that do not go across a space."""
 
 
 def sentencepiece(
@@ -226,22 +229,9 @@ CARRIED: dict[str, tuple[Callable[[], Tokenizer], str]] = {
     "sentencepiece": (sentencepiece, "default"),
     "sentencepiece, begin": (lambda: around(sentencepiece(), "<s> $A"), "default"),
     "sentencepiece, added": (lambda: with_token(sentencepiece(), "<tool>"), "default"),
-    "sentencepiece, no space before": (
-        lambda: sentencepiece(normalizer=normalizers.Replace(" ", "▁")),
-        "default",
-    ),
-    "metaspace, never": (
-        lambda: sentencepiece(normalizer=None, pre_tokenizer=spaces(split=False)),
-        "default",
-    ),
-    "metaspace, split": (
-        lambda: sentencepiece(
-            pieces=[piece for piece in PIECES if "▁" not in piece[1:]],
-            normalizer=None,
-            pre_tokenizer=spaces(split=True),
-        ),
-        "default",
-    ),
+    "no space before": (lambda: sentencepiece(normalizer=MARKS), "default"),
+    "metaspace, never": (lambda: sentencepiece(**spaces(split=False)), "default"),
+    "metaspace, split": (lambda: sentencepiece(**spaces(split=True), pieces=WITHIN), "default"),
 }
 
 
@@ -337,115 +327,75 @@ def of_kind(model: Any) -> Tokenizer:
 
 
 WORDS = {word: index for index, word in enumerate(["<unk>", "The", "the", "a", "lazy", "dogs"])}
-REFUSED: dict[str, tuple[Callable[[], Tokenizer], str]] = {
-    "word level": (lambda: of_kind(models.WordLevel(WORDS, unk_token="<unk>")), "a WordLevel"),
-    "word piece": (lambda: of_kind(models.WordPiece(WORDS, unk_token="<unk>")), "a WordPiece"),
-    "unigram": (
-        lambda: of_kind(models.Unigram([(w, -1.0) for w in WORDS], 0, byte_fallback=False)),
-        "a Unigram",
-    ),
-    "no merges": (no_merges, "without merges"),
-    "dropout": (lambda: changed(byte_level(), dropout=0.1), "dropout"),
-    "suffixes": (lambda: changed(byte_level(), end_of_word_suffix="</w>"), "end_of_word_suffix"),
-    "prefixes": (
+REFUSED: list[tuple[Callable[[], Tokenizer], str]] = [
+    (lambda: of_kind(models.WordLevel(WORDS, unk_token="<unk>")), "a WordLevel"),
+    (lambda: of_kind(models.WordPiece(WORDS, unk_token="<unk>")), "a WordPiece"),
+    (lambda: of_kind(models.Unigram([(w, -1.0) for w in WORDS], 0)), "a Unigram"),
+    (no_merges, "without merges"),
+    (lambda: changed(byte_level(), dropout=0.1), "dropout"),
+    (lambda: changed(byte_level(), end_of_word_suffix="</w>"), "end_of_word_suffix"),
+    (
         lambda: changed(byte_level(), continuing_subword_prefix="##", merges=[]),
-        "continuing_subword_prefix",
+        "continuing_subword",
     ),
-    "space before byte-level text": (
-        lambda: byte_level(words(add_prefix_space=True)),
-        "puts a space before text",
-    ),
-    "not split at all": (lambda: byte_level(words(use_regex=False)), "no name for here"),
-    "digits in runs": (lambda: byte_level(digits(one_by_one=False)), "no name for here"),
-    "another expression": (lambda: byte_level(split_by(r"\s+|\S+")), "no name for here"),
-    "the expression with what follows": (
-        lambda: byte_level(split_by(_QWEN_2, "merged_with_next")),
-        "no name for here",
-    ),
-    "split twice": (lambda: byte_level(split_by(_QWEN_2, again=True)), "no name for here"),
-    "words taken whole": (lambda: byte_level(ignore_merges=True), "ignore_merges"),
-    "lower case": (lambda: byte_level(normalizer=normalizers.Lowercase()), "Lowercase"),
-    "unknown bytes": (
+    (lambda: byte_level(words(add_prefix_space=True)), "puts a space before text"),
+    (lambda: byte_level(words(use_regex=False)), "no name for here"),
+    (lambda: byte_level(digits(one_by_one=False)), "no name for here"),
+    (lambda: byte_level(split_by(r"\s+|\S+")), "no name for here"),
+    (lambda: byte_level(split_by(_QWEN_2, "merged_with_next")), "no name for here"),
+    (lambda: byte_level(split_by(_QWEN_2, again=True)), "no name for here"),
+    (lambda: byte_level(ignore_merges=True), "ignore_merges"),
+    (lambda: byte_level(normalizer=normalizers.Lowercase()), "Lowercase"),
+    (
         lambda: changed(
             byte_level(alphabet=set(pre_tokenizers.ByteLevel.alphabet()) - {"ā"}), unk_token="<s>"
         ),
         "1 of the bytes",
     ),
-    "joined otherwise": (lambda: with_decoder(byte_level(), decoders.Fuse()), "does not join it"),
-    "token that takes spaces": (
-        lambda: with_token(byte_level(), "<tool>", lstrip=True),
-        "'<tool>' takes the spaces before it",
-    ),
-    "token that takes spaces behind": (
-        lambda: with_token(byte_level(), "<tool>", rstrip=True),
-        "'<tool>' takes the spaces behind it",
-    ),
-    "token that is a word": (
-        lambda: with_token(byte_level(), "tool", single_word=True),
-        "'tool' is found as a word",
-    ),
-    "tokens that overlap": (
-        lambda: with_token(with_token(byte_level(), "<<a"), "a>>>"),
-        "'<<a' and 'a>>>' overlap",
-    ),
-    "token within a later one": (
+    (lambda: with_decoder(byte_level(), decoders.Fuse()), "does not join it"),
+    (lambda: with_token(byte_level(), "<tool>", lstrip=True), "takes the spaces before it"),
+    (lambda: with_token(byte_level(), "<tool>", rstrip=True), "takes the spaces behind it"),
+    (lambda: with_token(byte_level(), "tool", single_word=True), "'tool' is found as a word"),
+    (lambda: with_token(with_token(byte_level(), "<<a"), "a>>>"), "'<<a' and 'a>>>' overlap"),
+    (
         lambda: with_token(with_token(byte_level(), "b"), "abc", normalized=True),
-        "'b' is looked for before 'abc'",
+        "'b' is looked for before",
     ),
-    "piece named as a special token": (
-        lambda: sentencepiece(pieces=[*PIECES, "<EOT>"]),
-        "takes '<EOT>' for a special token",
-    ),
-    "more around a text": (lambda: around(byte_level(), "<s> <s> $A"), "no more around a text"),
-    "beyond the embeddings": (lambda: with_word("zzz", 900), "'zzz' has the id 900"),
-    "an empty token": (lambda: with_word("", 650), "the token 650 is ''"),
-    "a null in a token": (lambda: with_token(byte_level(), "a\0b"), "'a\\x00b'"),
-    "no byte pieces": (lambda: changed(sentencepiece(), byte_fallback=False), "nor with byte"),
-    "a byte piece missing": (lambda: without_bytes(sentencepiece()), "first <0x80>"),
-    "pieces joined otherwise": (
-        lambda: with_decoder(sentencepiece(), decoders.Fuse()),
-        "joins pieces to text differently",
-    ),
-    "no marks for spaces": (lambda: sentencepiece(normalizer=None), "does not write spaces"),
-    "compatibility forms": (
-        lambda: sentencepiece(normalizer=marked(normalizers.NFKC())),
-        "NFKC",
-    ),
-    "another prefix": (
-        lambda: sentencepiece(normalizer=marked(prefix="a")),
-        "puts 'a' before text",
-    ),
-    "pieces across spaces": (
-        lambda: sentencepiece(normalizer=None, pre_tokenizer=spaces(split=True)),
-        "go across one: '▁▁",
-    ),
-    "split by white space": (
-        lambda: sentencepiece(pre_tokenizer=pre_tokenizers.Whitespace()),
-        "no name for this way",
-    ),
-    "token behind a space alone": (
+    (lambda: sentencepiece(pieces=[*PIECES, "<EOT>"]), "takes '<EOT>' for a special"),
+    (lambda: around(byte_level(), "<s> <s> $A"), "no more around a text"),
+    (lambda: with_word("zzz", 900), "'zzz' has the id 900"),
+    (lambda: with_word("", 650), "the token 650 is ''"),
+    (lambda: with_token(byte_level(), "a\0b"), "'a\\x00b'"),
+    (lambda: changed(sentencepiece(), byte_fallback=False), "nor with byte"),
+    (lambda: without_bytes(sentencepiece()), "first <0x80>"),
+    (lambda: with_decoder(sentencepiece(), decoders.Fuse()), "joins pieces to text differently"),
+    (lambda: sentencepiece(normalizer=None), "does not write spaces"),
+    (lambda: sentencepiece(normalizer=marked(normalizers.NFKC())), "NFKC"),
+    (lambda: sentencepiece(normalizer=marked(prefix="a")), "puts 'a' before text"),
+    (lambda: sentencepiece(**spaces(split=True)), "go across one: '▁▁"),
+    (lambda: sentencepiece(pre_tokenizer=pre_tokenizers.Whitespace()), "no name for this way"),
+    (
         lambda: with_token(sentencepiece(), "<tool>", normalized=True),
-        "'<tool>' is looked for in normalized text",
+        "looked for in normalized text",
     ),
-    "pairs that no merge makes": (
+    (
         lambda: sentencepiece(merges=lambda made: [m for m in made if m != ("▁t", "he")]),
         "'▁the' of '▁t' and 'he'",
     ),
-    "one piece at two ranks": (
+    (
         lambda: sentencepiece(
             pieces=["▁▁", "▁▁▁", *PIECES[:6]],
             merges=lambda made: [*(m for m in made if m != ("▁▁", "▁")), ("▁▁", "▁")],
         ),
         "'▁▁▁' is merged from '▁▁' and '▁' later",
     ),
-}
+]
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize(("make", "message"), REFUSED, ids=[message for _, message in REFUSED])
 def test_what_llama_cpp_would_read_otherwise_is_refused_in_one_line(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    make: Callable[[], Tokenizer], message: str, tmp_path: Path, capsys: Any
 ) -> None:
-    make, message = REFUSED[name]
     source = checkpoint(tmp_path / "in", make())
     before = sorted(path.name for path in tmp_path.rglob("*"))
     args = ["convert", "--model", str(source.path), "--output", str(tmp_path / "out" / "m.gguf")]
@@ -503,7 +453,7 @@ def test_a_class_that_does_not_take_its_file_at_its_word_is_what_counts(tmp_path
 def test_a_space_before_text_that_has_none_is_carried_over_and_the_rest_is_said(
     scheme: str, tmp_path: Path
 ) -> None:
-    made = sentencepiece(normalizer=None, pre_tokenizer=spaces(scheme, split=False))
+    made = sentencepiece(**spaces(scheme, split=False))
     source = checkpoint(tmp_path / "in", made)
     tokenizer, (found, notes) = source.load_tokenizer(), written(source, tmp_path / "m.gguf")
     plain = [text for text in TEXTS if text and text[0] not in " <" and "<s>" not in text]

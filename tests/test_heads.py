@@ -224,17 +224,15 @@ def test_architectures_without_a_head_size_of_their_own_are_refused(
 def test_a_share_that_the_config_does_not_accept_is_refused_with_those_that_it_does(
     text: Path, tmp_path: Path
 ) -> None:
-    config = LlamaConfig(
-        **{**FAMILY_CONFIGS["llama"]().to_dict(), "num_attention_heads": 8, "head_dim": 2},
-    )
-    config.num_key_value_heads = 4
-    model = save_tiny(tmp_path / "model", config=config)
-    with pytest.raises(
-        InvalidInput, match=r"3 of 4 key-value heads .* possible shares: 0\.5, 0\.75$"
-    ):
-        prepare(recipe(model, text, head_sparsity=0.25))
-    with pytest.raises(InvalidInput, match="0 of 4 key-value heads"):
-        prepare(recipe(model, text, head_sparsity=0.9))
+    fields = FAMILY_CONFIGS["llama"]().to_dict()
+    fields |= {"num_attention_heads": 8, "head_dim": 2, "num_key_value_heads": 4}
+    model = save_tiny(tmp_path / "model", config=LlamaConfig(**fields))
+    for share, message in {
+        0.25: r"3 of 4 key-value heads .* possible shares: 0\.5, 0\.75$",
+        0.9: "0 of 4 key-value heads",
+    }.items():
+        with pytest.raises(InvalidInput, match=message):
+            prepare(recipe(model, text, head_sparsity=share))
     assert prepare(recipe(model, text, head_sparsity=0.75)).head_groups == 1
 
 
