@@ -24,7 +24,16 @@ HOSTILE = (
 )
 
 
-def output_folder(folder: Path, *, contexts: tuple[str, ...] = HOSTILE) -> Path:
+def write_material(folder: Path) -> dict[str, Path]:
+    """Fill `folder` with `out` and the JSON of three commands; returns the files of these by name."""
+    _output_folder(folder / "out")
+    contents = {"compare": comparison(), "ablate": ablation(), "evaluate": evaluation()}
+    for name, content in contents.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return {name: folder / f"{name}.json" for name in contents}
+
+
+def _output_folder(folder: Path) -> None:
     """What a run leaves behind, as far as the report reads it."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
@@ -35,18 +44,14 @@ def output_folder(folder: Path, *, contexts: tuple[str, ...] = HOSTILE) -> Path:
     courses[:, 1] += courses[:, 0]
 
     def words(network: int, place: int) -> str:
-        return contexts[(network + place) % len(contexts)]
+        return HOSTILE[(network + place) % len(HOSTILE)]
 
+    parts = ("before", "token", "after")
     header = {
         "model": "/home/someone/models/made-up",
         "contexts": [
             [
-                {
-                    "before": words(n, i),
-                    "token": words(n, i + 1),
-                    "after": words(n, i + 2),
-                    "activity": 3.0,
-                }
+                {part: words(n, i + place) for place, part in enumerate(parts)} | {"activity": 3.0}
                 for i in range(5)
             ]
             for n in range(NETWORKS)
@@ -105,7 +110,6 @@ def output_folder(folder: Path, *, contexts: tuple[str, ...] = HOSTILE) -> Path:
     (folder / "recipe.yaml").write_text(
         "model: made-up\noutput: /home/someone/secret\nnetworks: 20\noverwrite: true\n"
     )
-    return folder
 
 
 def comparison(fingerprint: str = "f00d") -> dict[str, Any]:

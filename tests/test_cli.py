@@ -232,7 +232,7 @@ def test_a_damaged_model_is_refused_in_one_line(
         (["--keep-networks", "0"], "at least one network"),
         (["--keep-networks", "-1"], "at least one network"),
         (["--keep-networks", "7"], "only 6 networks"),
-        (["--networks", "600"], "allow fewer"),
+        (["--networks", "600"], "allow at most"),
         (["--networks", "72", "--keep-networks", "2"], "72 neurons"),
         (["--sparsity", "0"], "between 0 and 1"),
         (["--sparsity", "1.5"], "between 0 and 1"),

@@ -141,7 +141,7 @@ def ablate(model: Path, text: Path, *more: str) -> list[str]:
     return ["ablate", *arguments(model, text, None, *more)]
 
 
-@pytest.mark.parametrize("action", ["mask", "retain", "amplify"])
+@pytest.mark.parametrize("action", ["mask", "retain"])
 def test_ablate_keeps_its_contract(
     action: str, tiny: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

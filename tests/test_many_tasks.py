@@ -12,7 +12,7 @@ import torch
 import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import FAMILY_CONFIGS, HIDDEN, LAYERS, make_model
+from tiny_models import FAMILY_CONFIGS, HIDDEN, LAYERS, PATHS, make_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -25,13 +25,12 @@ from fbn_prune.networks.interventions import retained
 from fbn_prune.serving import FullDown, LowRankDown, TaskSet, attach, attachment
 from fbn_prune.serving.arrangement import inverse, together
 
-every_family = pytest.mark.parametrize("name", FAMILY_CONFIGS)
 PROMPTS = torch.arange(3, 21).view(2, 9)
 
 
+@torch.no_grad()
 def logits(model: PreTrainedModel, ids: Tensor = PROMPTS, **more: Any) -> Tensor:
-    with torch.no_grad():
-        return model(ids, use_cache=False, **more).logits
+    return model(ids, use_cache=False, **more).logits
 
 
 def three_tasks(model: PreTrainedModel) -> dict[str, list[Tensor]]:
@@ -60,7 +59,7 @@ def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@every_family
+@pytest.mark.parametrize("name", [*PATHS, "llama-mlp-bias", "gemma2", "falcon"])
 def test_a_task_is_the_model_with_the_other_neurons_silent(name: str) -> None:
     model = make_model(name)
     tasks = three_tasks(model)
@@ -79,8 +78,8 @@ def test_a_task_is_the_model_with_the_other_neurons_silent(name: str) -> None:
         close(logits(model), whole)
 
 
-@every_family
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", PATHS)
 def test_detaching_restores_every_bit_even_after_an_exception(
     name: str, dtype: torch.dtype
 ) -> None:
@@ -104,10 +103,15 @@ def test_detaching_restores_every_bit_even_after_an_exception(
     assert set(vars(model)) == own
 
 
-def test_an_exception_in_a_context_ends_the_task() -> None:
+def test_contexts_nest_and_an_exception_in_one_ends_the_task() -> None:
     model = make_model("llama")
     with attach(model, three_tasks(model)):
         whole = logits(model)
+        with model.networks("code"):
+            code = logits(model)
+            with model.networks("prose"):
+                assert not torch.equal(logits(model), code)
+            assert torch.equal(logits(model), code)
 
         def fails() -> None:
             with model.networks("code"), model.networks("prose"):
@@ -119,15 +123,6 @@ def test_an_exception_in_a_context_ends_the_task() -> None:
         with pytest.raises(InvalidInput, match="3 rows"):
             logits(model, PROMPTS[:1].expand(3, -1), network_ids=torch.tensor([0]))
         assert torch.equal(logits(model), whole)
-
-
-def test_contexts_nest() -> None:
-    model = make_model("llama")
-    with attach(model, three_tasks(model)), model.networks("code"):
-        code = logits(model)
-        with model.networks("prose"):
-            assert not torch.equal(logits(model), code)
-        assert torch.equal(logits(model), code)
 
 
 def test_attaching_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,11 +284,10 @@ def twelve_tasks(model: PreTrainedModel, own_down: bool) -> dict[str, TaskSet | 
 
 
 @pytest.mark.parametrize("own_down", [False, True], ids=["shared", "own"])
-@pytest.mark.parametrize("name", ["llama", pytest.param("opt", marks=pytest.mark.slow)])
 def test_a_compiled_model_is_few_graphs_for_many_tasks_and_one_for_all_mixtures(
-    name: str, own_down: bool
+    own_down: bool,
 ) -> None:
-    model = make_model(name)
+    model = make_model("llama")
     tasks = twelve_tasks(model, own_down)
     torch._dynamo.reset()
     graphs = torch._dynamo.testing.CompileCounterWithBackend("eager")
@@ -332,7 +326,7 @@ masks_of_tasks = st.integers(1, 30).flatmap(
 
 
 @given(masks_of_tasks)
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 def test_an_arrangement_puts_each_task_into_few_runs(given_masks: list[list[bool]]) -> None:
     masks = [torch.tensor(mask) for mask in given_masks]
     order = together(masks)

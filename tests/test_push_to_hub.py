@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from tiny_models import save_tiny
+from small_runs import arguments, refused
 
 from fbn_prune.cli.main import _exit_code
 
@@ -67,15 +67,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> list[str]:
-    model = save_tiny(tmp_path / "in")
-    text = tmp_path / "text.txt"
-    text.write_text("".join(f"{i} apples cost {i * 3} pence. " for i in range(300)))
-    small = ["--tokens", "600", "--network-tokens", "400", "--context", "48", "--networks", "4"]
-    return [
-        *("--model", str(model), "--calibration", str(text), "--output", str(tmp_path / "out")),
-        *("--criterion", "magnitude", "--sparsity", "0.5", *small),
-    ]
+def job(tiny: Path, text: Path, tmp_path: Path) -> list[str]:
+    cheap = ["--criterion", "magnitude", "--sparsity", "0.5"]
+    return arguments(tiny, text, tmp_path / "out", *cheap)
 
 
 def test_the_whole_output_goes_to_the_repository_in_one_commit(
@@ -124,9 +118,7 @@ def test_what_could_not_be_pushed_is_refused_before_any_work(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     hub.failure = failure
-    assert _exit_code([*job, "--push-to-hub", repo]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert message in line
+    refused(capsys, [*job, "--push-to-hub", repo], message)
     assert not (tmp_path / "out").exists()
     assert not hub.made
 
@@ -150,5 +142,4 @@ def test_a_failed_upload_leaves_the_output_and_says_how_to_push_it(
 
 
 def test_private_alone_has_no_meaning(job: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert _exit_code([*job, "--private"]) == 2
-    assert "--push-to-hub" in capsys.readouterr().err
+    refused(capsys, [*job, "--private"], "--push-to-hub")

@@ -42,8 +42,8 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         ({"sparsity": 1.0}, "between 0 and 1"),
         ({"sparsity": -0.5}, "between 0 and 1"),
         ({"sparsity": float("nan")}, "should be a finite number"),
-        ({"networks": 100, "network_tokens": 100}, "allow fewer"),
-        ({"criterion": "luck"}, "criterion = 'luck'"),
+        ({"networks": 100, "network_tokens": 100}, "allow at most"),
+        ({"criterion": "luck"}, "criterion = luck"),
         ({"criterion": "networks"}, "this criterion is now called second-order"),
         ({"task": "t.jsonl", "task_networks": 65}, "task_networks = 65: only 64 networks"),
         ({"task_networks": 5}, "no task to match"),
@@ -106,7 +106,7 @@ def test_what_is_no_recipe_is_refused_in_one_line(tmp_path: Path, text: str) -> 
 
 
 @given(content=st.binary(max_size=200))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_no_bytes_do_more_than_be_refused(
     tmp_path_factory: pytest.TempPathFactory, content: bytes
 ) -> None:

@@ -8,52 +8,31 @@ from typing import Any
 
 import pytest
 import torch
+from small_runs import arguments, run_json
 from tiny_models import FAMILY_CONFIGS, save_tiny
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
-from fbn_prune.cli.main import _exit_code
 from fbn_prune.data import builtin
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.recipe import load_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-SMALL = ["--tokens", "1000", "--network-tokens", "600", "--context", "48"]
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    fields = {
-        **FAMILY_CONFIGS["llama"]().to_dict(),
-        "num_hidden_layers": 8,
-        "intermediate_size": 40,
-    }
-    return save_tiny(tmp_path_factory.mktemp("models") / "tiny", config=LlamaConfig(**fields))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(
-        "".join(f"{i} apples cost {i * 3} pence, and {i % 7} pears. " for i in range(400))
-    )
-    return path
+    """Of eight layers, so that there are inner ones."""
+    config = FAMILY_CONFIGS["llama"]()
+    config.num_hidden_layers, config.intermediate_size = 8, 40
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny", config=config)
 
 
 def run(
     capsys: pytest.CaptureFixture[str], name: str, model: Path, text: Path, output: Path, *more: str
 ) -> dict[str, Any]:
-    capsys.readouterr()
-    places = ["--model", str(model), "--calibration", str(text), "--output", str(output)]
-    code = _exit_code(["run", str(RECIPES / f"{name}.yaml"), *places, *SMALL, *more, "--json"])
-    captured = capsys.readouterr()
-    assert code == 0, captured.err
-    return json.loads(captured.out)
-
-
-def test_every_recipe_is_tested_here() -> None:
-    tested = {"general-30-percent", "quality-first", "fits-a-size", "paper-layerwise", "one-task"}
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == tested
+    job = arguments(model, text, output, *more)
+    return run_json(capsys, "run", RECIPES / f"{name}.yaml", *job)
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -65,17 +44,8 @@ def test_a_recipe_is_valid_and_says_how_to_run_it(path: Path) -> None:
 def test_the_general_recipe_removes_its_share_and_loads_anywhere(
     tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = run(
-        capsys,
-        "general-30-percent",
-        tiny,
-        text,
-        tmp_path / "out",
-        "--networks",
-        "6",
-        "--width-multiple",
-        "4",
-    )
+    more = ["--width-multiple", "4"]
+    result = run(capsys, "general-30-percent", tiny, text, tmp_path / "out", *more)
     assert result["widths"] == [28] * 8
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
@@ -83,10 +53,8 @@ def test_the_general_recipe_removes_its_share_and_loads_anywhere(
 def test_the_quality_recipe_tries_every_rule_for_widths(
     tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = run(capsys, "quality-first", tiny, text, tmp_path / "out", "--networks", "6")
-    assert {"uniform", "networks", "networks 0.5", "loss", "loss 0.5"} < set(
-        result["layout_trials"]
-    )
+    result = run(capsys, "quality-first", tiny, text, tmp_path / "out")
+    assert {"uniform", "networks 0.5", "loss", "loss 0.5"} < set(result["layout_trials"])
     assert sum(result["widths"]) == round(0.7 * 320)
     AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
 
@@ -94,7 +62,7 @@ def test_the_quality_recipe_tries_every_rule_for_widths(
 def test_the_size_recipe_stays_within_the_size(
     tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = ["--networks", "6", "--width-multiple", "1", "--target-size", "120KB"]
+    more = ["--width-multiple", "1", "--target-size", "120KB"]
     result = run(capsys, "fits-a-size", tiny, text, tmp_path / "out", *more)
     assert 110_000 < (tmp_path / "out" / "model.safetensors").stat().st_size <= 120_000
     assert {"uniform", "networks"} < set(result["layout_trials"])
@@ -104,7 +72,7 @@ def test_the_paper_recipe_keeps_by_threshold_and_leaves_the_outer_layers_whole(
     tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Against a straightforward implementation: the kept neurons are those at or above one threshold on abs z."""
-    result = run(capsys, "paper-layerwise", tiny, text, tmp_path / "out", "--networks", "6")
+    result = run(capsys, "paper-layerwise", tiny, text, tmp_path / "out")
     outer = (0, 1, 2, 6, 7)
     assert all(result["widths"][layer] == 40 for layer in outer)
     assert sum(result["widths"]) == round(0.8 * 320)
@@ -132,7 +100,7 @@ def test_the_task_recipe_takes_the_users_task_and_keeps_a_quarter(
         lines = [{"question": f"{i} + {i} is", "answer": f" {2 * i}"} for i in numbers]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     task = ["--task", str(tmp_path / "task.jsonl"), "--task-test", str(tmp_path / "test.jsonl")]
-    few = ["--networks", "6", "--keep-networks", "2", "--width-multiple", "1"]
+    few = ["--keep-networks", "2", "--width-multiple", "1"]
     result = run(capsys, "one-task", tiny, text, tmp_path / "out", *few, *task)
     assert result["widths"] == [10] * 8
     assert (result["task"]["examples"], result["task"]["test_questions"]) == (3, 3)
@@ -146,13 +114,11 @@ def test_the_task_recipe_makes_a_calculator_that_errs_no_more_than_the_whole_mod
     pytest.importorskip("lm_eval")
     output = tmp_path / "out"
     command = ["run", str(RECIPES / "one-task.yaml"), "--model", "builtin", "--output", str(output)]
-    assert _exit_code([*command, "--tokens", "49152", "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
+    result = run_json(capsys, *command, "--tokens", "49152")
     assert result["neurons_kept"] <= 0.25 * result["neurons_total"]
     questions = str(builtin.question_files()["arithmetic"])
     evaluate = ["evaluate", "--model", str(output), "--compare", "builtin", "--tasks", questions]
-    assert _exit_code([*evaluate, "--batch-size", "100", "--json"]) == 0
-    evaluated = json.loads(capsys.readouterr().out)
+    evaluated = run_json(capsys, *evaluate, "--batch-size", "100")
     cut, dense = (
         one["tasks"]["arithmetic"]["exact_match"] for one in (evaluated, evaluated["compare"])
     )

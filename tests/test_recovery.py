@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILY_CONFIGS, LAYERS, make_model, save_tiny
+from small_runs import arguments, blocks, run_json
+from tiny_models import LAYERS, PATHS, logits, make_model, save_tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -28,24 +29,11 @@ from fbn_prune.pruning.recovery.healing import RecoveryOptions, heal, linear_map
 from fbn_prune.pruning.recovery.layer_matching import _LayerFit, match_layers
 from fbn_prune.store import Store
 
-torch.set_num_threads(1)
-
 OPTIONS = RecoveryOptions(passes=3, rank=4, seed=0)
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(
-        "".join(f"{i} apples cost {i * 3} pence, and {i % 7} pears. " for i in range(400))
-    )
-    return path
-
-
 def sample(weights: tuple[float, ...] | None = None) -> TokenBlocks:
-    generator = torch.Generator().manual_seed(0)
-    blocks = tuple(torch.randint(3, 250, (24 + i,), generator=generator) for i in range(8))
-    return TokenBlocks(blocks, 40, ("random",), weights)
+    return replace(blocks(*range(24, 32), context=40), weights=weights)
 
 
 def pair(name: str = "llama") -> tuple[ModelAdapter, ModelAdapter]:
@@ -66,18 +54,11 @@ def hidden_error(dense: ModelAdapter, cut: ModelAdapter) -> float:
         return sum(float((a - b).square().mean()) for a, b in zip(wanted, found, strict=True))
 
 
-def divergence(dense: ModelAdapter, cut: ModelAdapter) -> float:
-    ids = sample().blocks[0][None]
-    with torch.no_grad():
-        wanted, found = (each.model(ids).logits.log_softmax(-1) for each in (dense, cut))
-        return float((wanted.exp() * (wanted - found)).sum(-1).mean())
-
-
 def parameters(adapter: ModelAdapter) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in adapter.model.named_parameters()}
 
 
-@pytest.mark.parametrize("name", FAMILY_CONFIGS)
+@pytest.mark.parametrize("name", PATHS)
 def test_matching_brings_the_layers_closer_and_changes_mlps_alone(name: str) -> None:
     dense, cut = pair(name)
     before, error = parameters(cut), hidden_error(dense, cut)
@@ -90,13 +71,20 @@ def test_matching_brings_the_layers_closer_and_changes_mlps_alone(name: str) -> 
     assert all(p.requires_grad for p in cut.model.parameters())
 
 
-@pytest.mark.parametrize("name", FAMILY_CONFIGS)
+@pytest.mark.parametrize("name", PATHS)
 def test_distillation_brings_predictions_closer_and_leaves_no_adapter(name: str) -> None:
     dense, cut = pair(name)
-    names, before = list(parameters(cut)), divergence(dense, cut)
+    ids = sample().blocks[0][None]
+    wanted = logits(dense.model, ids).log_softmax(-1)
+
+    def divergence() -> float:
+        found = logits(cut.model, ids).log_softmax(-1)
+        return float((wanted.exp() * (wanted - found)).sum(-1).mean())
+
+    names, before = list(parameters(cut)), divergence()
     options = DistillationOptions(rank=4, passes=8, step_tokens=64, learning_rate=5e-3)
     distil(cut.model, dense.model, list(linear_maps(cut)), sample(), options, StageClock())
-    assert divergence(dense, cut) < before
+    assert divergence() < before
     assert list(parameters(cut)) == names
     assert all(p.requires_grad for p in cut.model.parameters())
 
@@ -115,9 +103,9 @@ def test_blocks_that_count_for_nothing_teach_nothing() -> None:
     found = []
     for spoiled in (sample().blocks[7], torch.full((31,), 9)):
         dense, cut = pair()
-        blocks = sample((1.0,) * 7 + (0.0,))
-        blocks = TokenBlocks((*blocks.blocks[:7], spoiled), 40, ("random",), blocks.weights)
-        heal(cut, dense, blocks, OPTIONS, StageClock())
+        given = sample((1.0,) * 7 + (0.0,))
+        given = replace(given, blocks=(*given.blocks[:7], spoiled))
+        heal(cut, dense, given, OPTIONS, StageClock())
         found.append(parameters(cut))
     for name, value in found[0].items():
         torch.testing.assert_close(value, found[1][name], rtol=1e-3, atol=1e-5)
@@ -177,44 +165,29 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
     return OPTIONS.passes * batches, len(distilling)
 
 
-@pytest.mark.parametrize("finished", range(LAYERS))
 def test_matching_that_was_cut_off_goes_on_with_the_next_layer(
-    finished: int, small_steps: tuple[int, int], tmp_path: Path
-) -> None:
-    layer, whole = small_steps
-    broken_off = (_LayerFit, "step", finished * layer + 2)
-    steps = assert_healed_alike([broken_off], tmp_path)
-    assert steps == ((LAYERS - finished) * layer, whole)
-
-
-def test_a_layer_cut_off_in_every_run_but_the_last_ends_the_same(
     small_steps: tuple[int, int], tmp_path: Path
 ) -> None:
     layer, whole = small_steps
-    broken_off = (_LayerFit, "step", layer + 3)  # each run ends one layer and begins another
-    steps = assert_healed_alike([broken_off] * (LAYERS - 1), tmp_path)
-    assert steps == (layer, whole)
+    # The first run ends in the first layer; each other one ends one layer and begins another.
+    broken_off = [(_LayerFit, "step", 2), *[(_LayerFit, "step", layer + 3)] * (LAYERS - 1)]
+    assert assert_healed_alike(broken_off, tmp_path) == (layer, whole)
 
 
-@pytest.mark.parametrize("number", range(2, 9))
+@pytest.mark.parametrize("numbers", [[2], [8], [4, 4, 4]], ids=str)
 def test_distillation_that_was_cut_off_goes_on_with_the_next_step(
-    number: int, small_steps: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    numbers: list[int],
+    small_steps: tuple[int, int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(distillation, "KEEPING_SHARE", float("inf"))  # after each step
     _, whole = small_steps
-    assert whole > 8
-    steps = assert_healed_alike([(_Training, "step", number)], tmp_path)
-    assert steps == (0, whole - number + 1)
+    done = sum(number - 1 for number in numbers)
+    assert whole > done
+    steps = assert_healed_alike([(_Training, "step", number) for number in numbers], tmp_path)
+    assert steps == (0, whole - done)
     assert len(list(tmp_path.glob("distilled-*"))) == 1
-
-
-def test_distillation_cut_off_in_every_pass_ends_the_same(
-    small_steps: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(distillation, "KEEPING_SHARE", float("inf"))
-    _, whole = small_steps
-    steps = assert_healed_alike([(_Training, "step", 4)] * 3, tmp_path)
-    assert steps == (0, whole - 9)
 
 
 def test_what_costs_long_to_keep_is_kept_seldom_but_the_end_is_kept(
@@ -251,11 +224,9 @@ def test_the_gap_closed_is_the_share_that_came_back() -> None:
 @pytest.mark.parametrize(
     ("name", "extra"),
     [
-        ("llama", []),
         ("gpt2", []),
         ("phi3", ["--layout", "ragged", "--widths", "members"]),
         ("llama-mlp-bias", ["--criterion", "flap"]),
-        ("qwen2", ["--criterion", "flap"]),
     ],
 )
 def test_what_is_written_is_what_was_healed_and_measured(
@@ -267,12 +238,8 @@ def test_what_is_written_is_what_was_healed_and_measured(
 ) -> None:
     model = save_tiny(tmp_path / "model", name)
     out = tmp_path / "out"
-    small = "--tokens 1000 --network-tokens 600 --networks 6 --context 48 --width-multiple 1"
-    given = ["--model", str(model), "--calibration", str(text), "--output", str(out)]
-    args = [*given, *small.split(), "--sparsity", "0.55", *extra, "--recover", "--json"]
-    capsys.readouterr()
-    assert _exit_code(args) == 0, capsys.readouterr().err
-    result = json.loads(capsys.readouterr().out)
+    flags = ["--width-multiple", "1", "--sparsity", "0.55", *extra, "--recover"]
+    result = run_json(capsys, *arguments(model, text, out, *flags))
     recovery = result["recovery"]
     assert recovery["perplexity_recovered"] == result["perplexity_after"]
     assert recovery["perplexity_cut"] != result["perplexity_after"]

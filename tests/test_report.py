@@ -9,13 +9,12 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from report_material import HOSTILE, ablation, comparison, evaluation, output_folder
-from tiny_models import save_tiny
+from report_material import HOSTILE, ablation, comparison, write_material
+from small_runs import arguments, refused, run_json
 
 from fbn_prune.cli.main import _exit_code
 from fbn_prune.export.report.facts import read_facts
@@ -63,13 +62,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    output_folder(folder / "out")
-    for name, content in (
-        ("compare", comparison()),
-        ("ablate", ablation()),
-        ("evaluate", evaluation()),
-    ):
-        (folder / f"{name}.json").write_text(json.dumps(content))
+    write_material(folder)
     return folder
 
 
@@ -80,14 +73,8 @@ def full(material: Path) -> str:
 
 
 def _full(material: Path) -> str:
-    return report_html(
-        read_facts(
-            material / "out",
-            compare=material / "compare.json",
-            ablate=material / "ablate.json",
-            evaluate=material / "evaluate.json",
-        )
-    )
+    beside = {name: material / f"{name}.json" for name in ("compare", "ablate", "evaluate")}
+    return report_html(read_facts(material / "out", **beside))
 
 
 def test_the_page_shows_all_that_is_known(full: str) -> None:
@@ -141,27 +128,19 @@ def test_the_page_needs_nothing_beside_it(full: str) -> None:
                 assert value is not None
                 assert value.startswith(("#", "data:image/png;base64,"))
     assert not re.search(r"@import|url\((?!#)", full)
+    assert "someone" not in full, "the user's folders are not told"
+    assert "secret" not in full
     ids = [a["id"] for _, a in page.elements if a.get("id")]
     assert len(ids) == len(set(ids))
-
-
-def test_places_and_folders_of_the_user_are_not_told(full: str) -> None:
-    assert "someone" not in full
-    assert "secret" not in full
 
 
 def test_the_same_facts_give_the_same_bytes_in_another_process(full: str, material: Path) -> None:
     output = material / "again.html"
     flags = [f"--{n}={material / n}.json" for n in ("compare", "ablate", "evaluate")]
     command = [sys.executable, "-m", "fbn_prune", "report", str(material / "out"), *flags]
-    environment = {
-        **os.environ,
-        "PYTHONHASHSEED": "7",
-        "SOURCE_DATE_EPOCH": "1",
-        "TZ": "Asia/Tokyo",
-    }
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    subprocess.run([*command, "--output", str(output)], check=True, env=environment)
+    other = {"PYTHONHASHSEED": "7", "SOURCE_DATE_EPOCH": "1", "TZ": "Asia/Tokyo"}
+    other["PYTHONPATH"] = os.pathsep.join(sys.path)
+    subprocess.run([*command, "--output", str(output)], check=True, env=os.environ | other)
     assert output.read_bytes() == full.encode()
 
 
@@ -216,11 +195,7 @@ def test_what_cannot_be_read_or_written_is_refused_in_one_line(
     filled = [a.format(out=material / "out", folder=material) for a in arguments]
     if "--output" not in filled:
         filled += ["--output", str(material / "unwritten.html")]
-    capsys.readouterr()
-    assert _exit_code(["report", *filled]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert len(error.splitlines()) == 1
+    refused(capsys, ["report", *filled], message)
     assert not (material / "unwritten.html").exists()
 
 
@@ -249,26 +224,18 @@ def test_a_model_is_named_without_the_folders_it_lies_in(model: str, name: str) 
 
 @pytest.mark.slow
 def test_the_real_commands_write_what_the_report_reads(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, out = save_tiny(tmp_path / "model"), tmp_path / "out"
-    text = tmp_path / "text.txt"
-    text.write_text("".join(f"{i} apples cost {i * 3} pence, {i % 7} pears. " for i in range(400)))
-    base = ["--model", str(model), "--calibration", str(text), "--context", "48"]
-    base += ["--tokens", "1000", "--network-tokens", "600", "--networks", "6"]
-
-    def run(*arguments: str) -> dict[str, Any]:
-        capsys.readouterr()
-        assert _exit_code([*arguments, "--json"]) == 0, capsys.readouterr().err
-        return json.loads(capsys.readouterr().out)
-
-    run(*base, "--keep-networks", "2", "--output", str(out))
+    out, base = tmp_path / "out", arguments(tiny, text)
+    run_json(capsys, *base, "--keep-networks", "2", "--output", out)
     page = Page((out / "report.html").read_text(encoding="utf-8"))
     assert page.headings == [HEADINGS[key] for key in ("size", "connectivity", "cards", "recipe")]
-    run("compare", *base, "--kept", "2,0.5", "--output-path", str(tmp_path / "compare.json"))
+    to = ["--output-path", tmp_path / "compare.json"]
+    run_json(capsys, "compare", *base, "--kept", "2,0.5", *to)
     few = ["--draws", "2", "--grow", "1,2", "--text-tokens", "200", "--components"]
-    (tmp_path / "ablate.json").write_text(json.dumps(run("ablate", *base, *few)))
-    evaluated = run("evaluate", "--model", str(out), "--compare", str(model), "--tasks", str(text))
+    (tmp_path / "ablate.json").write_text(json.dumps(run_json(capsys, "ablate", *base, *few)))
+    asked = ["--model", out, "--compare", tiny, "--tasks", text]
+    evaluated = run_json(capsys, "evaluate", *asked)
     (tmp_path / "evaluate.json").write_text(json.dumps(evaluated))
     flags = [f"--{n}={tmp_path / n}.json" for n in ("compare", "ablate", "evaluate")]
     assert _exit_code(["report", str(out), *flags, "--output", str(tmp_path / "all.html")]) == 0

@@ -5,14 +5,13 @@ Needs Chromium or Chrome among the system's packages (`apt-get install chromium`
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from report_material import HOSTILE, ablation, comparison, evaluation, output_folder
+from report_material import HOSTILE, write_material
 
 from fbn_prune.export.report.facts import read_facts
 from fbn_prune.export.report.page import write_report
@@ -51,16 +50,8 @@ def chromium() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("browser")
-    output_folder(folder / "out")
-    paths = {}
-    for name, content in (
-        ("compare", comparison()),
-        ("ablate", ablation()),
-        ("evaluate", evaluation()),
-    ):
-        paths[name] = folder / f"{name}.json"
-        paths[name].write_text(json.dumps(content))
-    write_report(read_facts(folder / "out", **paths), folder / "report.html")
+    beside = write_material(folder)
+    write_report(read_facts(folder / "out", **beside), folder / "report.html")
     return folder / "report.html"
 
 

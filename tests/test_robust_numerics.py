@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from small_runs import recipe
 from tiny_models import save_tiny
 from torch import Tensor
 
@@ -24,10 +25,7 @@ from fbn_prune.pruning.damping import DampingWarning, centred, factored, outlier
 from fbn_prune.pruning.fitting import DampingNotes, fitting_cuts
 from fbn_prune.pruning.prediction import PredictedRise, check_rise, predicted_rise, relative_error
 from fbn_prune.pruning.second_order import choose_neurons, output_error, refit
-from fbn_prune.recipe import build_recipe
 from fbn_prune.runs.prune import run_prune
-
-torch.set_num_threads(1)
 
 NEURONS, OUTPUTS = 48, 12
 
@@ -53,33 +51,26 @@ def cut_error(weight: Tensor, x: Tensor, keep: int = 24) -> float:
 
 
 def evidence(weight: Tensor, x: Tensor, **changes: object) -> LayerEvidence:
+    unknown = dict.fromkeys(("bias", "cross", "target_mean", "membership", "loss_root"))
+    options = {"can_have_bias": False, "damping": 1e-2, "refit_damping": 1e-3, "seed": 0}
     known: dict[str, object] = {
         "layer": 0,
         "weight": weight,
-        "bias": None,
         "input_norms": torch.ones(weight.shape[1], dtype=torch.float64),
         "gram": gram_of(x),
         "mean": x.mean(0),
         "tokens": len(x),
-        "cross": None,
-        "target_mean": None,
-        "membership": None,
-        "loss_root": None,
-        "can_have_bias": False,
-        "damping": 1e-2,
-        "refit_damping": 1e-3,
-        "seed": 0,
     }
-    return LayerEvidence(**{**known, **changes})  # type: ignore[arg-type]
+    return LayerEvidence(**unknown | options | known | changes)  # type: ignore[arg-type]
 
 
 # Massive activations
 
 
-@pytest.mark.parametrize("scale", [1e3, 1e5, 1e7])
+@pytest.mark.parametrize("scale", [1e3, 1e7])
 def test_a_massive_neuron_does_not_make_the_other_neurons_cuts_worse(scale: float) -> None:
     ratios = []
-    for seed in range(20):
+    for seed in range(10):
         weight, x = problem(seed)
         plain = cut_error(weight, x, 32)
         x[:, 5] *= scale  # the layer computes the same
@@ -124,13 +115,10 @@ def test_massive_neurons_are_reported_with_their_layer() -> None:
     for layer in (0, 3):
         with notes.heard(layer):
             second_order_cut(evidence(weight, x), 24)
+    with pytest.warns(RuntimeWarning, match="another"), notes.heard(0):
+        warnings.warn("another", RuntimeWarning, stacklevel=1)
     (line,) = notes.lines()
     assert line.startswith("warning: layers 0, 3: 1 neurons with massive activations")
-
-
-def test_other_warnings_pass_through_the_notes() -> None:
-    with pytest.warns(RuntimeWarning, match="another"), DampingNotes().heard(0):
-        warnings.warn("another", RuntimeWarning, stacklevel=1)
 
 
 # Indefinite and low-rank H
@@ -150,16 +138,17 @@ def test_rounding_errors_that_make_h_indefinite_are_damped_away_and_said() -> No
     assert len(kept) == 24
 
 
-def test_a_matrix_that_is_no_gram_is_refused() -> None:
-    gram = -torch.eye(4, dtype=torch.float64)
-    with pytest.raises(FbnPruneError, match="cannot be inverted at any damping"):
+@pytest.mark.parametrize(
+    ("gram", "message"),
+    [
+        (-torch.eye(4, dtype=torch.float64), "cannot be inverted at any damping"),
+        (torch.full((4, 4), math.inf, dtype=torch.float64), "overflow"),
+    ],
+    ids=["no gram", "overflowed"],
+)
+def test_what_no_damping_can_invert_is_refused(gram: Tensor, message: str) -> None:
+    with pytest.raises(FbnPruneError, match=message):
         factored(gram, 1e-3)
-
-
-def test_statistics_that_overflowed_are_refused() -> None:
-    gram = torch.full((4, 4), math.inf, dtype=torch.float64)
-    with pytest.raises(FbnPruneError, match="overflow"):
-        factored(gram, 1.0)
 
 
 @given(seed=st.integers(0, 1000), exponent=st.integers(6, 14))
@@ -203,6 +192,7 @@ def test_a_constant_neuron_behind_a_bias_costs_nothing() -> None:
     x[:, 7] = 1000.0
     bias = torch.zeros(OUTPUTS, dtype=torch.float64)
     gram = gram_of(x).float().double()  # the mean square drowns the variance
+    assert not centred(gram, x.mean(0))[7].any()
     known = evidence(weight, x, gram=gram, bias=bias, can_have_bias=True)
     cut = second_order_cut(known, NEURONS - 1)
     assert 7 not in cut.kept.tolist()
@@ -211,19 +201,11 @@ def test_a_constant_neuron_behind_a_bias_costs_nothing() -> None:
     assert relative_error(known, cut) < 1e-5
 
 
-def test_the_covariance_of_a_constant_neuron_is_zero_not_noise() -> None:
-    _, x = problem(6)
-    x[:, 7] = 1000.0
-    covariance = centred(gram_of(x).float().double(), x.mean(0))
-    assert not covariance[7].any()
-    assert not covariance[:, 7].any()
-
-
 # Few tokens
 
 
 @given(tokens=st.integers(1, 10_000), share=st.floats(1e-6, 0.5))
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=30)
 def test_fewer_tokens_never_mean_less_damping(tokens: int, share: float) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DampingWarning)
@@ -258,28 +240,14 @@ def test_refitted_weights_that_overflow_the_stored_type_are_fitted_more_cautious
     assert bool(cut.down_weight.to(torch.float16).isfinite().all())
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text("".join(f"{i} apples, {i * 3} pence, {i % 7} pears. " for i in range(400)))
-    return path
-
-
-def small_recipe(model: Path, text: Path, output: Path, **changes: object):
-    small = {"tokens": 800, "network_tokens": 500, "networks": 5, "width_multiple": 4}
-    base = {"model": str(model), "calibration": [str(text)], "context": 48, "output": output}
-    return build_recipe({**base, **small, "sparsity": 0.5, **changes})
-
-
 def test_a_model_that_overflows_is_named_before_any_work(text: Path, tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "model")
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"] *= 1e7
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    recipe = small_recipe(model, text, tmp_path / "out", dtype="float16")
     told = r"MLP activations of layer 1: .* float16 overflows \(try --dtype float32\)"
     with pytest.raises(InvalidInput, match=told):
-        run_prune(recipe, StageClock())
+        run_prune(recipe(model, text, tmp_path / "out", dtype="float16"), StageClock())
     assert not (tmp_path / "out").exists()
 
 
@@ -308,52 +276,41 @@ def test_worse_than_guessing_against_the_prediction_is_no_result() -> None:
     assert check_rise(10.0, 2000.0, PredictedRise(-0.1, 9.0), 1000) is None
 
 
-def test_a_warning_is_in_the_result_and_on_the_card(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("odd", [False, True])
+def test_a_warning_is_in_the_result_and_on_the_card_of_an_odd_run_alone(
+    odd: bool, tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "fbn_prune.runs.prune.predicted_rise", lambda errors: PredictedRise(-9.0, -8.0)
-    )
-    model = save_tiny(tmp_path / "model")
-    result = run_prune(small_recipe(model, text, tmp_path / "out"), StageClock())
-    assert "but the statistics of the cut predict" in str(result.warning)
-    assert "**Warning:** the pruned model's" in (tmp_path / "out" / "README.md").read_text()
-
-
-def test_a_usual_run_has_no_warning(text: Path, tmp_path: Path) -> None:
-    model = save_tiny(tmp_path / "model")
-    result = run_prune(small_recipe(model, text, tmp_path / "out"), StageClock())
+    if odd:
+        far = PredictedRise(-9.0, -8.0)
+        monkeypatch.setattr("fbn_prune.runs.prune.predicted_rise", lambda errors: far)
+    result = run_prune(recipe(tiny, text, tmp_path / "out"), StageClock())
     low, high = result.perplexity_expected
-    assert low <= result.perplexity_after <= high
-    assert result.warning is None
-    assert "Warning" not in (tmp_path / "out" / "README.md").read_text()
+    assert (low <= result.perplexity_after <= high) != odd
+    expected = "but the statistics of the cut predict"
+    assert expected in result.warning if odd else result.warning is None
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("**Warning:** the pruned model's" in card) == odd
 
 
 # Quantised checkpoints
 
 
 @pytest.mark.parametrize(
-    ("suffix", "dtype"), [("qweight", torch.int32), ("weight_scale_inv", torch.float32)]
+    ("stored", "dtype", "message"),
+    [
+        ("self_attn.q_proj.qweight", torch.int32, "q_proj.qweight belongs to a quantized model"),
+        ("self_attn.q_proj.weight_scale_inv", torch.float32, "weight_scale_inv belongs to"),
+        ("self_attn.q_proj.weight", torch.int8, "unquantized"),
+        ("mlp.down_proj.weight", torch.float8_e4m3fn, "unquantized"),
+    ],
 )
-def test_packed_tensors_are_refused_whatever_the_config_says(
-    suffix: str, dtype: torch.dtype, tmp_path: Path
+def test_quantised_tensors_are_refused_whatever_the_config_says(
+    stored: str, dtype: torch.dtype, message: str, tmp_path: Path
 ) -> None:
     model = save_tiny(tmp_path / "model")
     tensors = load_file(model / "model.safetensors")
-    weight = tensors.pop("model.layers.0.self_attn.q_proj.weight")
-    tensors[f"model.layers.0.self_attn.q_proj.{suffix}"] = weight.to(dtype)
-    save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InvalidInput, match=f"q_proj.{suffix} belongs to a quantized model"):
-        Checkpoint.open(model)
-
-
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-@pytest.mark.parametrize("name", ["self_attn.q_proj", "mlp.down_proj"])
-def test_weights_in_eight_bits_are_refused(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    model = save_tiny(tmp_path / "model")
-    tensors = load_file(model / "model.safetensors")
-    full = f"model.layers.0.{name}.weight"
-    tensors[full] = tensors[full].to(dtype)
-    save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InvalidInput, match="unquantized"):
+    stored = f"model.layers.0.{stored}"
+    weight = tensors.pop(stored.rpartition(".")[0] + ".weight")
+    save_file(tensors | {stored: weight.to(dtype)}, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InvalidInput, match=message):
         Checkpoint.open(model)

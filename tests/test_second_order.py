@@ -19,8 +19,6 @@ from fbn_prune.pruning.second_order import (
     removal_order,
 )
 
-torch.set_num_threads(1)
-
 
 def problem(seed: int, tokens: int = 200, neurons: int = 12, outputs: int = 5):
     """W [outputs, neurons], x [tokens, neurons] with correlated columns, H."""
@@ -64,7 +62,7 @@ def test_neurons_with_zero_output_weights_go_first_and_leave_the_others_alone() 
 
 
 @given(seed=st.integers(0, 10_000), keep=st.integers(1, 12), damping=st.floats(1e-6, 10.0))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 def test_a_refit_never_does_worse_than_no_refit(seed: int, keep: int, damping: float) -> None:
     weight, _, gram = problem(seed, tokens=8)  # fewer tokens than neurons: H is singular
     kept = choose_neurons(weight, gram, keep, damping=1e-2)
@@ -96,6 +94,8 @@ def test_one_neuron_is_removed_exactly_as_an_exhaustive_search_would() -> None:
         errors[gone] = output_error(weight, ridged, rest, new)
     best = min(errors, key=errors.__getitem__)
     assert set(range(8)) - set(kept.tolist()) == {best}
+    cost = float(removal_costs(weight, gram, damping=1e-2).min())
+    assert cost == pytest.approx(errors[best], rel=1e-6)
 
 
 def test_greedy_removal_comes_close_to_the_best_of_all_subsets() -> None:
@@ -153,14 +153,6 @@ def test_the_removal_curve_is_that_of_the_choice(seed: int, keep: int) -> None:
     assert bool((costs > 0).all())
 
 
-def test_the_removal_curve_starts_with_the_true_cost_of_the_first() -> None:
-    weight, _, gram = problem(9)
-    ridged = gram + ridge(gram, 1e-2) * torch.eye(len(gram), dtype=gram.dtype)
-    kept = choose_neurons(weight, gram, 11, damping=1e-2)
-    error = output_error(weight, ridged, kept, refit(weight, ridged, kept, damping=1e-14))
-    assert float(removal_costs(weight, gram, damping=1e-2).min()) == pytest.approx(error, rel=1e-6)
-
-
 @pytest.mark.parametrize("rank", [5, 2])
 def test_the_loss_root_is_a_root_also_of_a_singular_matrix(rank: int) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -180,7 +172,7 @@ def test_outputs_the_loss_does_not_feel_do_not_keep_a_neuron() -> None:
 
 
 @given(seed=st.integers(0, 1000), keep=st.integers(1, 149))
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 def test_one_removal_of_all_neurons_answers_for_every_width(seed: int, keep: int) -> None:
     weight, _, gram = problem(seed, neurons=150)
     order = removal_order(weight, gram, damping=1e-2)

@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from pretended_devices import Placed, on_host, pretended_devices
-from safetensors.torch import load_file
-from tiny_models import FAMILY_CONFIGS, make_model, save_tiny
+from small_runs import blocks, recipe, tensors
+from tiny_models import PATHS, make_model, save_tiny
 from transformers import PreTrainedModel
 
-from fbn_prune.data.calibration import TokenBlocks
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.kept_neurons import KeptNeurons
@@ -25,16 +24,14 @@ from fbn_prune.model.surgery import MlpCut
 from fbn_prune.networks.interventions import masked
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.sensitivity import output_sensitivity
-from fbn_prune.recipe import Recipe, build_recipe
 from fbn_prune.runs.compare import run_comparison
 from fbn_prune.runs.discover import run_discovery
 from fbn_prune.runs.memory import MemoryPlan, plan_memory
 from fbn_prune.runs.prune import run_prune
 from fbn_prune.serving import FullDown, TaskSet, attach
 
-torch.set_num_threads(1)
-
 PLACEMENT = (0, 1, 1)
+BATCHES = blocks(20, 48, 48, 33).batches(100)
 
 
 @pytest.fixture
@@ -43,33 +40,12 @@ def devices() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"{i} apples, {i * 3} pence, {i % 7} pears. " for i in range(200)))
-    return path
-
-
-def recipe(model: Path, text: Path, output: Path, **changes: object) -> Recipe:
-    small = {"tokens": 400, "network_tokens": 300, "networks": 5, "keep_networks": 3}
-    base = {"model": str(model), "calibration": [str(text)], "context": 48, "output": output}
-    return build_recipe({**base, **small, "width_multiple": 4, "seed": 1, **changes})
-
-
 def spread(folder: Path, placement: tuple[int, ...] = PLACEMENT) -> ModelAdapter:
     checkpoint = Checkpoint.open(folder)
     first, *layers = (torch.device("cpu", index) for index in (0, *placement))
     bare = skeleton(checkpoint, torch.float32)
     places = device_map(bare, checkpoint.family, layers, first)
     return ModelAdapter(checkpoint.load_model("cpu", torch.float32, places))
-
-
-def blocks() -> TokenBlocks:
-    generator = torch.Generator().manual_seed(3)
-    lengths = (20, 48, 48, 33)
-    return TokenBlocks(
-        tuple(torch.randint(0, 256, (n,), generator=generator) for n in lengths), 48, ("x",)
-    )
 
 
 def test_tensors_of_two_devices_do_not_meet(devices: None) -> None:
@@ -85,16 +61,16 @@ def test_tensors_of_two_devices_do_not_meet(devices: None) -> None:
     assert (a + torch.tensor(1.0)).tolist() == [2.0, 2.0, 2.0]
 
 
-@pytest.mark.parametrize("name", FAMILY_CONFIGS)
-def test_every_family_runs_spread_as_whole_also_layer_by_layer(name: str, tmp_path: Path) -> None:
-    folder, batches = save_tiny(tmp_path / "model", name), blocks().batches(100)
+@pytest.mark.parametrize("name", [*PATHS, "falcon"])
+def test_a_model_runs_spread_as_whole_also_layer_by_layer(name: str, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model", name)
     whole = ModelAdapter(make_model(name))
-    expected = LayerwiseForward(whole, batches)
-    loss = mean_loss(whole, batches)
+    expected = LayerwiseForward(whole, BATCHES)
+    loss = mean_loss(whole, BATCHES)
     with pretended_devices():
         adapter = spread(folder)
-        assert mean_loss(adapter, batches) == loss
-        stream = LayerwiseForward(adapter, batches)
+        assert mean_loss(adapter, BATCHES) == loss
+        stream = LayerwiseForward(adapter, BATCHES)
         for layer, place in enumerate(PLACEMENT):
             device = torch.device("cpu", place)
             seen: dict[str, list[torch.Tensor]] = {"whole": [], "spread": []}
@@ -111,16 +87,16 @@ def test_every_family_runs_spread_as_whole_also_layer_by_layer(name: str, tmp_pa
         assert torch.equal(on_host(last), expected.logits(expected.hidden[0]))
 
 
-def test_the_hooks_are_back_after_the_recorders(tmp_path: Path, devices: None) -> None:
-    adapter = spread(save_tiny(tmp_path / "model"))
+def test_the_hooks_are_back_after_the_recorders(tiny: Path, devices: None) -> None:
+    adapter = spread(tiny)
     before = [layer.__dict__["forward"] for layer in adapter.layers]
-    LayerwiseForward(adapter, blocks().batches(100))
+    LayerwiseForward(adapter, BATCHES)
     assert [layer.__dict__["forward"] for layer in adapter.layers] == before
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
+@pytest.mark.parametrize("name", ["gpt2", "phi3"])
 def test_cuts_and_interventions_are_made_where_the_layer_lies(name: str, tmp_path: Path) -> None:
-    folder, batches = save_tiny(tmp_path / "model", name), blocks().batches(100)
+    folder = save_tiny(tmp_path / "model", name)
     generator = torch.Generator().manual_seed(0)
     kept = torch.arange(0, 24, 3)
     losses = []
@@ -131,16 +107,16 @@ def test_cuts_and_interventions_are_made_where_the_layer_lies(name: str, tmp_pat
     with pretended_devices():
         for adapter in (whole, spread(folder)):
             with masked(adapter, silent):
-                losses.append(mean_loss(adapter, batches))
+                losses.append(mean_loss(adapter, BATCHES))
             for layer, cut in enumerate(cuts):
                 adapter.cut(layer, cut)
-            losses.append(mean_loss(adapter, batches))
+            losses.append(mean_loss(adapter, BATCHES))
         assert [adapter.layer_device(layer).index for layer in range(3)] == list(PLACEMENT)
     assert losses[:2] == losses[2:]
     assert losses[0] != losses[1]
 
 
-@pytest.mark.parametrize("name", FAMILY_CONFIGS)
+@pytest.mark.parametrize("name", PATHS)
 def test_a_spread_model_serves_tasks_and_mixtures_of_them(name: str, tmp_path: Path) -> None:
     folder, whole = save_tiny(tmp_path / "model", name), ModelAdapter(make_model(name))
     hidden = whole.hidden_size
@@ -170,20 +146,19 @@ def test_a_spread_model_serves_tasks_and_mixtures_of_them(name: str, tmp_path: P
             assert torch.equal(a, on_host(b))
 
 
-def test_gradients_cross_devices(tmp_path: Path) -> None:
-    folder, batches = save_tiny(tmp_path / "model"), blocks().batches(100)
-    expected = output_sensitivity(ModelAdapter(make_model("llama")), batches, StageClock())
+def test_gradients_cross_devices(tiny: Path) -> None:
+    expected = output_sensitivity(ModelAdapter(make_model("llama")), BATCHES, StageClock())
     with pretended_devices():
-        found = output_sensitivity(spread(folder), batches, StageClock())
+        found = output_sensitivity(spread(tiny), BATCHES, StageClock())
     assert [each.device.index for each in found] == list(PLACEMENT)
     for a, b in zip(expected, found, strict=True):
         torch.testing.assert_close(on_host(b), a, rtol=1e-4, atol=1e-9)
 
 
 def test_a_first_device_without_layers_still_takes_ids_and_gives_logits(
-    tmp_path: Path, devices: None
+    tiny: Path, devices: None
 ) -> None:
-    adapter = spread(save_tiny(tmp_path / "model"), (1, 1, 2))
+    adapter = spread(tiny, (1, 1, 2))
     assert adapter.device == torch.device("cpu:0")
     ids = torch.arange(12)[None]
     logits = adapter.model(ids.to("cpu:0"), use_cache=False).logits
@@ -195,35 +170,23 @@ def spread_plan(*args: object) -> MemoryPlan:
     return replace(plan_memory(*args), placement=PLACEMENT)
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {
-        f"{file.name} {key}": tensor
-        for file in sorted(folder.glob("*.safetensors"))
-        for key, tensor in load_file(file).items()
-    }
-
-
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
         {"sequential": True, "rank": "knockout"},
         {"criterion": "flap", "sparsity": 0.5},
-        pytest.param({"recover": True, "recover_passes": 1}, marks=pytest.mark.slow),
-        pytest.param(
-            {"layout": "auto", "widths": "auto", "loss_aware": True}, marks=pytest.mark.slow
-        ),
-        pytest.param({"scope": "layer", "networks": 3}, marks=pytest.mark.slow),
-        pytest.param({"task": "examples"}, marks=pytest.mark.slow),
+        {"recover": True, "recover_passes": 1},
+        {"layout": "auto", "widths": "auto", "loss_aware": True},
+        {"scope": "layer", "networks": 3, "task": "examples"},
     ],
-    ids=lambda changes: "-".join(map(str, changes.values())) or "default",
+    ids=lambda changes: "-".join(map(str, changes.values())),
 )
 def test_the_main_job_spread_writes_the_bytes_of_the_whole_one(
     changes: dict[str, object], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = save_tiny(tmp_path / "model", "gpt2")
     if "task" in changes:
-        changes = {"task": str(tmp_path / "task.jsonl")}
+        changes = changes | {"task": str(tmp_path / "task.jsonl")}
         lines = ['{"text": "7 apples, 21 pence, 0 pears."}', '{"text": "8 apples, 24 pence."}']
         (tmp_path / "task.jsonl").write_text("\n".join(lines) + "\n")
     whole = run_prune(recipe(model, text, tmp_path / "whole", **changes), StageClock())
@@ -237,25 +200,20 @@ def test_the_main_job_spread_writes_the_bytes_of_the_whole_one(
         assert torch.equal(found[key], tensor), key
 
 
-@pytest.mark.slow
 def test_discovery_with_recurrence_runs_spread(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = save_tiny(tmp_path / "model")
-    _, whole = run_discovery(recipe(model, text, tmp_path / "whole"), StageClock())
+    _, whole = run_discovery(recipe(tiny, text, tmp_path / "whole"), StageClock())
     monkeypatch.setattr("fbn_prune.runs.setup.plan_memory", spread_plan)
     with pretended_devices():
-        _, found = run_discovery(recipe(model, text, tmp_path / "spread"), StageClock())
+        _, found = run_discovery(recipe(tiny, text, tmp_path / "spread"), StageClock())
     assert whole.read_bytes() == found.read_bytes()
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_criteria_compare_alike_on_a_spread_model(
-    name: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study = recipe(save_tiny(tmp_path / "model", name), text, tmp_path).model_copy(
-        update={"output": None}
-    )
+    study = recipe(tiny, text)
     criteria = ["flap", "second-order"]
     whole = run_comparison(study, criteria, [0.5], None, StageClock())
     monkeypatch.setattr("fbn_prune.runs.setup.plan_memory", spread_plan)

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 from count_reads import count_reads
-from safetensors.torch import load_file
-from tiny_models import FAMILY_CONFIGS, save_tiny
+from small_runs import blocks, recipe, tensors
+from tiny_models import FAMILY_CONFIGS, PATHS, logits, save_tiny
 
-from fbn_prune.data.calibration import TokenBlocks
 from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
@@ -23,45 +22,23 @@ from fbn_prune.model.spill import Spilled
 from fbn_prune.model.streaming import StreamedModel
 from fbn_prune.networks.interventions import masked
 from fbn_prune.progress import StageClock
-from fbn_prune.recipe import Recipe, build_recipe
 from fbn_prune.runs import memory
 from fbn_prune.runs.discover import run_discovery
 from fbn_prune.runs.dry_run import plan
 from fbn_prune.runs.memory import possible_plans
 from fbn_prune.runs.opening import OpenRun
 from fbn_prune.runs.prune import run_prune
-from fbn_prune.runs.setup import Prepared, prepare
+from fbn_prune.runs.setup import prepare
 from fbn_prune.runs.stages import rank_scores
 
-torch.set_num_threads(1)
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"{i} apples, {i * 3} pence, {i % 7} pears. " for i in range(200)))
-    return path
-
-
-def recipe(model: Path, text: Path, output: Path | None = None, **changes: object) -> Recipe:
-    small = {"tokens": 400, "network_tokens": 300, "networks": 5, "keep_networks": 3}
-    base = {"model": str(model), "calibration": [str(text)], "context": 48, "output": output}
-    return build_recipe({**base, **small, "width_multiple": 4, "seed": 1, **changes})
+BATCHES = blocks(20, 48, 48, 33).batches(100)
 
 
 def opened(model: Path, **options: bool) -> tuple[ModelAdapter, StreamedModel]:
     checkpoint = Checkpoint.open(model)
     whole = ModelAdapter(checkpoint.load_model(CPU, torch.float32))
     return whole, StreamedModel(checkpoint, CPU, torch.float32, scratch=model, **options)
-
-
-def blocks() -> TokenBlocks:
-    generator = torch.Generator().manual_seed(3)
-    lengths = (20, 48, 48, 33)
-    return TokenBlocks(
-        tuple(torch.randint(0, 256, (n,), generator=generator) for n in lengths), 48, ("x",)
-    )
 
 
 def run_both(
@@ -79,87 +56,66 @@ def run_both(
     monkeypatch.setattr("fbn_prune.runs.setup.plan_memory", frugal)
     run_prune(recipe(model, text, folder / "streamed", **changes), StageClock())
     assert chosen == [True]
-    return tuple(
-        {
-            key: tensor
-            for file in sorted((folder / name).glob("*.safetensors"))
-            for key, tensor in load_file(file).items()
-        }
-        for name in ("whole", "streamed")
-    )
+    return tensors(folder / "whole"), tensors(folder / "streamed")
 
 
 @pytest.mark.parametrize("name", FAMILY_CONFIGS)
 def test_a_streamed_model_has_the_logits_of_the_whole_one(name: str, tmp_path: Path) -> None:
     whole, streamed = opened(save_tiny(tmp_path / "model", name))
-    ids = torch.arange(40).reshape(2, 20)
-    with torch.inference_mode():
-        assert torch.equal(whole.model(ids).logits, streamed.model(ids).logits)
+    assert torch.equal(logits(whole.model), logits(streamed.model))
 
 
-@pytest.mark.parametrize("name", FAMILY_CONFIGS)
-def test_streaming_prunes_to_the_same_weights(
-    name: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        *((name, {}) for name in PATHS),
+        ("llama-tied", {"sequential": True, "rank": "knockout"}),
+        ("llama", {"criterion": "flap", "sparsity": 0.5}),
+        ("llama", {"layout": "auto"}),
+        ("llama", {"layout": "ragged", "sparsity": 0.5}),
+        ("llama", {"scope": "layer", "networks": 3}),
+    ],
+    ids=str,
+)
+def test_streaming_prunes_to_the_same_weights_in_every_way_of_pruning(
+    name: str,
+    changes: dict[str, object],
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = save_tiny(tmp_path / "model", name)
-    whole, streamed = run_both(monkeypatch, model, text, tmp_path)
+    whole, streamed = run_both(monkeypatch, model, text, tmp_path, **changes)
     assert whole.keys() == streamed.keys()
     for key, tensor in whole.items():
         torch.testing.assert_close(streamed[key], tensor, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"sequential": True},
-        {"criterion": "flap", "sparsity": 0.5},
-        {"layout": "auto"},
-        {"layout": "ragged", "sparsity": 0.5},
-        {"rank": "knockout"},
-        {"scope": "layer", "networks": 3},
-    ],
-    ids=lambda changes: "-".join(map(str, changes.values())),
-)
-def test_streaming_serves_every_way_of_pruning(
-    changes: dict[str, object], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = save_tiny(tmp_path / "model")
-    whole, streamed = run_both(monkeypatch, model, text, tmp_path, **changes)
-    for key, tensor in whole.items():
-        torch.testing.assert_close(streamed[key], tensor, rtol=1e-5, atol=1e-5)
-
-
-def test_one_layer_is_in_memory_at_a_time(tmp_path: Path) -> None:
-    _, adapter = opened(save_tiny(tmp_path / "model"))
-    forward = LayerwiseForward(adapter, blocks().batches(100))
+def test_one_layer_is_in_memory_at_a_time(tiny: Path) -> None:
+    _, adapter = opened(tiny)
+    forward = LayerwiseForward(adapter, BATCHES)
     present = []
     for _ in range(3):
         forward.advance()
-        live = [
-            index
-            for index, layer in enumerate(adapter.layers)
-            if not next(layer.parameters()).is_meta
-        ]
-        present.append(live)
-    assert present == [[0], [1], [2]]
+        present.append([not next(layer.parameters()).is_meta for layer in adapter.layers])
+    assert torch.equal(torch.tensor(present), torch.eye(3, dtype=torch.bool))
     assert adapter.model.get_input_embeddings().weight.is_meta
     adapter.release()
     for layer in adapter.layers:
         assert all(parameter.is_meta for parameter in layer.parameters())
 
 
-def test_hidden_states_on_disk_are_those_in_memory(tmp_path: Path) -> None:
-    whole, on_disk = opened(save_tiny(tmp_path / "model"), spill_hidden=True)
-    batches = blocks().batches(100)
-    kept = LayerwiseForward(whole, batches)
-    spilled = LayerwiseForward(on_disk, batches)
+def test_hidden_states_on_disk_are_those_in_memory(tiny: Path) -> None:
+    whole, on_disk = opened(tiny, spill_hidden=True)
+    kept = LayerwiseForward(whole, BATCHES)
+    spilled = LayerwiseForward(on_disk, BATCHES)
     assert isinstance(spilled.hidden, Spilled)
     for _ in range(3):
         kept.advance()
         spilled.advance()
         for a, b in zip(kept.hidden, spilled.hidden, strict=True):
             assert torch.equal(a, b)
-    assert mean_loss(on_disk, batches) == pytest.approx(mean_loss(whole, batches), rel=1e-6)
+    assert mean_loss(on_disk, BATCHES) == pytest.approx(mean_loss(whole, BATCHES), rel=1e-6)
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
@@ -185,13 +141,13 @@ def test_a_streamed_run_reads_a_layer_once_a_pass_and_for_the_energy_its_output_
     changes: dict[str, object],
     passes: int,
     more: int,
+    tiny: Path,
     text: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = save_tiny(tmp_path / "model")
     if "networks_from" in changes:
-        run_discovery(recipe(model, text, tmp_path / "found"), StageClock())
+        run_discovery(recipe(tiny, text, tmp_path / "found"), StageClock())
         changes = {"networks_from": str(tmp_path / "found" / "networks.safetensors")}
 
     def frugal(*args: object) -> memory.MemoryPlan:
@@ -199,8 +155,8 @@ def test_a_streamed_run_reads_a_layer_once_a_pass_and_for_the_energy_its_output_
 
     monkeypatch.setattr("fbn_prune.runs.setup.plan_memory", frugal)
     seen = counted(monkeypatch)
-    run_prune(recipe(model, text, tmp_path / "out", **changes), StageClock())
-    checkpoint = Checkpoint.open(model)
+    run_prune(recipe(tiny, text, tmp_path / "out", **changes), StageClock())
+    checkpoint = Checkpoint.open(tiny)
     family = checkpoint.family
     for name, info in checkpoint.tensors.items():
         layer, location = family.layer_of(name), family.locate(name)
@@ -212,25 +168,23 @@ def test_a_streamed_run_reads_a_layer_once_a_pass_and_for_the_energy_its_output_
 
 
 def test_networks_are_ranked_by_the_energy_they_were_found_with_or_have_in_another_model(
-    text: Path, tmp_path: Path
+    tiny: Path, text: Path, tmp_path: Path
 ) -> None:
-    model = save_tiny(tmp_path / "model")
-    networks, file = run_discovery(recipe(model, text, tmp_path / "found"), StageClock())
+    networks, file = run_discovery(recipe(tiny, text, tmp_path / "found"), StageClock())
     assert networks.energy is not None
     elsewhere = replace(networks, energy=networks.energy.flip(0))
     elsewhere.save(file)
     data: Any = None
     for changes, given in (({}, networks), ({"networks_from": str(file)}, elsewhere)):
-        prepared = prepared_with(model, text, **changes)
-        for loaded in (prepared.load_model(), opened(model)[1]):
+        prepared = prepare(recipe(tiny, text, **changes))
+        for loaded in (prepared.load_model(), opened(tiny)[1]):
             run = OpenRun(prepared, None, data, None, loaded, StageClock())
             scores = rank_scores(run, given, None)
             assert torch.equal(scores, networks.energy)
 
 
-def test_interventions_and_weights_reach_a_streamed_model(tmp_path: Path) -> None:
-    whole, streamed = opened(save_tiny(tmp_path / "model"))
-    batches = blocks().batches(100)
+def test_interventions_and_weights_reach_a_streamed_model(tiny: Path) -> None:
+    whole, streamed = opened(tiny)
     streamed.load_layer(1)
     for a, b in zip(whole.down_weights(), streamed.down_weights(), strict=True):
         assert torch.equal(a, b)
@@ -239,13 +193,15 @@ def test_interventions_and_weights_reach_a_streamed_model(tmp_path: Path) -> Non
     losses = []
     for adapter in (whole, streamed):
         with masked(adapter, silent):
-            losses.append(mean_loss(adapter, batches))
+            losses.append(mean_loss(adapter, BATCHES))
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
-    assert losses[0] != mean_loss(whole, batches)
+    assert losses[0] != mean_loss(whole, BATCHES)
 
 
-def test_a_missing_or_misshapen_tensor_is_named_before_anything_runs(tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(save_tiny(tmp_path / "model"))
+def test_a_missing_or_misshapen_tensor_is_named_before_anything_runs(
+    tiny: Path, tmp_path: Path
+) -> None:
+    checkpoint = Checkpoint.open(tiny)
     tensors = dict(checkpoint.tensors)
     gone = tensors.pop("model.norm.weight")
     with pytest.raises(InvalidInput, match=r"model\.norm\.weight"):
@@ -268,13 +224,8 @@ def test_a_tensor_read_by_slices_is_the_tensor(
 
 def test_spilled_tensors_come_back_as_they_were_and_leave_no_file(tmp_path: Path) -> None:
     spilled = Spilled(tmp_path)
-    tensors = [
-        torch.randn(3, 5),
-        torch.zeros(0, 4),
-        torch.arange(7),
-        torch.randn(4, 2).T.to(torch.bfloat16),
-        torch.tensor(True),
-    ]
+    tensors = [torch.randn(3, 5), torch.zeros(0, 4), torch.arange(7), torch.tensor(True)]
+    tensors.append(torch.randn(4, 2).T.to(torch.bfloat16))
     for tensor in tensors:
         spilled.append(tensor)
     spilled[2] = torch.arange(7) * 2
@@ -286,44 +237,36 @@ def test_spilled_tensors_come_back_as_they_were_and_leave_no_file(tmp_path: Path
     with pytest.raises(ValueError, match=r"in place of"):
         spilled[0] = torch.zeros(2)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_place_that_cannot_hold_the_spill_is_named(tmp_path: Path) -> None:
     with pytest.raises(FbnPruneError, match="nowhere"):
         Spilled(tmp_path / "nowhere")
 
 
-def prepared_with(model: Path, text: Path, **changes: object) -> Prepared:
-    return prepare(recipe(model, text, **changes))
-
-
 def test_a_budget_below_the_model_streams_and_the_dry_run_says_so(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "PROCESS_BYTES", 0)  # else it is all that counts in a tiny model
-    model = save_tiny(tmp_path / "model")
-    whole = prepared_with(model, text, memory_budget="1GB")
+    whole = prepare(recipe(tiny, text, memory_budget="1GB"))
     assert not whole.memory.streamed
     budget = whole.memory.peak_bytes - 1
-    tight = prepared_with(model, text, memory_budget=f"{budget}B")
+    tight = prepare(recipe(tiny, text, memory_budget=f"{budget}B"))
     assert plan(tight).peak_memory_bytes <= budget
     assert plan(whole).peak_memory_bytes == whole.memory.peak_bytes
     arguments = (tight.recipe, tight.checkpoint, CPU, torch.float32, 48)
     streamed = [p for p in possible_plans(*arguments) if p.streamed]
     assert streamed[-1].peak_bytes < streamed[0].peak_bytes
-    least = prepared_with(model, text, memory_budget=f"{streamed[-1].peak_bytes}B")
+    least = prepare(recipe(tiny, text, memory_budget=f"{streamed[-1].peak_bytes}B"))
     assert least.memory.streamed
     assert "streamed" in plan(least).memory
 
 
 def test_the_plan_of_a_model_in_memory_has_room_for_a_layer_as_if_cut(
-    text: Path, tmp_path: Path
+    tiny: Path, text: Path
 ) -> None:
-    checkpoint = Checkpoint.open(save_tiny(tmp_path / "model"))
+    checkpoint = Checkpoint.open(tiny)
     # Of more tokens the activations are all that counts.
     few = {"tokens": 2, "network_tokens": 2, "networks": 1, "keep_networks": 1}
-    tiny = recipe(checkpoint.path, text, **few)
-    whole = next(iter(possible_plans(tiny, checkpoint, CPU, torch.float32, 48)))
+    job = recipe(tiny, text, **few)
+    whole = next(iter(possible_plans(job, checkpoint, CPU, torch.float32, 48)))
     located = {name: checkpoint.family.locate(name) for name in checkpoint.tensors}
     mlp = sum(
         checkpoint.tensors[name].parameters
@@ -335,12 +278,11 @@ def test_the_plan_of_a_model_in_memory_has_room_for_a_layer_as_if_cut(
 
 
 def test_a_budget_that_nothing_fits_is_refused_with_the_least_that_would(
-    text: Path, tmp_path: Path
+    tiny: Path, text: Path
 ) -> None:
-    model = save_tiny(tmp_path / "model")
     with pytest.raises(InvalidInput, match=r"memory_budget = 10MB.*least.* 0\.\d+GB"):
-        prepared_with(model, text, memory_budget="10MB")
+        prepare(recipe(tiny, text, memory_budget="10MB"))
     with pytest.raises(InvalidInput, match="gradients need the whole model"):
-        prepared_with(model, text, memory_budget="10MB", loss_aware=True)
+        prepare(recipe(tiny, text, memory_budget="10MB", loss_aware=True))
     with pytest.raises(InvalidInput, match="memory_budget = 'much'"):
-        prepared_with(model, text, memory_budget="much")
+        prepare(recipe(tiny, text, memory_budget="much"))

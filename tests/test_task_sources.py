@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny_models import save_tiny
+from small_runs import refused, run_json
 
 pytest.importorskip("lm_eval")
 
@@ -18,19 +18,7 @@ from fbn_prune.data.harness_tasks import require_known, training_and_test
 from fbn_prune.data.tasks import Task
 from fbn_prune.errors import FbnPruneError, InvalidInput
 
-STANDARD = [
-    "arc_easy",
-    "arc_challenge",
-    "piqa",
-    "sciq",
-    "lambada_openai",
-    "hellaswag",
-    "winogrande",
-    "openbookqa",
-    "mmlu",
-    "gsm8k",
-    "wikitext",
-]
+STANDARD = ["arc_easy", "piqa", "lambada_openai", "hellaswag", "mmlu", "gsm8k"]
 
 
 def lines(path: Path, records: list[dict[str, Any]]) -> str:
@@ -80,11 +68,6 @@ def adding(tmp_path_factory: pytest.TempPathFactory) -> Path:
     splits["test"] += [{"question": "3 + 3 =", "answer": "6"}, {"question": "7+7=", "answer": "14"}]
     splits["train"][3]["question"] = "3 + 3 ="
     return task_file(tmp_path_factory.mktemp("tasks"), "adding", splits, **EXACT)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
 
 
 def test_a_training_split_gives_examples_as_the_harness_shows_them(adding: Path) -> None:
@@ -207,10 +190,9 @@ def test_a_run_for_a_task_of_the_harness_is_not_tested_on_what_it_saw(
     )
     output = tmp_path / "out"
     small = "--tokens 9000 --network-tokens 600 --networks 6 --keep-networks 2 --context 48"
-    command = ["--model", str(tiny), "--calibration", text, "--output", str(output), "--json"]
+    command = ["--model", str(tiny), "--calibration", text, "--output", str(output)]
     task = ["--task", f"lm_eval:{adding}", "--task-examples", "9"]
-    assert _exit_code([*command, *small.split(), *task]) == 0, capsys.readouterr().err
-    result = json.loads(capsys.readouterr().out)["task"]
+    result = run_json(capsys, *command, *small.split(), *task)["task"]
     assert (result["file"], result["examples"]) == (f"lm_eval:{adding}", 9)
     assert result["left_out"] > 0
     assert result["test_perplexity_after"] > 0
@@ -223,8 +205,7 @@ def test_a_run_for_a_task_of_the_harness_is_not_tested_on_what_it_saw(
     peeking = adding.with_name("peeking.yaml")
     peeking.write_text(yaml.safe_dump(config | {"task": "peeking", "test_split": "train"}))
     evaluate = ["evaluate", "--model", str(output), "--limit", "1", "--tasks"]
-    assert _exit_code([*evaluate, str(peeking)]) == 2
-    assert "9 of 30 questions" in capsys.readouterr().err
+    refused(capsys, [*evaluate, str(peeking)], "9 of 30 questions")
     assert _exit_code([*evaluate, str(adding)]) == 0
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_runs import refused, run_json
+from small_runs import blocks, refused, run_json
 from tiny_models import VOCAB, make_model, make_tokenizer
 
 from fbn_prune.cli.main import _exit_code
@@ -31,6 +31,7 @@ from fbn_prune.networks.activity import (
     second_moment,
     time_courses,
 )
+from fbn_prune.networks.discovery import DiscoveryOptions, SampledActivations, discover
 from fbn_prune.networks.function_matching import match_documents, mixture_weights, score_weights
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.progress import StageClock
@@ -119,39 +120,26 @@ def test_the_examples_get_three_tenths_however_long_they_are(
 @pytest.fixture(scope="module")
 def found() -> tuple[FunctionalNetworks, TokenBlocks, torch.Tensor]:
     """Networks of a tiny model, the blocks they were found on, and their time courses there."""
-    from fbn_prune.networks.discovery import DiscoveryOptions, SampledActivations, discover
-
     adapter = ModelAdapter(make_model("llama"))
-    generator = torch.Generator().manual_seed(0)
-    blocks = TokenBlocks(
-        tuple(torch.randint(0, 256, (24 + i % 9,), generator=generator) for i in range(20)),
-        48,
-        ("random",),
-    )
+    drawn = blocks(*(24 + i % 9 for i in range(20)))
     options = {"batch_tokens": 100, "keep": True, "clock": StageClock()}
-    networks = discover(
-        adapter,
-        blocks,
-        DiscoveryOptions(6, 10**6, "global", 0),
-        tokenizer=TOKENIZER,
-        header={},
-        **options,
-    )
-    sampled = SampledActivations(adapter, blocks, 10**6, **options)
+    wanted = DiscoveryOptions(6, 10**6, "global", 0)
+    networks = discover(adapter, drawn, wanted, tokenizer=TOKENIZER, header={}, **options)
+    sampled = SampledActivations(adapter, drawn, 10**6, **options)
     courses = torch.cat(list(sampled), dim=1) @ torch.linalg.pinv(networks.maps)
-    return networks, blocks, courses
+    return networks, drawn, courses
 
 
 def test_known_networks_are_projected_as_they_were_found(
     found: tuple[FunctionalNetworks, TokenBlocks, torch.Tensor],
 ) -> None:
-    networks, blocks, expected = found
+    networks, drawn, expected = found
     adapter = ModelAdapter(make_model("llama"))
-    batches = blocks.batches(100)
+    batches = drawn.batches(100)
     courses = time_courses(adapter, networks, batches, StageClock())
     assert torch.allclose(torch.cat(courses).float(), expected, atol=1e-4)
-    means = block_activity(adapter, networks, blocks, batch_tokens=64, clock=StageClock())
-    alone = TokenBlocks(blocks.blocks[3:4], 48, ("random",))
+    means = block_activity(adapter, networks, drawn, batch_tokens=64, clock=StageClock())
+    alone = TokenBlocks(drawn.blocks[3:4], 48, ("random",))
     third = block_activity(adapter, networks, alone, batch_tokens=64, clock=StageClock())
     assert torch.allclose(means[3], third[0], atol=1e-4)
 

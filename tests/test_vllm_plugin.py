@@ -14,15 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import HIDDEN, LAYERS, save_tiny
+from small_runs import cut_live, export, random_cuts
+from tiny_models import HIDDEN, LAYERS
 from torch import Tensor, nn
 from transformers import AutoConfig
 
 from fbn_prune.export import vllm as vllm_plugin
-from fbn_prune.export.writer import write_checkpoint
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.model.surgery import MlpCut
 
 WIDTHS = [4, 24, 7]
 
@@ -87,15 +86,8 @@ class LlamaForCausalLM(nn.Module):
             gate, up, down = (
                 source.tensor(f"{stem}{name}_proj.weight") for name in ("gate", "up", "down")
             )
-            state = {
-                "gate_up_proj.weight": torch.cat([gate, up]),
-                "down_proj.weight": down,
-            }
-            layer.mlp.load_state_dict(state)
-
-
-def extract_layer_index(prefix: str) -> int:
-    return int(prefix.rpartition(".")[2])
+            both = torch.cat([gate, up])
+            layer.mlp.load_state_dict({"gate_up_proj.weight": both, "down_proj.weight": down})
 
 
 @pytest.fixture
@@ -107,10 +99,11 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
         "vllm.model_executor": {},
         "vllm.model_executor.models": {},
         "vllm.model_executor.models.llama": {
-            "LlamaDecoderLayer": LlamaDecoderLayer,
-            "LlamaForCausalLM": LlamaForCausalLM,
+            each.__name__: each for each in (LlamaDecoderLayer, LlamaForCausalLM)
         },
-        "vllm.model_executor.models.utils": {"extract_layer_index": extract_layer_index},
+        "vllm.model_executor.models.utils": {
+            "extract_layer_index": lambda prefix: int(prefix.rpartition(".")[2])
+        },
     }
     for name, attributes in contents.items():
         module = ModuleType(name)
@@ -134,26 +127,19 @@ def test_registering_twice_is_registering_once(registry: Registry) -> None:
 
 @pytest.mark.parametrize("prefix", ["", "draft"])
 def test_its_llama_takes_a_ragged_checkpoints_weights_and_computes_its_mlps(
-    prefix: str, registry: Registry, tmp_path: Path
+    prefix: str, registry: Registry, tiny: Path, tmp_path: Path
 ) -> None:
-    source = Checkpoint.open(save_tiny(tmp_path / "in"))
-    generator = torch.Generator().manual_seed(0)
-    cuts = [
-        MlpCut(torch.arange(width), torch.randn(HIDDEN, width, generator=generator))
-        for width in WIDTHS
-    ]
-    out = tmp_path / "out"
-    out.mkdir()
-    write_checkpoint(source, cuts, out)
+    source = Checkpoint.open(tiny)
+    cuts = random_cuts(source, WIDTHS)
+    out = export(source, cuts, tmp_path / "out")
     vllm_plugin.register()
     module, _, name = registry.models["RaggedLlamaForCausalLM"].partition(":")
     hf_config = AutoConfig.from_pretrained(out)
     vllm_config = SimpleNamespace(model_config=SimpleNamespace(hf_config=hf_config))
     ragged = getattr(importlib.import_module(module), name)(vllm_config=vllm_config, prefix=prefix)
     ragged.load_weights(Checkpoint.open(out, ragged=True))
-    live = ModelAdapter(source.load_model("cpu", torch.float32))
-    hidden = torch.randn(5, HIDDEN, generator=generator)
+    live = ModelAdapter(cut_live(source, cuts))
+    hidden = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(0))
     for layer in range(LAYERS):
-        live.cut(layer, cuts[layer])
         expected = live.layers[layer].mlp(hidden)
         torch.testing.assert_close(ragged.layers[layer].mlp(hidden), expected)

@@ -20,18 +20,8 @@ from types import ModuleType
 
 from builtin_model.skills import is_held_out
 
-EXCLUDED = {
-    "test",
-    "tests",
-    "idle_test",
-    "site-packages",
-    "dist-packages",
-    "idlelib",
-    "lib2to3",
-    "pydoc_data",
-    "encodings",
-    "__pycache__",
-}
+_FOLDERS = "test tests idle_test site-packages dist-packages idlelib lib2to3 pydoc_data encodings __pycache__"
+EXCLUDED = frozenset(_FOLDERS.split())
 SHORTEST_DOCSTRING = 60
 SHORTEST_DOCUMENT = 400
 

@@ -148,13 +148,9 @@ class Comparison:
 
     def sequential(self, budget: int) -> float:
         adapter = copy.deepcopy(self.adapter)
-        cut_layers(
-            adapter,
-            self.batches,
-            CutPlan("second-order", self.widths(budget)),
-            protocol.cut_options(self.seed, sequential=True),
-            clock=StageClock(),
-        )
+        plan = CutPlan("second-order", self.widths(budget))
+        options = protocol.cut_options(self.seed, sequential=True)
+        cut_layers(adapter, self.batches, plan, options, clock=StageClock())
         return perplexity(adapter, self.sample.held_out)
 
     def membership_global(self, budget: int, kept: list[int]) -> float:

@@ -47,23 +47,12 @@ def main(
     widths = dense.widths
     budget = budget_from_sparsity(sum(widths), 1 - kept)
     cut = copy.deepcopy(dense)
-    cut_layers(
-        cut,
-        sample.batches,
-        CutPlan("second-order", uniform_widths(budget, widths, 1)),
-        protocol.cut_options(seed, round_to=checkpoint.storage_dtype),
-        clock=StageClock(),
-    )
-    facts = {
-        "model": model.name,
-        "kept": kept,
-        "calibration_tokens": calibration.tokens,
-        "passes": passes,
-        "rank": rank,
-        "threads": threads,
-        "dense": perplexity(dense, held_out),
-        "cut": perplexity(cut, held_out),
-    }
+    plan = CutPlan("second-order", uniform_widths(budget, widths, 1))
+    cutting = protocol.cut_options(seed, round_to=checkpoint.storage_dtype)
+    cut_layers(cut, sample.batches, plan, cutting, clock=StageClock())
+    facts = {"model": model.name, "kept": kept, "calibration_tokens": calibration.tokens}
+    facts |= {"passes": passes, "rank": rank, "threads": threads}
+    facts |= {"dense": perplexity(dense, held_out), "cut": perplexity(cut, held_out)}
     clock, wall, cpu = StageClock(), time.perf_counter(), time.process_time()
     options = RecoveryOptions(passes, rank, seed)
     heal(cut, dense, calibration, options, clock)

@@ -140,15 +140,10 @@ def main(
         "compared with", "mean IoU", "by chance", "above it", "same", "connectivity", "mean corr."
     )
     for row in rows:
-        table.add_row(
-            row["compared with"],
-            f"{row['mean_iou']:.2f}",
-            f"{row['chance_iou']:.2f}",
-            f"{row['recurring']} of {networks}",
-            f"{row['same']}",
-            f"{row['connectivity_correlation']:.2f}",
-            f"{row['mean_correlation']:.2f}",
-        )
+        figures = [f"{row['mean_iou']:.2f}", f"{row['chance_iou']:.2f}"]
+        figures += [f"{row['recurring']} of {networks}", f"{row['same']}"]
+        figures += [f"{row[key]:.2f}" for key in ("connectivity_correlation", "mean_correlation")]
+        table.add_row(row["compared with"], *figures)
     console.print(table)
     shared = torch.tensor(starts["shared_seeds"])
     console.print(

@@ -116,14 +116,8 @@ class Experiment:
         mixed = list(documents)
         random.Random(setting.seed).shuffle(mixed)
         sample = TokenBlocks(tuple(mixed), setting.context, names)
-        networks = find_networks(
-            self.adapter,
-            sample,
-            self.tokenizer,
-            setting.networks,
-            setting.network_tokens,
-            setting.seed,
-        )
+        sizes = (setting.networks, setting.network_tokens, setting.seed)
+        networks = find_networks(self.adapter, sample, self.tokenizer, *sizes)
         singles = self.pool.batches(1)  # one document a batch, in the order of the pool
         courses = time_courses(self.adapter, networks, singles, clock)
         self.activity = torch.stack([course.mean(0) for course in courses])

@@ -29,28 +29,21 @@ from fbn_prune.model.shards import SINGLE_FILE, read_headers
 NAME = "model.layers.0.mlp.up_proj"
 
 _GROUP = {"strategy": "group", "group_size": 32}
-_BLOCKS = {"strategy": "block", "type": "float", "block_structure": [128, 128]}
-_FORMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "int8 by tensor": ("int-quantized", {"strategy": "tensor"}),
-    "int8 by channel": ("naive-quantized", {"strategy": "channel"}),
-    "int8 by group, zero points": (
-        "int-quantized",
-        {"strategy": "group", "group_size": 64, "symmetric": False},
-    ),
-    "float8 by tensor": ("float-quantized", {"strategy": "tensor", "type": "float"}),
-    "float8 by channel": ("float-quantized", {"strategy": "channel", "type": "float"}),
-    "float8 by blocks": ("float-quantized", _BLOCKS),
-    "4 bits by group": ("pack-quantized", {"num_bits": 4, **_GROUP}),
-    "4 bits by group, zero points": (
-        "pack-quantized",
-        {"num_bits": 4, **_GROUP, "symmetric": False},
-    ),
-    "8 bits by channel, zero points": (
-        "pack-quantized",
-        {"num_bits": 8, "strategy": "channel", "symmetric": False},
-    ),
-    "2 bits by group": ("pack-quantized", {"num_bits": 2, **_GROUP}),
-}
+_CHANNEL = {"strategy": "channel"}
+_BLOCKS = {"strategy": "block", "block_structure": [128, 128]}
+_ZEROS = {"symmetric": False}
+_FORMS: list[tuple[str, str, dict[str, Any]]] = [
+    ("int8 by tensor", "int-quantized", {"strategy": "tensor"}),
+    ("int8 by channel", "naive-quantized", _CHANNEL),
+    ("int8 by group, zero points", "int-quantized", {**_GROUP, "group_size": 64, **_ZEROS}),
+    ("float8 by tensor", "float-quantized", {"strategy": "tensor", "type": "float"}),
+    ("float8 by channel", "float-quantized", {**_CHANNEL, "type": "float"}),
+    ("float8 by blocks", "float-quantized", {**_BLOCKS, "type": "float"}),
+    ("4 bits by group", "pack-quantized", {**_GROUP, "num_bits": 4}),
+    ("4 bits by group, zero points", "pack-quantized", {**_GROUP, "num_bits": 4, **_ZEROS}),
+    ("8 bits by channel, zero points", "pack-quantized", {**_CHANNEL, "num_bits": 8, **_ZEROS}),
+    ("2 bits by group", "pack-quantized", {**_GROUP, "num_bits": 2}),
+]
 
 Case = tuple[str, dict[str, Any], dict[str, Tensor], Tensor]
 """The format in words, the quantisation config, the stored tensors, and the library's dequantised weight."""
@@ -61,7 +54,7 @@ def compressed_cases(weight: Tensor) -> Iterator[Case]:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from compressed_tensors.quantization.utils import calculate_qparams
 
-    for form, (kind, settings) in _FORMS.items():
+    for form, kind, settings in _FORMS:
         args = QuantizationArgs(**settings)
         scheme = QuantizationScheme(targets=["Linear"], weights=args)
         block = {

@@ -63,15 +63,10 @@ def compare(checkpoint: Checkpoint, gguf: Path, tokens: int) -> dict[str, Any]:
     reference = checkpoint.load_model("cpu", torch.float32)
     tokenizer = checkpoint.load_tokenizer()
     texts = {text: tokenizer(text)["input_ids"] for text in TEXTS}
-    llama = Llama(
-        str(gguf),
-        n_ctx=max(len(ids) for ids in texts.values()) + tokens + 1,
-        logits_all=True,
-        verbose=False,
-        n_threads=1,
-        type_k=GGML_TYPE_F32,
-        type_v=GGML_TYPE_F32,
-    )
+    settings = {"logits_all": True, "verbose": False, "n_threads": 1}
+    settings |= {"type_k": GGML_TYPE_F32, "type_v": GGML_TYPE_F32}
+    context = max(len(ids) for ids in texts.values()) + tokens + 1
+    llama = Llama(str(gguf), n_ctx=context, **settings)
     found = []
     for text, ids in texts.items():
         expected = reference(torch.tensor([ids]), use_cache=False).logits[0].numpy()

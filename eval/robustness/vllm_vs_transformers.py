@@ -49,14 +49,8 @@ def main() -> int:
     import vllm
 
     engine: dict[str, Any] = json.loads(options.engine)
-    llm = vllm.LLM(
-        model=options.model,
-        dtype="float32",
-        max_model_len=128,
-        max_num_seqs=len(PROMPTS),
-        enforce_eager=True,
-        **engine,
-    )
+    limits = {"max_model_len": 128, "max_num_seqs": len(PROMPTS), "enforce_eager": True}
+    llm = vllm.LLM(model=options.model, dtype="float32", **limits, **engine)
     sampling = vllm.SamplingParams(temperature=0, max_tokens=options.tokens)
     expected = by_transformers(options.model, options.tokens)
     alone = [list(llm.generate(prompt, sampling)[0].outputs[0].token_ids) for prompt in PROMPTS]

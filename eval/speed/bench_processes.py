@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fbn_prune.data import builtin
+from fbn_prune.model.checkpoint import Checkpoint
 
 STAGES = ("activations", "prune")
 
@@ -31,13 +32,11 @@ def run(processes: int, arguments: list[str], output: Path) -> dict[str, Any]:
     """Run the job and return its `--json` output."""
     launcher = [sys.executable]
     if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone"]
-        launcher += ["--nproc-per-node", str(processes)]
+        launcher += f"-m torch.distributed.run --standalone --nproc-per-node {processes}".split()
     command = [*launcher, "-m", "fbn_prune", *arguments, "--json", "--output", str(output)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
+    return dict(json.loads(done.stdout))
 
 
 def in_float32(model: str, folder: Path) -> str:
@@ -46,14 +45,6 @@ def in_float32(model: str, folder: Path) -> str:
     AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     return str(folder)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Return all tensors of a checkpoint in float64."""
-    found = {}
-    for file in sorted(folder.glob("model*.safetensors")):
-        found |= {name: tensor.double() for name, tensor in load_file(file).items()}
-    return found
 
 
 def main() -> None:
@@ -73,18 +64,21 @@ def main() -> None:
         model = in_float32(args.model, Path(scratch) / "model") if args.float32 else args.model
         job += ["--model", model]
         one = run(1, job, Path(scratch) / "1")
-        before = weights(Path(scratch) / "1")
+        before = Checkpoint.open(Path(scratch) / "1")
         neurons = load_file(Path(scratch) / "1" / "kept_neurons.safetensors")
         rows = []
         for processes in args.processes:
             folder = Path(scratch) / str(processes)
             many = run(processes, job, folder)
-            after, kept = weights(folder), load_file(folder / "kept_neurons.safetensors")
+            after, kept = Checkpoint.open(folder), load_file(folder / "kept_neurons.safetensors")
             same = all(torch.equal(kept[name], neurons[name]) for name in neurons)
             spent = [sum(result["stages"][stage] for stage in STAGES) for result in (one, many)]
             largest = None
             if same:
-                largest = max(float((after[name] - before[name]).abs().max()) for name in before)
+                largest = max(
+                    float((after.tensor(name).double() - before.tensor(name).double()).abs().max())
+                    for name in before.names
+                )
             row = {
                 "processes": processes,
                 "same_neurons": same,

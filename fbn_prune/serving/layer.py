@@ -168,12 +168,6 @@ class ServedLayer:
         batches = (self._sets.indices, self._sets.table, self._sets.membership)
         return self._mlp.list_bytes + sum(one.nbytes for one in batches)
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the whole MLP's matrices."""
-        held = (self._mlp.up, self._mlp.gate, self._mlp.down_t)
-        return sum(one.nbytes for one in held if one is not None)
-
     def switch(self, task: int) -> None:
         """Make a task the current one."""
         self._mlp.switch(task)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fbn_kernels import NeuronSet
+from fbn_kernels import NeuronBatch, NeuronSet, Strategy, reference_mlp
+from fbn_kernels.tuning import Tile
 
 NEURONS = 192
 WIDTH = 40
@@ -84,6 +85,45 @@ def random_tokens(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1
 def neuron_set(name: str) -> NeuronSet:
     """One of `SETS`."""
     return NeuronSet.from_indices(SETS[name], NEURONS)
+
+
+def through_tile(
+    x: Tensor,
+    mlp: Mlp,
+    neurons: NeuronSet | NeuronBatch,
+    tile: Tile,
+    activation: str = "silu",
+) -> Tensor:
+    """What the kernels compute with this very tile."""
+    from fbn_kernels.launch import Membership, Route, Weights, launch_mlp  # needs triton
+
+    weights = Weights(mlp.up, mlp.gate, mlp.down_t, mlp.up_bias, mlp.gate_bias, mlp.down_bias)
+    how = {"activation": activation, "tile": tile}
+    if isinstance(neurons, NeuronSet):
+        how |= {"count": neurons.count, "kind": neurons.kind}
+        return launch_mlp(x, weights, neurons.indices, **how)
+    batch, sets, union = neurons, neurons.sets, neurons.sets.union
+    if batch.strategy is Strategy.UNION:
+        how["membership"] = Membership(sets.membership, batch.set_ids)
+        return launch_mlp(x, weights, union.indices, count=union.count, kind=union.kind, **how)
+    how["route"] = Route(batch.order, batch.tiles, sets.table, batch.block_rows, sets.largest)
+    return launch_mlp(x, weights, sets.indices, count=sets.largest, kind=sets.kind, **how)
+
+
+def off_reference(
+    found: Tensor,
+    x: Tensor,
+    mlp: Mlp,
+    neurons: NeuronSet | NeuronBatch,
+    activation: str = "silu",
+) -> float:
+    """The relative error of `found` against the float64 reference."""
+    assert found.dtype == x.dtype
+    wide = mlp.double()
+    expected = reference_mlp(
+        x.double(), wide.up, wide.down_t, neurons, activation=activation, **wide.options()
+    )
+    return relative_error(found, expected)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -11,14 +11,14 @@ from kernel_cases import (
     WIDTH,
     Mlp,
     neuron_set,
+    off_reference,
     random_mlp,
     random_tokens,
-    relative_error,
+    through_tile,
 )
 from torch import Tensor
 
 from fbn_kernels import ACTIVATIONS, NeuronSet, NeuronSets, Strategy, gathered_mlp, reference_mlp
-from fbn_kernels.launch import Membership, Route, Weights, launch_mlp
 from fbn_kernels.op import one_set
 from fbn_kernels.tuning import DownTile, HiddenTile, Tile
 
@@ -38,14 +38,6 @@ def on_gpu(mlp: Mlp) -> Mlp:
     return Mlp(*(None if one is None else one.cuda() for one in vars(mlp).values()))
 
 
-def error(found: Tensor, x: Tensor, mlp: Mlp, neurons: object, activation: str = "silu") -> float:
-    wide = mlp.double()
-    expected = reference_mlp(
-        x.double(), wide.up, wide.down_t, neurons, activation=activation, **wide.options()
-    )
-    return relative_error(found, expected)
-
-
 @dtypes
 @pytest.mark.parametrize("tokens", [1, 5, 16, 33, 100, 300])
 @pytest.mark.parametrize("name", SETS)
@@ -53,7 +45,7 @@ def test_every_kind_of_set_equals_the_reference(name: str, tokens: int, dtype: t
     mlp = on_gpu(random_mlp(dtype=dtype))
     x, neurons = random_tokens(tokens, WIDTH, dtype=dtype).cuda(), neuron_set(name).to("cuda")
     found = gathered_mlp(x, mlp.up, mlp.down_t, neurons, gate=mlp.gate)
-    assert error(found, x, mlp, neurons) < TOLERANCE[dtype]
+    assert off_reference(found, x, mlp, neurons) < TOLERANCE[dtype]
 
 
 @dtypes
@@ -64,7 +56,7 @@ def test_a_wide_mlp_equals_the_reference(tokens: int, dtype: torch.dtype) -> Non
     neurons = NeuronSet.from_indices(list(range(5, 2048, 2)), 2048).to("cuda")
     x = random_tokens(tokens, 1024, dtype=dtype).cuda()
     found = gathered_mlp(x, mlp.up, mlp.down_t, neurons, gate=mlp.gate)
-    assert error(found, x, mlp, neurons) < TOLERANCE[dtype]
+    assert off_reference(found, x, mlp, neurons) < TOLERANCE[dtype]
     again = gathered_mlp(x, mlp.up, mlp.down_t, neurons, gate=mlp.gate)
     torch.testing.assert_close(found, again, rtol=0, atol=0)
 
@@ -78,7 +70,7 @@ def test_every_activation_equals_the_reference(activation: str, gated: bool, bia
     x = random_tokens(3, WIDTH, dtype=dtype).cuda()
     neurons = neuron_set("scattered rows").to("cuda")
     found = gathered_mlp(x, mlp.up, mlp.down_t, neurons, activation=activation, **mlp.options())
-    assert error(found, x, mlp, neurons, activation) < TOLERANCE[dtype]
+    assert off_reference(found, x, mlp, neurons, activation) < TOLERANCE[dtype]
 
 
 @dtypes
@@ -92,7 +84,7 @@ def test_a_set_a_row_equals_the_reference(
     sets = NeuronSets.from_sets([neuron_set(name) for name in SETS]).to("cuda")
     batch = sets.route(torch.arange(rows, device="cuda") * 7 % len(SETS), strategy=strategy)
     found = gathered_mlp(x, mlp.up, mlp.down_t, batch, **mlp.options())
-    assert error(found, x, mlp, batch) < TOLERANCE[dtype]
+    assert off_reference(found, x, mlp, batch) < TOLERANCE[dtype]
 
 
 def test_gradients_are_the_references() -> None:
@@ -155,8 +147,8 @@ def test_a_prefix_is_the_same_through_the_kernels_and_through_views(tokens: int)
     views = gathered_mlp(x, mlp.up, mlp.down_t, neurons, **mlp.options())
     with torch.no_grad():
         found = gathered_mlp(x, mlp.up, mlp.down_t, neurons, **mlp.options())
-    assert error(views, x, mlp, neurons) < TOLERANCE[torch.bfloat16]
-    assert error(found, x, mlp, neurons) < TOLERANCE[torch.bfloat16]
+    assert off_reference(views, x, mlp, neurons) < TOLERANCE[torch.bfloat16]
+    assert off_reference(found, x, mlp, neurons) < TOLERANCE[torch.bfloat16]
 
 
 @dtypes
@@ -176,32 +168,13 @@ def test_every_form_of_tile_equals_the_reference_and_itself(
     ).to("cuda")
     ids = torch.arange(tokens, device="cuda") % 3
     batch = sets.route(ids, strategy=strategy)
-    routed = strategy is Strategy.ROUTED
-    one = sets.sets[0] if strategy is None else sets.union
+    through = sets.sets[0] if strategy is None else batch
     half = 32 if dtype is torch.float32 else 64
     tile = Tile(
         HiddenTile(rows, half, half, warps=4, stages=2, interleaved=True),
         DownTile(rows, half, half, warps=4, stages=2, split=split, fixup=fixup),
     )
-    outputs = [
-        launch_mlp(
-            x,
-            Weights(mlp.up, mlp.gate, mlp.down_t, None, None, None),
-            sets.indices if routed else one.indices,
-            activation="silu",
-            count=sets.largest if routed else one.count,
-            kind=one.kind,
-            membership=Membership(sets.membership, batch.set_ids)
-            if strategy is Strategy.UNION
-            else None,
-            route=Route(batch.order, batch.tiles, sets.table, batch.block_rows, sets.largest)
-            if routed
-            else None,
-            tile=tile,
-        )
-        for _ in range(20)
-    ]
-    through = one if strategy is None else batch
+    outputs = [through_tile(x, mlp, through, tile) for _ in range(20)]
     for found in outputs:
-        assert error(found, x, mlp, through) < TOLERANCE[dtype]
+        assert off_reference(found, x, mlp, through) < TOLERANCE[dtype]
         torch.testing.assert_close(found, outputs[0], rtol=0, atol=0)
