@@ -297,10 +297,10 @@ def change_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Calla
         (change_tensors(lambda t: t.pop(UP)), f"no tensor {UP}"),
         (change_config(num_hidden_layers=9_000), "no tensor model.layers.3.mlp.gate_proj.weight"),
         (change_config(num_hidden_layers=0), "0 layers"),
-        (change_config(intermediate_size=20), r"has shape .*config.json means \[(20, 16|16, 20)\]"),
+        (change_config(intermediate_size=20), r"has shape .*config.json requires \[(20, 16|16, 20)\]"),
         (
             change_tensors(lambda t: t.update({f"{DOWN}.bias": torch.zeros(16)})),
-            "config.json means no MLP bias",
+            "config.json says no MLP bias",
         ),
         (
             change_tensors(lambda t: t.update({f"{DOWN}.weight": t[f"{DOWN}.weight"].char()})),
@@ -342,11 +342,11 @@ def test_tensors_outside_the_mlp_are_not_filled_up_with_random_ones(
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: models.BPE(), "makes no tokens of text"),
+        (lambda: models.BPE(), "returns no tokens"),
         (lambda: models.WordLevel({"word": 0}), "the tokenizer fails on text"),
         (
             lambda: models.WordLevel({"word": 0, "<unk>": 1}, unk_token="<unk>"),
-            "nothing but the unknown token",
+            "returns only the unknown token",
         ),
     ],
 )

@@ -187,7 +187,7 @@ def test_another_comparisons_file_is_not_mixed_in(
     refused(capsys, [*command, "--seed", "1"], "another model, calibration or seed")
     assert path.read_text() == content
     path.write_text("[]")
-    refused(capsys, command, "is no comparison")
+    refused(capsys, command, "does not hold a comparison")
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_another_comparisons_file_is_not_mixed_in(
     [
         (["--kept", "1.5"], "between 0 and 1"),
         (["--kept", "7"], "7 networks: there are 6"),
-        (["--kept", "0.5", "--output-path", "table.svg"], "name a .json file"),
+        (["--kept", "0.5", "--output-path", "table.svg"], "give a .json file"),
         (["--kept", "half"], "give shares"),
         (["--criteria", "luck"], "luck"),
         (["--output-path", "/nowhere/at/all.json"], "no folder"),
@@ -247,4 +247,4 @@ def test_a_model_that_memory_does_not_hold_is_refused_where_it_must_be_whole(
 ) -> None:
     monkeypatch.setattr(memory, "free_memory", lambda device: 0)
     given = small_runs.arguments(tiny, text)  # without a width multiple: only compare cuts
-    refused(capsys, [command, *given], "has the whole model in memory")
+    refused(capsys, [command, *given], "needs the whole model in memory")
