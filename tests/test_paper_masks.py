@@ -15,6 +15,7 @@ from fbn_prune.cli.main import _exit_code
 from fbn_prune.data import builtin
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.recipe import load_recipe
+from fbn_prune.runs.opening import read_texts
 from fbn_prune.runs.setup import prepare
 
 torch.set_num_threads(1)
