@@ -164,7 +164,7 @@ def test_an_answer_that_no_context_holds_is_refused_in_one_line(
     command = ["evaluate", "--model", str(tiny), "--tasks", str(long)]
     assert _exit_code(command) == 1
     error = capsys.readouterr().err
-    assert "longer than the 64 tokens" in error
+    assert "longer than the model's 64 tokens" in error
     assert len(error.splitlines()) == 1
     assert _exit_code([*command, "--max-length", "128"]) == 0
 
