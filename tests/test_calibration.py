@@ -19,15 +19,8 @@ TOKENIZER = make_tokenizer()
 
 
 def data(sources: list[str], **changes: object):
-    options = {
-        "tokens": 400,
-        "context": 32,
-        "held_out": 0.2,
-        "seed": 0,
-        "vocabulary": VOCAB,
-        **changes,
-    }
-    return calibration_data(sources, TOKENIZER, **options)  # type: ignore[arg-type]
+    options = {"tokens": 400, "context": 32, "held_out": 0.2, "seed": 0, "vocabulary": VOCAB}
+    return calibration_data(sources, TOKENIZER, **{**options, **changes})  # type: ignore[arg-type]
 
 
 def text_file(folder: Path, characters: int = 4000, name: str = "a.txt") -> str:

@@ -24,6 +24,7 @@ from fbn_prune.model.families import family_of
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+NORM = "model.norm.weight"
 UP = "model.layers.1.mlp.up_proj.weight"
 DOWN = "model.layers.0.mlp.down_proj"
 
@@ -47,6 +48,10 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
+
+
+def edit_index(folder: Path, more: dict[str, object]) -> None:
+    edit_json(folder / INDEX, lambda index: index["weight_map"].update(more))
 
 
 def edit_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
@@ -196,26 +201,14 @@ def test_a_config_that_is_none(folder: Path, text: bytes, reason: str) -> None:
 # The weights
 
 
-def header_of(raw: bytes) -> tuple[dict[str, Any], bytes]:
+def reheaded(raw: bytes, change: Callable[[dict[str, Any]], object]) -> bytes:
     (length,) = struct.unpack("<Q", raw[:8])
-    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+    header = json.dumps(change(json.loads(raw[8 : 8 + length]))).encode()
+    return struct.pack("<Q", len(header)) + header + raw[8 + length :]
 
 
-def with_header(header: object, data: bytes) -> bytes:
-    encoded = json.dumps(header).encode()
-    return struct.pack("<Q", len(encoded)) + encoded + data
-
-
-def broken_offsets(raw: bytes) -> bytes:
-    header, data = header_of(raw)
-    header["model.norm.weight"]["data_offsets"] = [0, 10**12]
-    return with_header(header, data)
-
-
-def broken_shape(raw: bytes) -> bytes:
-    header, data = header_of(raw)
-    header["model.norm.weight"]["shape"] = [10**6]
-    return with_header(header, data)
+def with_norm(**changes: object) -> Callable[[bytes], bytes]:
+    return lambda raw: reheaded(raw, lambda header: header | {NORM: header[NORM] | changes})
 
 
 BROKEN: dict[str, Callable[[bytes], bytes]] = {
@@ -227,10 +220,10 @@ BROKEN: dict[str, Callable[[bytes], bytes]] = {
     "length beyond the file": lambda raw: struct.pack("<Q", 10**15) + raw[8:],
     "length over 100 MB": lambda raw: struct.pack("<Q", 101 * 10**6) + raw[8:],
     "header not JSON": lambda raw: raw[:8] + b"#" * (len(raw) - 8),
-    "header not an object": lambda raw: with_header([1], header_of(raw)[1]),
-    "tensor not an object": lambda raw: with_header({"a": 1}, header_of(raw)[1]),
-    "offsets beyond the file": broken_offsets,
-    "shape beyond its bytes": broken_shape,
+    "header not an object": lambda raw: reheaded(raw, lambda header: [1]),
+    "tensor not an object": lambda raw: reheaded(raw, lambda header: {"a": 1}),
+    "offsets beyond the file": with_norm(data_offsets=[0, 10**12]),
+    "shape beyond its bytes": with_norm(shape=[10**6]),
     "text": lambda raw: b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a",
 }
 
@@ -239,8 +232,7 @@ BROKEN: dict[str, Callable[[bytes], bytes]] = {
 def test_a_broken_safetensors_file_is_named(folder: Path, how: str) -> None:
     file = folder / WEIGHTS
     file.write_bytes(BROKEN[how](file.read_bytes()))
-    message = refusal(folder)
-    assert f"{file} is not a complete safetensors file" in message
+    assert f"{file} is not a complete safetensors file" in refusal(folder)
 
 
 def first_shard(folder: Path) -> Path:
@@ -254,9 +246,7 @@ def first_shard(folder: Path) -> Path:
         (lambda f: (f / INDEX).unlink(), "no index names it"),
         (lambda f: first_shard(f).unlink(), "names model-00001-of"),
         (
-            lambda f: edit_json(
-                f / INDEX, lambda index: index["weight_map"].update(extra=first_shard(f).name)
-            ),
+            lambda f: edit_index(f, {"extra": first_shard(f).name}),
             "says that extra is in model-00001-of",
         ),
         *(
@@ -279,10 +269,7 @@ OUTSIDE = ["../secret", "sub/../../secret", "/etc/secret", "..\\secret", "C:\\se
 def test_an_index_that_leads_out_of_the_folder(sharded: Path, name: object) -> None:
     (sharded.parent / "secret.safetensors").write_bytes(b"")
 
-    def lead_out(index: dict[str, Any]) -> None:
-        index["weight_map"][next(iter(index["weight_map"]))] = name
-
-    edit_json(sharded / INDEX, lead_out)
+    edit_index(sharded, {UP: name})
     assert "shards must be .safetensors files in the checkpoint's folder" in refusal(sharded)
 
 
@@ -333,9 +320,9 @@ def test_files_that_are_missing_or_do_not_go_together(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("model.norm.weight"), r"not in the checkpoint, first model\.norm\.weight"),
+        (lambda t: t.pop(NORM), r"not in the checkpoint, first model\.norm\.weight"),
         (
-            lambda t: t.update({"model.norm.weight": torch.ones(5)}),
+            lambda t: t.update({NORM: torch.ones(5)}),
             r"model\.norm\.weight has shape \[5\].*needs \[16\]",
         ),
     ],

@@ -195,7 +195,7 @@ def test_another_comparisons_file_is_not_mixed_in(
     [
         (["--kept", "1.5"], "between 0 and 1"),
         (["--kept", "7"], "7 networks: there are 6"),
-        (["--kept", "0.5", "--output-path", "table.svg"], "name a .json file"),
+        (["--kept", "0.5", "--output-path", "table.svg"], "give a .json file"),
         (["--kept", "half"], "give shares"),
         (["--criteria", "luck"], "luck"),
         (["--output-path", "/nowhere/at/all.json"], "no folder"),
