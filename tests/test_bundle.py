@@ -192,7 +192,7 @@ def test_what_does_not_belong_together_is_refused(tiny: Path, eight: Path, tmp_p
         assert not output.exists()
 
     code = TaskSource("code", eight)
-    refused("two tasks have one name", code, code)
+    refused("two tasks have the same name", code, code)
     refused("is not that of .*other", code, base=other)
     trained = tmp_path / "trained"
     shutil.copytree(eight, trained)
@@ -216,7 +216,7 @@ def test_a_task_needs_a_name_and_a_place(text: str) -> None:
 def test_a_damaged_bundle_is_refused(tiny: Path, eight: Path, tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
     bundled(tiny, folder, {"code": eight}, link=True)
-    with pytest.raises(InvalidInput, match="is no bundle"):
+    with pytest.raises(InvalidInput, match="is not a bundle"):
         Bundle.open(eight)
     task = folder / "tasks" / "code"
     tensors = load_file(task / "down.safetensors")
