@@ -78,12 +78,9 @@ def test_a_task_is_the_model_with_the_other_neurons_silent(name: str) -> None:
         close(logits(model), whole)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", PATHS)
-def test_detaching_restores_every_bit_even_after_an_exception(
-    name: str, dtype: torch.dtype
-) -> None:
-    model = make_model(name, dtype=dtype)
+def test_detaching_restores_every_bit_even_after_an_exception(name: str) -> None:
+    model = make_model(name, dtype=torch.bfloat16)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     strides = {key: value.stride() for key, value in before.items()}
     whole, own = logits(model), set(vars(model))

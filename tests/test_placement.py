@@ -93,7 +93,8 @@ class Machine:
     def __init__(self, patch: pytest.MonkeyPatch, model: Path) -> None:
         patch.setattr(memory, "PROCESS_BYTES", 0)  # else it is all that counts in a tiny model
         patch.setattr(torch.cuda, "device_count", lambda: len(self.free))
-        patch.setattr(torch.cuda, "mem_get_info", lambda gpu: (self.free[_index(gpu)], 10**12))
+        index = lambda gpu: gpu if isinstance(gpu, int) else gpu.index or 0  # noqa: E731
+        patch.setattr(torch.cuda, "mem_get_info", lambda gpu: (self.free[index(gpu)], 10**12))
         self.free: list[int] = [10**12]
         self.model = model
         self.checkpoint = Checkpoint.open(model)
@@ -110,10 +111,6 @@ class Machine:
     def least_whole(self, **changes: object) -> int:
         plans = possible_plans(self.recipe(**changes), self.checkpoint, CUDA, torch.float32, 48)
         return min(p.peak_bytes for p in plans if not p.streamed and p.placement is None)
-
-
-def _index(gpu: int | torch.device) -> int:
-    return gpu if isinstance(gpu, int) else gpu.index or 0
 
 
 @pytest.fixture

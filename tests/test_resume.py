@@ -249,7 +249,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(
 
     with monkeypatch.context() as patch:
         patch.setattr(store.os, "replace", full)
-        with pytest.raises(FbnPruneError, match="left on device; what is finished is kept"):
+        with pytest.raises(FbnPruneError, match="No space left on device; finished"):
             run(place, tmp_path / "out", **SHARDED)
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.rglob("*.tmp"))
