@@ -114,7 +114,6 @@ def ours(tol: float) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
             "iterations": result.ica_iterations,
             "eigen_iterations": result.eigen_iterations,
             "eigen_residual": result.eigen_residual,
-            "parts": {part: round(seconds, 2) for part, seconds in result.seconds.items()},
         }
 
     return run
