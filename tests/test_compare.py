@@ -47,6 +47,19 @@ def test_a_comparison_gives_what_single_runs_give(
         assert result["dense"] == pytest.approx(alone["perplexity_before"], rel=1e-6)
 
 
+def test_a_number_of_networks_takes_their_members_as_the_main_job_does(
+    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = run_json(
+        capsys, "compare", *arguments(tiny, text), "--kept", "1", "--criteria", "membership"
+    )
+    more = ["--criterion", "membership", "--keep-networks", "1"]
+    alone = run_json(capsys, *arguments(tiny, text, "--output", str(tmp_path / "out")), *more)
+    (budget,) = table["budgets"]
+    assert budget["widths"] == alone["widths"]
+    assert budget["perplexity"]["membership"] == pytest.approx(alone["perplexity_after"], rel=1e-5)
+
+
 def test_a_comparison_goes_on_where_it_stopped(
     tiny: Path, text: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
