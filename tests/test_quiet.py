@@ -26,6 +26,7 @@ SAID = (
     f"config.json gives bos_token_id -5 and eos_token_id 99999, which the vocabulary of {VOCAB} tokens does not have; "
     "correct that there"
 )
+KEEP = ["--keep-networks", "2"]
 ENVIRONMENT = {
     key: value
     for key, value in os.environ.items()
@@ -58,7 +59,7 @@ def test_an_odd_config_is_one_line_and_in_all_that_the_run_writes_and_else_nothi
     odd: bool, text: Path, tmp_path: Path
 ) -> None:
     model = odd_model(tmp_path / "in", **(ODD if odd else {}))
-    done = run(*arguments(model, text, tmp_path / "out"), "--json")
+    done = run(*arguments(model, text, tmp_path / "out", *KEEP), "--json")
     assert done.returncode == 0
     lines = [line for line in done.stderr.splitlines() if ": done in " not in line]
     assert lines == ([f"warning: {SAID}"] if odd else [])
@@ -69,7 +70,7 @@ def test_an_odd_config_is_one_line_and_in_all_that_the_run_writes_and_else_nothi
 
 def test_transformers_is_heard_by_who_asks_for_it(text: Path, tmp_path: Path) -> None:
     model = odd_model(tmp_path / "in", **ODD)
-    job = arguments(model, text, tmp_path / "out", "--dry-run")
+    job = arguments(model, text, tmp_path / "out", *KEEP, "--dry-run")
     done = run(*job, TRANSFORMERS_VERBOSITY="warning")
     assert done.returncode == 0
     assert done.stderr.count(f"warning: {SAID}") == 1
@@ -82,7 +83,7 @@ def test_also_where_transformers_was_imported_before(
 ) -> None:
     model, out = odd_model(tmp_path / "in", **ODD), tmp_path / "out"
     job = {
-        "dry run": arguments(model, text, out, "--dry-run"),
+        "dry run": arguments(model, text, out, *KEEP, "--dry-run"),
         "convert": ["convert", "--model", str(model), "--output", str(out)],
         "bundle": ["bundle", "--model", str(model), "--output", str(out), f"again={model}"],
     }[command]

@@ -161,7 +161,7 @@ def test_a_run_is_marked_only_in_a_comparison_on_the_same_text(
     assert ">this run<" in full
     (tmp_path / "other.json").write_text(json.dumps(comparison("beef")))
     other = report_html(read_facts(material / "out", compare=tmp_path / "other.json"))
-    assert "made on another sample" in other
+    assert "used another sample than this run" in other
     assert ">this run<" not in other
 
 
