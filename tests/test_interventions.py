@@ -231,7 +231,7 @@ def test_ablate_measures_tasks_of_the_harness_as_evaluate_does(
         (["--tasks", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--network", "9"], "no network 9"),
         (["--grow", "1,7"], "give a number from 1 to 6"),
-        (["--grow", "many"], "write numbers"),
+        (["--grow", "many"], "give numbers"),
         (["--draws", "0"], "draws"),
         (["--action", "freeze"], "freeze"),
         (["--text", "nowhere.txt"], "nowhere.txt"),

@@ -244,7 +244,7 @@ def test_what_is_written_is_what_was_healed_and_measured(
     assert recovery["perplexity_recovered"] == result["perplexity_after"]
     assert recovery["perplexity_cut"] != result["perplexity_after"]
     assert {"layer matching", "distillation"} <= set(result["stages"])
-    assert "were trained towards" in (out / "README.md").read_text()
+    assert "were trained to reproduce" in (out / "README.md").read_text()
     ragged = bool((out / "modeling_ragged.py").exists())
     loaded = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=ragged)
     before, after = Checkpoint.open(model), Checkpoint.open(out, ragged=True)

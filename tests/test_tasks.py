@@ -254,7 +254,7 @@ def test_a_task_run_says_what_it_saw_and_left_out(
     ("extra", "message"),
     [
         (["--task", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--task", "{seen}"], "is or holds a test question"),
+        (["--task", "{seen}"], "is or contains a test question"),
         (["--rank", "chance"], "chance"),
     ],
 )
