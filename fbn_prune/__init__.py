@@ -1,8 +1,8 @@
 """fbn-prune: find the functional networks of a causal language model, keep the key ones, make a smaller model.
 
->>> from fbn_prune import PruningConfig, prune
->>> result = prune(model, tokenizer, texts, PruningConfig(sparsity=0.5))  # doctest: +SKIP
+    result = prune(model, tokenizer, texts, PruningConfig(sparsity=0.5))
 
+prunes a transformers model in place; :func:`fbn_prune.prune` has an example that runs.
 Everything public can be imported from here; what it needs (torch, transformers) is loaded when it is first used.
 Data flows one way: data -> model -> networks -> pruning -> export; :mod:`fbn_prune.runs` puts it together.
 """

@@ -172,6 +172,9 @@ def test_the_estimator_finds_saves_loads_and_transforms(
     estimator = clone(FunctionalNetworkICA(4, network_tokens=128))
     estimator.fit(model, tokenizer, TEXTS)
     assert estimator.components_.shape == (4, sum(found.widths))
+    assert estimator.mixing_.shape == (sum(found.widths), 4)
+    assert 0 < estimator.explained_variance_ratio_.sum() < 1
+    assert estimator.n_iter_ > 0
     courses = estimator.transform(["the same text twice ", "the same text twice "])
     half = len(courses) // 2
     assert courses.shape[1] == 4
@@ -224,8 +227,9 @@ def test_the_examples_in_the_docstrings_run() -> None:
     from fbn_prune import api
     from fbn_prune.networks import estimator as of_arrays
     from fbn_prune.runs import estimator as of_models
+    from fbn_prune.runs import live
 
-    for module in (api, of_arrays, of_models):
+    for module in (api, live, of_arrays, of_models):
         outcome = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
         assert outcome.attempted > 3
         assert outcome.failed == 0

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 from transformers import PreTrainedModel
 
@@ -19,7 +20,7 @@ from fbn_prune.recipe import PruningConfig
 from fbn_prune.runs.live import discover_live, time_courses_live
 
 
-class FunctionalNetworkICA(BaseEstimator):
+class FunctionalNetworkICA(TransformerMixin, BaseEstimator):
     """Find the functional networks of a model (`fit`) and their time courses on text (`transform`).
 
     Parameters
@@ -40,6 +41,13 @@ class FunctionalNetworkICA(BaseEstimator):
         The fitted :class:`FunctionalNetworks`.
     components_
         Their maps, float32 [networks, neurons of all layers], z-scored.
+    mixing_
+        Pseudo-inverse of the maps, float64 [neurons of all layers, networks]: standardised activations times this
+        are the time courses.
+    explained_variance_ratio_
+        Share of the variance of the standardised activations that each network explains, float64 [networks].
+    n_iter_
+        Largest number of FastICA iterations of a layer, or of all layers together.
 
     Examples
     --------
@@ -89,6 +97,12 @@ class FunctionalNetworkICA(BaseEstimator):
         self._model, self._tokenizer = model, tokenizer
         return self
 
+    def fit_transform(
+        self, model: PreTrainedModel, tokenizer: Any, dataset: Dataset = "builtin"
+    ) -> NDArray[np.float64]:
+        """Return :meth:`transform` of the text that the networks were found on, see :meth:`fit`."""
+        return self.fit(model, tokenizer, dataset).transform(dataset)
+
     def transform(
         self, dataset: Dataset, model: PreTrainedModel | None = None, tokenizer: Any = None
     ) -> NDArray[np.float64]:
@@ -126,6 +140,20 @@ class FunctionalNetworkICA(BaseEstimator):
     def components_(self) -> NDArray[np.float32]:
         maps: NDArray[np.float32] = self.networks_.maps.numpy()
         return maps
+
+    @property
+    def mixing_(self) -> NDArray[np.float64]:
+        inverse: NDArray[np.float64] = torch.linalg.pinv(self.networks_.maps.double()).numpy()
+        return inverse
+
+    @property
+    def explained_variance_ratio_(self) -> NDArray[np.float64]:
+        shares: NDArray[np.float64] = self.networks_.explained_variance.numpy()
+        return shares
+
+    @property
+    def n_iter_(self) -> int:
+        return max(int(each["ica_iterations"]) for each in self.networks_.header["convergence"])
 
     def save(self, path: str | Path) -> None:
         """Write the networks in the format of `networks.safetensors`; the model is not saved."""

@@ -156,8 +156,18 @@ def mask_networks(
 
     Examples
     --------
-    >>> with mask_networks(model, networks, [2, 5]):  # doctest: +SKIP
-    ...     model(**inputs)
+    >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+    >>> from fbn_prune import PruningConfig, discover
+    >>> from fbn_prune.data.builtin import model_path
+    >>> model = AutoModelForCausalLM.from_pretrained(model_path(), dtype="float32")
+    >>> tokenizer = AutoTokenizer.from_pretrained(model_path())
+    >>> config = PruningConfig(networks=4, keep_networks=1, network_tokens=512, tokens=1024)
+    >>> networks = discover(model, tokenizer, "builtin", config)
+    >>> inputs = tokenizer("17+25=", return_tensors="pt")
+    >>> with mask_networks(model, networks, [0, 2]):
+    ...     silenced = model(input_ids=inputs["input_ids"]).logits
+    >>> bool((silenced == model(input_ids=inputs["input_ids"]).logits).all())
+    False
     """
     return _intervened(model, masked(ModelAdapter(model), _neurons(networks, ids, z)))
 
