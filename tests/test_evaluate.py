@@ -192,10 +192,3 @@ def test_two_files_of_one_name_are_refused(files: dict[str, Path], tmp_path: Pat
     twin.write_text(files["exact"].read_text())
     with pytest.raises(InvalidInput, match="'exact'"):
         resolve_tasks([str(files["exact"]), str(twin)])
-
-
-def test_a_task_that_nobody_knows_is_refused(
-    tiny: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    name = "no_such_task_at_all"
-    refused(capsys, ["evaluate", "--model", str(tiny), "--tasks", name], name)

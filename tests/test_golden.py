@@ -11,7 +11,7 @@ from fbn_prune.api import prune_checkpoint
 from fbn_prune.recipe import build_recipe
 
 EXPECTED = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-SMALL = {"tokens": 4096, "network_tokens": 1024, "networks": 16}
+SMALL = {"tokens": 2048, "network_tokens": 512, "networks": 8}
 WAYS = {
     "uniform": {"keep_networks": 3},
     "ragged": {"keep_networks": 3, "layout": "ragged", "widths": "auto", "loss_aware": True},

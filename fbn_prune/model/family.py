@@ -10,10 +10,12 @@ A layer's *neurons* are the intermediate units of its MLP. The `inputs` projecti
 from __future__ import annotations
 
 import copy
+import json
 import re
 import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from fbn_prune.errors import InvalidInput
@@ -135,7 +137,7 @@ class Family:
 
     def width(self, config: Config) -> int:
         """Neurons of one MLP. In GPT-2 and Falcon a null width means four times the hidden size."""
-        config = as_config(config)
+        config = _typed(config)
         width = getattr(config, self.width_key)
         return 4 * self.hidden_size(config) if width is None else int(width)
 
@@ -147,7 +149,7 @@ class Family:
         InvalidInput
             A width is not an integer, `per_layer_config` is malformed, or the number of layers is out of range.
         """
-        config = as_config(config)
+        config = _typed(config)
         fields = config.to_dict()
         own = {int(i): v.get(self.width_key) for i, v in per_layer(fields).items()}
         if not own:
@@ -166,7 +168,7 @@ class Family:
         return max(self.widths(config))
 
     def num_layers(self, config: Config) -> int:
-        layers = as_config(config).num_hidden_layers
+        layers = _typed(config).num_hidden_layers
         try:
             count = int(layers)
         except (TypeError, ValueError, OverflowError):
@@ -178,24 +180,24 @@ class Family:
         return count
 
     def hidden_size(self, config: Config) -> int:
-        return int(as_config(config).hidden_size)
+        return int(_typed(config).hidden_size)
 
     def vocab_size(self, config: Config) -> int:
-        return int(as_config(config).vocab_size)
+        return int(_typed(config).vocab_size)
 
     def context_length(self, config: Config) -> int:
         """The longest sequence, in tokens, that the model supports."""
-        return int(as_config(config).max_position_embeddings)
+        return int(_typed(config).max_position_embeddings)
 
     def has_bias(self, config: Config) -> bool:
         """Whether the MLP's projections have biases."""
         if isinstance(self.biased, bool):
             return self.biased
-        return bool(getattr(as_config(config), self.biased))
+        return bool(getattr(_typed(config), self.biased))
 
     def activation(self, config: Config) -> str:
         """The MLP's activation function, as transformers names it."""
-        config = as_config(config)
+        config = _typed(config)
         names = (getattr(config, key, None) for key in self.activation_keys)
         return str(next(name for name in names if name is not None))
 
@@ -205,7 +207,7 @@ class Family:
 
     def head_shape(self, config: Config) -> HeadShape:
         """The shape of every layer's attention heads."""
-        config = as_config(config)
+        config = _typed(config)
         heads = int(config.num_attention_heads)
         groups = int(getattr(config, "num_key_value_heads", None) or heads)
         size = getattr(config, "head_dim", None) or self.hidden_size(config) // heads
@@ -306,6 +308,22 @@ def per_layer(fields: Mapping[str, Any]) -> Mapping[str, Any]:
             f"the config's per_layer_config must map layer numbers to objects, found {reprlib.repr(own)}"
         )
     return own
+
+
+def _typed(config: Config) -> PretrainedConfig:
+    """Return the typed config for reading: one object per `config.json`, because building it is slow."""
+    if not isinstance(config, Mapping):
+        return config
+    try:
+        text = json.dumps(config, sort_keys=True)
+    except (TypeError, ValueError):  # a live model's config may hold what no file can
+        return as_config(config)
+    return _built(text)
+
+
+@lru_cache(maxsize=32)
+def _built(text: str) -> PretrainedConfig:
+    return as_config(json.loads(text))
 
 
 def as_config(config: Config) -> PretrainedConfig:
