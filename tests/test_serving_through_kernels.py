@@ -15,8 +15,8 @@ pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 CHOSEN = {
     # Copies of rows are for the CPU's own path.
-    "test_many_tasks.py": "not room_for_copies and (generate or [gpt2] or [phi3])",
-    "test_bundle.py": "token_for_token and ([gpt2] or [phi3])",
+    "test_many_tasks.py": "not room_for_copies and (generate or [phi3])",
+    "test_bundle.py": "token_for_token and [gpt2]",
 }
 
 
