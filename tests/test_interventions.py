@@ -227,7 +227,6 @@ def test_ablate_measures_tasks_of_the_harness_as_evaluate_does(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--tasks", "no_such_task_at_all"], "no_such_task_at_all"),
         (["--tasks", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--network", "9"], "no network 9"),
         (["--grow", "1,7"], "give a number from 1 to 6"),

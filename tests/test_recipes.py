@@ -114,7 +114,7 @@ def test_the_task_recipe_makes_a_calculator_that_errs_no_more_than_the_whole_mod
     pytest.importorskip("lm_eval")
     output = tmp_path / "out"
     command = ["run", str(RECIPES / "one-task.yaml"), "--model", "builtin", "--output", str(output)]
-    result = run_json(capsys, *command, "--tokens", "32768")
+    result = run_json(capsys, *command, "--tokens", "24576")
     assert result["neurons_kept"] <= 0.25 * result["neurons_total"]
     questions = str(builtin.question_files()["arithmetic"])
     evaluate = ["evaluate", "--model", str(output), "--compare", "builtin", "--tasks", questions]

@@ -16,7 +16,6 @@ HERE = Path(__file__).parent
 CHOSEN = {
     # Copies of rows are for the CPU's own path.
     "test_many_tasks.py": "not room_for_copies and (generate or [phi3])",
-    "test_bundle.py": "token_for_token and [gpt2]",
 }
 
 
