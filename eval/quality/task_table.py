@@ -25,6 +25,7 @@ of generic documents.
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,12 +37,15 @@ from rich.console import Console
 from rich.table import Table
 from task_experiment import Domain, Experiment, Questions, Setting
 
-from builtin_model.measure import exact_share
 from fbn_prune.data import builtin
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.perplexity import perplexity
 from fbn_prune.networks.function_matching import SHARPNESS
+
+sys.path.append(str(Path(__file__).parents[1]))  # a script's own folder alone is on the path
+
+from builtin_model.measure import exact_share
 
 Row = dict[str, list[float]]
 
