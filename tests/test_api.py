@@ -196,7 +196,7 @@ def registry() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("registry")
-def test_a_criterion_of_ones_own_prunes() -> None:
+def test_a_criterion_of_ones_own_prunes(tiny: Path, text: Path, tmp_path: Path) -> None:
     @register_criterion("last")
     def last(evidence: LayerEvidence, width: int) -> MlpCut:
         neurons = evidence.weight.shape[1]
@@ -206,6 +206,9 @@ def test_a_criterion_of_ones_own_prunes() -> None:
     gate = model.model.layers[0].mlp.gate_proj.weight.detach().clone()
     prune(model, make_tokenizer(), TEXTS, PruningConfig(**SMALL, sparsity=0.5, criterion="last"))
     assert torch.equal(model.model.layers[0].mlp.gate_proj.weight, gate[-12:])
+    config = PruningConfig(**SMALL, sparsity=0.5, criterion="last")
+    prune_checkpoint(tiny, tmp_path / "out", str(text), config)
+    assert "the criterion last" in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(InvalidInput, match="registered already"):
         register_criterion("last")(last)
 

@@ -114,7 +114,7 @@ def _card(
     facts = CardFacts(
         base_name=recipe.model,
         base_hub_id=prepared.checkpoint.hub_id,
-        criterion=_CRITERION_WORDS[recipe.criterion],
+        criterion=_CRITERION_WORDS.get(recipe.criterion, f"the criterion {recipe.criterion}"),
         widths=tuple(result.widths),
         neurons_before=prepared.width,
         heads_before=result.heads_total,
