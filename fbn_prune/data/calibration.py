@@ -19,13 +19,10 @@ import torch
 from torch import Tensor
 
 from fbn_prune.data.documents import read_documents
-from fbn_prune.data.given import GivenData
+from fbn_prune.data.given import CHARACTERS_READ_PER_TOKEN, GivenData
 from fbn_prune.errors import InvalidInput
 
 MIN_BLOCK_TOKENS = 4
-CHARACTERS_READ_PER_TOKEN = 16
-"""Characters of text read for each token of the budget: about four times as many as the tokens have, so that the blocks
-are sampled from more than the beginning of the text."""
 
 
 class Tokenizer(Protocol):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,10 @@ import torch
 from torch import Tensor
 
 from fbn_prune.errors import InvalidInput
+
+CHARACTERS_READ_PER_TOKEN = 16
+"""Characters of text read for each token of the budget: about four times as many as the tokens have, so that the blocks
+are sampled from more than the beginning of the text."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +33,6 @@ class GivenData:
     name: str
     documents: tuple[str, ...] = ()
     rows: tuple[Tensor, ...] = ()
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of all documents and token ids, in order."""
-        digest = hashlib.sha256()
-        texts = [text.encode() for text in self.documents]
-        for data in (*texts, *(row.numpy().tobytes() for row in self.rows)):
-            digest.update(len(data).to_bytes(8, "little") + data)
-        return digest.hexdigest()
 
 
 Dataset = str | Sequence[str] | Iterable[Any]
@@ -82,15 +76,23 @@ def as_source(dataset: Dataset, *, tokens: int, column: str = "text") -> str | G
 
 
 def _of_table(table: Any, tokens: int, column: str) -> GivenData:
-    names = list(table.column_names)
+    names = list(table.column_names or ())  # a streamed table may not know them
     if "input_ids" in names:
         return GivenData("token ids", rows=_first_rows(table, tokens))
     if column not in names:
         raise InvalidInput(f"dataset has no column {column!r} (found: {', '.join(names)})")
-    texts = tuple(table[column])
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise InvalidInput(f"dataset: the column {column!r} is empty or not all text")
-    return GivenData(f"{len(texts)} documents", documents=texts)
+    texts: list[str] = []
+    characters = 0
+    for row in table:  # no more than is used: a table may be larger than memory
+        if not isinstance(row[column], str):
+            raise InvalidInput(f"dataset: row {len(texts)} of the column {column!r} is not text")
+        texts.append(row[column])
+        characters += len(row[column])
+        if characters >= tokens * CHARACTERS_READ_PER_TOKEN:
+            break
+    if not texts:
+        raise InvalidInput(f"dataset: the column {column!r} is empty")
+    return GivenData(f"{len(texts)} documents", documents=tuple(texts))
 
 
 def _first_rows(batches: Iterable[Any], tokens: int) -> tuple[Tensor, ...]:
