@@ -86,6 +86,13 @@ def test_a_pruned_live_model_trains_generates_saves_and_reloads(name: str, tmp_p
     assert torch.equal(logits(again), logits(model))
 
 
+def test_a_live_model_of_different_widths_says_that_it_cannot_be_saved() -> None:
+    config = PruningConfig(**SMALL, sparsity=0.5, layout="ragged", keep_layers="0")
+    result = prune(make_model("llama"), make_tokenizer(), TEXTS, config)
+    assert len(set(result.widths)) > 1
+    assert "only prune_checkpoint writes a folder that loads" in str(result.warning)
+
+
 def test_strings_a_dataset_and_their_token_ids_calibrate_alike() -> None:
     tokenizer = make_tokenizer()
     config = PruningConfig(**SMALL, sparsity=0.5)

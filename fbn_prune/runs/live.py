@@ -47,9 +47,15 @@ def prune_live(
             clock.note(line)
         result = PruneRun(run, Store()).run()
     after = Checkpoint.of_model(model)
+    warning = result.warning
+    if len(set(result.widths)) > 1:
+        line = "the layers differ in width: only prune_checkpoint writes a folder that loads again"
+        clock.note(f"warning: {line}")
+        warning = line if warning is None else f"{warning}; {line}"
     return replace(
         result,
         model=model,
+        warning=warning,
         parameters_after=after.total_parameters,
         bytes_after=after.total_bytes,
     )
