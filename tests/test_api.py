@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from sklearn.base import clone
 from tiny_models import logits, make_model, make_tokenizer, save_tiny
 from torch.utils.data import DataLoader
@@ -131,6 +132,25 @@ def test_data_that_cannot_be_used_is_refused_before_the_model_is_touched(
         prune(model, make_tokenizer(), dataset, PruningConfig(**SMALL, sparsity=0.5))
     assert words in str(refused.value)
     assert torch.equal(logits(model), before)
+
+
+def test_a_wrapped_or_quantized_live_model_is_refused_and_modes_come_back() -> None:
+    config = PruningConfig(**SMALL, sparsity=0.5)
+    model = make_model("llama")
+    model.model.layers[1].train()
+    model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(
+        model.model.layers[0].mlp.up_proj.weight.to(torch.int8), requires_grad=False
+    )
+    with pytest.raises(InvalidInput, match=r"up_proj.weight is stored as torch.int8"):
+        prune(model, make_tokenizer(), TEXTS, config)
+    adapted = get_peft_model(make_model("llama"), LoraConfig(target_modules=["up_proj"]))
+    with pytest.raises(InvalidInput, match=r"no tensor model.layers.0.mlp.gate_proj.weight"):
+        prune(adapted, make_tokenizer(), TEXTS, config)  # type: ignore[arg-type]
+    model = make_model("llama")
+    model.model.layers[1].train()
+    prune(model, make_tokenizer(), TEXTS, config)
+    assert model.model.layers[1].training
+    assert not model.training
 
 
 @pytest.mark.parametrize(

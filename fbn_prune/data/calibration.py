@@ -254,8 +254,22 @@ def calibration_data(
     )
 
 
-def all_blocks(source: str | GivenData, tokenizer: Tokenizer, context: int) -> TokenBlocks:
-    """Return all blocks of a source in the order of its text.
+def first_blocks(
+    source: str | GivenData,
+    tokenizer: Tokenizer,
+    context: int,
+    *,
+    tokens: int = sys.maxsize,
+    seed: int = 0,
+) -> TokenBlocks:
+    """Return the blocks of a source in the order of its text: the first `tokens` tokens, or all.
+
+    Parameters
+    ----------
+    context
+        Tokens of a block at most.
+    seed
+        Draws the order in which the files of a folder are read.
 
     Raises
     ------
@@ -263,8 +277,9 @@ def all_blocks(source: str | GivenData, tokenizer: Tokenizer, context: int) -> T
         The source cannot be read, or has no block.
     """
     name = source.name if isinstance(source, GivenData) else source
-    blocks = _source_blocks(source, tokenizer, sys.maxsize, context, seed=0)
-    return TokenBlocks(tuple(blocks), context, (name,))
+    characters = min((tokens + context) * CHARACTERS_READ_PER_TOKEN, sys.maxsize)
+    blocks = _source_blocks(source, tokenizer, characters, context, seed)
+    return TokenBlocks(tuple(blocks), context, (name,)).subset(tokens)
 
 
 def _source_blocks(

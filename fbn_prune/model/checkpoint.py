@@ -6,7 +6,6 @@ the machine's memory. Nothing writes into the checkpoint's folder.
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
 from collections import Counter
@@ -126,8 +125,7 @@ class Checkpoint:
             name: TensorInfo("", tuple(parameter.shape), parameter.dtype)
             for name, parameter in model.named_parameters()  # tied embeddings once
         }
-        source = Path(model.name_or_path or os.devnull)
-        path = source if source.is_dir() else Path(os.devnull)
+        path = Path(model.name_or_path or type(model).__name__)  # for messages: nothing is read
         return cls(path, config, family_of(config), tensors)
 
     def check(self) -> None:
@@ -138,9 +136,19 @@ class Checkpoint:
         InvalidInput
             The weights are quantized, the MLP tensors do not match the config, or the tokenizer is unusable.
         """
+        self.check_weights()
+        _check_tokenizer(self)
+
+    def check_weights(self) -> None:
+        """Check that the weights are plain and that the MLPs are those that the config implies.
+
+        Raises
+        ------
+        InvalidInput
+            They are not; the first offending tensor is named.
+        """
         _refuse_quantized(self.path, self.tensors)
         _check_mlps(self.path, self.family, self.config, self.tensors)
-        _check_tokenizer(self)
 
     def oddities(self) -> str | None:
         """One line on config values that the model cannot use, such as token ids outside the vocabulary; or None."""

@@ -14,9 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from fbn_prune.data import builtin
-from fbn_prune.data.calibration import Batch, TokenBlocks
-from fbn_prune.data.calibration import tokenize_document as tokenize
-from fbn_prune.data.documents import read_documents
+from fbn_prune.data.calibration import Batch, first_blocks
 from fbn_prune.errors import InvalidInput
 from fbn_prune.networks.activity import principal_networks, second_moment, time_courses
 from fbn_prune.networks.functional_networks import HUB_Z
@@ -37,7 +35,6 @@ from fbn_prune.recipe import Recipe
 from fbn_prune.runs.stages import rank_scores
 from fbn_prune.runs.study import Studied, study
 
-CHARACTERS_PER_TOKEN = 16
 MOMENT_TOKENS = 8192
 """Calibration tokens for the principal components."""
 
@@ -240,7 +237,7 @@ def _components(on: Studied, clock: StageClock) -> Tensor:
 
 def _texts(on: Studied, plan: AblationPlan) -> dict[str, Sequence[Batch]]:
     """Return the batches of each text to measure on."""
-    batch_tokens = on.prepared.batch_tokens
+    prepared, batch_tokens = on.prepared, on.prepared.batch_tokens
     if not plan.texts:
         return {"held out": on.data.held_out.subset(plan.tokens).batches(batch_tokens)}
     named: dict[str, str] = {}
@@ -251,26 +248,8 @@ def _texts(on: Studied, plan: AblationPlan) -> dict[str, Sequence[Batch]]:
             name, separator, source = text.partition("=")
             named[name if separator else Path(text).stem] = source if separator else text
     return {
-        name: read_blocks(on, source, plan.tokens).batches(batch_tokens)
+        name: first_blocks(
+            source, on.tokenizer, prepared.context, tokens=plan.tokens, seed=prepared.recipe.seed
+        ).batches(batch_tokens)
         for name, source in named.items()
     }
-
-
-def read_blocks(on: Studied, source: str, tokens: int) -> TokenBlocks:
-    """Return the first `tokens` tokens of a source, in blocks of the run's context length.
-
-    Raises
-    ------
-    InvalidInput
-        If the source cannot be read or is too short for a block.
-    """
-    prepared = on.prepared
-    characters = (tokens + prepared.context) * CHARACTERS_PER_TOKEN
-    blocks = [
-        block
-        for document in read_documents(source, characters=characters, seed=prepared.recipe.seed)
-        for block in tokenize(on.tokenizer, document, prepared.context)
-    ]
-    if not blocks:
-        raise InvalidInput(f"text {source!r} is too short for a block of tokens")
-    return TokenBlocks(tuple(blocks), prepared.context, (source,)).subset(tokens)

@@ -52,7 +52,9 @@ class ModelSize:
             parameters += info.parameters
             nbytes += info.nbytes
         head_parameters, head_bytes = _removed_heads(checkpoint, head_groups)
-        files = {info.file for info in checkpoint.tensors.values()}
+        files = {info.file for info in checkpoint.tensors.values()} - {
+            ""
+        }  # a live model's have none
         stored = sum((checkpoint.path / file).stat().st_size for file in files)
         return cls(
             neurons=layers * width,
@@ -60,7 +62,7 @@ class ModelSize:
             nbytes=checkpoint.total_bytes - head_bytes,
             neuron_parameters=parameters // (layers * width),
             neuron_bytes=nbytes // (layers * width),
-            header_bytes=stored - checkpoint.total_bytes,
+            header_bytes=stored - checkpoint.total_bytes if files else 0,
         )
 
     def parameters_with(self, neurons: int) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fbn_prune.data.calibration import all_blocks
+from fbn_prune.data.calibration import first_blocks
 from fbn_prune.data.given import Dataset, as_source
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.adapter import ModelAdapter
@@ -91,7 +91,7 @@ def time_courses_live(
             f"the networks were found in layers of widths {networks.widths}; the model has {adapter.widths}"
         )
     context = min(adapter.family.context_length(adapter.config), MAX_CONTEXT)
-    blocks = all_blocks(as_source(dataset, tokens=sys.maxsize), tokenizer, context)
+    blocks = first_blocks(as_source(dataset, tokens=sys.maxsize), tokenizer, context)
     batches = blocks.batches(BATCH_TOKENS)
     with _evaluating(model):
         courses = time_courses(adapter, networks, batches, StageClock())
@@ -104,13 +104,14 @@ def time_courses_live(
 
 @contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Put the model into evaluation mode, and restore its mode afterwards."""
-    training = model.training
+    """Put the model into evaluation mode, and restore the mode of every module afterwards."""
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
 
 
 @contextmanager
@@ -123,6 +124,7 @@ def _opened(
 ) -> Iterator[OpenRun]:
     """Yield a run that works on this model object; the model is in evaluation mode inside the context."""
     headers = Checkpoint.of_model(model)
+    headers.check_weights()
     name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
     recipe = build_recipe({**config.model_dump(), "model": name}, where="config")
     longest = headers.family.context_length(headers.config)
