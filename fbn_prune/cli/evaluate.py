@@ -67,7 +67,9 @@ def command(
         raise InvalidInput("--log-samples: name the file for them with --output-path")
     readme = Path(recipe.model) / "README.md"
     if card and not readme.is_file():
-        raise InvalidInput(f"--card: there is no {readme}")
+        raise InvalidInput(
+            f"--card: there is no {readme}; leave it out, or evaluate the output of a run"
+        )
     from fbn_prune import api
 
     # The harness ends its helper processes with this signal; our own handler would keep them alive.

@@ -224,7 +224,7 @@ def recorded_fingerprints(checkpoint: Path) -> set[str]:
         found = json.loads(read_text(path, str(path), most_bytes=MOST_BYTES))["questions_sha256"]
         return {str(one) for one in found}
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise InvalidInput(f"{path} is damaged: it should list the examples used") from None
+        raise InvalidInput(f"{path} is damaged: take it from the output of the run again") from None
 
 
 def _normal(text: str) -> str:

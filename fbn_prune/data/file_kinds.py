@@ -126,7 +126,9 @@ def open_file(path: Path, name: str) -> Iterator[OpenFile]:
     except (OSError, EOFError, lzma.LZMAError) as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())
         if compression is None:
-            raise InvalidInput(f"cannot read {name}: {reason}") from None
+            raise InvalidInput(
+                f"cannot read {name}: {reason}; check its name and permissions"
+            ) from None
         raise InvalidInput(
             f"{name} is damaged or incomplete ({compression}: {reason}); copy or download it again"
         ) from None

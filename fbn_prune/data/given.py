@@ -131,7 +131,7 @@ def _first_rows(batches: Iterable[Any], tokens: int) -> tuple[Tensor, ...]:
         if count >= tokens:
             break
     if not rows:
-        raise InvalidInput("dataset has no batch of token ids")
+        raise InvalidInput("dataset has no batch of token ids: give at least one")
     return tuple(rows)
 
 
@@ -140,17 +140,21 @@ def _rows(batch: Any) -> Iterator[Tensor]:
     if isinstance(batch, Mapping):
         if "input_ids" not in batch:
             found = ", ".join(map(str, batch))
-            raise InvalidInput(f"dataset: a batch has no input_ids (found: {found})")
+            raise InvalidInput(
+                f"dataset: a batch has no input_ids (found: {found}): rename the token ids"
+            )
         batch, mask = batch["input_ids"], batch.get("attention_mask")
     elif isinstance(batch, tuple) and len(batch) == 1:  # a TensorDataset's
         batch = batch[0]
     try:
         ids = torch.atleast_2d(torch.as_tensor(batch))
     except (TypeError, ValueError, RuntimeError):
-        raise InvalidInput(f"dataset: a batch is a {type(batch).__name__}, not token ids") from None
+        raise InvalidInput(
+            f"dataset: a batch is a {type(batch).__name__}, not token ids: give tensors or lists of them"
+        ) from None
     if ids.is_floating_point() or ids.ndim != 2:
         raise InvalidInput(
-            f"dataset: a batch is {ids.dtype} {list(ids.shape)}, not int64 [blocks, n]"
+            f"dataset: a batch is {ids.dtype} {list(ids.shape)}, not int64 [blocks, n]: give token ids of that form"
         )
     valid = torch.ones_like(ids) if mask is None else torch.atleast_2d(torch.as_tensor(mask))
     for row, kept in zip(ids.long().cpu(), valid.bool().cpu(), strict=True):

@@ -35,7 +35,7 @@ def task_from_file(path: Path) -> TaskConfig:
         The file is missing or of another type, or its fields fit no kind of task.
     """
     if not path.is_file():
-        raise InvalidInput(f"task file {path} does not exist")
+        raise InvalidInput(f"task file {path} does not exist: give one that does")
     if path.suffix in (".yaml", ".yml"):
         return task_from_yaml(path)
     source: TaskConfig = {"task": path.stem, "test_split": "test"}

@@ -28,6 +28,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from fbn_prune.errors import InvalidInput
+from fbn_prune.model import remedies
 from fbn_prune.model.config_checks import ConfigWarning, oddities
 from fbn_prune.model.families import family_of
 from fbn_prune.model.family import Family, as_config
@@ -147,6 +148,7 @@ class Checkpoint:
         InvalidInput
             They are not; the first offending tensor is named.
         """
+        remedies.refuse_ungathered(self.path, self.tensors)
         _refuse_quantized(self.path, self.tensors)
         _check_mlps(self.path, self.family, self.config, self.tensors)
 
@@ -266,11 +268,13 @@ class Checkpoint:
         if missing := sorted(report["missing_keys"]):
             raise InvalidInput(
                 f"{self.path}: {len(missing)} tensors of the model are not in the checkpoint, first {missing[0]}"
+                f"{remedies.missing_tensor(self.tensors)}"
             )
         if mismatched := sorted(report["mismatched_keys"]):
             name, stored, expected = mismatched[0]
             raise InvalidInput(
-                f"{self.path}: {name} has shape {list(stored)}, the model needs {list(expected)}"
+                f"{self.path}: {name} has shape {list(stored)}, the model needs {list(expected)}; "
+                "take config.json and the weights from one model"
             )
         model.config.use_cache = False
         if device_map is None:
@@ -290,7 +294,8 @@ class Checkpoint:
                     f"{self.path}: the tokenizer needs code from the checkpoint: allow it with --trust-remote-code"
                 ) from error
             raise InvalidInput(
-                f"{self.path}: the tokenizer cannot be loaded: {one_line(error)}"
+                f"{self.path}: the tokenizer cannot be loaded ({one_line(error)}); "
+                "copy its files from the original model"
             ) from error
 
 
@@ -323,24 +328,30 @@ def _check_mlps(
         expected = family.tensor_shape(location, hidden, widths[location.layer])
         if info.shape != expected:
             raise InvalidInput(
-                f"{path / info.file}: {name} has shape {list(info.shape)}, but config.json requires {list(expected)}"
+                f"{path / info.file}: {name} has shape {list(info.shape)}, but config.json requires {list(expected)}; "
+                "take both from one model"
             )
         if info.dtype not in WEIGHT_DTYPES:
             raise InvalidInput(
-                f"{path / info.file}: {name} is stored as {info.dtype}, which is no floating-point weight type"
+                f"{path / info.file}: {name} is stored as {info.dtype}, which is no floating-point weight type; "
+                "prune the unquantized model"
             )
         if location.part == "bias" and not biased:
-            raise InvalidInput(f"{path / info.file} has {name}, but config.json says no MLP bias")
+            raise InvalidInput(
+                f"{path / info.file} has {name}, but config.json says no MLP bias; correct config.json"
+            )
         found.add((location.layer, location.projection.path, location.part))
     if layers < 1:
-        raise InvalidInput(f"{path / 'config.json'} says {layers} layers: a model has at least one")
+        raise InvalidInput(
+            f"{path / 'config.json'} says {layers} layers: correct it, a model has at least one"
+        )
     for layer in range(layers):
         for projection in family.projections:
             for part in ("weight", "bias") if biased else ("weight",):
                 if (layer, projection.path, part) not in found:
                     raise InvalidInput(
                         f"{path}: no tensor {family.layers}.{layer}.{projection.path}.{part}, "
-                        f"though config.json says {layers} layers"
+                        f"though config.json says {layers} layers{remedies.missing_tensor(tensors)}"
                     )
 
 
@@ -348,21 +359,28 @@ def _check_tokenizer(checkpoint: Checkpoint) -> None:
     """Refuse a tokenizer that returns no tokens, or ids that the model has no embedding for."""
     path = checkpoint.path
     if not any(file for pattern in VOCABULARY_FILES for file in path.glob(pattern)):
-        raise InvalidInput(f"{path} has no tokenizer (tokenizer.json, tokenizer.model, ...)")
+        raise InvalidInput(
+            f"{path} has no tokenizer: copy tokenizer.json and tokenizer_config.json from the original model"
+        )
+    remedies.refuse_sentencepiece_without_library(path)
     tokenizer = checkpoint.load_tokenizer()
     try:
         ids = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
     except Exception as error:  # as in load_tokenizer
-        raise InvalidInput(f"{path}: the tokenizer fails on text: {one_line(error)}") from error
+        raise InvalidInput(
+            f"{path}: the tokenizer fails on text, replace its files: {one_line(error)}"
+        ) from error
     if not ids or set(ids) == {tokenizer.unk_token_id}:
         got = "no tokens" if not ids else "only the unknown token"
         raise InvalidInput(
-            f"{path}: the tokenizer ({type(tokenizer).__name__}) returns {got} for a test sentence"
+            f"{path}: the tokenizer ({type(tokenizer).__name__}) returns {got} for a test sentence; "
+            "copy the tokenizer's files from the original model"
         )
     vocabulary = checkpoint.family.vocab_size(checkpoint.config)
     if max(ids) >= vocabulary:
         raise InvalidInput(
-            f"{path}: the tokenizer returns the id {max(ids)}, but the model has only {vocabulary} embeddings"
+            f"{path}: the tokenizer returns the id {max(ids)}, but the model has only {vocabulary} embeddings; "
+            "copy the tokenizer's files from the original model"
         )
 
 

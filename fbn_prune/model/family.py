@@ -159,7 +159,7 @@ class Family:
         for width in widths:
             if not isinstance(width, int):
                 raise InvalidInput(
-                    f"a layer's {self.width_key} is {reprlib.repr(width)}: not an integer"
+                    f"a layer's {self.width_key} is {reprlib.repr(width)}: not an integer; correct it in config.json"
                 )
         return widths
 
@@ -175,7 +175,7 @@ class Family:
             count = -1
         if not 0 <= count <= MOST_LAYERS:
             raise InvalidInput(
-                f"the config says {reprlib.repr(layers)} layers: at most {MOST_LAYERS:,}"
+                f"the config says {reprlib.repr(layers)} layers: at most {MOST_LAYERS:,}; correct it"
             )
         return count
 
@@ -224,7 +224,7 @@ class Family:
         if self.attention is None:
             raise InvalidInput(
                 f"attention heads of {self.name} cannot be cut: its config has no separate head size, "
-                "or a norm spans all heads"
+                "or a norm spans all heads; leave out --head-sparsity"
             )
         shape = self.head_shape(config)
         fewer = {
@@ -351,4 +351,6 @@ def as_config(config: Config) -> PretrainedConfig:
         return CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(config)))
     except Exception as error:  # config classes raise many types of error on malformed values
         reason = " ".join(str(error).split())
-        raise InvalidInput(f"the config is not a valid {model_type!r} config: {reason}") from error
+        raise InvalidInput(
+            f"the config is not a valid {model_type!r} config, correct it: {reason}"
+        ) from error

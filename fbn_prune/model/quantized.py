@@ -120,7 +120,9 @@ def open_quantized(
         transposed = method == "bitsandbytes" and family.is_conv1d
         tensors = _plain_tensors(headers, stored, target, dtype, transposed)
     except InvalidInput as error:
-        raise InvalidInput(f"{path}: {error}") from error
+        raise InvalidInput(
+            f"{path}: {error}; download it again, or give the unquantized model"
+        ) from error
     checkpoint = QuantizedCheckpoint(
         path,
         plain_config(config, target),

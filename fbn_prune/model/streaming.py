@@ -296,11 +296,13 @@ def check_tensors(checkpoint: Checkpoint) -> None:
             continue  # the same tensor as the input embedding
         stored = checkpoint.stored_name(name)
         if stored is None:
-            raise InvalidInput(f"{checkpoint.path}: the model's {name} is not in the checkpoint")
+            raise InvalidInput(
+                f"{checkpoint.path}: the model's {name} is not in the checkpoint: download it again"
+            )
         if checkpoint.shape(stored) != tuple(parameter.shape):
             raise InvalidInput(
                 f"{checkpoint.path}: {name} has shape {list(checkpoint.shape(stored))}, "
-                f"the model needs {list(parameter.shape)}"
+                f"the model needs {list(parameter.shape)}; take config.json and the weights from one model"
             )
 
 

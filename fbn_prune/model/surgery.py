@@ -19,6 +19,7 @@ from fbn_prune.errors import InvalidInput
 from fbn_prune.model import modeling_ragged
 from fbn_prune.model.family import Family, Projection, as_config
 from fbn_prune.model.heads import HeadCut, cut_heads, head_tensor_shape, rounded
+from fbn_prune.model.stock_names import with_stock_names
 
 
 @dataclass(frozen=True)
@@ -161,8 +162,8 @@ def cut_config(config: Mapping[str, Any], family: Family, cuts: Sequence[MlpCut]
 
     Layers of equal width give a stock config. Different widths are written as transformers' `per_layer_config`. The
     stock classes do not yet build models from it, so `auto_map` names `modeling_ragged.py`, which must be in the
-    checkpoint's folder. Any other `auto_map` is dropped: the code files that it names are not exported, and the stock
-    classes compute the same.
+    checkpoint's folder. Other names of code are replaced, see
+    :func:`fbn_prune.model.stock_names.with_stock_names`.
 
     Raises
     ------
@@ -172,7 +173,7 @@ def cut_config(config: Mapping[str, Any], family: Family, cuts: Sequence[MlpCut]
     widths = [cut.width for cut in cuts]
     uniform = len(set(widths)) == 1
     pruned = copy.deepcopy(dict(config))
-    pruned.pop("auto_map", None)
+    pruned = with_stock_names(pruned)
     pruned.pop("per_layer_config", None)
     pruned.pop("ragged_mlp", None)
     common = widths[0] if uniform else family.widest(config)
@@ -211,7 +212,8 @@ def _kept_head_groups(cuts: Sequence[MlpCut]) -> int | None:
     groups = {None if cut.heads is None else len(cut.heads.kept) for cut in cuts}
     if len(groups) > 1:
         raise InvalidInput(
-            "all layers must keep the same number of attention heads: the config has only one number"
+            "all layers must keep the same number of attention heads, because the config has only one number: "
+            "give cuts with equal numbers"
         )
     return groups.pop()
 

@@ -55,7 +55,9 @@ def uniform_widths(budget: int, widths: Sequence[int], multiple: int) -> list[in
             f"layers of different widths {sorted(set(widths))} cannot stay uniform: use --layout ragged"
         )
     if multiple > width:
-        raise InvalidInput(f"--width-multiple {multiple} is wider than a layer of {width} neurons")
+        raise InvalidInput(
+            f"--width-multiple {multiple} is wider than a layer of {width} neurons: give a smaller one"
+        )
     share = round(budget / len(widths) / multiple) * multiple
     kept = min(max(share, multiple), width)
     return [kept] * len(widths)

@@ -176,7 +176,7 @@ def stated_budget(
         raise InvalidInput(f"{stated}: the model has only {now}; there is nothing to remove")
     if neurons < least:
         raise InvalidInput(
-            f"{stated}: attention, embeddings and the narrowest MLPs alone take {smallest}"
+            f"{stated}: attention, embeddings and the narrowest MLPs alone take {smallest}: give at least that"
         )
     return Budget(neurons, most=True)
 
@@ -195,9 +195,12 @@ def whole_layers(recipe: Recipe, layers: int) -> frozenset[int]:
     for layer in named:
         if not -layers <= layer < layers:
             raise InvalidInput(
-                f"keep_layers = {recipe.keep_layers}: there is no layer {layer}; the model has {layers}"
+                f"keep_layers = {recipe.keep_layers}: there is no layer {layer}; the model has {layers}, "
+                "counted from 0: name one of them"
             )
     whole = frozenset(layer % layers for layer in named)
     if len(whole) == layers:
-        raise InvalidInput(f"keep_layers = {recipe.keep_layers}: no layer is left to cut")
+        raise InvalidInput(
+            f"keep_layers = {recipe.keep_layers}: no layer is left to cut: name fewer"
+        )
     return whole

@@ -121,7 +121,7 @@ def run_comparison(
                 f"kept = {share}: give a share of neurons between 0 and 1, or a whole number of networks"
             )
     if path is not None and not path.resolve().parent.is_dir():
-        raise InvalidInput(f"{path}: there is no folder {path.resolve().parent}")
+        raise InvalidInput(f"{path}: there is no folder {path.resolve().parent}: make it first")
     if path is not None and path == plot_path(path):
         raise InvalidInput(
             f"{path}: the plot is written under this name; give a .json file for the results"
@@ -158,7 +158,9 @@ def _budget(on: Studied, kept: float, order: Sequence[int]) -> int:
     if kept < 1:
         return budget_from_sparsity(prepared.width * prepared.layers, 1 - kept)
     if kept > len(order):
-        raise InvalidInput(f"kept = {int(kept)} networks: there are {len(order)}")
+        raise InvalidInput(
+            f"kept = {int(kept)} networks: there are {len(order)}, give at most that"
+        )
     return budget_from_networks(on.networks, order[: int(kept)])
 
 

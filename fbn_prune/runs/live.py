@@ -89,7 +89,8 @@ def time_courses_live(
     adapter = ModelAdapter(model)
     if adapter.widths != list(networks.widths):
         raise InvalidInput(
-            f"the networks were found in layers of widths {networks.widths}; the model has {adapter.widths}"
+            f"the networks were found in layers of widths {networks.widths}; the model has {adapter.widths}: "
+            "give the model that they were found in"
         )
     context = min(adapter.family.context_length(adapter.config), MAX_CONTEXT)
     source = as_source(dataset, tokens=sys.maxsize, reading=Reading(tokenizer))

@@ -122,7 +122,7 @@ def plan_memory(
         why = "; gradients need the whole model in memory"
     raise InvalidInput(
         f"memory_budget = {recipe.memory_budget}: this run needs at least "
-        f"{least.peak_bytes / 1e9:.2f}GB (stage {stage}{why})"
+        f"{least.peak_bytes / 1e9:.2f}GB (stage {stage}{why}); raise it, or lower --tokens or --context"
     )
 
 

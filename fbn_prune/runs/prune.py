@@ -306,7 +306,8 @@ def _kept_networks(recipe: Recipe, order: list[int]) -> list[int]:
         return order
     if order and recipe.kept_networks_or_default > len(order):
         raise InvalidInput(
-            f"keep_networks = {recipe.kept_networks_or_default}: only {len(order)} networks were found"
+            f"keep_networks = {recipe.kept_networks_or_default}: only {len(order)} networks were found; "
+            "keep fewer, or raise --networks"
         )
     return order[: recipe.kept_networks_or_default]
 

@@ -147,22 +147,26 @@ def prepared_for(
     longest = family.context_length(checkpoint.config)
     if recipe.context is not None and recipe.context > longest:
         raise InvalidInput(
-            f"context = {recipe.context}: the model supports at most {longest} tokens"
+            f"context = {recipe.context}: the model supports at most {longest} tokens: lower it"
         )
     width = family.width(checkpoint.config)
     layers = family.num_layers(checkpoint.config)
     multiple = recipe.width_multiple or min(default_multiple(width), width)
     if multiple > width:
-        raise InvalidInput(f"width_multiple = {multiple}: a layer has only {width} neurons")
+        raise InvalidInput(
+            f"width_multiple = {multiple}: a layer has only {width} neurons: lower it"
+        )
     if recipe.needs_networks and recipe.networks > width * layers - 1:
-        raise InvalidInput(f"networks = {recipe.networks}: the model has {width * layers} neurons")
+        raise InvalidInput(
+            f"networks = {recipe.networks}: the model has {width * layers} neurons: lower it"
+        )
     networks = None
     if recipe.networks_from is not None:
         networks = FunctionalNetworks.load(recipe.networks_from)
         if list(networks.widths) != [width] * layers:
             raise InvalidInput(
                 f"{recipe.networks_from} was found in layers of widths {networks.widths}; "
-                f"the model has {layers} layers of width {width}"
+                f"the model has {layers} layers of width {width}: discover the networks of this model"
             )
         counts = {"task_networks": recipe.task_networks, "keep_networks": recipe.keep_networks}
         if recipe.stated_budget is None:
@@ -170,7 +174,7 @@ def prepared_for(
         for key, count in counts.items():
             if (count or 0) > len(networks.maps):
                 held = f"{recipe.networks_from} holds {len(networks.maps)} networks"
-                raise InvalidInput(f"{key} = {count}: {held}")
+                raise InvalidInput(f"{key} = {count}: {held}; lower it, or discover more")
     if recipe.criterion == "membership-bias":
         require_bias(family, checkpoint.config)
     context = recipe.context or min(longest, MAX_CONTEXT)
@@ -232,7 +236,8 @@ def chosen_device(name: str) -> torch.device:
         raise InvalidInput(f"device = {name!r}: write auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InvalidInput(
-            f"device = {name!r}: this machine has {torch.cuda.device_count()} CUDA devices"
+            f"device = {name!r}: this machine has {torch.cuda.device_count()} CUDA devices: "
+            "give another, or auto"
         )
     return distributed.local_device(device)
 

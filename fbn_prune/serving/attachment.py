@@ -266,7 +266,9 @@ def _check(model: PreTrainedModel, tasks: Mapping[str, TaskSet]) -> ModelAdapter
     if "networks" in vars(model):
         raise InvalidInput("the model serves tasks already: detach it first")
     if any(parameter.is_meta for parameter in model.parameters()):
-        raise InvalidInput("some of the model's weights are not in memory (device meta)")
+        raise InvalidInput(
+            "some of the model's weights are not in memory (device meta): load the model whole"
+        )
     try:
         canonical_activation(family.activation(model.config))
     except ValueError as error:
@@ -276,7 +278,7 @@ def _check(model: PreTrainedModel, tasks: Mapping[str, TaskSet]) -> ModelAdapter
         if task.neurons.widths != widths:
             raise InvalidInput(
                 f"the task {name!r} is for layers of {list(task.neurons.widths)} neurons, "
-                f"the model has {list(widths)}"
+                f"the model has {list(widths)}: take the task's own model"
             )
     return adapter
 

@@ -100,18 +100,25 @@ class Bundle:
             The folder is not a bundle, or a file is missing, damaged or of another version.
         """
         if not (folder / BUNDLE_FILE).is_file():
-            raise InvalidInput(f"{folder} is not a bundle: it has no {BUNDLE_FILE}")
+            raise InvalidInput(
+                f"{folder} is not a bundle: it has no {BUNDLE_FILE}; `fbn-prune bundle` makes one"
+            )
         content = read_object(folder / BUNDLE_FILE)
         if content.get("format") != _FORMAT_VERSION:
             raise InvalidInput(
-                f"{folder / BUNDLE_FILE}: format {content.get('format')!r}, this version reads {_FORMAT_VERSION}"
+                f"{folder / BUNDLE_FILE}: format {content.get('format')!r}, "
+                f"this version reads {_FORMAT_VERSION}: make the bundle again"
             )
         names, base = content.get("order"), content.get("base")
         if not isinstance(names, list) or not names or not (base is None or isinstance(base, str)):
-            raise InvalidInput(f"{folder / BUNDLE_FILE}: lacks its tasks or its model")
+            raise InvalidInput(
+                f"{folder / BUNDLE_FILE}: lacks its tasks or its model: make the bundle again"
+            )
         for name in names:
             if not isinstance(name, str) or not _NAME.fullmatch(name):
-                raise InvalidInput(f"{folder / BUNDLE_FILE}: {name!r} is not a valid task name")
+                raise InvalidInput(
+                    f"{folder / BUNDLE_FILE}: {name!r} is not a valid task name: make the bundle again"
+                )
         checkpoint = Checkpoint.open(folder if base is None else base, ragged=True)
         tasks = {name: _read_task(folder / "tasks" / name) for name in names}
         return cls(checkpoint, tasks)
@@ -219,7 +226,7 @@ def _task_of(
     if list(task.neurons.widths) != widths:
         raise InvalidInput(
             f"{source.path} is for layers of {list(task.neurons.widths)} neurons, "
-            f"{base.path} has {widths}"
+            f"{base.path} has {widths}: give tasks of this model"
         )
     return task
 
@@ -257,7 +264,7 @@ def _read_task(folder: Path) -> TaskSet:
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
-        raise InvalidInput(f"{file}: damaged ({one_line(error)})") from error
+        raise InvalidInput(f"{file}: damaged ({one_line(error)}): make the bundle again") from error
     layers = range(len(neurons.widths))
     own_down = tuple(_read_down(file, tensors, layer, len(neurons.kept[layer])) for layer in layers)
     own_bias = tuple(tensors.get(f"layers.{layer}.bias") for layer in layers)
@@ -271,7 +278,7 @@ def _read_down(file: Path, tensors: dict[str, Tensor], layer: int, kept: int) ->
     for one in (full, right):
         if one is not None and (one.ndim != 2 or one.shape[1] != kept):
             raise InvalidInput(
-                f"{file}: layer {layer} has weights {list(one.shape)} for {kept} kept neurons"
+                f"{file}: layer {layer} has weights {list(one.shape)} for {kept} kept neurons: make the bundle again"
             )
     if full is not None:
         return FullDown(full)
@@ -279,6 +286,7 @@ def _read_down(file: Path, tensors: dict[str, Tensor], layer: int, kept: int) ->
         return None
     if left.ndim != 2 or left.shape[1] != right.shape[0]:
         raise InvalidInput(
-            f"{file}: layer {layer}: shapes {list(left.shape)} and {list(right.shape)} do not multiply"
+            f"{file}: layer {layer}: shapes {list(left.shape)} and {list(right.shape)} do not multiply: "
+            "make the bundle again"
         )
     return LowRankDown(left, right)

@@ -253,7 +253,9 @@ def _recipe(path: Path) -> str | None:
     try:
         keys = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise InvalidInput(f"{path} is not a recipe: {' '.join(str(error).split())}") from None
+        raise InvalidInput(
+            f"{path} is not a recipe, correct it: {' '.join(str(error).split())}"
+        ) from None
     if not isinstance(keys, dict):
         raise InvalidInput(f"{path} is not a recipe: it must be a mapping of keys to values")
     kept = {key: value for key, value in keys.items() if key not in PLACES}
@@ -273,10 +275,13 @@ def _read(path: Path, kind: type[_Kind]) -> _Kind:
     try:
         return kind.model_validate_json(path.read_bytes())
     except OSError as error:
-        raise InvalidInput(f"cannot read {path}: {error.strerror or error}") from None
+        raise InvalidInput(
+            f"cannot read {path}: {error.strerror or error}; check its name and permissions"
+        ) from None
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise InvalidInput(
-            f"{path} is not the JSON output of {_COMMANDS[kind]}: {place or 'the file'}: {first['msg']}"
+            f"{path} is not the JSON output of {_COMMANDS[kind]}: {place or 'the file'}: {first['msg']}; "
+            "write it again with --json"
         ) from None
