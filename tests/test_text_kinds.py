@@ -230,10 +230,11 @@ def test_a_strict_template_gets_the_turns_it_wants(tmp_path: Path) -> None:
     ],
 )
 def test_a_fault_is_named_with_its_line_and_a_cure(
-    name: str, content: Any, words: str, tmp_path: Path
+    name: str, content: Any, words: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(InvalidInput, match=words) as refused:
         documents(tmp_path / name, content)
+    assert capfd.readouterr().err == ""  # nothing of another library beside the refusal
     assert str(tmp_path / name) in str(refused.value)
     assert "\n" not in str(refused.value)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import glob
 import json
+import logging
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -191,6 +192,9 @@ def _outside_quotes(line: str) -> str:
 def _table(path: Path, kind: str) -> Iterator[Record]:
     import datasets
 
+    # It logs what it then raises, which would be a second line beside the refusal.
+    logger = logging.getLogger(f"datasets.packaged_modules.{kind}.{kind}")
+    was_disabled, logger.disabled = logger.disabled, True
     try:
         # The path is a pattern to `datasets`, and brackets are common in names.
         rows = datasets.load_dataset(
@@ -205,3 +209,5 @@ def _table(path: Path, kind: str) -> Iterator[Record]:
         raise InvalidInput(
             f"{path} is not a readable {kind} file ({line}); write it or download it again"
         ) from None
+    finally:
+        logger.disabled = was_disabled
