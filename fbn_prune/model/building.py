@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.model.family import Family, as_config
@@ -177,3 +178,18 @@ def named(model: PreTrainedModel, path: Path) -> None:
     """Let a model that was loaded through :func:`loadable_folder` name its checkpoint's own folder."""
     model.name_or_path = str(path)
     model.config._name_or_path = str(path)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Suppress transformers' progress bar and load report: the caller turns the report into errors."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity(max(verbosity, transformers_logging.ERROR))
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if shown:
+            transformers_logging.enable_progress_bar()

@@ -9,8 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.building import (
@@ -33,6 +31,7 @@ from fbn_prune.model.building import (
     check_companions,
     loadable_folder,
     named,
+    quiet_transformers,
     repaired,
     skeleton,
 )
@@ -138,13 +137,7 @@ class Checkpoint:
             for name, parameter in model.named_parameters()  # tied embeddings once
         }
         path = Path(model.name_or_path or type(model).__name__)  # for messages: nothing is read
-        widths = {
-            location.layer: info.shape[family.output.neuron_axis]
-            for name, info in tensors.items()
-            if (location := family.locate(name))
-            and (location.projection, location.part) == (family.output, "weight")
-        }
-        found = [widths[layer] for layer in sorted(widths)]
+        found = family.stored_widths({name: info.shape for name, info in tensors.items()})
         if len(found) == family.num_layers(config) and found != family.widths(config):
             config = family.with_widths(config, found)
         return cls(path, config, family, tensors)
@@ -273,7 +266,7 @@ class Checkpoint:
             stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(extra["config"])]
             model_class = ragged_class(stock)
         with (
-            _quiet_transformers(),
+            quiet_transformers(),
             building(self.path),
             loadable_folder(self.path, self.config) as folder,
         ):
@@ -404,18 +397,3 @@ def _check_tokenizer(checkpoint: Checkpoint) -> None:
         raise InvalidInput(
             f"{path}: the tokenizer returns the id {max(ids)}, but the model has only {vocabulary} embeddings"
         )
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Suppress transformers' progress bar and load report: the caller turns the report into errors."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity(max(verbosity, transformers_logging.ERROR))
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if shown:
-            transformers_logging.enable_progress_bar()

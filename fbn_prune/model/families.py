@@ -152,7 +152,8 @@ def family_of(config: Config) -> Family:
     for key, value in _own_values(fields):
         if key != family.width_key and value != fields.get(key):
             raise InvalidInput(
-                f"the config's per_layer_config gives layers their own {key}: only {family.width_key} may differ"
+                f"the config's per_layer_config gives layers their own {key}: only {family.width_key} may differ; "
+                f"{supported}"
             )
     return family
 

@@ -163,6 +163,16 @@ class Family:
                 )
         return widths
 
+    def stored_widths(self, shapes: Mapping[str, tuple[int, ...]]) -> list[int]:
+        """Return the width of each layer according to the shapes of the tensors, by name."""
+        found = {
+            location.layer: shape[self.output.neuron_axis]
+            for name, shape in shapes.items()
+            if (location := self.locate(name))
+            and (location.projection, location.part) == (self.output, "weight")
+        }
+        return [found[layer] for layer in sorted(found)]
+
     def has_own_widths(self, config: Config) -> bool:
         """Whether `per_layer_config` gives a layer another width than the common one, as stock classes cannot."""
         fields = _typed(config).to_dict()
