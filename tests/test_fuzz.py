@@ -131,7 +131,7 @@ def test_widths_of_layers_that_are_none_are_refused(own: object) -> None:
     with pytest.raises(
         InvalidInput, match=r"per_layer_config must map|not an integer|is not a valid"
     ):
-        family_of(config, ragged=True).widths(config)
+        family_of(config).widths(config)
 
 
 def test_a_config_that_breaks_its_own_class_is_refused(tmp_path: Path) -> None:

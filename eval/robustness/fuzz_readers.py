@@ -229,7 +229,7 @@ def _read_config(data: bytes, folder: Path) -> object:
 def _read_any_config(data: bytes, folder: Path) -> object:
     (folder / "config.json").write_bytes(data)
     config = read_object(folder / "config.json")
-    family = family_of(config, ragged=True)
+    family = family_of(config)
     sizes = family.widths(config), family.hidden_size(config), family.vocab_size(config)
     return *sizes, family.context_length(config), family.has_bias(config)
 

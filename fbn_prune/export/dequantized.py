@@ -11,7 +11,7 @@ import yaml
 from fbn_prune.export.card import source_license
 from fbn_prune.export.directory import disk_errors
 from fbn_prune.export.shards import write_json, write_shards
-from fbn_prune.export.writer import copy_companions, verify_export
+from fbn_prune.export.writer import copy_companions, copy_own_code, verify_export
 from fbn_prune.model.quantized import QuantizedCheckpoint
 from fbn_prune.model.stock_names import with_stock_names
 
@@ -51,6 +51,7 @@ def write_dequantized(
         )
         write_json(directory / "config.json", with_stock_names(source.config))
         copy_companions(source, directory)
+        copy_own_code(source.family, source.config, directory)
         (directory / "README.md").write_text(_card(source), encoding="utf-8")
     verify_export(directory)
 

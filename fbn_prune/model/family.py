@@ -13,7 +13,7 @@ import copy
 import json
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -163,9 +163,35 @@ class Family:
                 )
         return widths
 
-    def widest(self, config: Config) -> int:
-        """Neurons of the widest layer's MLP."""
-        return max(self.widths(config))
+    def stored_widths(self, shapes: Mapping[str, tuple[int, ...]]) -> list[int]:
+        """Return the width of each layer according to the shapes of the tensors, by name."""
+        found = {
+            location.layer: shape[self.output.neuron_axis]
+            for name, shape in shapes.items()
+            if (location := self.locate(name))
+            and (location.projection, location.part) == (self.output, "weight")
+        }
+        return [found[layer] for layer in sorted(found)]
+
+    def has_own_widths(self, config: Config) -> bool:
+        """Whether `per_layer_config` gives a layer another width than the common one, as stock classes cannot."""
+        fields = _typed(config).to_dict()
+        own = [values.get(self.width_key) for values in per_layer(fields).values()]
+        return any(width and width != fields.get(self.width_key) for width in own)
+
+    def with_widths(self, config: Mapping[str, Any], widths: Sequence[int]) -> dict[str, Any]:
+        """Return the `config.json` object with these MLP widths; different ones are given in `per_layer_config`."""
+        uniform = len(set(widths)) == 1
+        common = widths[0] if uniform else max(*self.widths(config), *widths)
+        changed = {key: value for key, value in config.items() if key != "per_layer_config"}
+        changed[self.width_key] = common
+        if not uniform:
+            changed["per_layer_config"] = {
+                str(layer): {self.width_key: width}
+                for layer, width in enumerate(widths)
+                if width != common
+            }
+        return changed
 
     def num_layers(self, config: Config) -> int:
         layers = _typed(config).num_hidden_layers

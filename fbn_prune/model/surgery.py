@@ -171,21 +171,19 @@ def cut_config(config: Mapping[str, Any], family: Family, cuts: Sequence[MlpCut]
         A cut adds a bias that the architecture does not support, or the layers keep different numbers of heads.
     """
     widths = [cut.width for cut in cuts]
-    uniform = len(set(widths)) == 1
-    pruned = copy.deepcopy(dict(config))
-    pruned = with_stock_names(pruned)
-    pruned.pop("per_layer_config", None)
+    pruned = with_stock_names(family.with_widths(copy.deepcopy(dict(config)), widths))
     pruned.pop("ragged_mlp", None)
-    common = widths[0] if uniform else family.widest(config)
-    pruned[family.width_key] = common
     if (groups := _kept_head_groups(cuts)) is not None:
         pruned = family.with_head_groups(pruned, groups)
     if any(cut.down_bias is not None for cut in cuts) and not family.has_bias(config):
         require_bias(family, config)
         assert family.bias_key is not None
         pruned[family.bias_key] = True
-    if uniform:
-        return pruned
+    return with_own_code(pruned, family) if len(set(widths)) > 1 else pruned
+
+
+def with_own_code(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Return the `config.json` object of a model with layers of different widths, naming the code that builds it."""
     typed = type(as_config(config))
     stock: dict[str, Any] = {
         "AutoModel": MODEL_MAPPING[typed],
@@ -196,14 +194,9 @@ def cut_config(config: Mapping[str, Any], family: Family, cuts: Sequence[MlpCut]
     classes = {auto: model_class.__name__ for auto, model_class in stock.items()}
     file = modeling_ragged.__name__.rpartition(".")[2]
     return {
-        **pruned,
+        **config,
         "architectures": [classes["AutoModelForCausalLM"]],
         "auto_map": {auto: f"{file}.{name}" for auto, name in classes.items()},
-        "per_layer_config": {
-            str(layer): {family.width_key: width}
-            for layer, width in enumerate(widths)
-            if width != common
-        },
         "ragged_mlp": family.mlp_facts(),
     }
 

@@ -41,7 +41,10 @@ class ModelSize:
     def of(cls, checkpoint: Checkpoint, head_groups: int | None = None) -> ModelSize:
         """Return the size of a checkpoint, cut to `head_groups` groups of attention heads per layer if given."""
         family = checkpoint.family
-        layers, width = family.num_layers(checkpoint.config), family.width(checkpoint.config)
+        layers, neurons = (
+            family.num_layers(checkpoint.config),
+            sum(family.widths(checkpoint.config)),
+        )
         parameters = nbytes = 0
         for name, info in checkpoint.tensors.items():
             location = family.locate(name)
@@ -57,11 +60,11 @@ class ModelSize:
         }  # a live model's have none
         stored = sum((checkpoint.path / file).stat().st_size for file in files)
         return cls(
-            neurons=layers * width,
+            neurons=neurons,
             parameters=checkpoint.total_parameters - head_parameters,
             nbytes=checkpoint.total_bytes - head_bytes,
-            neuron_parameters=parameters // (layers * width),
-            neuron_bytes=nbytes // (layers * width),
+            neuron_parameters=parameters // neurons,
+            neuron_bytes=nbytes // neurons,
             header_bytes=stored - checkpoint.total_bytes if files else 0,
         )
 

@@ -70,7 +70,7 @@ def convert(
         known = ", ".join(name[3:] for name in formats if name.startswith("to_"))
         raise InvalidInput(f"--to {to}: no such format; known: {known}")
     write = import_module(f"{export.__name__}.to_{to}").write
-    source, notes = Checkpoint.open(model, ragged=True), list[str]()
+    source, notes = Checkpoint.open(model), list[str]()
     with StageClock(display).stage("convert", source.total_bytes, "bytes") as advance:
         architecture = write(source, output, dtype=dtype, progress=advance, note=notes.append)
     return {
@@ -179,7 +179,7 @@ def write_bundle(
     from fbn_prune.serving import bundle  # loads the kernels, which no other command needs
 
     sources = [bundle.TaskSource.parse(task) for task in tasks]
-    base = Checkpoint.open(str(builtin.model_path()) if model == "builtin" else model, ragged=True)
+    base = Checkpoint.open(str(builtin.model_path()) if model == "builtin" else model)
     check_output(output, overwrite, base.path, needed_bytes=0 if link else base.total_bytes)
     total = base.total_bytes * len(sources)
     with StageClock(display).stage("bundle", total, "bytes") as advance:

@@ -28,7 +28,7 @@ from fbn_prune.runs.memory import possible_plans
 from fbn_prune.runs.opening import OpenRun, read_texts
 from fbn_prune.runs.prune import PruneRun
 from fbn_prune.runs.result import PruneResult
-from fbn_prune.runs.setup import MAX_CONTEXT, prepared_for
+from fbn_prune.runs.setup import MAX_CONTEXT, prepared_for, require_layout
 from fbn_prune.runs.stages import find_networks
 from fbn_prune.store import Store
 
@@ -44,6 +44,7 @@ def prune_live(
 ) -> PruneResult:
     """Prune a model in place; see :func:`fbn_prune.prune`."""
     with _opened(model, tokenizer, dataset, config, clock) as run:
+        require_layout(run.prepared)
         for line in run.prepared.recipe.notes:
             clock.note(line)
         result = PruneRun(run, Store()).run()

@@ -251,7 +251,7 @@ def _as_task(model: PreTrainedModel, task: TaskSet | KeptNeurons | Sequence[Tens
         return TaskSet.plain(task)
     if all(one.dtype == torch.bool for one in task):
         return TaskSet.plain(KeptNeurons.from_masks([one.cpu() for one in task]))
-    widths = family_of(model.config, ragged=True).widths(model.config)
+    widths = family_of(model.config).widths(model.config)
     kept = tuple(one.to("cpu", torch.int64) for one in task)
     return TaskSet.plain(KeptNeurons(tuple(widths), kept))
 

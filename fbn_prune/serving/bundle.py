@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fbn_prune.errors import InvalidInput
 from fbn_prune.export.directory import atomic_directory, disk_errors
-from fbn_prune.export.writer import copy_companions, write_json
+from fbn_prune.export.writer import copy_companions, copy_own_code, write_json
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.kept_neurons import KEPT_FILE, KeptNeurons
 from fbn_prune.model.shards import INDEX_FILE, one_line, read_object
@@ -119,7 +119,7 @@ class Bundle:
                 raise InvalidInput(
                     f"{folder / BUNDLE_FILE}: {name!r} is not a valid task name: make the bundle again"
                 )
-        checkpoint = Checkpoint.open(folder if base is None else base, ragged=True)
+        checkpoint = Checkpoint.open(folder if base is None else base)
         tasks = {name: _read_task(folder / "tasks" / name) for name in names}
         return cls(checkpoint, tasks)
 
@@ -220,7 +220,7 @@ def _task_of(
     elif source.path.is_file():
         task = TaskSet.plain(KeptNeurons.load(source.path))
     else:
-        pruned = Checkpoint.open(source.path, ragged=True)
+        pruned = Checkpoint.open(source.path)
         return task_of_pruned(base, pruned, refit, rank, progress)
     widths = base.family.widths(base.config)
     if list(task.neurons.widths) != widths:
@@ -237,7 +237,10 @@ def _copy_checkpoint(base: Checkpoint, folder: Path) -> None:
     for file in sorted({"config.json", *weights, *index}):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(base.path / file, folder / file)
+    if base.repairs:
+        write_json(folder / "config.json", base.config)
     copy_companions(base, folder)
+    copy_own_code(base.family, base.config, folder)
 
 
 def _write_task(task: TaskSet, folder: Path) -> None:
