@@ -1,7 +1,7 @@
 """A checkpoint on disk, checked by its headers before a run starts.
 
-Only safetensors and JSON are read. Each tensor is mapped into memory on request, so a checkpoint may be larger than
-the machine's memory. Nothing writes into the checkpoint's folder.
+Only safetensors, GGUF and JSON are read, each tensor on request, so a checkpoint may be larger than the machine's
+memory. Nothing writes into the checkpoint's folder.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ from fbn_prune.model.config_checks import ConfigWarning, oddities
 from fbn_prune.model.families import family_of
 from fbn_prune.model.family import Family, as_config
 from fbn_prune.model.folder import VOCABULARY_FILES, find_folder, read_config
+from fbn_prune.model.gguf_file import GgufFile, find_gguf, load_model, open_gguf
 from fbn_prune.model.modeling_ragged import ragged_class
+from fbn_prune.model.quiet import quiet_transformers
 from fbn_prune.model.shards import TensorInfo, one_line, read_headers
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -61,12 +63,12 @@ _PROBE = "The quick brown fox jumps over 13 lazy dogs.\n"
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A local folder with safetensors, config and tokenizer; :meth:`open` checks and returns one.
+    """A local folder with safetensors, config and tokenizer, or a GGUF file; :meth:`open` checks and returns one.
 
     Attributes
     ----------
     path
-        The folder.
+        The folder, or the GGUF file.
     config
         The object in `config.json`.
     family
@@ -79,6 +81,8 @@ class Checkpoint:
         Whether the tokenizer may be code from the checkpoint.
     repairs
         What `config` changes in `config.json`, see :func:`fbn_prune.model.building.repaired`.
+    gguf
+        The open GGUF file; None for a folder.
     """
 
     path: Path
@@ -88,6 +92,7 @@ class Checkpoint:
     hub_id: str | None = None
     trust_remote_code: bool = False
     repairs: tuple[str, ...] = ()
+    gguf: GgufFile | None = None
 
     @classmethod
     def open(cls, path_or_hub_id: str | Path, *, trust_remote_code: bool = False) -> Checkpoint:
@@ -96,7 +101,8 @@ class Checkpoint:
         Parameters
         ----------
         path_or_hub_id
-            A folder, or a Hub id to download from (never pickles; Python files only with `trust_remote_code`).
+            A folder, a GGUF file, or a Hub id to download from (never pickles; Python files only with
+            `trust_remote_code`).
         trust_remote_code
             Allow the tokenizer to be code from the checkpoint. Model code from a checkpoint never runs.
 
@@ -110,15 +116,25 @@ class Checkpoint:
         ConfigWarning
             The configs contain values that the model cannot use, see :meth:`oddities`.
         """
-        path, hub_id = find_folder(path_or_hub_id, family_of, trust_remote_code)
-        config, repairs = repaired(read_config(path))
-        family = family_of(config)
-        tensors = read_headers(path)
-        checkpoint = cls(path, config, family, tensors, hub_id, trust_remote_code, tuple(repairs))
+        if (file := find_gguf(path_or_hub_id)) is not None:
+            checkpoint = cls.of_gguf(open_gguf(file))
+        else:
+            path, hub_id = find_folder(path_or_hub_id, family_of, trust_remote_code)
+            config, repairs = repaired(read_config(path))
+            made = tuple(repairs)
+            tensors = read_headers(path)
+            family = family_of(config)
+            checkpoint = cls(path, config, family, tensors, hub_id, trust_remote_code, made)
         checkpoint.check()
         if (odd := checkpoint.oddities()) is not None:
             warnings.warn(odd, ConfigWarning, stacklevel=2)
         return checkpoint
+
+    @classmethod
+    def of_gguf(cls, gguf: GgufFile) -> Checkpoint:
+        """Return the checkpoint that an open GGUF file is."""
+        model = gguf.model
+        return cls(gguf.path, model.config, model.family, gguf.tensors, gguf=gguf)
 
     @classmethod
     def of_model(cls, model: PreTrainedModel) -> Checkpoint:
@@ -172,8 +188,20 @@ class Checkpoint:
 
     def oddities(self) -> str | None:
         """One line on config values that the model cannot use, such as token ids outside the vocabulary; or None."""
-        wrong = oddities(self.path, self.config, self.family.vocab_size(self.config))
+        wrong = oddities(self.folder, self.config, self.family.vocab_size(self.config))
         return "; ".join([*self.repairs, *([] if wrong is None else [wrong])]) or None
+
+    @property
+    def folder(self) -> Path:
+        """The folder with the config and the tokenizer; for a GGUF file a temporary one."""
+        return self.path if self.gguf is None else self.gguf.folder
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """The files with the weights; none for the headers of a live model."""
+        if self.gguf is not None:
+            return list(self.gguf.parts)
+        return [self.path / file for file in sorted({i.file for i in self.tensors.values()} - {""})]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -218,6 +246,8 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor mapped from its file: the data is read on first use and must not be modified."""
+        if self.gguf is not None:
+            return self.gguf.tensor(name)
         with safe_open(self.path / self.tensors[name].file, framework="pt") as shard:
             tensor: Tensor = shard.get_tensor(name)
             return tensor
@@ -225,6 +255,8 @@ class Checkpoint:
     def read(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return a tensor on `device` in `dtype`, converted in slices of rows so that memory holds only one copy."""
         info = self.tensors[name]
+        if self.gguf is not None:
+            return self.gguf.tensor(name).to(device, dtype)
         result = torch.empty(info.shape, dtype=dtype, device=device)
         if not info.shape:
             return result.copy_(self.tensor(name))
@@ -257,6 +289,10 @@ class Checkpoint:
         InvalidInput
             A tensor of the model is missing from the checkpoint, or has another shape there.
         """
+        if self.gguf is not None:
+            model = load_model(self.gguf, self.tensor, torch.device(device), dtype, device_map)
+            model.config.use_cache = False
+            return model
         model_class: Any = AutoModelForCausalLM
         extra: dict[str, Any] = {}
         places: Any = "meta" if torch.device(device).type == "meta" else None
@@ -283,7 +319,6 @@ class Checkpoint:
                 ignore_mismatched_sizes=True,  # refused below, with the tensor's name
                 output_loading_info=True,
             )
-        model: PreTrainedModel
         model, report = loaded
         named(model, self.path)
         if missing := sorted(report["missing_keys"]):
@@ -299,7 +334,7 @@ class Checkpoint:
             )
         model.config.use_cache = False
         if device_map is None:
-            model.to(device)  # type: ignore[arg-type]
+            model.to(device)
         model.eval()
         return model
 
@@ -309,7 +344,7 @@ class Checkpoint:
             # transformers reads config.json for the class of the tokenizer.
             repaired_config = {"config": as_config(self.config)} if self.repairs else {}
             return AutoTokenizer.from_pretrained(
-                self.path,
+                self.folder,
                 trust_remote_code=self.trust_remote_code,
                 local_files_only=True,
                 **repaired_config,
@@ -386,11 +421,11 @@ def _check_mlps(
 def _check_tokenizer(checkpoint: Checkpoint) -> None:
     """Refuse a tokenizer that returns no tokens, or ids that the model has no embedding for."""
     path = checkpoint.path
-    if not any(file for pattern in VOCABULARY_FILES for file in path.glob(pattern)):
+    if not any(file for pattern in VOCABULARY_FILES for file in checkpoint.folder.glob(pattern)):
         raise InvalidInput(
             f"{path} has no tokenizer: copy tokenizer.json and tokenizer_config.json from the original model"
         )
-    remedies.refuse_sentencepiece_without_library(path)
+    remedies.refuse_sentencepiece_without_library(checkpoint.folder)
     tokenizer = checkpoint.load_tokenizer()
     try:
         ids, unknown = (
