@@ -45,8 +45,11 @@ def compare(file: Path, dtype: torch.dtype) -> dict[str, Any]:
     exact = Checkpoint.of_gguf(open_gguf(file, torch.float32))
     weights = dict(model.named_parameters())
     unequal = [n for n in exact.names if not torch.equal(exact.tensor(n), weights.pop(n))]
+    unequal += sorted(weights)
     exactly = logits(model, texts)
-    expected = logits(model.to(dtype).float(), texts)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype).float()
+    expected = logits(model, texts)
     del model, weights
     found = logits(rounded.load_model("cpu", torch.float32), texts)
     assert rounded.gguf is not None
@@ -57,7 +60,7 @@ def compare(file: Path, dtype: torch.dtype) -> dict[str, Any]:
         "seconds_to_open": round(opened - started, 1),
         "same_token_ids": same_ids,
         "same_chat_template": tokenizer.chat_template == theirs.chat_template,
-        "unequal_weights": unequal + sorted(weights),
+        "unequal_weights": unequal,
         "dtype": str(dtype).removeprefix("torch."),
         "largest_logit_difference": float((found - expected).abs().max()),
         "largest_difference_by_rounding": float((expected - exactly).abs().max()),

@@ -264,6 +264,7 @@ def _companions(
                 alone, gguf_file=link.name, local_files_only=True
             )
             tokenizer.save_pretrained(folder)
+            _drop_foreign_tokens(folder / "tokenizer.json", metadata["tokenizer.ggml.tokens"])
         except Exception as error:  # the tokenizers library raises bare Exceptions
             raise InvalidInput(
                 f"{path}: its tokenizer cannot be read: {one_line(error)}"
@@ -278,6 +279,13 @@ def _companions(
         front = yaml.safe_dump({"license": name})
         (folder / "README.md").write_text(f"---\n{front}---\n", encoding="utf-8")
     return holder
+
+
+def _drop_foreign_tokens(path: Path, count: int) -> None:
+    """Drop the special tokens that transformers adds by default, which the model has no embedding for."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["added_tokens"] = [one for one in content["added_tokens"] if one["id"] < count]
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
