@@ -165,6 +165,7 @@ def test_tensors_are_dequantized_a_slice_at_a_time(
     assert max(sizes) <= 50
 
 
+@pytest.mark.slow
 def test_commands_take_a_gguf_file_as_the_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -206,6 +207,10 @@ def test_commands_take_a_gguf_file_as_the_model(
         torch.equal(written.tensor(name), Checkpoint.open(cut).tensor(name))
         for name in written.names
     )
+    bundle = ["bundle", f"a={cut}", "--model", file, "--output", tmp_path / "bundle"]
+    run_json(capsys, *bundle)
+    base, gguf_base = Checkpoint.open(tmp_path / "bundle"), Checkpoint.open(file)
+    assert all(torch.equal(base.tensor(n), gguf_base.tensor(n)) for n in gguf_base.names)
     assert list(folder.iterdir()) == [file]
     assert file.read_bytes() == before
 

@@ -1,7 +1,7 @@
 """A GGUF file, or the parts of a split one, read as a checkpoint: each tensor is dequantized when it is read.
 
-Config and tokenizer, which other checkpoints have as files, are written into a temporary
-folder; nothing is written beside the file.
+Config and tokenizer, which other checkpoints have as files, are written into a temporary folder; nothing is written
+beside the file.
 """
 
 from __future__ import annotations
@@ -62,6 +62,12 @@ class GgufFile:
         Shape and dtype of each parameter as it is read; the file is `path`.
     types
         Names of the quantization types of its tensors, the most frequent first.
+    quantized
+        Number of tensors that are quantized.
+    sources
+        Where the values of each parameter come from.
+    holder
+        Removes `folder` when nothing refers to it any more.
     """
 
     path: Path

@@ -221,8 +221,8 @@ def _nbytes(
             f"{path}: {name} has the quantization type {kind}, which the installed gguf package cannot dequantize"
         )
     values, nbytes = sizes[kind]
-    if not shape or shape[-1] % values:
+    if not prod(shape) or not shape or shape[-1] % values:
         raise InvalidInput(
-            f"{path}: {name} has shape {list(shape)}, which is not made of blocks of {values} values"
+            f"{path}: {name} has shape {list(shape)}: not blocks of {values} values along the last axis"
         )
     return prod(shape) // values * nbytes

@@ -56,6 +56,7 @@ class Source:
 
 
 def package_gguf() -> Any:
+    """Return the package `gguf`, which not every installation has; raise InvalidInput if it is missing."""
     try:
         import gguf
     except ImportError:
@@ -87,14 +88,27 @@ def require_dequantization(path: Path, header: GgufHeader) -> None:
 
 
 def dequantized(tensor: GgufTensor, dtype: torch.dtype, offset: int) -> Tensor:
-    """Return a tensor in `dtype`, its rows dequantized in slices and rounded once from float32."""
+    """Return a tensor in `dtype`, its rows dequantized in slices and rounded once from float32.
+
+    Parameters
+    ----------
+    tensor
+        The tensor.
+    dtype
+        Dtype of the result.
+    offset
+        What is subtracted from the values before they are rounded.
+
+    Raises
+    ------
+    FbnPruneError
+        A value is not finite, or too large for `dtype`.
+    """
     gguf = package_gguf()
     kind = gguf.GGMLQuantizationType(tensor.kind)
     columns = tensor.shape[-1]
     rows = prod(tensor.shape[:-1])
     result = torch.empty((rows, columns), dtype=dtype)
-    if result.numel() == 0:
-        return result.reshape(tensor.shape)
     stored = np.memmap(
         tensor.part, np.uint8, mode="r", offset=tensor.start, shape=(rows, tensor.nbytes // rows)
     )
@@ -120,7 +134,13 @@ def dequantized(tensor: GgufTensor, dtype: torch.dtype, offset: int) -> Tensor:
 def sources_of(
     path: Path, header: GgufHeader, model: GgufModel, package: Any
 ) -> dict[str, tuple[Source, tuple[int, ...]]]:
-    """The source and shape of each parameter of the model; refuses tensors that are missing, or not explained."""
+    """Return the source and the shape of each parameter of the model.
+
+    Raises
+    ------
+    InvalidInput
+        The file lacks a parameter, has it in another shape, or has a tensor that is no parameter.
+    """
     try:
         with init_empty_weights(include_buffers=True):
             bare = AutoModelForCausalLM.from_config(
@@ -151,10 +171,9 @@ def sources_of(
         sources[name] = Source(found, offset, transposed, _order(found.name, model)), shape
     used = {source.tensor.name for source, _ in sources.values()} | {*ROTARY_TENSORS}
     if rest := [name for name in header.tensors if name not in used]:
+        more = f" (nor {len(rest) - 1} other tensors of the file)" if len(rest) > 1 else ""
         raise InvalidInput(
-            f"{path}: the {model.arch} models of transformers have no {rest[0]} (nor {len(rest) - 1} other tensors)"
-            if len(rest) > 1
-            else f"{path}: the {model.arch} models of transformers have no {rest[0]}"
+            f"{path}: the {model.arch} models of transformers have no {rest[0]}{more}"
         )
     return sources
 
