@@ -1,5 +1,5 @@
 """Fuzz everything that reads files from elsewhere: weights, index, config, recipe, calibration text of every kind, chat
-data, task files, networks, quantised weights and their quantisation configs, GGUF files, records of unfinished work.
+data, task files, networks, quantised weights and their quantisation configs, GGUF files, records of unfinished runs.
 
 A reader must return a value or raise InvalidInput. It must not allocate memory out of proportion to its input, and must
 not look for shards outside the checkpoint's folder. The inputs are valid files with random edits of bytes or of JSON
