@@ -42,7 +42,6 @@ from fbn_prune.model.family import Family, as_config
 from fbn_prune.model.folder import VOCABULARY_FILES, find_folder, read_config
 from fbn_prune.model.gguf_file import GgufFile, find_gguf, load_model, open_gguf
 from fbn_prune.model.modeling_ragged import ragged_class
-from fbn_prune.model.quiet import quiet_transformers
 from fbn_prune.model.shards import TensorInfo, one_line, read_headers
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
