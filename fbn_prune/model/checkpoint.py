@@ -6,7 +6,6 @@ memory. Nothing writes into the checkpoint's folder.
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -41,14 +40,9 @@ from fbn_prune.model.families import family_of
 from fbn_prune.model.family import Family, as_config
 from fbn_prune.model.folder import VOCABULARY_FILES, find_folder, read_config
 from fbn_prune.model.gguf_file import GgufFile, find_gguf, load_model, open_gguf
+from fbn_prune.model.header_checks import check_mlps, refuse_quantized
 from fbn_prune.model.modeling_ragged import ragged_class
 from fbn_prune.model.shards import TensorInfo, one_line, read_headers
-
-WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-PACKED = re.compile(
-    r"\.(qweight|qzeros|scales|g_idx|SCB|absmax|quant_map|quant_state\..+|weight_packed|weight_scale(_inv|_2)?|weight_format)$"
-)
-"""Suffixes of tensor names that occur only in GPTQ, AWQ, bitsandbytes, compressed-tensors and fp8 checkpoints."""
 
 SLICE_BYTES = 32 * 2**20
 """A tensor whose dtype or device changes on reading is converted in slices of this size."""
@@ -182,8 +176,8 @@ class Checkpoint:
             They are not; the first offending tensor is named.
         """
         remedies.refuse_ungathered(self.path, self.tensors)
-        _refuse_quantized(self.path, self.tensors)
-        _check_mlps(self.path, self.family, self.config, self.tensors)
+        refuse_quantized(self.path, self.tensors)
+        check_mlps(self.path, self.family, self.config, self.tensors)
 
     def oddities(self) -> str | None:
         """One line on config values that the model cannot use, such as token ids outside the vocabulary; or None."""
@@ -359,62 +353,6 @@ class Checkpoint:
                 f"{self.path}: the tokenizer cannot be loaded ({one_line(error)}); "
                 "copy its files from the original model"
             ) from error
-
-
-def _refuse_quantized(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
-    """Refuse quantized weights, whatever the config says. Masks and position ids may be integers."""
-    for name, info in tensors.items():
-        if PACKED.search(name):
-            raise InvalidInput(
-                f"{path / info.file}: {name} belongs to a quantized model; prune the unquantized model"
-            )
-        if name.endswith(".weight") and info.dtype not in WEIGHT_DTYPES:
-            raise InvalidInput(
-                f"{path / info.file}: {name} is stored as {info.dtype}; prune the unquantized model"
-            )
-
-
-def _check_mlps(
-    path: Path, family: Family, config: dict[str, Any], tensors: Mapping[str, TensorInfo]
-) -> None:
-    """Check that every layer has exactly the MLP tensors that the config implies, in the right shapes."""
-    typed = as_config(config)
-    layers, widths = family.num_layers(typed), family.widths(typed)
-    hidden = family.hidden_size(typed)
-    biased = family.has_bias(typed)
-    found: set[tuple[int, str, str]] = set()
-    for name, info in tensors.items():
-        location = family.locate(name)
-        if location is None or location.layer >= layers:
-            continue
-        expected = family.tensor_shape(location, hidden, widths[location.layer])
-        if info.shape != expected:
-            raise InvalidInput(
-                f"{path / info.file}: {name} has shape {list(info.shape)}, but config.json requires {list(expected)}; "
-                "take both from one model"
-            )
-        if info.dtype not in WEIGHT_DTYPES:
-            raise InvalidInput(
-                f"{path / info.file}: {name} is stored as {info.dtype}, which is no floating-point weight type; "
-                "prune the unquantized model"
-            )
-        if location.part == "bias" and not biased:
-            raise InvalidInput(
-                f"{path / info.file} has {name}, but config.json says no MLP bias; correct config.json"
-            )
-        found.add((location.layer, location.projection.path, location.part))
-    if layers < 1:
-        raise InvalidInput(
-            f"{path / 'config.json'} says {layers} layers: correct it, a model has at least one"
-        )
-    for layer in range(layers):
-        for projection in family.projections:
-            for part in ("weight", "bias") if biased else ("weight",):
-                if (layer, projection.path, part) not in found:
-                    raise InvalidInput(
-                        f"{path}: no tensor {family.layers}.{layer}.{projection.path}.{part}, "
-                        f"though config.json says {layers} layers{remedies.missing_tensor(tensors)}"
-                    )
 
 
 def _check_tokenizer(checkpoint: Checkpoint) -> None:
