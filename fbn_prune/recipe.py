@@ -250,7 +250,7 @@ class Recipe(PruningConfig):
     """
 
     model: str = _key(MODEL, "builtin")
-    """Checkpoint folder, Hub id, or `builtin`."""
+    """Checkpoint folder, GGUF file, Hub id, or `builtin`."""
     output: Path | None = _key(MODEL)
     """Folder to write; it must not exist."""
     calibration: tuple[str, ...] = _key(CALIBRATION, ("builtin",))

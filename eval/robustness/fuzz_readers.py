@@ -1,5 +1,5 @@
 """Fuzz everything that reads files from elsewhere: weights, index, config, recipe, calibration text of every kind, chat
-data, task files, networks, quantised weights and their quantisation configs, and records of unfinished work.
+data, task files, networks, quantised weights and their quantisation configs, GGUF files, records of unfinished runs.
 
 A reader must return a value or raise InvalidInput. It must not allocate memory out of proportion to its input, and must
 not look for shards outside the checkpoint's folder. The inputs are valid files with random edits of bytes or of JSON
@@ -29,12 +29,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import torch
 from hypothesis import HealthCheck, Verbosity, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save
+from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
 from fbn_prune.data import builtin
@@ -320,6 +323,63 @@ def _read_quantized(data: bytes, folder: Path) -> object:
     return None
 
 
+@cache
+def _small_gguf() -> bytes:
+    """A Llama of one layer with a byte-level tokenizer, its matrices in several types."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    shapes = {"token_embd": (260, 32), "output_norm": (32,), "output": (260, 32)}
+    layer = {"attn_norm": (32,), "ffn_norm": (32,), "ffn_gate": (32, 32), "ffn_up": (32, 32)}
+    layer |= {"ffn_down": (32, 32), "attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32)}
+    shapes |= {
+        f"blk.0.{name}": shape for name, shape in (layer | {"attn_output": (32, 32)}).items()
+    }
+    kinds = [gguf.GGMLQuantizationType[kind] for kind in ("Q8_0", "Q4_1", "Q5_0", "F16", "BF16")]
+    with tempfile.TemporaryDirectory() as folder:
+        writer = gguf.GGUFWriter(Path(folder, "x"), "llama")
+        for key, value in {"block_count": 1, "context_length": 64, "embedding_length": 32}.items():
+            writer.add_uint32(f"llama.{key}", value)
+        for key, value in {"head_count": 4, "head_count_kv": 2, "key_length": 8}.items():
+            writer.add_uint32(f"llama.attention.{key}", value)
+        writer.add_feed_forward_length(32)
+        writer.add_layer_norm_rms_eps(1e-5)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list([*alphabet, "<s>", "ab", "[PAD258]", "[PAD259]"])
+        writer.add_token_types([*[1] * 256, 3, 1, 5, 5])
+        writer.add_token_merges(["a b"])
+        writer.add_bos_token_id(256)
+        writer.add_chat_template("{{ messages }}")
+        for index, (name, shape) in enumerate(shapes.items()):
+            kind = kinds[index % len(kinds)] if len(shape) > 1 else gguf.GGMLQuantizationType.F32
+            values = gguf.quantize(np.ones(shape, np.float32), kind)
+            writer.add_tensor(f"{name}.weight", values, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return Path(folder, "x").read_bytes()
+
+
+@st.composite
+def _edited_gguf(draw: st.DrawFn) -> bytes:
+    """Draw a GGUF file with bytes of its header replaced, most of them in numbers, or cut off."""
+    data = bytearray(_small_gguf())
+    header = data.rfind(b"weight") + 64
+    for _ in range(draw(st.integers(1, 3))):
+        at = draw(st.integers(0, header))
+        number = draw(st.sampled_from([0, 1, 2, 8, 9, 32, 2**16, 2**31, 2**32 - 1, 2**63]))
+        width = draw(st.sampled_from([1, 4, 8]))
+        data[at : at + width] = (number % 256**width).to_bytes(width, "little")
+    return bytes(data)
+
+
+def _read_gguf(path: Path) -> object:
+    checkpoint = Checkpoint.open(path)
+    with suppress(FbnPruneError):  # values out of the range of the dtype
+        return [checkpoint.tensor(name).shape for name in checkpoint.names]
+    return None
+
+
 def _write_and(name: str, read: Callable[[Path], object]) -> Callable[[bytes, Path], object]:
     def read_file(data: bytes, folder: Path) -> object:
         (folder / name).write_bytes(data)
@@ -453,6 +513,10 @@ READERS: dict[str, Reader] = {
     "work": Reader(_json_like([_WORK]), _read_work),
     "quantization": Reader(_json_like(_quantizations()), _read_quantization),
     "quantized weights": Reader(_safetensors_like(_small_quantized()), _read_quantized),
+    "gguf": Reader(
+        st.deferred(lambda: _edited_gguf() | _edited_bytes([_small_gguf()])),
+        _write_and("m.gguf", _read_gguf),
+    ),
     "networks": Reader(
         _safetensors_like(_small_networks()),
         _write_and("networks.safetensors", FunctionalNetworks.load),

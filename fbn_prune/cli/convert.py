@@ -10,7 +10,9 @@ import typer
 from fbn_prune.cli import console
 from fbn_prune.cli.options import Json
 
-Model = Annotated[str, typer.Option("--model", help="Checkpoint folder or Hub id, pruned or not.")]
+Model = Annotated[
+    str, typer.Option("--model", help="Checkpoint folder, GGUF file or Hub id, pruned or not.")
+]
 Output = Annotated[Path, typer.Option("--output", help="File to write, such as model.gguf.")]
 Format = Annotated[str, typer.Option("--to", help="Format to write.")]
 Matrices = Annotated[

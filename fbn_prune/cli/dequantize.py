@@ -10,7 +10,9 @@ import typer
 from fbn_prune.cli import console
 from fbn_prune.cli.options import Json
 
-Model = Annotated[str, typer.Option("--model", help="Folder or Hub id of a quantized checkpoint.")]
+Model = Annotated[
+    str, typer.Option("--model", help="Folder or Hub id of a quantized checkpoint, or a GGUF file.")
+]
 Output = Annotated[Path, typer.Option("--output", help="Folder to write.")]
 Dtype = Annotated[
     Literal["bfloat16", "float16", "float32"] | None,
@@ -34,7 +36,7 @@ def command(
     json: Json = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a quantized checkpoint (fp8, compressed-tensors or bitsandbytes) as a plain one."""
+    """Write a quantized checkpoint (fp8, compressed-tensors, bitsandbytes or GGUF) as a plain one."""
     from fbn_prune import api
 
     written = api.dequantize(

@@ -61,7 +61,7 @@ def _card(source: QuantizedCheckpoint) -> str:
     metadata: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        **source_license(source.path / "README.md"),
+        **source_license(source.folder / "README.md"),
     }
     if source.hub_id is not None:
         metadata["base_model"] = source.hub_id
@@ -73,6 +73,6 @@ def _card(source: QuantizedCheckpoint) -> str:
 
 # {name.rpartition("/")[2]}, dequantized
 
-Made from `{name}`, which was quantized by {source.method}: {len(source.stored):,} weights were computed from its
+Made from `{name}`, which was quantized by {source.method}: {source.quantized_weights:,} weights were computed from its
 stored integers and scales, and rounded to {dtype}. This does not restore the precision lost by quantizing.
 """

@@ -24,6 +24,7 @@ from fbn_prune.export.directory import disk_errors
 from fbn_prune.export.gguf_tokenizer import GgufTokenizer, gguf_tokenizer
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.family import Gguf, as_config
+from fbn_prune.model.gguf_config import llama3_divisors
 
 GgufType = Literal["auto", "f32", "f16", "bf16"]
 """Dtype of the matrices; "auto" keeps that of the checkpoint."""
@@ -72,7 +73,7 @@ def write(
     gguf = _package()
     facts, arch = _architecture(source)
     tokenizer = gguf_tokenizer(
-        source.path,
+        source.folder,
         source.load_tokenizer(),
         source.family.vocab_size(source.config),
         source.config,
@@ -124,7 +125,7 @@ def _package() -> Any:
 
 def _architecture(source: Checkpoint) -> tuple[Gguf, str]:
     facts = source.family.gguf
-    if facts is None:
+    if facts is None or facts.arch is None:
         raise InvalidInput(
             f"{source.path}: {source.family.name} models are not converted to GGUF by fbn-prune"
         )
@@ -269,12 +270,7 @@ def _rope_factors(config: _OwnAttributes) -> Tensor | None:
     if rope["rope_type"] != "llama3":
         return None
     head = config.head_dim or config.hidden_size // config.num_attention_heads
-    plain = rope["rope_theta"] ** (-torch.arange(0, head, 2, dtype=torch.float64) / head)
-    wavelength = 2 * math.pi / plain
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    smooth = (rope["original_max_position_embeddings"] / wavelength - low) / (high - low)
-    share = smooth.clamp(0, 1)  # 1 keeps the frequency, 0 divides it by the whole factor
-    return (1 / (share + (1 - share) / rope["factor"])).float()
+    return llama3_divisors(rope, head)
 
 
 def _add_tokenizer(writer: Any, tokenizer: GgufTokenizer) -> None:

@@ -84,8 +84,8 @@ def copy_companions(source: Checkpoint, directory: Path) -> None:
     The README is not copied, because the pruned model gets its own model card.
     """
     patterns = (*TOKENIZER_FILES, *(name for name in COMPANION_FILES if name != "README.md"))
-    for file in sorted({file for pattern in patterns for file in source.path.glob(pattern)}):
-        target = directory / file.relative_to(source.path)
+    for file in sorted({file for pattern in patterns for file in source.folder.glob(pattern)}):
+        target = directory / file.relative_to(source.folder)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, target)
     tokenizer_config = directory / "tokenizer_config.json"

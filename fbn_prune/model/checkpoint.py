@@ -1,12 +1,11 @@
 """A checkpoint on disk, checked by its headers before a run starts.
 
-Only safetensors and JSON are read. Each tensor is mapped into memory on request, so a checkpoint may be larger than
-the machine's memory. Nothing writes into the checkpoint's folder.
+Only safetensors, GGUF and JSON are read, each tensor on request, so a checkpoint may be larger than the machine's
+memory. Nothing writes into the checkpoint's folder.
 """
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -40,14 +39,10 @@ from fbn_prune.model.config_checks import ConfigWarning, oddities
 from fbn_prune.model.families import family_of
 from fbn_prune.model.family import Family, as_config
 from fbn_prune.model.folder import VOCABULARY_FILES, find_folder, read_config
+from fbn_prune.model.gguf_file import GgufFile, find_gguf, load_model, open_gguf
+from fbn_prune.model.header_checks import check_mlps, refuse_quantized
 from fbn_prune.model.modeling_ragged import ragged_class
 from fbn_prune.model.shards import TensorInfo, one_line, read_headers
-
-WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-PACKED = re.compile(
-    r"\.(qweight|qzeros|scales|g_idx|SCB|absmax|quant_map|quant_state\..+|weight_packed|weight_scale(_inv|_2)?|weight_format)$"
-)
-"""Suffixes of tensor names that occur only in GPTQ, AWQ, bitsandbytes, compressed-tensors and fp8 checkpoints."""
 
 SLICE_BYTES = 32 * 2**20
 """A tensor whose dtype or device changes on reading is converted in slices of this size."""
@@ -61,12 +56,12 @@ _PROBE = "The quick brown fox jumps over 13 lazy dogs.\n"
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A local folder with safetensors, config and tokenizer; :meth:`open` checks and returns one.
+    """A local folder with safetensors, config and tokenizer, or a GGUF file; :meth:`open` checks and returns one.
 
     Attributes
     ----------
     path
-        The folder.
+        The folder, or the GGUF file.
     config
         The object in `config.json`.
     family
@@ -79,6 +74,8 @@ class Checkpoint:
         Whether the tokenizer may be code from the checkpoint.
     repairs
         What `config` changes in `config.json`, see :func:`fbn_prune.model.building.repaired`.
+    gguf
+        The open GGUF file; None for a folder.
     """
 
     path: Path
@@ -88,6 +85,7 @@ class Checkpoint:
     hub_id: str | None = None
     trust_remote_code: bool = False
     repairs: tuple[str, ...] = ()
+    gguf: GgufFile | None = None
 
     @classmethod
     def open(cls, path_or_hub_id: str | Path, *, trust_remote_code: bool = False) -> Checkpoint:
@@ -96,7 +94,8 @@ class Checkpoint:
         Parameters
         ----------
         path_or_hub_id
-            A folder, or a Hub id to download from (never pickles; Python files only with `trust_remote_code`).
+            A folder, a GGUF file, or a Hub id to download from (never pickles; Python files only with
+            `trust_remote_code`).
         trust_remote_code
             Allow the tokenizer to be code from the checkpoint. Model code from a checkpoint never runs.
 
@@ -110,15 +109,25 @@ class Checkpoint:
         ConfigWarning
             The configs contain values that the model cannot use, see :meth:`oddities`.
         """
-        path, hub_id = find_folder(path_or_hub_id, family_of, trust_remote_code)
-        config, repairs = repaired(read_config(path))
-        family = family_of(config)
-        tensors = read_headers(path)
-        checkpoint = cls(path, config, family, tensors, hub_id, trust_remote_code, tuple(repairs))
+        if (file := find_gguf(path_or_hub_id)) is not None:
+            checkpoint = cls.of_gguf(open_gguf(file))
+        else:
+            path, hub_id = find_folder(path_or_hub_id, family_of, trust_remote_code)
+            config, repairs = repaired(read_config(path))
+            made = tuple(repairs)
+            tensors = read_headers(path)
+            family = family_of(config)
+            checkpoint = cls(path, config, family, tensors, hub_id, trust_remote_code, made)
         checkpoint.check()
         if (odd := checkpoint.oddities()) is not None:
             warnings.warn(odd, ConfigWarning, stacklevel=2)
         return checkpoint
+
+    @classmethod
+    def of_gguf(cls, gguf: GgufFile) -> Checkpoint:
+        """Return the checkpoint that an open GGUF file is."""
+        model = gguf.model
+        return cls(gguf.path, model.config, model.family, gguf.tensors, gguf=gguf)
 
     @classmethod
     def of_model(cls, model: PreTrainedModel) -> Checkpoint:
@@ -167,13 +176,25 @@ class Checkpoint:
             They are not; the first offending tensor is named.
         """
         remedies.refuse_ungathered(self.path, self.tensors)
-        _refuse_quantized(self.path, self.tensors)
-        _check_mlps(self.path, self.family, self.config, self.tensors)
+        refuse_quantized(self.path, self.tensors)
+        check_mlps(self.path, self.family, self.config, self.tensors)
 
     def oddities(self) -> str | None:
         """One line on config values that the model cannot use, such as token ids outside the vocabulary; or None."""
-        wrong = oddities(self.path, self.config, self.family.vocab_size(self.config))
+        wrong = oddities(self.folder, self.config, self.family.vocab_size(self.config))
         return "; ".join([*self.repairs, *([] if wrong is None else [wrong])]) or None
+
+    @property
+    def folder(self) -> Path:
+        """The folder with the config and the tokenizer; for a GGUF file a temporary one."""
+        return self.path if self.gguf is None else self.gguf.folder
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """The files with the weights; none for the headers of a live model."""
+        if self.gguf is not None:
+            return list(self.gguf.parts)
+        return [self.path / file for file in sorted({i.file for i in self.tensors.values()} - {""})]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -218,6 +239,8 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor mapped from its file: the data is read on first use and must not be modified."""
+        if self.gguf is not None:
+            return self.gguf.tensor(name)
         with safe_open(self.path / self.tensors[name].file, framework="pt") as shard:
             tensor: Tensor = shard.get_tensor(name)
             return tensor
@@ -225,6 +248,8 @@ class Checkpoint:
     def read(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return a tensor on `device` in `dtype`, converted in slices of rows so that memory holds only one copy."""
         info = self.tensors[name]
+        if self.gguf is not None:
+            return self.gguf.tensor(name).to(device, dtype)
         result = torch.empty(info.shape, dtype=dtype, device=device)
         if not info.shape:
             return result.copy_(self.tensor(name))
@@ -257,6 +282,10 @@ class Checkpoint:
         InvalidInput
             A tensor of the model is missing from the checkpoint, or has another shape there.
         """
+        if self.gguf is not None:
+            model = load_model(self.gguf, self.tensor, torch.device(device), dtype, device_map)
+            model.config.use_cache = False
+            return model
         model_class: Any = AutoModelForCausalLM
         extra: dict[str, Any] = {}
         places: Any = "meta" if torch.device(device).type == "meta" else None
@@ -283,7 +312,6 @@ class Checkpoint:
                 ignore_mismatched_sizes=True,  # refused below, with the tensor's name
                 output_loading_info=True,
             )
-        model: PreTrainedModel
         model, report = loaded
         named(model, self.path)
         if missing := sorted(report["missing_keys"]):
@@ -299,7 +327,7 @@ class Checkpoint:
             )
         model.config.use_cache = False
         if device_map is None:
-            model.to(device)  # type: ignore[arg-type]
+            model.to(device)
         model.eval()
         return model
 
@@ -309,7 +337,7 @@ class Checkpoint:
             # transformers reads config.json for the class of the tokenizer.
             repaired_config = {"config": as_config(self.config)} if self.repairs else {}
             return AutoTokenizer.from_pretrained(
-                self.path,
+                self.folder,
                 trust_remote_code=self.trust_remote_code,
                 local_files_only=True,
                 **repaired_config,
@@ -327,70 +355,14 @@ class Checkpoint:
             ) from error
 
 
-def _refuse_quantized(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
-    """Refuse quantized weights, whatever the config says. Masks and position ids may be integers."""
-    for name, info in tensors.items():
-        if PACKED.search(name):
-            raise InvalidInput(
-                f"{path / info.file}: {name} belongs to a quantized model; prune the unquantized model"
-            )
-        if name.endswith(".weight") and info.dtype not in WEIGHT_DTYPES:
-            raise InvalidInput(
-                f"{path / info.file}: {name} is stored as {info.dtype}; prune the unquantized model"
-            )
-
-
-def _check_mlps(
-    path: Path, family: Family, config: dict[str, Any], tensors: Mapping[str, TensorInfo]
-) -> None:
-    """Check that every layer has exactly the MLP tensors that the config implies, in the right shapes."""
-    typed = as_config(config)
-    layers, widths = family.num_layers(typed), family.widths(typed)
-    hidden = family.hidden_size(typed)
-    biased = family.has_bias(typed)
-    found: set[tuple[int, str, str]] = set()
-    for name, info in tensors.items():
-        location = family.locate(name)
-        if location is None or location.layer >= layers:
-            continue
-        expected = family.tensor_shape(location, hidden, widths[location.layer])
-        if info.shape != expected:
-            raise InvalidInput(
-                f"{path / info.file}: {name} has shape {list(info.shape)}, but config.json requires {list(expected)}; "
-                "take both from one model"
-            )
-        if info.dtype not in WEIGHT_DTYPES:
-            raise InvalidInput(
-                f"{path / info.file}: {name} is stored as {info.dtype}, which is no floating-point weight type; "
-                "prune the unquantized model"
-            )
-        if location.part == "bias" and not biased:
-            raise InvalidInput(
-                f"{path / info.file} has {name}, but config.json says no MLP bias; correct config.json"
-            )
-        found.add((location.layer, location.projection.path, location.part))
-    if layers < 1:
-        raise InvalidInput(
-            f"{path / 'config.json'} says {layers} layers: correct it, a model has at least one"
-        )
-    for layer in range(layers):
-        for projection in family.projections:
-            for part in ("weight", "bias") if biased else ("weight",):
-                if (layer, projection.path, part) not in found:
-                    raise InvalidInput(
-                        f"{path}: no tensor {family.layers}.{layer}.{projection.path}.{part}, "
-                        f"though config.json says {layers} layers{remedies.missing_tensor(tensors)}"
-                    )
-
-
 def _check_tokenizer(checkpoint: Checkpoint) -> None:
     """Refuse a tokenizer that returns no tokens, or ids that the model has no embedding for."""
     path = checkpoint.path
-    if not any(file for pattern in VOCABULARY_FILES for file in path.glob(pattern)):
+    if not any(file for pattern in VOCABULARY_FILES for file in checkpoint.folder.glob(pattern)):
         raise InvalidInput(
             f"{path} has no tokenizer: copy tokenizer.json and tokenizer_config.json from the original model"
         )
-    remedies.refuse_sentencepiece_without_library(path)
+    remedies.refuse_sentencepiece_without_library(checkpoint.folder)
     tokenizer = checkpoint.load_tokenizer()
     try:
         ids, unknown = (

@@ -6,7 +6,7 @@ entries.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fbn_prune.errors import InvalidInput
@@ -47,20 +47,46 @@ def _gated(name: str, *model_types: str, bias_key: str | None = None, **facts: A
     )
 
 
+def _gemma_scale(fields: dict[str, Any], names: Collection[str]) -> None:
+    """Set the scale of the attention scores: llama.cpp knows the 27B models, which differ, by their depth."""
+    large = {"gemma2": 46, "gemma3_text": 62}[fields["model_type"]]
+    whole = fields["hidden_size"] // fields["num_attention_heads"]
+    is_large = fields["num_hidden_layers"] == large
+    fields["query_pre_attn_scalar"] = whole if is_large else fields["head_dim"]
+
+
+def _falcon_form(fields: dict[str, Any], names: Collection[str]) -> None:
+    """Tell Falcon's forms apart: one key head for all queries, or groups of heads with one or two norms a layer."""
+    fields["multi_query"] = fields["num_kv_heads"] == 1
+    fields["new_decoder_architecture"] = not fields["multi_query"]
+    fields["num_ln_in_parallel_attn"] = 2 if "blk.0.attn_norm_2.weight" in names else 1
+    fields["bias"] = "blk.0.ffn_up.bias" in names
+
+
 FAMILIES: tuple[Family, ...] = (
     _gated(  # SmolLM and SmolLM2 have this type too
-        "Llama", "llama", bias_key="mlp_bias", gguf=Gguf("llama", "deci", paired_rope=True)
+        "Llama",
+        "llama",
+        bias_key="mlp_bias",
+        gguf=Gguf("llama", "deci", paired_rope=True, read_as={"llama": "llama"}),
     ),
     _gated("Mistral", "mistral"),
     _gated("OLMo 2", "olmo2", attention=None),
-    _gated("Qwen2", "qwen2", gguf=Gguf("qwen2", own_head_size=False)),
-    _gated("Qwen3", "qwen3", gguf=Gguf("qwen3")),
+    _gated("Qwen2", "qwen2", gguf=Gguf("qwen2", own_head_size=False, read_as={"qwen2": "qwen2"})),
+    _gated("Qwen3", "qwen3", gguf=Gguf("qwen3", read_as={"qwen3": "qwen3"})),
     _gated(
         "Gemma",
         "gemma",
         "gemma2",
         "gemma3_text",
         activation_keys=("hidden_activation", "hidden_act"),
+        gguf=Gguf(
+            None,
+            read_as={"gemma2": "gemma2", "gemma3": "gemma3_text"},
+            norm_offset=1,
+            dtype="bfloat16",
+            complete=_gemma_scale,
+        ),
     ),
     _gated("Granite", "granite", bias_key="mlp_bias"),
     Family(
@@ -70,6 +96,7 @@ FAMILIES: tuple[Family, ...] = (
         inputs=(Projection("mlp.gate_up_proj", 0, stacked=2),),
         output=Projection("mlp.down_proj", 1),
         attention=_FUSED,
+        gguf=Gguf(None, read_as={"phi3": "phi3"}),
     ),
     Family(
         "GPT-2",
@@ -80,6 +107,7 @@ FAMILIES: tuple[Family, ...] = (
         width_key="n_inner",
         biased=True,
         activation_keys=("activation_function",),
+        gguf=Gguf(None, read_as={"gpt2": "gpt2"}),
     ),
     Family(
         "GPT-NeoX",
@@ -110,6 +138,7 @@ FAMILIES: tuple[Family, ...] = (
         width_key="ffn_hidden_size",
         biased="bias",
         activation_keys=("activation",),
+        gguf=Gguf(None, read_as={"falcon": "falcon"}, heads_apart=True, complete=_falcon_form),
     ),
 )
 

@@ -13,8 +13,8 @@ import copy
 import json
 import re
 import reprlib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -57,7 +57,7 @@ class Gguf:
     Attributes
     ----------
     arch
-        llama.cpp's name of the architecture.
+        llama.cpp's name of the architecture; None if its files are read, but not written.
     ragged_arch
         An architecture with the same arithmetic that reads one width for each layer; None if there is none.
     paired_rope
@@ -65,12 +65,28 @@ class Gguf:
         the query and key rows must be reordered.
     own_head_size
         Whether heads * head size may differ from the hidden size.
+    read_as
+        The model type for each architecture whose files are read.
+    norm_offset
+        What llama.cpp adds to the weights of the norms.
+    heads_apart
+        Whether llama.cpp stores all queries, all keys and all values one after another where transformers stores them
+        by groups of heads.
+    dtype
+        The dtype of weights that were quantized; float16 is too narrow for the activations of some models.
+    complete
+        Adds settings that a file implies to those that it states. It is given the settings and the tensors' names.
     """
 
-    arch: str
+    arch: str | None
     ragged_arch: str | None = None
     paired_rope: bool = False
     own_head_size: bool = True
+    read_as: Mapping[str, str] = field(default_factory=dict)
+    norm_offset: int = 0
+    heads_apart: bool = False
+    dtype: str = "float16"
+    complete: Callable[[dict[str, Any], Collection[str]], None] = lambda fields, names: None
 
 
 @dataclass(frozen=True)
@@ -98,7 +114,7 @@ class Family:
     bias_key
         Config flag that adds biases to the MLP and to nothing else; None if the config has no such flag.
     gguf
-        The architecture in GGUF files; None if GGUF export does not support it.
+        The architecture in GGUF files; None if they are neither read nor written.
     stored_as
         (Part of a module name, its replacement in checkpoints) where transformers renames tensors on loading.
     activation_keys

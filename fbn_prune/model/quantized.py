@@ -15,10 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fbn_prune.errors import InvalidInput
-from fbn_prune.model.checkpoint import PACKED, WEIGHT_DTYPES, Checkpoint
+from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.families import family_of
 from fbn_prune.model.family import Family
 from fbn_prune.model.folder import find_folder, read_config
+from fbn_prune.model.gguf_file import find_gguf, open_gguf
+from fbn_prune.model.header_checks import PACKED, WEIGHT_DTYPES
 from fbn_prune.model.quantization import CONFIG_KEYS, known_method, quantization_of
 from fbn_prune.model.quantized_formats import stored_weights
 from fbn_prune.model.quantized_values import Stored, plain, rounded
@@ -58,6 +60,11 @@ class QuantizedCheckpoint(Checkpoint):
     stored_tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
     transposed: bool = False
 
+    @property
+    def quantized_weights(self) -> int:
+        """Number of weights that are stored quantized."""
+        return len(self.stored) if self.gguf is None else self.gguf.quantized
+
     def tensor(self, name: str) -> Tensor:
         """Return a tensor in its plain dtype, mapped from its file where it is stored in that form.
 
@@ -66,6 +73,8 @@ class QuantizedCheckpoint(Checkpoint):
         FbnPruneError
             A value is not finite, or too large for the dtype.
         """
+        if self.gguf is not None:
+            return super().tensor(name)
         dtype = self.tensors[name].dtype
         if (stored := self.stored.get(name)) is not None:
             values = plain(name, stored, self._stored_tensor, dtype)
@@ -98,7 +107,7 @@ def open_quantized(
     Parameters
     ----------
     path_or_hub_id
-        A folder, or a Hub id to download from.
+        A folder, a Hub id to download from, or a GGUF file, which need not be quantized.
     dtype
         The dtype of all floating-point tensors. By default quantized weights get the config's dtype (bfloat16 if that
         is not in `PLAIN_DTYPES`), and other tensors keep theirs.
@@ -108,6 +117,14 @@ def open_quantized(
     InvalidInput
         The model is not quantized, its quantization cannot be undone, or :meth:`Checkpoint.open` would refuse it.
     """
+    if (file := find_gguf(path_or_hub_id)) is not None:
+        gguf = open_gguf(file, dtype)
+        model, types = gguf.model, ", ".join(gguf.types)
+        opened = QuantizedCheckpoint(
+            file, model.config, model.family, gguf.tensors, gguf=gguf, method=f"GGUF ({types})"
+        )
+        opened.check()
+        return opened
     path, hub_id = find_folder(path_or_hub_id, _plain_family)
     config = read_config(path)
     family = _plain_family(config)

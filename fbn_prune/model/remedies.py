@@ -26,11 +26,6 @@ def without_config(path: Path) -> str:
         return f"{path} has no config.json; this is an adapter: merge it into its base model first"
     if (snapshot := _snapshot(path)) is not None:
         return f"{path} is a model's place in the Hub's cache; give its snapshot {snapshot}"
-    if gguf := sorted(file.name for file in path.glob("*.gguf")):
-        return (
-            f"{path} has no config.json, only GGUF ({gguf[0]}); "
-            "give the model's folder with safetensors, from which the GGUF was made"
-        )
     inside = sorted(file.parent for file in path.glob("*/config.json"))
     if len(inside) == 1:
         return f"{path} has no config.json; give the folder inside, {inside[0]}"

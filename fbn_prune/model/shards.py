@@ -106,8 +106,6 @@ def _no_weights(path: Path) -> str:
             f"{path} holds only pickled weights ({pickles[0]}), which are never read: "
             "convert them to safetensors, for instance with transformers' save_pretrained"
         )
-    if gguf := sorted(file.name for file in path.glob("*.gguf")):
-        return f"{path} has its weights only as GGUF ({gguf[0]}); give a folder with safetensors"
     neither = f"{path} has neither {SINGLE_FILE} nor {INDEX_FILE}"
     loose = sorted(file.name for file in path.glob("*.safetensors"))
     if "adapter_model.safetensors" in loose:

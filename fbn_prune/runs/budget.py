@@ -55,10 +55,9 @@ class ModelSize:
             parameters += info.parameters
             nbytes += info.nbytes
         head_parameters, head_bytes = _removed_heads(checkpoint, head_groups)
-        files = {info.file for info in checkpoint.tensors.values()} - {
-            ""
-        }  # a live model's have none
-        stored = sum((checkpoint.path / file).stat().st_size for file in files)
+        # A live model has no files, and the bytes of quantized ones say nothing of the headers.
+        files = checkpoint.weight_files if checkpoint.gguf is None else []
+        stored = sum(file.stat().st_size for file in files)
         return cls(
             neurons=neurons,
             parameters=checkpoint.total_parameters - head_parameters,

@@ -91,12 +91,12 @@ def dequantize(
     overwrite: bool = False,
     display: Display | None = None,
 ) -> dict[str, Any]:
-    """Write a quantized checkpoint (fp8, compressed-tensors, bitsandbytes) as a plain one, which can be pruned.
+    """Write a quantized checkpoint (fp8, compressed-tensors, bitsandbytes) or a GGUF file as a plain checkpoint.
 
     Parameters
     ----------
     model
-        Folder or Hub id of the quantized checkpoint.
+        Folder or Hub id of the quantized checkpoint, or a GGUF file.
     output
         Folder to write.
     dtype
@@ -129,7 +129,7 @@ def dequantize(
     return {
         "output": str(output),
         "method": source.method,
-        "dequantized": len(source.stored),
+        "dequantized": source.quantized_weights,
         "dtype": str(source.storage_dtype).removeprefix("torch."),
         "parameters": source.total_parameters,
         "bytes": source.total_bytes,

@@ -167,8 +167,7 @@ def facts(prepared: Prepared) -> dict[str, Any]:
 def _checkpoint(prepared: Prepared) -> list[Any]:
     """Return the config, the tensor headers, and the size and time of each file (which change with its data)."""
     checkpoint = prepared.checkpoint
-    files = sorted({info.file for info in checkpoint.tensors.values()})
-    stats = [(file, (checkpoint.path / file).stat()) for file in files]
+    stats = [(file.name, file.stat()) for file in checkpoint.weight_files]
     return [
         checkpoint.config,
         [

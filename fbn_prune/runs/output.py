@@ -133,6 +133,6 @@ def _card(
         perplexity_after=result.perplexity_after,
         perplexity_cut=None if result.recovery is None else result.recovery.perplexity_cut,
         warning=result.warning,
-        license=source_license(prepared.checkpoint.path / "README.md"),
+        license=source_license(prepared.checkpoint.folder / "README.md"),
     )
     return model_card(facts)

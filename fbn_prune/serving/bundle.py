@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fbn_prune.errors import InvalidInput
 from fbn_prune.export.directory import atomic_directory, disk_errors
+from fbn_prune.export.shards import write_shards
 from fbn_prune.export.writer import copy_companions, copy_own_code, write_json
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.kept_neurons import KEPT_FILE, KeptNeurons
@@ -232,6 +233,11 @@ def _task_of(
 
 
 def _copy_checkpoint(base: Checkpoint, folder: Path) -> None:
+    if base.gguf is not None:
+        write_shards(base.tensors, base.tensor, folder)
+        write_json(folder / "config.json", base.config)
+        copy_companions(base, folder)
+        return
     weights = {info.file for info in base.tensors.values()}
     index = [INDEX_FILE] if (base.path / INDEX_FILE).is_file() else []
     for file in sorted({"config.json", *weights, *index}):
