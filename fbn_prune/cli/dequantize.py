@@ -9,6 +9,7 @@ import typer
 
 from fbn_prune.cli import console
 from fbn_prune.cli.options import Json
+from fbn_prune.cli.streams import finished
 
 Model = Annotated[str, typer.Option("--model", help="Folder or Hub id of a quantized checkpoint.")]
 Output = Annotated[Path, typer.Option("--output", help="Folder to write.")]
@@ -45,10 +46,11 @@ def command(
         overwrite=overwrite,
         display=console.display(),
     )
-    if json:
-        console.print_json(written)
-    else:
-        console.print_line(
-            f"{output}: {console.size(written['bytes'])}, "
-            f"{written['dequantized']} weights from {written['method']} to {written['dtype']}"
-        )
+    with finished(output):
+        if json:
+            console.print_json(written)
+        else:
+            console.print_line(
+                f"{output}: {console.size(written['bytes'])}, "
+                f"{written['dequantized']} weights from {written['method']} to {written['dtype']}"
+            )

@@ -24,6 +24,7 @@ from fbn_prune.cli.options import (
     recipe_flags,
     task_names,
 )
+from fbn_prune.cli.streams import finished
 from fbn_prune.errors import InvalidInput
 from fbn_prune.recipe import build_recipe
 
@@ -89,10 +90,11 @@ def command(
         output_path.write_text(text + "\n", encoding="utf-8")
     if card:
         api.write_evaluation_card(readme, evaluations)
-    if json:
-        console.print_json(result)
-    else:
-        _show(evaluations)
+    with nullcontext() if output_path is None else finished(output_path):
+        if json:
+            console.print_json(result)
+        else:
+            _show(evaluations)
 
 
 def _show(evaluations: list[Evaluation]) -> None:
