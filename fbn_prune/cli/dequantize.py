@@ -10,6 +10,7 @@ import typer
 from fbn_prune.cli import console
 from fbn_prune.cli.options import Json
 from fbn_prune.cli.streams import finished
+from fbn_prune.errors import counted
 
 Model = Annotated[str, typer.Option("--model", help="Folder or Hub id of a quantized checkpoint.")]
 Output = Annotated[Path, typer.Option("--output", help="Folder to write.")]
@@ -52,5 +53,5 @@ def command(
         else:
             console.print_line(
                 f"{output}: {console.size(written['bytes'])}, "
-                f"{written['dequantized']} weights from {written['method']} to {written['dtype']}"
+                f"{counted(written['dequantized'], 'weight')} from {written['method']} to {written['dtype']}"
             )

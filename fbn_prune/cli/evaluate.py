@@ -71,12 +71,13 @@ def command(
         raise InvalidInput(f"--card: there is no {readme}")
     from fbn_prune import api
 
+    models = [recipe.model] if compare is None else [recipe.model, compare]
+    api.check_models(models)
     # The harness ends its helper processes with this signal; our own handler would keep them alive.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     options = api.HarnessOptions(
         limit, num_fewshot, batch_size, log_samples, recipe.device, recipe.dtype, max_length
     )
-    models = [recipe.model] if compare is None else [recipe.model, compare]
     # The harness prints, and draws progress bars even without a terminal; it raises its errors.
     quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
     with quiet, redirect_stdout(sys.stderr):

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from fbn_prune.cli import console
 from fbn_prune.cli.options import Json
+from fbn_prune.errors import counted
 
 if TYPE_CHECKING:
     from fbn_prune.api import FunctionalNetworks, Recurrence
@@ -103,7 +104,7 @@ def _table(
     cards: list[dict[str, Any]],
     others: dict[str, Recurrence],
 ) -> Table:
-    table = Table(title=f"{len(networks.maps)} networks in {path}", title_justify="left")
+    table = Table(title=f"{counted(len(networks.maps), 'network')} in {path}", title_justify="left")
     measured = "recurrence" in networks.header
     for column in ("id", "variance", "hubs", "members", "layers"):
         table.add_column(column, justify="right")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from fbn_prune.data.given import GivenData
-from fbn_prune.data.text_files import is_text
+from fbn_prune.data.text_files import is_text, require_source
 from fbn_prune.errors import InvalidInput
 
 LONGEST_LINE = 64 * 2**20
@@ -75,9 +75,8 @@ def _local_documents(source: str, characters: int, seed: int) -> Iterator[str]:
         random.Random(seed).shuffle(files)
         for file in files:
             yield from _local_documents(str(file), characters, seed)
-    elif not path.exists():
-        raise InvalidInput(f"calibration source {source!r} does not exist")
     else:
+        require_source(source)
         try:
             with path.open(encoding="utf-8") as opened:
                 if path.suffix == ".jsonl":

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fbn_prune.errors import InvalidInput
+from fbn_prune.errors import InvalidInput, counted
 
 CHARACTERS_READ_PER_TOKEN = 16
 """Characters of text read for each token of the budget: about four times as many as the tokens have, so that the blocks
@@ -66,7 +66,7 @@ def as_source(dataset: Dataset, *, tokens: int, column: str = "text") -> str | G
     if isinstance(dataset, Sequence) and all(isinstance(text, str) for text in dataset):
         if not dataset:
             raise InvalidInput("dataset is an empty list: give documents, or the name of a source")
-        return GivenData(f"{len(dataset)} documents", documents=tuple(dataset))
+        return GivenData(f"{counted(len(dataset), 'document')}", documents=tuple(dataset))
     if isinstance(dataset, Iterable):
         return GivenData("token ids", rows=_first_rows(dataset, tokens))
     raise InvalidInput(
@@ -92,7 +92,7 @@ def _of_table(table: Any, tokens: int, column: str) -> GivenData:
             break
     if not texts:
         raise InvalidInput(f"dataset: the column {column!r} is empty")
-    return GivenData(f"{len(texts)} documents", documents=tuple(texts))
+    return GivenData(f"{counted(len(texts), 'document')}", documents=tuple(texts))
 
 
 def _first_rows(batches: Iterable[Any], tokens: int) -> tuple[Tensor, ...]:

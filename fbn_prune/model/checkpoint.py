@@ -27,13 +27,14 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from fbn_prune.errors import InvalidInput
+from fbn_prune.errors import InvalidInput, counted
 from fbn_prune.model.config_checks import ConfigWarning, oddities
 from fbn_prune.model.families import family_of
 from fbn_prune.model.family import Family, as_config
 from fbn_prune.model.folder import VOCABULARY_FILES, find_folder, read_config
+from fbn_prune.model.headers import one_line
 from fbn_prune.model.modeling_ragged import ragged_class
-from fbn_prune.model.shards import TensorInfo, one_line, read_headers
+from fbn_prune.model.shards import TensorInfo, read_headers
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PACKED = re.compile(
@@ -265,7 +266,7 @@ class Checkpoint:
         model, report = loaded
         if missing := sorted(report["missing_keys"]):
             raise InvalidInput(
-                f"{self.path}: {len(missing)} tensors of the model are not in the checkpoint, first {missing[0]}"
+                f"{self.path}: the checkpoint lacks {counted(len(missing), 'tensor')} of the model, first {missing[0]}"
             )
         if mismatched := sorted(report["mismatched_keys"]):
             name, stored, expected = mismatched[0]

@@ -62,7 +62,7 @@ def run_prune(recipe: Recipe, clock: StageClock) -> PruneResult:
         If the pruned model does not work, or the output cannot be written.
     """
     prepared = prepare(recipe)
-    for line in recipe.notes:
+    for line in prepared.notes:
         clock.note(line)
     with distributed.joined(prepared.device), store_of(prepared) as store:
         return PruneRun(open_run(prepared, clock), store).run()
