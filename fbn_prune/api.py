@@ -421,7 +421,7 @@ def write_report(
     if output.exists() and not overwrite:
         raise InvalidInput(f"the output {output} exists; give another, or --overwrite")
     if not output.resolve().parent.is_dir():
-        raise InvalidInput(f"{output}: there is no folder {output.resolve().parent}")
+        raise InvalidInput(f"{output}: there is no folder {output.resolve().parent}: make it first")
     from fbn_prune.export.report import facts, page  # loads matplotlib
 
     page.write_report(

@@ -97,8 +97,8 @@ class PruningConfig(BaseModel):
     """Order of the networks: by output energy, by the rise of the loss when they are knocked out, or by how much
     the task's activity differs from generic text. Default: task with --task, else energy."""
     task: str | None = _key(CALIBRATION)
-    """The task to keep: a few examples in FILE.jsonl (text, or question and answer), the training split of a task
-    of lm-evaluation-harness (lm_eval:NAME or lm_eval:FILE.yaml), or builtin:SKILL."""
+    """The task to keep: a few examples in a FILE (text, question and answer, or conversations), the training split
+    of a task of lm-evaluation-harness (lm_eval:NAME or lm_eval:FILE.yaml), or builtin:SKILL."""
     task_examples: int = _more(CALIBRATION, 64, ge=1)
     """Number of examples to draw from lm_eval: and builtin: tasks; a file is used completely."""
     task_networks: int | None = _more(CALIBRATION, ge=1)
@@ -254,8 +254,8 @@ class Recipe(PruningConfig):
     output: Path | None = _key(MODEL)
     """Folder to write; it must not exist."""
     calibration: tuple[str, ...] = _key(CALIBRATION, ("builtin",))
-    """Calibration text: FILE.txt, FILE.jsonl[:field], a folder, hf:dataset[:config[:split[:field]]] or `builtin`.
-    Repeat for several."""
+    """Calibration text: FILE[:field] (plain text, JSON, CSV, Parquet or Arrow, compressed or not), a folder,
+    hf:dataset[:config[:split[:field]]] or `builtin`. Repeat for several."""
     max_shard_size: str = _more(MODEL, "5GB")
     """Size of the largest safetensors shard to write."""
     device: str = _key(MACHINE, "auto")

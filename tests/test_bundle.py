@@ -91,7 +91,7 @@ def test_a_served_task_speaks_like_the_export_token_for_token(name: str, tmp_pat
     assert greedy(served.model) == greedy(dense)
     unlike = dense
     for task, path in pruned.items():
-        exported = Checkpoint.open(path, ragged=True).load_model("cpu", torch.float32)
+        exported = Checkpoint.open(path).load_model("cpu", torch.float32)
         with served.networks(task):
             assert greedy(served.model) == greedy(exported)
             torch.testing.assert_close(logits(served.model), logits(exported), rtol=1e-4, atol=1e-5)

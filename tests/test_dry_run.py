@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -75,19 +74,16 @@ def test_what_a_recipe_adds_is_passed_through_the_model(more: dict[str, Any]) ->
     assert asked[1] >= base[1]
 
 
-def test_a_layer_that_cannot_be_built_or_held_leaves_the_time_out(
+def test_a_layer_that_cannot_be_held_leaves_the_time_out(
     text: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = save_tiny(tmp_path / "model")
     there = predicted(capsys, model, text)
     with monkeypatch.context() as patch:
         patch.setattr(dry_run, "free_memory", lambda device: 1000)
-        full = predicted(capsys, model, text)
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"hidden_act": "unheard-of"}))
-    for said in (full, predicted(capsys, model, text)):
+        said = predicted(capsys, model, text)
         assert said["seconds_low"] is said["seconds_high"] is None
         assert said["peak_memory_bytes"] == there["peak_memory_bytes"]
         assert said["bytes_after"] == there["bytes_after"]
-    assert _exit_code([*arguments(model, text, tmp_path / "out", *HALF), "--dry-run"]) == 0
-    assert "unknown" in capsys.readouterr().out
+        assert _exit_code([*arguments(model, text, tmp_path / "out", *HALF), "--dry-run"]) == 0
+        assert "unknown" in capsys.readouterr().out

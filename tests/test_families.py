@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.families import FAMILIES, family_of
+from fbn_prune.model.stock_names import with_stock_names
 from fbn_prune.model.surgery import MlpCut, cut_config, cut_of, cut_tensor
 
 every_family = pytest.mark.parametrize("name", FAMILY_CONFIGS)
@@ -231,11 +232,17 @@ def test_a_bias_without_a_place_is_refused(name: str) -> None:
 
 
 def test_a_cut_config_changes_width_and_bias_alone() -> None:
-    config = FAMILY_CONFIGS["llama"]().to_dict() | {"auto_map": {"AutoConfig": "code.Config"}}
+    config = FAMILY_CONFIGS["llama"]().to_dict() | {
+        "auto_map": {"AutoConfig": "code.Config"},
+        "architectures": ["MineForCausalLM"],
+    }
     cut = MlpCut(torch.arange(8), torch.zeros(HIDDEN, 8), torch.zeros(HIDDEN))
     pruned = cut_config(config, family_of(config), [cut] * LAYERS)
     changed = {key for key in config | pruned if config.get(key) != pruned.get(key)}
-    assert changed == {"intermediate_size", "mlp_bias", "auto_map"}
+    assert changed == {"intermediate_size", "mlp_bias", "auto_map", "architectures"}
+    assert pruned["architectures"] == ["LlamaForCausalLM"]
+    both = config | {"architectures": ["LlamaForCausalLM", "Mine"]}
+    assert with_stock_names(both)["architectures"] == both["architectures"]
     assert (pruned["intermediate_size"], pruned["mlp_bias"]) == (8, True)
     assert config["intermediate_size"] == WIDTH
 
@@ -269,7 +276,10 @@ def test_an_inconsistent_cut_cannot_be_made(
         ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, "multimodal"),
         ({"model_type": "mamba"}, "'mamba' is not known"),
         ({"model_type": "llama", "quantization_config": {"quant_method": "x"}}, r"quantized \(x\)"),
-        ({"model_type": "llama", "per_layer_config": {"0": {"w": 3}}}, "different widths"),
+        (
+            {"model_type": "llama", "per_layer_config": {"0": {"w": 3}}},
+            "only intermediate_size may differ",
+        ),
     ],
 )
 def test_what_cannot_be_pruned_is_refused_in_one_line(config: dict[str, Any], reason: str) -> None:

@@ -164,7 +164,7 @@ def test_a_cut_that_rounding_makes_much_larger_is_said_before_the_work(
         "16 of 24, which removes 33.3%" in said
     )
     recipe = build_recipe({"sparsity": 0.5})
-    assert rounding_note(recipe, Budget(36, most=False), 24, 3, 4) is None
+    assert rounding_note(recipe, Budget(36, most=False), [24] * 3, 4) is None
 
 
 @pytest.mark.parametrize(

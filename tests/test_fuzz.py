@@ -12,8 +12,8 @@ from fuzz_readers import READERS, fuzz
 from safetensors.torch import save_file
 from tiny_models import save_tiny
 
-from fbn_prune.data import documents
 from fbn_prune.data import examples as task_data
+from fbn_prune.data import records
 from fbn_prune.data import text_files as texts
 from fbn_prune.data.documents import read_documents
 from fbn_prune.data.examples import read_examples
@@ -93,11 +93,12 @@ def test_half_a_character_in_json_is_refused_with_its_line(tmp_path: Path) -> No
 def test_a_line_or_a_file_without_end_is_not_read_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(documents, "LONGEST_LINE", 100)
+    monkeypatch.setattr(records, "LONGEST_LINE", 100)
     monkeypatch.setattr(task_data, "MOST_BYTES", 100)
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x" * 200}))
     with pytest.raises(InvalidInput, match="line 1: longer than 100 characters"):
         list(read_documents(str(tmp_path / "a.jsonl"), characters=1000))
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps({'text': 'x' * 60})}\n" * 2)
     with pytest.raises(InvalidInput, match="larger than 100 bytes"):
         read_examples(tmp_path / "a.jsonl")
 
@@ -130,7 +131,7 @@ def test_widths_of_layers_that_are_none_are_refused(own: object) -> None:
     with pytest.raises(
         InvalidInput, match=r"per_layer_config must map|not an integer|is not a valid"
     ):
-        family_of(config, ragged=True).widths(config)
+        family_of(config).widths(config)
 
 
 def test_a_config_that_breaks_its_own_class_is_refused(tmp_path: Path) -> None:

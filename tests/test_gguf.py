@@ -47,7 +47,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 def ragged(folder: Path, name: str, out: Path) -> Checkpoint:
     source = Checkpoint.open(save_tiny(folder, name))
     export(source, random_cuts(source, (4, WIDTH, 7)), out)
-    return Checkpoint.open(out, ragged=True)
+    return Checkpoint.open(out)
 
 
 def paired(weight: torch.Tensor, heads: int) -> torch.Tensor:

@@ -38,7 +38,7 @@ def test_a_ragged_run_ends_in_a_checkpoint_of_the_widths_it_reports(
     # No multiple of the layers.
     extra = ["--layout", "ragged", "--sparsity", "0.45", "--loss-aware", "--sequential"]
     result = run_json(capsys, *job(model, text, tmp_path / "out", *extra))
-    written = Checkpoint.open(tmp_path / "out", ragged=True)
+    written = Checkpoint.open(tmp_path / "out")
     assert written.family.widths(written.config) == result["widths"]
     assert len(set(result["widths"])) > 1
     assert sum(result["widths"]) == round(0.55 * result["neurons_total"])
@@ -101,7 +101,7 @@ def test_whole_layers_stay_whole(
     extra = ["--layout", "ragged", "--keep-layers", "0,-1", "--sparsity", "0.2"]
     result = run_json(capsys, *job(tiny, text, tmp_path / "out", *extra))
     assert result["widths"] == [24, 10, 24]
-    before, after = Checkpoint.open(tiny), Checkpoint.open(tmp_path / "out", ragged=True)
+    before, after = Checkpoint.open(tiny), Checkpoint.open(tmp_path / "out")
     for name in before.names:
         if ".layers.0." in name or ".layers.2." in name:
             assert torch.equal(before.tensor(name), after.tensor(name)), name

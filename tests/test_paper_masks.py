@@ -40,7 +40,7 @@ def test_the_recipe_keeps_exactly_what_a_plain_implementation_of_the_paper_keeps
     path, out = tmp_path / "recipe.yaml", tmp_path / "out"
     path.write_text(recipe.to_yaml())
     assert _exit_code(["run", str(path), "--output", str(out)]) == 0
-    before, after = Checkpoint.open(builtin.model_path()), Checkpoint.open(out, ragged=True)
+    before, after = Checkpoint.open(builtin.model_path()), Checkpoint.open(out)
     ours = [paper_masks.kept_in_checkpoint(before, after, layer) for layer in range(LAYERS)]
     assert [int(layer.sum()) for layer in ours] == [768, 768, 768, 768 - 276, 768, 768]
 

@@ -56,7 +56,7 @@ def test_on_real_activations_a_refit_beats_no_refit(name: str, text: Path, tmp_p
     options = CutOptions(False, 1e-2, 1e-3, 0, torch.float32)
     for layer in EvidencePass(live, batches, options, clock=StageClock()):
         for share in (0.25, 0.5, 0.75):
-            keep = round(prepared.width * share)
+            keep = round(prepared.widths[0] * share)
             kept = choose_neurons(layer.weight, layer.gram, keep, damping=1e-2)
             plain = output_error(layer.weight, layer.gram, kept, layer.weight[:, kept])
             new = refit(layer.weight, layer.gram, kept, damping=1e-3)

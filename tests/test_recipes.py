@@ -81,7 +81,7 @@ def test_the_paper_recipe_keeps_by_threshold_and_leaves_the_outer_layers_whole(
     strongest = networks.maps.abs().amax(0)
     inner = torch.cat([strongest[networks.layer_slice(layer)] for layer in (3, 4, 5)])
     threshold = inner.sort(descending=True).values[sum(result["widths"]) - 5 * 40 - 1]
-    before, after = Checkpoint.open(tiny), Checkpoint.open(tmp_path / "out", ragged=True)
+    before, after = Checkpoint.open(tiny), Checkpoint.open(tmp_path / "out")
     for layer in range(8):
         stays = strongest[networks.layer_slice(layer)] >= threshold
         if layer in outer:

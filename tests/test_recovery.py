@@ -247,7 +247,7 @@ def test_what_is_written_is_what_was_healed_and_measured(
     assert "were trained to reproduce" in (out / "README.md").read_text()
     ragged = bool((out / "modeling_ragged.py").exists())
     loaded = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=ragged)
-    before, after = Checkpoint.open(model), Checkpoint.open(out, ragged=True)
+    before, after = Checkpoint.open(model), Checkpoint.open(out)
     attention = [n for n in before.names if "attn" in n and n.endswith("weight") and ".0." in n]
     linear = [n for n in attention if len(before.shape(n)) == 2]
     assert linear

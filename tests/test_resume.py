@@ -397,7 +397,7 @@ def test_finished_shards_need_no_room_again(
         prepare(job(place, tmp_path / "out", **SHARDED, **changes))
 
     with_free(folder, needed - kept)
-    with pytest.raises(InvalidInput, match="GB free"):
+    with pytest.raises(InvalidInput, match="free: make room"):
         with_free(folder, needed - kept - 10_000)
     if where == "elsewhere":
         with pytest.raises(InvalidInput, match=r"the output .* needs"):

@@ -137,7 +137,7 @@ def test_its_llama_takes_a_ragged_checkpoints_weights_and_computes_its_mlps(
     hf_config = AutoConfig.from_pretrained(out)
     vllm_config = SimpleNamespace(model_config=SimpleNamespace(hf_config=hf_config))
     ragged = getattr(importlib.import_module(module), name)(vllm_config=vllm_config, prefix=prefix)
-    ragged.load_weights(Checkpoint.open(out, ragged=True))
+    ragged.load_weights(Checkpoint.open(out))
     live = ModelAdapter(cut_live(source, cuts))
     hidden = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(0))
     for layer in range(LAYERS):

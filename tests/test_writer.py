@@ -344,9 +344,9 @@ def test_what_a_killed_run_left_beside_the_output_counts_as_room(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(directory.shutil, "disk_usage", lambda _: usage._replace(free=10_000))
     check_output(tmp_path / "out", False, None, needed_bytes=11_000)
-    with pytest.raises(InvalidInput, match="GB free"):
+    with pytest.raises(InvalidInput, match="free: make room"):
         check_output(tmp_path / "out", False, None, needed_bytes=11_001)
-    with pytest.raises(InvalidInput, match="GB free"):
+    with pytest.raises(InvalidInput, match="free: make room"):
         check_output(tmp_path / "another", False, None, needed_bytes=10_001)
 
 
@@ -408,7 +408,7 @@ FACTS = CardFacts(
     base_hub_id="someone/model",
     criterion="second-order pruning with refit",
     widths=(KEPT,) * LAYERS,
-    neurons_before=WIDTH,
+    widths_before=(WIDTH,) * LAYERS,
     parameters_before=2_000_000,
     parameters_after=1_500_000,
     bytes_before=4_000_000,

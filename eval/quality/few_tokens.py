@@ -33,7 +33,7 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", DampingWarning)
     run = protocol.open_texts(arguments.model, arguments.texts, tokens=65536)
-    recipe, width = run.prepared.recipe, run.prepared.width
+    recipe, width = run.prepared.recipe, run.prepared.widths[0]
     held_out = run.data.held_out.subset(8192).batches(4096)
     table: dict[str, dict[str, float]] = {}
     for ratio in TOKENS_PER_NEURON:

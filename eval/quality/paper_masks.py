@@ -114,7 +114,7 @@ def main(
         prepared = prepare(recipe)
         result = run_prune(recipe, StageClock())
         before = Checkpoint.open(model)
-        after = Checkpoint.open(Path(folder) / "pruned", ragged=True)
+        after = Checkpoint.open(Path(folder) / "pruned")
         cut = [layer for layer in range(prepared.layers) if layer not in prepared.whole]
         ours = [kept_in_checkpoint(before, after, layer) for layer in cut]
     blocks = read_texts(prepared, before.load_tokenizer(), calibrate)[0].calibrating

@@ -39,7 +39,7 @@ SHARES = (0.9, 0.7, 0.5, 0.3, 0.1)
 def measure(name: str, texts: list[str]) -> list[dict[str, Any]]:
     """Return for each criterion and width the summed relative error and the loss rise in nats."""
     run = protocol.open_texts(name, texts, TOKENS)
-    adapter, width = run.adapter, run.prepared.width
+    adapter, width = run.adapter, run.prepared.widths[0]
     held_out = run.data.held_out.subset(HELD_OUT_TOKENS).batches(4096)
     family, config = run.prepared.family, run.prepared.checkpoint.config
     groups = family.head_shape(config).groups if family.attention is not None else 1

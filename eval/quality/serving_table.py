@@ -83,7 +83,7 @@ def main() -> None:
     for text in options.task:
         name, _, places = text.partition("=")
         folder, _, source = places.partition(",")
-        pruned = Checkpoint.open(Path(folder), ragged=True)
+        pruned = Checkpoint.open(Path(folder))
         rows += rows_of_task(base, name, pruned, source, options)
     facts = {"model": options.model, "tokens": options.tokens, "torch": torch.__version__}
     protocol.save_json(options.output, {**facts, "context": CONTEXT, "rows": rows})

@@ -1,5 +1,5 @@
-"""Fuzz everything that reads files from elsewhere: weights, index, config, recipe, calibration text, task files,
-networks, quantised weights and their quantisation configs, and records of unfinished work.
+"""Fuzz everything that reads files from elsewhere: weights, index, config, recipe, calibration text of every kind, chat
+data, task files, networks, quantised weights and their quantisation configs, and records of unfinished work.
 
 A reader must return a value or raise InvalidInput. It must not allocate memory out of proportion to its input, and must
 not look for shards outside the checkpoint's folder. The inputs are valid files with random edits of bytes or of JSON
@@ -13,8 +13,12 @@ runs each reader for that much processor time under a memory limit and prints wh
 from __future__ import annotations
 
 import argparse
+import bz2
 import copy
+import gzip
+import io
 import json
+import lzma
 import resource
 import tempfile
 import time
@@ -25,14 +29,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import torch
 from hypothesis import HealthCheck, Verbosity, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save
+from transformers import AutoTokenizer
 
 from fbn_prune.data import builtin
 from fbn_prune.data.documents import read_documents
 from fbn_prune.data.examples import read_examples, recorded_fingerprints
+from fbn_prune.data.forms import Reading
 from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.families import family_of
@@ -222,7 +230,7 @@ def _read_config(data: bytes, folder: Path) -> object:
 def _read_any_config(data: bytes, folder: Path) -> object:
     (folder / "config.json").write_bytes(data)
     config = read_object(folder / "config.json")
-    family = family_of(config, ragged=True)
+    family = family_of(config)
     sizes = family.widths(config), family.hidden_size(config), family.vocab_size(config)
     return *sizes, family.context_length(config), family.has_bias(config)
 
@@ -355,8 +363,64 @@ _LINES = [
 ]
 
 
+_TURNS = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+_CHATS: list[Any] = [
+    {"messages": [{"role": "system", "content": "Be brief."}, *_TURNS], "tools": [{"name": "a"}]},
+    {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": None}]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}], "system": "b"},
+    {"messages": json.dumps(_TURNS)},
+    {"instruction": "Add.", "input": "1 1", "output": "2"},
+    {"prompt": _TURNS[:1], "completion": _TURNS[1:]},
+    {"prompt": "a", "response": "b"},
+    {"question": "a", "answer": "b"},
+]
+_LISTS: list[Any] = [
+    [{"text": "one"}, {"text": "two"}],
+    {"version": 1, "data": [{"text": "one"}, {"text": None}]},
+    {"text": "one", "of": [{"a": 1}]},
+]
+_CSV = [
+    b'id,text\n1,"one\ntwo"\n2,three\n',
+    b'\xef\xbb\xbftext;id\n"a ""b""";1\n',
+    b"id\ttext\n1\ta\n",
+]
+_TEMPLATE = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('turns') }}{% endif %}{{ m.role + ': ' + m.content }}{% endfor %}"
+)
+
+
+@cache
+def _templated() -> Any:
+    tokenizer = AutoTokenizer.from_pretrained(builtin.model_path())
+    tokenizer.chat_template = _TEMPLATE
+    return tokenizer
+
+
+@cache
+def _tables() -> list[bytes]:
+    """A small Parquet file, and Arrow's two formats."""
+    table = pyarrow.table({"text": ["one", None, "three"], "messages": [_TURNS, None, []]})
+    written = [io.BytesIO() for _ in range(3)]
+    pyarrow.parquet.write_table(table, written[0])
+    for sink, opened in zip(
+        written[1:], (pyarrow.ipc.new_file, pyarrow.ipc.new_stream), strict=True
+    ):
+        with opened(sink, table.schema) as writer:
+            writer.write_table(table)
+    return [one.getvalue() for one in written]
+
+
+def _compressed() -> list[bytes]:
+    text = b"".join(_LINES)
+    packed = [pyarrow.compress(text, form, asbytes=True) for form in ("zstd", "lz4")]
+    return [gzip.compress(text) * 2, bz2.compress(text), lzma.compress(text), *packed]
+
+
 def _documents(path: Path) -> object:
-    return list(read_documents(f"{path}", characters=1000))
+    plain = list(read_documents(f"{path}", characters=1000))
+    reading = Reading(_templated())
+    return plain, list(read_documents(f"{path}", characters=1000, reading=reading))
 
 
 READERS: dict[str, Reader] = {
@@ -374,8 +438,13 @@ READERS: dict[str, Reader] = {
     "json lines": Reader(
         _edited_bytes(_LINES) | _VALUES.map(_as_json), _write_and("a.jsonl", _documents)
     ),
+    "json": Reader(_json_like(_LISTS) | _VALUES.map(_as_json), _write_and("a.json", _documents)),
+    "chats": Reader(_json_like(_CHATS), _write_and("a.json", _documents)),
+    "csv": Reader(_edited_bytes(_CSV), _write_and("a.csv", _documents)),
+    "compressed": Reader(_edited_bytes(_compressed()), _write_and("a", _documents)),
+    "tables": Reader(_edited_bytes(_tables()), _write_and("a", _documents)),
     "task": Reader(
-        _edited_bytes(_LINES) | _VALUES.map(_as_json),
+        _edited_bytes(_LINES) | _json_like(_CHATS) | _VALUES.map(_as_json),
         _write_and("a.jsonl", lambda path: [one.fingerprint for one in read_examples(path)]),
     ),
     "task record": Reader(

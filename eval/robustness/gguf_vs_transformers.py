@@ -106,7 +106,7 @@ def main(
     good = True
     for folder in model:
         source = builtin.model_path() if str(folder) == "builtin" else folder
-        checkpoint = Checkpoint.open(str(source), ragged=True)
+        checkpoint = Checkpoint.open(str(source))
         with tempfile.TemporaryDirectory() as temporary:
             gguf = Path(temporary, "model.gguf")
             write_gguf(checkpoint, gguf, dtype="f32")

@@ -68,7 +68,9 @@ def command(
         raise InvalidInput("--log-samples: name the file for them with --output-path")
     readme = Path(recipe.model) / "README.md"
     if card and not readme.is_file():
-        raise InvalidInput(f"--card: there is no {readme}")
+        raise InvalidInput(
+            f"--card: there is no {readme}; leave it out, or evaluate the output of a run"
+        )
     from fbn_prune import api
 
     models = [recipe.model] if compare is None else [recipe.model, compare]

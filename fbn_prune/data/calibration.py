@@ -11,14 +11,14 @@ import hashlib
 import json
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fbn_prune.data.documents import read_documents
+from fbn_prune.data.documents import Reading, read_documents
 from fbn_prune.data.given import CHARACTERS_READ_PER_TOKEN, GivenData
 from fbn_prune.errors import InvalidInput
 
@@ -193,6 +193,7 @@ def calibration_data(
     held_out: float,
     seed: int,
     vocabulary: int,
+    note: Callable[[str], None] = lambda line: None,
 ) -> CalibrationData:
     """Sample about `tokens` calibration tokens evenly from the sources, and a held-out share in addition.
 
@@ -212,6 +213,8 @@ def calibration_data(
         Seed of the sample.
     vocabulary
         Number of the model's embeddings; larger token ids are refused.
+    note
+        Called with a line on what was found in a source, such as the field that holds its text.
 
     Raises
     ------
@@ -225,8 +228,9 @@ def calibration_data(
     held: list[Tensor] = []
     candidates: list[list[Tensor]] = []
     names = tuple(source.name if isinstance(source, GivenData) else source for source in sources)
+    reading = Reading(tokenizer, note)
     for index, (source, name) in enumerate(zip(sources, names, strict=True)):
-        blocks = _source_blocks(source, tokenizer, characters, context, seed)
+        blocks = _source_blocks(source, tokenizer, characters, context, seed, reading)
         _check_ids(blocks, vocabulary, name)
         available = sum(len(block) for block in blocks)
         if available < context or len(blocks) < 2:
@@ -261,6 +265,7 @@ def first_blocks(
     *,
     tokens: int = sys.maxsize,
     seed: int = 0,
+    note: Callable[[str], None] = lambda line: None,
 ) -> TokenBlocks:
     """Return the blocks of a source in the order of its text: the first `tokens` tokens, or all.
 
@@ -270,6 +275,8 @@ def first_blocks(
         Tokens of a block at most.
     seed
         Draws the order in which the files of a folder are read.
+    note
+        Called with a line on what was found in the source.
 
     Raises
     ------
@@ -278,12 +285,18 @@ def first_blocks(
     """
     name = source.name if isinstance(source, GivenData) else source
     characters = min((tokens + context) * CHARACTERS_READ_PER_TOKEN, sys.maxsize)
-    blocks = _source_blocks(source, tokenizer, characters, context, seed)
+    reading = Reading(tokenizer, note)
+    blocks = _source_blocks(source, tokenizer, characters, context, seed, reading)
     return TokenBlocks(tuple(blocks), context, (name,)).subset(tokens)
 
 
 def _source_blocks(
-    source: str | GivenData, tokenizer: Tokenizer, characters: int, context: int, seed: int
+    source: str | GivenData,
+    tokenizer: Tokenizer,
+    characters: int,
+    context: int,
+    seed: int,
+    reading: Reading,
 ) -> list[Tensor]:
     name = source.name if isinstance(source, GivenData) else source
     blocks: list[Tensor] = []
@@ -292,14 +305,15 @@ def _source_blocks(
         blocks = [block for block in blocks if len(block) >= MIN_BLOCK_TOKENS]
     else:
         empty = True
-        for document in read_documents(source, characters=characters, seed=seed):
+        for document in read_documents(source, characters=characters, seed=seed, reading=reading):
             empty = False
             blocks.extend(tokenize_document(tokenizer, document, context))
         if empty:
-            raise InvalidInput(f"calibration source {name!r} has no text")
+            raise InvalidInput(f"calibration source {name!r} has no text: give one that has")
     if not blocks:
         raise InvalidInput(
-            f"calibration source {name!r}: every document has fewer than {MIN_BLOCK_TOKENS} tokens"
+            f"calibration source {name!r}: every document has fewer than {MIN_BLOCK_TOKENS} tokens; "
+            "give longer ones"
         )
     return blocks
 

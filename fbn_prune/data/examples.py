@@ -1,7 +1,8 @@
-"""Read a task's examples from JSON lines, and keep test questions out of calibration.
+"""Read a task's examples from a file, and keep test questions out of calibration.
 
-A line is ``{"text": ...}`` or ``{"question": ..., "answer": ...}``. The second form becomes the question, the answer
-directly after it (any space between them must be part of one of the two), and a line end.
+A record is ``{"text": ...}`` or ``{"question": ..., "answer": ...}``. The second form becomes the question, the answer
+directly after it (any space between them must be part of one of the two), and a line end. A conversation is rendered
+with the model's chat template; its question is the user's longest turn.
 
 Test questions must not be used for calibration. The check compares texts, not file names: an example that contains a
 test question is refused, and a generic block that contains one is left out. A pruned checkpoint records fingerprints of
@@ -12,13 +13,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fbn_prune.data.calibration import MIN_BLOCK_TOKENS, TokenBlocks, Tokenizer, tokenize_document
-from fbn_prune.data.text_files import is_text, read_text
+from fbn_prune.data.chat import Chat
+from fbn_prune.data.file_kinds import OpenFile, open_file
+from fbn_prune.data.forms import DocumentMaker, checked, form_of, found
+from fbn_prune.data.records import json_lines, read_records
+from fbn_prune.data.text_files import read_text
 from fbn_prune.errors import InvalidInput
 
 MOST_BYTES = 64 * 2**20
@@ -30,10 +35,14 @@ RECORD_NAME = "task.json"
 
 @dataclass(frozen=True)
 class Example:
-    """One example: its whole text, and its question (the whole text if no question is marked)."""
+    """One example: its whole text, and its question (the whole text if no question is marked).
+
+    The text of a conversation is a plain one, to look for questions in; `chat` is what the model is shown.
+    """
 
     text: str
     question: str
+    chat: Chat | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -55,40 +64,52 @@ def question_of(record: dict[str, Any]) -> str | None:
 
 
 def read_examples(path: Path) -> list[Example]:
-    """Read the examples of a task.
+    """Read the examples of a task from a file of records, see :mod:`fbn_prune.data.records`.
 
     Raises
     ------
     InvalidInput
-        The file is missing, empty or not UTF-8, or a line is not an example.
+        The file is missing, too large, empty or not UTF-8, or a record is not an example.
     """
-    lines = read_text(path, f"task file {path}", most_bytes=MOST_BYTES).split("\n")
-    examples = [
-        _example(line, f"{path}, line {number}")
-        for number, line in enumerate(lines, 1)
-        if line.strip()
-    ]
+    name = f"task file {path}"
+    examples = []
+    read = 0
+    with open_file(path, name) as file:
+        for where, record in _records(file):
+            examples.append(_example(record, where))
+            read += len(examples[-1].text)
+            if read > MOST_BYTES:
+                raise InvalidInput(
+                    f"{name} is larger than {MOST_BYTES:,} bytes, the most that is read: give fewer examples"
+                )
     if not examples:
-        raise InvalidInput(f"task file {path} has no examples")
+        raise InvalidInput(
+            f"{name} has no examples: give one a line, as text or question and answer"
+        )
     return examples
 
 
-def _example(line: str, where: str) -> Example:
-    try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError, ValueError):
-        raise InvalidInput(f"{where}: not JSON") from None
-    fields = record if isinstance(record, dict) else {}
-    question, answer, text = (fields.get(key) for key in ("question", "answer", "text"))
-    for value in (question, answer, text):
-        if isinstance(value, str) and not is_text(value):
-            raise InvalidInput(f"{where}: contains a NUL or a lone surrogate")
+def _records(file: OpenFile) -> Iterable[tuple[str, Any]]:
+    if file.kind == "text":  # JSON lines under another name
+        return json_lines(file.text(), file.path)
+    return read_records(file, is_record=lambda record: form_of(record) is not None)
+
+
+def _example(record: Any, where: str) -> Example:
+    fields = record if isinstance(record, Mapping) else {}
+    question, answer = fields.get("question"), fields.get("answer")
     if isinstance(question, str) and isinstance(answer, str) and question.strip():
+        question, answer = checked(question, where, "question"), checked(answer, where, "answer")
         return Example(f"{question}{answer}\n", question)
-    if isinstance(text, str) and text.strip():
-        return Example(text, text)
-    have = ", ".join(sorted(fields)) or "no object"
-    raise InvalidInput(f"{where}: give a text, or question and answer, as strings (found: {have})")
+    if form_of(fields) is not None:
+        document = DocumentMaker(None, cure="")(where, fields)
+        if isinstance(document, Chat):
+            return Example(document.plain(), document.question(), document)
+        if document is not None and document.strip():
+            return Example(document, document)
+    raise InvalidInput(
+        f"{where}: give a text, question and answer, or a conversation {found(record)}"
+    )
 
 
 def example_blocks(
@@ -101,13 +122,22 @@ def example_blocks(
     InvalidInput
         All examples are too short for a block, or the tokenizer's ids do not fit the model.
     """
-    blocks = [b for one in examples for b in tokenize_document(tokenizer, one.text, context)]
+    texts = [
+        one.text
+        if one.chat is None
+        else one.chat.rendered(tokenizer, f"{source}, example {number}")
+        for number, one in enumerate(examples, 1)
+    ]
+    blocks = [block for text in texts for block in tokenize_document(tokenizer, text, context)]
     if not blocks:
-        raise InvalidInput(f"{source}: every example has fewer than {MIN_BLOCK_TOKENS} tokens")
+        raise InvalidInput(
+            f"{source}: every example has fewer than {MIN_BLOCK_TOKENS} tokens; give longer ones"
+        )
     highest = max(int(block.max()) for block in blocks)
     if highest >= vocabulary:
         raise InvalidInput(
-            f"{source}: the tokenizer returns the id {highest}, but the model's vocabulary has only {vocabulary}"
+            f"{source}: the tokenizer returns the id {highest}, but the model's vocabulary has only {vocabulary}: "
+            "use the model's own tokenizer"
         )
     return TokenBlocks(tuple(blocks), context, (source,))
 
@@ -194,7 +224,7 @@ def recorded_fingerprints(checkpoint: Path) -> set[str]:
         found = json.loads(read_text(path, str(path), most_bytes=MOST_BYTES))["questions_sha256"]
         return {str(one) for one in found}
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise InvalidInput(f"{path} is damaged: it should list the examples used") from None
+        raise InvalidInput(f"{path} is damaged: take it from the output of the run again") from None
 
 
 def _normal(text: str) -> str:

@@ -8,12 +8,13 @@ perplexity. The prompts are those of the harness's own tasks. A .yaml file is a 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fbn_prune.data.file_kinds import kind_of_name, open_file
 from fbn_prune.data.harness_tasks import TaskConfig, task_from_yaml
+from fbn_prune.data.records import read_records
 from fbn_prune.errors import InvalidInput
 
 ANSWER_TOKENS = 48
@@ -34,14 +35,16 @@ def task_from_file(path: Path) -> TaskConfig:
         The file is missing or of another type, or its fields fit no kind of task.
     """
     if not path.is_file():
-        raise InvalidInput(f"task file {path} does not exist")
+        raise InvalidInput(f"task file {path} does not exist: give one that does")
     if path.suffix in (".yaml", ".yml"):
         return task_from_yaml(path)
     source: TaskConfig = {"task": path.stem, "test_split": "test"}
-    if path.suffix == ".txt":
+    if path.suffix.lower() == ".txt":
         return source | _text_data(path) | _perplexity()
-    if path.suffix != ".jsonl":
-        raise InvalidInput(f"task file {path}: must be a .jsonl, .txt or .yaml file")
+    if kind_of_name(path) != "json":
+        raise InvalidInput(
+            f"task file {path}: must be a .jsonl, .json, .txt or .yaml file; convert it to one of them"
+        )
     fields = _first_record(path)
     data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(path.resolve())}}}
     for needed, config in _KINDS:
@@ -54,14 +57,12 @@ def task_from_file(path: Path) -> TaskConfig:
 
 
 def _first_record(path: Path) -> dict[str, Any]:
-    with path.open(encoding="utf-8") as file:
-        line = next((line for line in file if line.strip()), "")
-    try:
-        record = json.loads(line)
-    except ValueError:
-        raise InvalidInput(f"{path}: its first line is not JSON") from None
+    with open_file(path, f"task file {path}") as file:
+        records = read_records(file, is_record=lambda record: True)
+        where, record = next(records, (f"task file {path}", None))
+        records.close()
     if not isinstance(record, dict):
-        raise InvalidInput(f"{path}: its first line is not a JSON object")
+        raise InvalidInput(f"{where}: not a JSON object; give one question a line")
     return record
 
 

@@ -41,14 +41,14 @@ def task_from_yaml(path: Path) -> TaskConfig:
     except ImportError:
         raise FbnPruneError(_MISSING) from None
     if not path.is_file():
-        raise InvalidInput(f"task file {path} does not exist")
+        raise InvalidInput(f"task file {path} does not exist: give one that does")
     try:
         config = load_yaml(path, resolve_func=True)
     except (yaml.YAMLError, OSError, ValueError) as error:
         line = " ".join(str(error).split())
-        raise InvalidInput(f"task file {path} cannot be read: {line}") from None
+        raise InvalidInput(f"task file {path} cannot be read, correct it: {line}") from None
     if not isinstance(config, dict) or "task" not in config:
-        raise InvalidInput(f"task file {path} names no task")
+        raise InvalidInput(f"task file {path} names no task: give it a key `task`")
     return dict(config)
 
 
@@ -65,7 +65,9 @@ def require_known(names: Sequence[str]) -> None:
     known = set(task_manager(defaults=True).all_tasks) if names else set()
     for name in names:
         if name not in known:
-            raise InvalidInput(f"{name!r} is neither a task of lm-evaluation-harness nor a file")
+            raise InvalidInput(
+                f"{name!r} is neither a task of lm-evaluation-harness nor a file; `lm-eval ls tasks` lists them"
+            )
 
 
 def load_tasks(tasks: Sequence[str | TaskConfig]) -> dict[str, Any]:
@@ -132,7 +134,7 @@ def training_and_test(name: str) -> tuple[list[Example], list[Example]]:
         raise InvalidInput(f"task {name!r} has no training split: give examples in a file")
     training = _examples(task, task.training_docs())
     if not training:
-        raise InvalidInput(f"the training split of task {name!r} is empty")
+        raise InvalidInput(f"the training split of task {name!r} is empty: give examples in a file")
     test: list[Example] = []
     if task.has_validation_docs():
         test += _examples(task, task.validation_docs())

@@ -76,7 +76,9 @@ class Task:
         test = (*own_test, *file_test)
         examples, passed_over = _draw(candidates, TestQuestions(test), drawn, seed)
         if not examples:
-            raise InvalidInput(f"task {source}: every example contains a test question")
+            raise InvalidInput(
+                f"task {source}: every example contains a test question; give another test or task"
+            )
         test_source = source if test_path is None else f"{source} and {test_path}"
         return cls(source, tuple(examples), test_source if test else "", test, passed_over)
 
@@ -89,7 +91,7 @@ def _pool(source: str) -> tuple[list[Example], list[Example]] | None:
         skill = source.removeprefix(BUILTIN_PREFIX)
         if skill not in builtin.SKILLS:
             known = ", ".join(builtin.SKILLS)
-            raise InvalidInput(f"task {source!r}: the built-in model has the skills {known}")
+            raise InvalidInput(f"task {source!r}: choose a skill of the built-in model: {known}")
         test = builtin.question_files().get(skill, builtin.held_out_files()[skill])
         return read_examples(builtin.calibration_files()[skill]), read_examples(test)
     return None

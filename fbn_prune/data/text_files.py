@@ -76,13 +76,20 @@ def read_text(path: Path, name: str, *, most_bytes: int) -> str:
             data = file.read(most_bytes + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise InvalidInput(f"cannot read {name}: {reason}") from None
+        raise InvalidInput(
+            f"cannot read {name}: {reason}; check its name and permissions"
+        ) from None
     if len(data) > most_bytes:
-        raise InvalidInput(f"{name} is larger than {most_bytes:,} bytes, the most that is read")
+        raise InvalidInput(
+            f"{name} is larger than {most_bytes:,} bytes, the most that is read: give a smaller one"
+        )
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InvalidInput(f"{name} is not UTF-8 text: {error.reason}") from None
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InvalidInput(
+            f"{name} is not UTF-8 text (line {line}: {error.reason}): save it as UTF-8"
+        ) from None
 
 
 def read_yaml(text: str, name: str) -> Any:
@@ -99,4 +106,4 @@ def read_yaml(text: str, name: str) -> Any:
         return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         line = " ".join(str(error).split())
-        raise InvalidInput(f"{name} is not YAML: {line}") from None
+        raise InvalidInput(f"{name} is not YAML, correct it: {line}") from None

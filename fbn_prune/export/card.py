@@ -28,8 +28,8 @@ class CardFacts:
         How the neurons were chosen, in words.
     widths
         Number of neurons kept, by layer.
-    neurons_before
-        Number of neurons in one layer of the source.
+    widths_before
+        Number of neurons in the source, by layer.
     heads_before, heads_after
         Number of attention heads in all layers.
     kept_networks, total_networks
@@ -50,7 +50,7 @@ class CardFacts:
     base_hub_id: str | None
     criterion: str
     widths: tuple[int, ...]
-    neurons_before: int
+    widths_before: tuple[int, ...]
     parameters_before: int
     parameters_after: int
     bytes_before: int
@@ -153,9 +153,7 @@ def _front_matter(facts: CardFacts) -> str:
 
 
 def _what_was_cut(facts: CardFacts) -> str:
-    kept, total = sum(facts.widths), facts.neurons_before * len(facts.widths)
-    narrow, wide = min(facts.widths), max(facts.widths)
-    width = f"{wide}" if narrow == wide else f"{narrow} to {wide}"
+    kept, total = sum(facts.widths), sum(facts.widths_before)
     networks = ""
     if facts.kept_networks is not None:
         networks = (
@@ -163,9 +161,14 @@ def _what_was_cut(facts: CardFacts) -> str:
         )
     return (
         f"Made from `{_base(facts)}` by removing {total - kept:,} of its {total:,} MLP neurons: each of the "
-        f"{len(facts.widths)} layers keeps {width} of {facts.neurons_before}.{networks} "
+        f"{len(facts.widths)} layers keeps {_span(facts.widths)} of {_span(facts.widths_before)}.{networks} "
         f"Neurons were chosen by {facts.criterion}, on {facts.calibration}. {_the_rest(facts)}"
     )
+
+
+def _span(widths: tuple[int, ...]) -> str:
+    narrow, wide = min(widths), max(widths)
+    return f"{wide}" if narrow == wide else f"{narrow} to {wide}"
 
 
 def _the_rest(facts: CardFacts) -> str:
@@ -190,7 +193,7 @@ def _table(facts: CardFacts) -> str:
         _row("parameters", facts.parameters_before, facts.parameters_after, "{:,}"),
         _row(
             "MLP neurons",
-            facts.neurons_before * len(facts.widths),
+            sum(facts.widths_before),
             sum(facts.widths),
             "{:,}",
         ),

@@ -11,8 +11,9 @@ import yaml
 from fbn_prune.export.card import source_license
 from fbn_prune.export.directory import disk_errors
 from fbn_prune.export.shards import write_json, write_shards
-from fbn_prune.export.writer import copy_companions, verify_export
+from fbn_prune.export.writer import copy_companions, copy_own_code, verify_export
 from fbn_prune.model.quantized import QuantizedCheckpoint
+from fbn_prune.model.stock_names import with_stock_names
 
 
 def write_dequantized(
@@ -48,8 +49,9 @@ def write_dequantized(
             max_shard_size=max_shard_size,
             progress=progress,
         )
-        write_json(directory / "config.json", source.config)
+        write_json(directory / "config.json", with_stock_names(source.config))
         copy_companions(source, directory)
+        copy_own_code(source.family, source.config, directory)
         (directory / "README.md").write_text(_card(source), encoding="utf-8")
     verify_export(directory)
 

@@ -43,7 +43,9 @@ def check_output(output: Path, overwrite: bool, source: Path | None, needed_byte
     if source is not None and _holds(target, source.resolve()):
         raise InvalidInput(f"the output {output} is or holds the model itself; give another folder")
     if any(_holds(target, precious) for precious in (Path.cwd(), Path(os.path.expanduser("~")))):
-        raise InvalidInput(f"the output {output} is or holds the working or home folder")
+        raise InvalidInput(
+            f"the output {output} is or holds the working or home folder; give another folder"
+        )
     if os.path.ismount(target):
         raise InvalidInput(f"the output {output} is a mount point; give a folder inside it")
     if target.is_dir() and not overwrite:
@@ -54,7 +56,8 @@ def check_output(output: Path, overwrite: bool, source: Path | None, needed_byte
             pass
     except OSError as error:
         raise InvalidInput(
-            f"the output {output} cannot be made: {ancestor} is not writable ({error.strerror})"
+            f"the output {output} cannot be made: {ancestor} is not writable ({error.strerror}); "
+            "give a folder elsewhere"
         ) from error
     check_room(output, needed_bytes, "output", left=_leftover_bytes(target))
 
@@ -81,10 +84,21 @@ def check_room(place: Path, needed_bytes: int, what: str, *, left: int = 0) -> N
     ancestor = _existing(place)
     free = shutil.disk_usage(ancestor).free + left
     if free < needed_bytes:
+        needs, has = _size(needed_bytes), _size(free)
+        if needs == has:  # too close to differ when rounded
+            needs, has = f"{needed_bytes:,} bytes", f"{free:,} bytes"
         raise InvalidInput(
-            f"the {what} {place} needs {needed_bytes / 1e9:.1f} GB, "
-            f"but {ancestor} has {free / 1e9:.1f} GB free"
+            f"the {what} {place} needs {needs}, but {ancestor} has {has} free: "
+            "make room there, or give a place on another disk"
         )
+
+
+def _size(count: int) -> str:
+    """Return a number of bytes in the unit in which it has digits before the point."""
+    units = ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)
+    return next(
+        (f"{count / unit:.1f} {name}" for name, unit in units if count >= unit), f"{count} bytes"
+    )
 
 
 def on_one_disk(one: Path, other: Path) -> bool:

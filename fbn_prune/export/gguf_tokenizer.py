@@ -86,6 +86,20 @@ def gguf_tokenizer(
     InvalidInput
         llama.cpp would give other token ids than the tokenizer, or would not load the file.
     """
+    try:
+        return _gguf_tokenizer(folder, tokenizer, vocabulary, config)
+    except InvalidInput as error:
+        raise InvalidInput(
+            f"{error}; without GGUF, transformers serves the folder as it is"
+        ) from error
+
+
+def _gguf_tokenizer(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: int,
+    config: Mapping[str, Any] | None,
+) -> GgufTokenizer:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise InvalidInput(

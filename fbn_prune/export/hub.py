@@ -47,7 +47,7 @@ def check_push(repo: str, *, overwrite: bool = False) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise InvalidInput(f"--push-to-hub {repo}: {error}") from None
+        raise InvalidInput(f"--push-to-hub {repo}: {error}; write USER/NAME") from None
     if not namespace or not name:
         raise InvalidInput(f"--push-to-hub {repo}: write USER/NAME or ORGANISATION/NAME")
     api = HfApi()
@@ -56,7 +56,7 @@ def check_push(repo: str, *, overwrite: bool = False) -> None:
         own = {account["name"], *(group["name"] for group in account.get("orgs", []))}
         if namespace not in own:
             raise InvalidInput(
-                f"--push-to-hub {repo}: {account['name']} may push to {', '.join(sorted(own))}"
+                f"--push-to-hub {repo}: {account['name']} may push only to: {', '.join(sorted(own))}"
             )
         existing = _files(api, repo)
     except LocalTokenNotFoundError:
@@ -65,7 +65,8 @@ def check_push(repo: str, *, overwrite: bool = False) -> None:
         ) from None
     except _UNREACHABLE as error:
         raise InvalidInput(
-            f"--push-to-hub {repo}: the Hub does not accept it: {_line(error)}"
+            f"--push-to-hub {repo}: the Hub does not accept it: {_line(error)}; "
+            "push later with `hf upload`, or leave the flag out"
         ) from None
     if existing and not overwrite:
         raise InvalidInput(

@@ -70,7 +70,9 @@ def write_shards(
             max_shard_size=max_shard_size,
         )
     except ValueError as error:
-        raise InvalidInput(f"max_shard_size {max_shard_size!r} is not a size: {error}") from error
+        raise InvalidInput(
+            f"max_shard_size {max_shard_size!r} is not a size, write 5GB or 500MB: {error}"
+        ) from error
     shards = {
         file: _Shard({name: plan[name] for name in names}, produce, progress or (lambda done: None))
         for file, names in split.filename_to_tensors.items()

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from fbn_prune.export.directory import disk_errors
 from fbn_prune.export.shards import write_json, write_shards
 from fbn_prune.model import modeling_ragged
 from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.model.family import Location
+from fbn_prune.model.family import Family, Location
 from fbn_prune.model.folder import COMPANION_FILES, TOKENIZER_FILES
 from fbn_prune.model.shards import TensorInfo
 from fbn_prune.model.streaming import check_tensors
@@ -67,9 +68,14 @@ def write_checkpoint(
         _write_tensors(source, cuts, directory, trained or {}, max_shard_size, progress, store)
         write_json(directory / "config.json", config)
         copy_companions(source, directory)
-        if "per_layer_config" in config:
-            code = Path(modeling_ragged.__file__)
-            shutil.copyfile(code, directory / code.name)
+        copy_own_code(source.family, config, directory)
+
+
+def copy_own_code(family: Family, config: Mapping[str, Any], directory: Path) -> None:
+    """Copy the code file that the config names if the layers differ in width; it is this package's own."""
+    if family.has_own_widths(config):
+        code = Path(modeling_ragged.__file__)
+        shutil.copyfile(code, directory / code.name)
 
 
 def copy_companions(source: Checkpoint, directory: Path) -> None:
@@ -101,7 +107,7 @@ def verify_export(directory: Path) -> None:
         A tensor is missing or has a wrong shape, or the tokenizer does not load.
     """
     try:
-        written = Checkpoint.open(directory, ragged=True)
+        written = Checkpoint.open(directory)
         check_tensors(written)
     except InvalidInput as error:
         raise FbnPruneError(f"the written checkpoint does not load: {error}") from error

@@ -52,7 +52,7 @@ class ModelAdapter:
 
     def __init__(self, model: PreTrainedModel, family: Family | None = None) -> None:
         self.model = model
-        self.family = family or family_of(model.config, ragged=True)
+        self.family = family or family_of(model.config)
         self.cuts: MutableSequence[MlpCut] = []
         self.returns_tuple: bool | None = None
 
@@ -186,8 +186,8 @@ class ModelAdapter:
     def cut(self, layer: int, cut: MlpCut, *, round_to: torch.dtype | None = None) -> None:
         """Cut the first layer that is still whole, in place; its module objects and their hooks stay.
 
-        The config is updated as soon as all layers have the same width and number of heads, so that `save_pretrained`
-        writes a loadable model.
+        With the last layer the config is updated, so that `save_pretrained` writes a loadable model if all layers have
+        the same width and number of heads, or the model's class builds layers of different widths.
 
         Parameters
         ----------
@@ -209,8 +209,9 @@ class ModelAdapter:
         self._cut_layer(layer, cut, round_to)
         if cut.heads is not None:
             self.set_head_groups(layer, len(cut.heads.kept))
-        self._sync_config()
         self.cuts.append(cut)
+        if len(self.cuts) == self.num_layers:
+            self._sync_config()
 
     def trying(
         self, cuts: Sequence[MlpCut], *, round_to: torch.dtype | None = None
@@ -311,9 +312,22 @@ class ModelAdapter:
             zeros = module.weight.detach().new_zeros(module.out_features)
             module.bias = nn.Parameter(zeros, requires_grad=module.weight.requires_grad)
 
+    def _sync_widths(self) -> None:
+        widths, own = self.widths, "ragged_mlp"
+        if len(set(widths)) == 1:
+            self.config.per_layer_config = None
+            for key in (own, "auto_map"):
+                if hasattr(self.config, own) and hasattr(self.config, key):
+                    delattr(self.config, key)
+            setattr(self.config, self.family.width_key, widths[0])
+        elif hasattr(
+            self.config, own
+        ):  # the model's class, of `modeling_ragged.py`, builds any widths
+            fields = self.family.with_widths(self.config.to_dict(), widths)
+            self.config.per_layer_config = fields["per_layer_config"]
+
     def _sync_config(self) -> None:
-        if len(widths := set(self.widths)) == 1:
-            setattr(self.config, self.family.width_key, widths.pop())
+        self._sync_widths()
         if self.family.attention is None:
             return
         shape = self.family.head_shape(self.config)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,18 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
 from fbn_prune.errors import InvalidInput, counted
+from fbn_prune.model import remedies
+from fbn_prune.model.building import (
+    building,
+    check_companions,
+    loadable_folder,
+    named,
+    quiet_transformers,
+    repaired,
+    skeleton,
+)
 from fbn_prune.model.config_checks import ConfigWarning, oddities
 from fbn_prune.model.families import family_of
 from fbn_prune.model.family import Family, as_config
@@ -45,6 +53,10 @@ PACKED = re.compile(
 SLICE_BYTES = 32 * 2**20
 """A tensor whose dtype or device changes on reading is converted in slices of this size."""
 
+_ENDLESS = (
+    "the tokenizer looks for its unknown token without end: unk_token may be empty in tokenizer_config.json or "
+    'special_tokens_map.json; the first LLaMA tokenizers need "<unk>" there'
+)
 _PROBE = "The quick brown fox jumps over 13 lazy dogs.\n"
 
 
@@ -66,6 +78,8 @@ class Checkpoint:
         The Hub id that the user gave; None for a local folder.
     trust_remote_code
         Whether the tokenizer may be code from the checkpoint.
+    repairs
+        What `config` changes in `config.json`, see :func:`fbn_prune.model.building.repaired`.
     """
 
     path: Path
@@ -74,11 +88,10 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     hub_id: str | None = None
     trust_remote_code: bool = False
+    repairs: tuple[str, ...] = ()
 
     @classmethod
-    def open(
-        cls, path_or_hub_id: str | Path, *, trust_remote_code: bool = False, ragged: bool = False
-    ) -> Checkpoint:
+    def open(cls, path_or_hub_id: str | Path, *, trust_remote_code: bool = False) -> Checkpoint:
         """Find a checkpoint and check its headers and tokenizer; no weights are read.
 
         Parameters
@@ -87,8 +100,6 @@ class Checkpoint:
             A folder, or a Hub id to download from (never pickles; Python files only with `trust_remote_code`).
         trust_remote_code
             Allow the tokenizer to be code from the checkpoint. Model code from a checkpoint never runs.
-        ragged
-            Accept layers of different widths: such a checkpoint can run, but not be pruned again.
 
         Raises
         ------
@@ -100,13 +111,11 @@ class Checkpoint:
         ConfigWarning
             The configs contain values that the model cannot use, see :meth:`oddities`.
         """
-        path, hub_id = find_folder(
-            path_or_hub_id, lambda config: family_of(config, ragged=ragged), trust_remote_code
-        )
-        config = read_config(path)
-        family = family_of(config, ragged=ragged)
+        path, hub_id = find_folder(path_or_hub_id, family_of, trust_remote_code)
+        config, repairs = repaired(read_config(path))
+        family = family_of(config)
         tensors = read_headers(path)
-        checkpoint = cls(path, config, family, tensors, hub_id, trust_remote_code)
+        checkpoint = cls(path, config, family, tensors, hub_id, trust_remote_code, tuple(repairs))
         checkpoint.check()
         if (odd := checkpoint.oddities()) is not None:
             warnings.warn(odd, ConfigWarning, stacklevel=2)
@@ -116,28 +125,38 @@ class Checkpoint:
     def of_model(cls, model: PreTrainedModel) -> Checkpoint:
         """Return the headers that a checkpoint of this live model would have; its tensors cannot be read.
 
+        The layers' widths are those of the weights: a model that was cut in memory keeps its old config.
+
         Raises
         ------
         InvalidInput
             The architecture is not supported.
         """
         config = model.config.to_dict()
+        family = family_of(config)
         tensors = {
             name: TensorInfo("", tuple(parameter.shape), parameter.dtype)
             for name, parameter in model.named_parameters()  # tied embeddings once
         }
         path = Path(model.name_or_path or type(model).__name__)  # for messages: nothing is read
-        return cls(path, config, family_of(config), tensors)
+        found = family.stored_widths({name: info.shape for name, info in tensors.items()})
+        if len(found) == family.num_layers(config) and found != family.widths(config):
+            config = family.with_widths(config, found)
+        return cls(path, config, family, tensors)
 
     def check(self) -> None:
-        """Check that the headers and the tokenizer agree with the config.
+        """Check that the headers and the tokenizer agree with the config, and that transformers builds its model.
 
         Raises
         ------
         InvalidInput
-            The weights are quantized, the MLP tensors do not match the config, or the tokenizer is unusable.
+            The weights are quantized, the MLP tensors do not match the config, the config describes no model, or the
+            tokenizer is unusable.
         """
         self.check_weights()
+        check_companions(self.path)
+        with building(self.path):
+            skeleton(self.config, self.family, torch.float32)
         _check_tokenizer(self)
 
     def check_weights(self) -> None:
@@ -148,12 +167,14 @@ class Checkpoint:
         InvalidInput
             They are not; the first offending tensor is named.
         """
+        remedies.refuse_ungathered(self.path, self.tensors)
         _refuse_quantized(self.path, self.tensors)
         _check_mlps(self.path, self.family, self.config, self.tensors)
 
     def oddities(self) -> str | None:
         """One line on config values that the model cannot use, such as token ids outside the vocabulary; or None."""
-        return oddities(self.path, self.config, self.family.vocab_size(self.config))
+        wrong = oddities(self.path, self.config, self.family.vocab_size(self.config))
+        return "; ".join([*self.repairs, *([] if wrong is None else [wrong])]) or None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -242,36 +263,40 @@ class Checkpoint:
         places: Any = "meta" if torch.device(device).type == "meta" else None
         if device_map is not None:
             places = dict(device_map)
-        if self.config.get("per_layer_config"):
+        if self.family.has_own_widths(self.config):
             facts = {"ragged_mlp": self.family.mlp_facts()}
             extra["config"] = as_config(self.config | facts)
             stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(extra["config"])]
             model_class = ragged_class(stock)
-        with _quiet_transformers():
-            try:
-                loaded: Any = model_class.from_pretrained(
-                    self.path,
-                    **extra,
-                    dtype=dtype,
-                    device_map=places,
-                    use_safetensors=True,
-                    trust_remote_code=False,
-                    local_files_only=True,
-                    ignore_mismatched_sizes=True,  # refused below, with the tensor's name
-                    output_loading_info=True,
-                )
-            except (OSError, ValueError, RuntimeError) as error:
-                raise InvalidInput(f"{self.path}: cannot be loaded: {one_line(error)}") from error
+        with (
+            quiet_transformers(),
+            building(self.path),
+            loadable_folder(self.path, self.config) as folder,
+        ):
+            loaded: Any = model_class.from_pretrained(
+                folder,
+                **extra,
+                dtype=dtype,
+                device_map=places,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,  # refused below, with the tensor's name
+                output_loading_info=True,
+            )
         model: PreTrainedModel
         model, report = loaded
+        named(model, self.path)
         if missing := sorted(report["missing_keys"]):
             raise InvalidInput(
                 f"{self.path}: the checkpoint lacks {counted(len(missing), 'tensor')} of the model, first {missing[0]}"
+                f"{remedies.missing_tensor(self.tensors)}"
             )
         if mismatched := sorted(report["mismatched_keys"]):
             name, stored, expected = mismatched[0]
             raise InvalidInput(
-                f"{self.path}: {name} has shape {list(stored)}, the model needs {list(expected)}"
+                f"{self.path}: {name} has shape {list(stored)}, the model needs {list(expected)}; "
+                "take config.json and the weights from one model"
             )
         model.config.use_cache = False
         if device_map is None:
@@ -282,16 +307,24 @@ class Checkpoint:
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer; raise InvalidInput if that fails or needs untrusted code."""
         try:
+            # transformers reads config.json for the class of the tokenizer.
+            repaired_config = {"config": as_config(self.config)} if self.repairs else {}
             return AutoTokenizer.from_pretrained(
-                self.path, trust_remote_code=self.trust_remote_code, local_files_only=True
+                self.path,
+                trust_remote_code=self.trust_remote_code,
+                local_files_only=True,
+                **repaired_config,
             )
         except Exception as error:  # the tokenizers library raises bare Exceptions
+            if isinstance(error, RecursionError):
+                raise InvalidInput(f"{self.path}: {_ENDLESS}") from error
             if "custom code" in str(error) and not self.trust_remote_code:
                 raise InvalidInput(
                     f"{self.path}: the tokenizer needs code from the checkpoint: allow it with --trust-remote-code"
                 ) from error
             raise InvalidInput(
-                f"{self.path}: the tokenizer cannot be loaded: {one_line(error)}"
+                f"{self.path}: the tokenizer cannot be loaded ({one_line(error)}); "
+                "copy its files from the original model"
             ) from error
 
 
@@ -324,24 +357,30 @@ def _check_mlps(
         expected = family.tensor_shape(location, hidden, widths[location.layer])
         if info.shape != expected:
             raise InvalidInput(
-                f"{path / info.file}: {name} has shape {list(info.shape)}, but config.json requires {list(expected)}"
+                f"{path / info.file}: {name} has shape {list(info.shape)}, but config.json requires {list(expected)}; "
+                "take both from one model"
             )
         if info.dtype not in WEIGHT_DTYPES:
             raise InvalidInput(
-                f"{path / info.file}: {name} is stored as {info.dtype}, which is no floating-point weight type"
+                f"{path / info.file}: {name} is stored as {info.dtype}, which is no floating-point weight type; "
+                "prune the unquantized model"
             )
         if location.part == "bias" and not biased:
-            raise InvalidInput(f"{path / info.file} has {name}, but config.json says no MLP bias")
+            raise InvalidInput(
+                f"{path / info.file} has {name}, but config.json says no MLP bias; correct config.json"
+            )
         found.add((location.layer, location.projection.path, location.part))
     if layers < 1:
-        raise InvalidInput(f"{path / 'config.json'} says {layers} layers: a model has at least one")
+        raise InvalidInput(
+            f"{path / 'config.json'} says {layers} layers: correct it, a model has at least one"
+        )
     for layer in range(layers):
         for projection in family.projections:
             for part in ("weight", "bias") if biased else ("weight",):
                 if (layer, projection.path, part) not in found:
                     raise InvalidInput(
                         f"{path}: no tensor {family.layers}.{layer}.{projection.path}.{part}, "
-                        f"though config.json says {layers} layers"
+                        f"though config.json says {layers} layers{remedies.missing_tensor(tensors)}"
                     )
 
 
@@ -349,34 +388,31 @@ def _check_tokenizer(checkpoint: Checkpoint) -> None:
     """Refuse a tokenizer that returns no tokens, or ids that the model has no embedding for."""
     path = checkpoint.path
     if not any(file for pattern in VOCABULARY_FILES for file in path.glob(pattern)):
-        raise InvalidInput(f"{path} has no tokenizer (tokenizer.json, tokenizer.model, ...)")
+        raise InvalidInput(
+            f"{path} has no tokenizer: copy tokenizer.json and tokenizer_config.json from the original model"
+        )
+    remedies.refuse_sentencepiece_without_library(path)
     tokenizer = checkpoint.load_tokenizer()
     try:
-        ids = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+        ids, unknown = (
+            tokenizer(_PROBE, add_special_tokens=False)["input_ids"],
+            tokenizer.unk_token_id,
+        )
+    except RecursionError as error:
+        raise InvalidInput(f"{path}: {_ENDLESS}") from error
     except Exception as error:  # as in load_tokenizer
-        raise InvalidInput(f"{path}: the tokenizer fails on text: {one_line(error)}") from error
-    if not ids or set(ids) == {tokenizer.unk_token_id}:
+        raise InvalidInput(
+            f"{path}: the tokenizer fails on text, replace its files: {one_line(error)}"
+        ) from error
+    if not ids or set(ids) == {unknown}:
         got = "no tokens" if not ids else "only the unknown token"
         raise InvalidInput(
-            f"{path}: the tokenizer ({type(tokenizer).__name__}) returns {got} for a test sentence"
+            f"{path}: the tokenizer ({type(tokenizer).__name__}) returns {got} for a test sentence; "
+            "copy the tokenizer's files from the original model"
         )
     vocabulary = checkpoint.family.vocab_size(checkpoint.config)
     if max(ids) >= vocabulary:
         raise InvalidInput(
-            f"{path}: the tokenizer returns the id {max(ids)}, but the model has only {vocabulary} embeddings"
+            f"{path}: the tokenizer returns the id {max(ids)}, but the model has only {vocabulary} embeddings; "
+            "copy the tokenizer's files from the original model"
         )
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Suppress transformers' progress bar and load report: the caller turns the report into errors."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity(max(verbosity, transformers_logging.ERROR))
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if shown:
-            transformers_logging.enable_progress_bar()

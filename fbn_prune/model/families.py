@@ -6,7 +6,7 @@ entries.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fbn_prune.errors import InvalidInput
@@ -125,32 +125,37 @@ for _family in FAMILIES:
     register_family(_family)
 
 
-def family_of(config: Config, *, ragged: bool = False) -> Family:
+def family_of(config: Config) -> Family:
     """Return the family of a model.
 
     Parameters
     ----------
     config
         A loaded config, or the object in `config.json`.
-    ragged
-        Accept layers of different widths: such a model can run, but not be pruned again.
 
     Raises
     ------
     InvalidInput
-        The model cannot be pruned: it is a mixture of experts, encoder-decoder, multimodal, quantized or ragged, or
-        its architecture has no entry in `FAMILIES`.
+        The model cannot be pruned: it is a mixture of experts, encoder-decoder, multimodal or quantized, its layers
+        differ in more than their width, or its architecture has no entry in `FAMILIES`.
     """
     fields = config if isinstance(config, Mapping) else config.to_dict()
     model_type = fields.get("model_type") or getattr(config, "model_type", None)
     supported = f"supported: {', '.join(_BY_MODEL_TYPE)}"
     if not isinstance(model_type, str):
         raise InvalidInput(f"no model_type in the config ({model_type!r}); {supported}")
-    if obstacle := _obstacle(fields) or (None if ragged else _raggedness(fields)):
+    if obstacle := _obstacle(fields):
         raise InvalidInput(f"model_type {model_type!r} {obstacle}; {supported}")
     if model_type not in _BY_MODEL_TYPE:
         raise InvalidInput(f"model_type {model_type!r} is not known; {supported}")
-    return _BY_MODEL_TYPE[model_type]
+    family = _BY_MODEL_TYPE[model_type]
+    for key, value in _own_values(fields):
+        if key != family.width_key and value != fields.get(key):
+            raise InvalidInput(
+                f"the config's per_layer_config gives layers their own {key}: only {family.width_key} may differ; "
+                f"{supported}"
+            )
+    return family
 
 
 def _obstacle(fields: Mapping[str, Any]) -> str | None:
@@ -173,7 +178,7 @@ def _obstacle(fields: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _raggedness(fields: Mapping[str, Any]) -> str | None:
-    if per_layer(fields):
-        return "has layers of different widths (per_layer_config), which cannot be pruned again"
-    return None
+def _own_values(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the keys and values that `per_layer_config` gives to single layers."""
+    for values in per_layer(fields).values():
+        yield from values.items()

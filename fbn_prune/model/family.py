@@ -13,7 +13,7 @@ import copy
 import json
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -159,13 +159,39 @@ class Family:
         for width in widths:
             if not isinstance(width, int):
                 raise InvalidInput(
-                    f"a layer's {self.width_key} is {reprlib.repr(width)}: not an integer"
+                    f"a layer's {self.width_key} is {reprlib.repr(width)}: not an integer; correct it in config.json"
                 )
         return widths
 
-    def widest(self, config: Config) -> int:
-        """Neurons of the widest layer's MLP."""
-        return max(self.widths(config))
+    def stored_widths(self, shapes: Mapping[str, tuple[int, ...]]) -> list[int]:
+        """Return the width of each layer according to the shapes of the tensors, by name."""
+        found = {
+            location.layer: shape[self.output.neuron_axis]
+            for name, shape in shapes.items()
+            if (location := self.locate(name))
+            and (location.projection, location.part) == (self.output, "weight")
+        }
+        return [found[layer] for layer in sorted(found)]
+
+    def has_own_widths(self, config: Config) -> bool:
+        """Whether `per_layer_config` gives a layer another width than the common one, as stock classes cannot."""
+        fields = _typed(config).to_dict()
+        own = [values.get(self.width_key) for values in per_layer(fields).values()]
+        return any(width and width != fields.get(self.width_key) for width in own)
+
+    def with_widths(self, config: Mapping[str, Any], widths: Sequence[int]) -> dict[str, Any]:
+        """Return the `config.json` object with these MLP widths; different ones are given in `per_layer_config`."""
+        uniform = len(set(widths)) == 1
+        common = widths[0] if uniform else max(*self.widths(config), *widths)
+        changed = {key: value for key, value in config.items() if key != "per_layer_config"}
+        changed[self.width_key] = common
+        if not uniform:
+            changed["per_layer_config"] = {
+                str(layer): {self.width_key: width}
+                for layer, width in enumerate(widths)
+                if width != common
+            }
+        return changed
 
     def num_layers(self, config: Config) -> int:
         layers = _typed(config).num_hidden_layers
@@ -175,7 +201,7 @@ class Family:
             count = -1
         if not 0 <= count <= MOST_LAYERS:
             raise InvalidInput(
-                f"the config says {reprlib.repr(layers)} layers: at most {MOST_LAYERS:,}"
+                f"the config says {reprlib.repr(layers)} layers: at most {MOST_LAYERS:,}; correct it"
             )
         return count
 
@@ -224,7 +250,7 @@ class Family:
         if self.attention is None:
             raise InvalidInput(
                 f"attention heads of {self.name} cannot be cut: its config has no separate head size, "
-                "or a norm spans all heads"
+                "or a norm spans all heads; leave out --head-sparsity"
             )
         shape = self.head_shape(config)
         fewer = {
@@ -351,4 +377,6 @@ def as_config(config: Config) -> PretrainedConfig:
         return CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(config)))
     except Exception as error:  # config classes raise many types of error on malformed values
         reason = " ".join(str(error).split())
-        raise InvalidInput(f"the config is not a valid {model_type!r} config: {reason}") from error
+        raise InvalidInput(
+            f"the config is not a valid {model_type!r} config, correct it: {reason}"
+        ) from error

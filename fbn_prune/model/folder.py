@@ -12,6 +12,7 @@ from typing import Any
 
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.headers import INDEX_FILE, SINGLE_FILE, one_line, read_index, read_object
+from fbn_prune.model.remedies import without_config
 
 VOCABULARY_FILES = (
     "tokenizer.json",
@@ -85,7 +86,9 @@ def local_folder(path_or_hub_id: str | Path) -> Path | None:
     except OSError as error:
         raise InvalidInput(f"cannot read {path}: {error.strerror or error}") from None
     if exists:
-        raise InvalidInput(f"{path} is a file; give the folder that holds it and config.json")
+        raise InvalidInput(
+            f"{path} is a file; give the folder that holds config.json and safetensors"
+        )
     text = str(path_or_hub_id)
     if isinstance(path_or_hub_id, Path) or not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", text):
         raise InvalidInput(f"there is no folder {path}; give a model folder or a Hub id")
@@ -112,14 +115,13 @@ def _snapshot(hub_id: str, patterns: list[str]) -> Path:
         return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
     except (OSError, ValueError, EntryNotFoundError) as error:
         raise InvalidInput(
-            f"{hub_id!r} is not a local folder and cannot be downloaded from the Hub: {one_line(error)}"
+            f"{hub_id!r} is not a local folder and cannot be downloaded from the Hub: {one_line(error)}; "
+            "check the name, the network and your access"
         ) from error
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """Return the object in a checkpoint's `config.json`; raise InvalidInput if it is missing or not an object."""
     if not (path / "config.json").is_file():
-        adapter = (path / "adapter_config.json").is_file()
-        hint = "; this is an adapter: merge it into its base model first" if adapter else ""
-        raise InvalidInput(f"{path} has no config.json{hint}")
+        raise InvalidInput(without_config(path))
     return read_object(path / "config.json")

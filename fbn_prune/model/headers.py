@@ -23,6 +23,8 @@ MOST_JSON_BYTES = 100 * 2**20
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
+_AGAIN = "download the index and its shards again, from one revision"
+
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _BITS = re.compile(r"[A-Z]+(\d+)")
 
@@ -57,12 +59,16 @@ def read_stored(path: Path) -> dict[str, StoredTensor]:
     shards = {shard: _read_header(path, shard) for shard in sorted(set(weight_map.values()))}
     for name, shard in weight_map.items():
         if name not in shards[shard]:
-            raise InvalidInput(f"{path / INDEX_FILE} says that {name} is in {shard}, but it is not")
+            raise InvalidInput(
+                f"{path / INDEX_FILE} says that {name} is in {shard}, but it is not: {_AGAIN}"
+            )
     tensors: dict[str, StoredTensor] = {}
     for shard, header in shards.items():
         for name, info in header.items():
             if weight_map.get(name, shard) != shard or name in tensors:
-                raise InvalidInput(f"{path / shard} holds {name}, which the index places elsewhere")
+                raise InvalidInput(
+                    f"{path / shard} holds {name}, which the index places elsewhere: {_AGAIN}"
+                )
             tensors[name] = info
     return tensors
 
@@ -74,15 +80,27 @@ def _no_weights(path: Path) -> str:
             f"{path} holds only pickled weights ({pickles[0]}), which are never read: "
             "convert them to safetensors, for instance with transformers' save_pretrained"
         )
+    if gguf := sorted(file.name for file in path.glob("*.gguf")):
+        return f"{path} has its weights only as GGUF ({gguf[0]}); give a folder with safetensors"
+    neither = f"{path} has neither {SINGLE_FILE} nor {INDEX_FILE}"
     loose = sorted(file.name for file in path.glob("*.safetensors"))
-    found = f"; {loose[0]} exists, but no index names it" if loose else ""
-    return f"{path} has neither {SINGLE_FILE} nor {INDEX_FILE}{found}"
+    if "adapter_model.safetensors" in loose:
+        return f"{neither}; this is an adapter: merge it into its base model first"
+    if loose and loose[0].startswith("consolidated"):
+        return f"{neither}, only Mistral's own form ({loose[0]}): download the files of these names"
+    if len(loose) == 1:
+        return f"{neither}; {loose[0]} exists, but no index names it: rename it to {SINGLE_FILE}"
+    if loose:
+        return f"{neither}; {loose[0]} exists, but no index names it: download {INDEX_FILE} too"
+    return f"{neither}: download the weights, or give the folder that holds them"
 
 
 def _read_header(path: Path, file: str) -> dict[str, StoredTensor]:
     """Tensors of one file; safetensors limits the header to 100 MB and checks it against the file size."""
     if not (path / file).is_file():
-        raise InvalidInput(f"{path / INDEX_FILE} names {file}, which is not in the folder")
+        raise InvalidInput(
+            f"{path / INDEX_FILE} names {file}, which is not in the folder: {_AGAIN}"
+        )
     require_readable(path / file)
     tensors: dict[str, StoredTensor] = {}
     try:
@@ -91,10 +109,22 @@ def _read_header(path: Path, file: str) -> dict[str, StoredTensor]:
                 view = shard.get_slice(name)
                 tensors[name] = StoredTensor(file, tuple(view.get_shape()), view.get_dtype())
     except (SafetensorError, OSError) as error:
+        if _is_pointer(path / file):
+            raise InvalidInput(
+                f"{path / file} is not a complete safetensors file, only a pointer of Git LFS: run `git lfs pull`"
+            ) from None
         raise InvalidInput(
             f"{path / file} is not a complete safetensors file ({one_line(error)}); download it again"
         ) from error
     return tensors
+
+
+def _is_pointer(file: Path) -> bool:
+    try:
+        with file.open("rb") as opened:
+            return opened.read(40).startswith(b"version https://git-lfs")
+    except OSError:
+        return False
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -107,7 +137,9 @@ def read_index(path: Path) -> dict[str, str]:
     """
     weight_map = read_object(path / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InvalidInput(f"{path / INDEX_FILE} has no weight_map from tensor names to shards")
+        raise InvalidInput(
+            f"{path / INDEX_FILE} has no weight_map from tensor names to shards: {_AGAIN}"
+        )
     return {name: shard_name(shard) for name, shard in weight_map.items()}
 
 
@@ -135,9 +167,13 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(read_text(path, "it", most_bytes=MOST_JSON_BYTES))
     except (InvalidInput, ValueError, RecursionError) as error:
-        raise InvalidInput(f"{path} is not readable JSON: {one_line(error)}") from error
+        raise InvalidInput(
+            f"{path} is not readable JSON, correct or replace it: {one_line(error)}"
+        ) from error
     if not isinstance(content, dict):
-        raise InvalidInput(f"{path} must hold a JSON object, found {type(content).__name__}")
+        raise InvalidInput(
+            f"{path} must hold a JSON object, found {type(content).__name__}; replace it"
+        )
     return content
 
 

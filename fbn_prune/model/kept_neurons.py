@@ -25,6 +25,7 @@ from fbn_prune.model.shards import save_tensors
 KEPT_FILE = "kept_neurons.safetensors"
 
 _METADATA_KEY = "fbn_prune.kept_neurons"
+_AGAIN = "prune again, or take the file from the run's output"
 _FORMAT_VERSION = 1
 
 
@@ -105,19 +106,23 @@ class KeptNeurons:
                 packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             content = json.loads(metadata)
         except (SafetensorError, OSError, ValueError, RecursionError) as error:
-            raise InvalidInput(f"{path}: damaged ({one_line(error)})") from error
+            raise InvalidInput(f"{path}: damaged ({one_line(error)}); {_AGAIN}") from error
         if not isinstance(content, dict) or content.get("format") != _FORMAT_VERSION:
-            raise InvalidInput(f"{path}: not a file of kept neurons, or of another version")
+            raise InvalidInput(
+                f"{path}: not a file of kept neurons, or of another version; {_AGAIN}"
+            )
         widths = content.get("widths")
         if not isinstance(widths, list) or any(type(one) is not int or one < 1 for one in widths):
-            raise InvalidInput(f"{path}: its header lacks the layers' widths")
+            raise InvalidInput(f"{path}: its header lacks the layers' widths; {_AGAIN}")
         masks = []
         for layer, width in enumerate(widths):
             bits = packed.get(f"layers.{layer}.kept")
             if bits is None or bits.dtype != np.uint8 or bits.shape != (-(-width // 8),):
-                raise InvalidInput(f"{path}: layer {layer} is missing or not {width} bits")
+                raise InvalidInput(
+                    f"{path}: layer {layer} is missing or not {width} bits; {_AGAIN}"
+                )
             masks.append(torch.from_numpy(np.unpackbits(bits, count=width).astype(bool)))
         try:
             return cls.from_masks(masks)
         except InvalidInput as error:
-            raise InvalidInput(f"{path}: {error}") from error
+            raise InvalidInput(f"{path}: {error}; {_AGAIN}") from error

@@ -21,7 +21,7 @@ def damage(adapter: ModelAdapter, batches: Sequence[Batch]) -> InvalidInput:
     checkpoint, or a compute dtype with too small a range.
     """
     dtype = str(adapter.dtype).removeprefix("torch.")
-    cause = "the checkpoint is damaged"
+    cause = "the checkpoint is damaged: download it again"
     if dtype != "float32":
         cause += f", or {dtype} overflows (try --dtype float32)"
     first = batches[0]

@@ -24,6 +24,7 @@ from fbn_prune.model.quantized_formats import stored_weights
 from fbn_prune.model.quantized_values import Stored, plain, rounded
 from fbn_prune.model.shards import TensorInfo, read_headers
 from fbn_prune.model.streaming import check_tensors
+from fbn_prune.model.surgery import with_own_code
 
 PLAIN_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 """Dtypes to which weights can be dequantized, by their names in config.json."""
@@ -120,7 +121,9 @@ def open_quantized(
         transposed = method == "bitsandbytes" and family.is_conv1d
         tensors = _plain_tensors(headers, stored, target, dtype, transposed)
     except InvalidInput as error:
-        raise InvalidInput(f"{path}: {error}") from error
+        raise InvalidInput(
+            f"{path}: {error}; download it again, or give the unquantized model"
+        ) from error
     checkpoint = QuantizedCheckpoint(
         path,
         plain_config(config, target),
@@ -141,6 +144,8 @@ def plain_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any
     """Return the `config.json` object of the plain checkpoint with weights in `dtype`."""
     result = copy.deepcopy({key: value for key, value in config.items() if key not in CONFIG_KEYS})
     result.pop("auto_map", None)  # names code files that are not copied
+    if (family := family_of(result)).has_own_widths(result):
+        result = with_own_code(result, family)
     key = "torch_dtype" if "torch_dtype" in result and "dtype" not in result else "dtype"
     return result | {key: str(dtype).removeprefix("torch.")}
 

@@ -81,5 +81,8 @@ def read_headers(path: Path) -> dict[str, TensorInfo]:
 
 def _dtype_of(path: Path, name: str, stored: StoredTensor) -> torch.dtype:
     if stored.dtype not in DTYPES:
-        raise InvalidInput(f"{path / stored.file}: {name} has unknown dtype {stored.dtype}")
+        raise InvalidInput(
+            f"{path / stored.file}: {name} has unknown dtype {stored.dtype}; "
+            "give a model stored in float32, float16 or bfloat16"
+        )
     return DTYPES[stored.dtype]

@@ -19,6 +19,7 @@ from fbn_prune.errors import InvalidInput
 from fbn_prune.model import modeling_ragged
 from fbn_prune.model.family import Family, Projection, as_config
 from fbn_prune.model.heads import HeadCut, cut_heads, head_tensor_shape, rounded
+from fbn_prune.model.stock_names import with_stock_names
 
 
 @dataclass(frozen=True)
@@ -161,8 +162,8 @@ def cut_config(config: Mapping[str, Any], family: Family, cuts: Sequence[MlpCut]
 
     Layers of equal width give a stock config. Different widths are written as transformers' `per_layer_config`. The
     stock classes do not yet build models from it, so `auto_map` names `modeling_ragged.py`, which must be in the
-    checkpoint's folder. Any other `auto_map` is dropped: the code files that it names are not exported, and the stock
-    classes compute the same.
+    checkpoint's folder. Other names of code are replaced, see
+    :func:`fbn_prune.model.stock_names.with_stock_names`.
 
     Raises
     ------
@@ -170,21 +171,19 @@ def cut_config(config: Mapping[str, Any], family: Family, cuts: Sequence[MlpCut]
         A cut adds a bias that the architecture does not support, or the layers keep different numbers of heads.
     """
     widths = [cut.width for cut in cuts]
-    uniform = len(set(widths)) == 1
-    pruned = copy.deepcopy(dict(config))
-    pruned.pop("auto_map", None)
-    pruned.pop("per_layer_config", None)
+    pruned = with_stock_names(family.with_widths(copy.deepcopy(dict(config)), widths))
     pruned.pop("ragged_mlp", None)
-    common = widths[0] if uniform else family.widest(config)
-    pruned[family.width_key] = common
     if (groups := _kept_head_groups(cuts)) is not None:
         pruned = family.with_head_groups(pruned, groups)
     if any(cut.down_bias is not None for cut in cuts) and not family.has_bias(config):
         require_bias(family, config)
         assert family.bias_key is not None
         pruned[family.bias_key] = True
-    if uniform:
-        return pruned
+    return with_own_code(pruned, family) if len(set(widths)) > 1 else pruned
+
+
+def with_own_code(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Return the `config.json` object of a model with layers of different widths, naming the code that builds it."""
     typed = type(as_config(config))
     stock: dict[str, Any] = {
         "AutoModel": MODEL_MAPPING[typed],
@@ -195,14 +194,9 @@ def cut_config(config: Mapping[str, Any], family: Family, cuts: Sequence[MlpCut]
     classes = {auto: model_class.__name__ for auto, model_class in stock.items()}
     file = modeling_ragged.__name__.rpartition(".")[2]
     return {
-        **pruned,
+        **config,
         "architectures": [classes["AutoModelForCausalLM"]],
         "auto_map": {auto: f"{file}.{name}" for auto, name in classes.items()},
-        "per_layer_config": {
-            str(layer): {family.width_key: width}
-            for layer, width in enumerate(widths)
-            if width != common
-        },
         "ragged_mlp": family.mlp_facts(),
     }
 
@@ -211,7 +205,8 @@ def _kept_head_groups(cuts: Sequence[MlpCut]) -> int | None:
     groups = {None if cut.heads is None else len(cut.heads.kept) for cut in cuts}
     if len(groups) > 1:
         raise InvalidInput(
-            "all layers must keep the same number of attention heads: the config has only one number"
+            "all layers must keep the same number of attention heads, because the config has only one number: "
+            "give cuts with equal numbers"
         )
     return groups.pop()
 

@@ -196,13 +196,17 @@ class FunctionalNetworks:
                 f"{path}: damaged, or not a safetensors file ({error}); discover the networks again"
             ) from error
         if metadata is None:
-            raise InvalidInput(f"{path}: a safetensors file, but not one of functional networks")
+            raise InvalidInput(
+                f"{path}: a safetensors file, but not one of functional networks: give a networks.safetensors"
+            )
         try:
             return cls(**tensors, **_described(metadata))
         except InvalidInput as error:
-            raise InvalidInput(f"{path}: {error}") from error
+            raise InvalidInput(f"{path}: {error}; discover the networks again") from error
         except TypeError as error:
-            raise InvalidInput(f"{path}: contains {sorted(tensors)}: {error}") from error
+            raise InvalidInput(
+                f"{path}: contains {sorted(tensors)}: {error}; discover the networks again"
+            ) from error
 
     def _map(self, network: int) -> Tensor:
         if not 0 <= network < len(self.maps):

@@ -241,7 +241,8 @@ def _whiten(projected: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
     rank = int((variances > 1e-9 * variances[0]).sum())
     if rank < k:
         raise InvalidInput(
-            f"cannot find {k} networks: the activations have only {rank} independent directions"
+            f"cannot find {k} networks: the activations have only {rank} independent directions; "
+            "ask for fewer, or give more text"
         )
     scale = rotation * variances.rsqrt()
     x_white = torch.empty_like(projected)

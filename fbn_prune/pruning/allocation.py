@@ -42,23 +42,32 @@ def uniform_widths(budget: int, widths: Sequence[int], multiple: int) -> list[in
     budget
         Neurons to keep over all layers.
     widths
-        Present width of each layer; a stock checkpoint has equal widths.
+        Present width of each layer.
 
     Raises
     ------
     InvalidInput
-        The multiple is wider than a layer, or the layers differ in width.
+        The multiple, or an even share of the budget, is wider than the narrowest layer.
     """
-    width = widths[0]
-    if any(other != width for other in widths):
+    width = min(widths)
+    if max(widths) > width and budget > (most := width * len(widths)):
         raise InvalidInput(
-            f"layers of different widths {sorted(set(widths))} cannot stay uniform: use --layout ragged"
+            f"the layers have {width} to {max(widths)} neurons, and equal layers can have at most {width} each, "
+            f"{most:,} of {sum(widths):,} in all: use --layout ragged, or remove more (--sparsity "
+            f"{math.ceil(1000 * (1 - most / sum(widths))) / 1000} or higher)"
         )
     if multiple > width:
-        raise InvalidInput(f"--width-multiple {multiple} is wider than a layer of {width} neurons")
+        raise InvalidInput(
+            f"--width-multiple {multiple} is wider than a layer of {width} neurons: give a smaller one"
+        )
     share = round(budget / len(widths) / multiple) * multiple
     kept = min(max(share, multiple), width)
     return [kept] * len(widths)
+
+
+def even_scores(widths: Sequence[int]) -> list[Tensor]:
+    """Return scores by which :func:`ranked_widths` removes the same share of every layer; float64 [width] for each."""
+    return [torch.arange(width, 0, -1, dtype=torch.float64) / width for width in widths]
 
 
 def at_most(budget: int, layers: int, multiple: int) -> int:

@@ -115,7 +115,7 @@ def register_criterion(name: str, *, needs_networks: bool = False) -> Callable[[
 
     def register(function: Cut) -> Cut:
         if name in CRITERIA:
-            raise InvalidInput(f"criterion {name!r} is registered already")
+            raise InvalidInput(f"criterion {name!r} is registered already: choose another name")
         CRITERIA[name] = function
         if needs_networks:
             NEED_NETWORKS.add(name)

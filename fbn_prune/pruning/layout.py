@@ -13,7 +13,6 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from fbn_prune.data.calibration import TokenBlocks
@@ -25,6 +24,7 @@ from fbn_prune.progress import StageClock
 from fbn_prune.pruning.allocation import (
     at_most,
     blended_widths,
+    even_scores,
     member_scores,
     narrowed,
     network_scores,
@@ -196,7 +196,7 @@ def _uniform(request: LayoutRequest) -> list[int]:
 def _even(request: LayoutRequest) -> list[int]:
     if request.layout == "auto":
         return _uniform(request)
-    scores = [torch.arange(width, 0, -1) for width in request.full]
+    scores = even_scores(request.full)
     widths = ranked_widths(scores, request.budget, request.multiple, request.whole)
     return _within(request, widths)
 

@@ -249,7 +249,12 @@ def _texts(on: Studied, plan: AblationPlan) -> dict[str, Sequence[Batch]]:
             named[name if separator else Path(text).stem] = source if separator else text
     return {
         name: first_blocks(
-            source, on.tokenizer, prepared.context, tokens=plan.tokens, seed=prepared.recipe.seed
+            source,
+            on.tokenizer,
+            prepared.context,
+            tokens=plan.tokens,
+            seed=prepared.recipe.seed,
+            note=on.clock.note,
         ).batches(batch_tokens)
         for name, source in named.items()
     }

@@ -7,6 +7,7 @@ with `head_sparsity`, attention heads) are removed.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fbn_prune.errors import InvalidInput
@@ -41,7 +42,10 @@ class ModelSize:
     def of(cls, checkpoint: Checkpoint, head_groups: int | None = None) -> ModelSize:
         """Return the size of a checkpoint, cut to `head_groups` groups of attention heads per layer if given."""
         family = checkpoint.family
-        layers, width = family.num_layers(checkpoint.config), family.width(checkpoint.config)
+        layers, neurons = (
+            family.num_layers(checkpoint.config),
+            sum(family.widths(checkpoint.config)),
+        )
         parameters = nbytes = 0
         for name, info in checkpoint.tensors.items():
             location = family.locate(name)
@@ -57,11 +61,11 @@ class ModelSize:
         }  # a live model's have none
         stored = sum((checkpoint.path / file).stat().st_size for file in files)
         return cls(
-            neurons=layers * width,
+            neurons=neurons,
             parameters=checkpoint.total_parameters - head_parameters,
             nbytes=checkpoint.total_bytes - head_bytes,
-            neuron_parameters=parameters // (layers * width),
-            neuron_bytes=nbytes // (layers * width),
+            neuron_parameters=parameters // neurons,
+            neuron_bytes=nbytes // neurons,
             header_bytes=stored - checkpoint.total_bytes if files else 0,
         )
 
@@ -176,13 +180,13 @@ def stated_budget(
         raise InvalidInput(f"{stated}: the model has only {now}; there is nothing to remove")
     if neurons < least:
         raise InvalidInput(
-            f"{stated}: attention, embeddings and the narrowest MLPs alone take {smallest}"
+            f"{stated}: attention, embeddings and the narrowest MLPs alone take {smallest}: give at least that"
         )
     return Budget(neurons, most=True)
 
 
 def rounding_note(
-    recipe: Recipe, budget: Budget | None, width: int, layers: int, multiple: int
+    recipe: Recipe, budget: Budget | None, widths: Sequence[int], multiple: int
 ) -> str | None:
     """One line if equal widths in multiples of `multiple` remove clearly more or less than was asked for; or None.
 
@@ -190,23 +194,21 @@ def rounding_note(
     ----------
     budget
         Neurons to keep; None if the kept networks set it.
-    width, layers
-        Present neurons of a layer, and the number of layers.
+    widths
+        Present neurons of each layer.
     """
     if budget is None or recipe.layout != "uniform":
         return None
-    total = width * layers
-    if budget.most:
-        kept = at_most(budget.neurons, layers, multiple)
-    else:
-        kept = sum(uniform_widths(budget.neurons, [width] * layers, multiple))
-    asked, removed = 1 - budget.neurons / total, 1 - kept / total
+    total = sum(widths)
+    neurons = at_most(budget.neurons, len(widths), multiple) if budget.most else budget.neurons
+    kept = uniform_widths(neurons, widths, multiple)
+    asked, removed = 1 - budget.neurons / total, 1 - sum(kept) / total
     if abs(removed - asked) <= max(0.02, 0.1 * asked):
         return None
     finer = "" if multiple == 1 else "; a smaller --width-multiple comes closer"
     return (
         f"note: asked to remove {asked:.1%} of the MLP neurons, but widths are multiples of {multiple}: each layer "
-        f"keeps {kept // layers} of {width}, which removes {removed:.1%}{finer}"
+        f"keeps {kept[0]} of {max(widths)}, which removes {removed:.1%}{finer}"
     )
 
 
@@ -224,9 +226,12 @@ def whole_layers(recipe: Recipe, layers: int) -> frozenset[int]:
     for layer in named:
         if not -layers <= layer < layers:
             raise InvalidInput(
-                f"keep_layers = {recipe.keep_layers}: there is no layer {layer}; the model has {layers}"
+                f"keep_layers = {recipe.keep_layers}: there is no layer {layer}; the model has {layers}, "
+                "counted from 0: name one of them"
             )
     whole = frozenset(layer % layers for layer in named)
     if len(whole) == layers:
-        raise InvalidInput(f"keep_layers = {recipe.keep_layers}: no layer is left to cut")
+        raise InvalidInput(
+            f"keep_layers = {recipe.keep_layers}: no layer is left to cut: name fewer"
+        )
     return whole

@@ -21,7 +21,9 @@ from fbn_prune.progress import StageClock
 from fbn_prune.pruning.allocation import (
     budget_from_networks,
     budget_from_sparsity,
+    even_scores,
     member_scores,
+    ranked_widths,
     uniform_widths,
 )
 from fbn_prune.pruning.criteria import CRITERIA
@@ -121,7 +123,7 @@ def run_comparison(
                 f"kept = {share}: give a share of neurons between 0 and 1, or a whole number of networks"
             )
     if path is not None and not path.resolve().parent.is_dir():
-        raise InvalidInput(f"{path}: there is no folder {path.resolve().parent}")
+        raise InvalidInput(f"{path}: there is no folder {path.resolve().parent}: make it first")
     if path is not None and path == plot_path(path):
         raise InvalidInput(
             f"{path}: the plot is written under this name; give a .json file for the results"
@@ -156,14 +158,24 @@ def _budget(on: Studied, kept: float, order: Sequence[int]) -> int:
     """Return the number of neurons to keep: a share of all, or the members of the strongest networks."""
     prepared = on.prepared
     if kept < 1:
-        return budget_from_sparsity(prepared.width * prepared.layers, 1 - kept)
+        return budget_from_sparsity(prepared.neurons, 1 - kept)
     if kept > len(order):
-        raise InvalidInput(f"kept = {int(kept)} networks: there are {len(order)}")
+        raise InvalidInput(
+            f"kept = {int(kept)} networks: there are {len(order)}, give at most that"
+        )
     return budget_from_networks(on.networks, order[: int(kept)])
 
 
 def _share(on: Studied, kept: float, budget: int) -> float:
-    return kept if kept < 1 else budget / (on.prepared.width * on.prepared.layers)
+    return kept if kept < 1 else budget / on.prepared.neurons
+
+
+def _widths(on: Studied, budget: int) -> list[int]:
+    """Return equal widths, or the same share of every layer where the model's layers differ in width."""
+    full, multiple = on.prepared.widths, on.prepared.width_multiple
+    if len(set(full)) == 1:
+        return uniform_widths(budget, full, multiple)
+    return ranked_widths(even_scores(full), budget, multiple)
 
 
 def _begin(
@@ -180,11 +192,7 @@ def _begin(
         "keep_networks": prepared.recipe.keep_networks,
         "width_multiple": prepared.width_multiple,
     }
-    full = [prepared.width] * prepared.layers
-    widths = {
-        _share(on, kept, budget): uniform_widths(budget, full, prepared.width_multiple)
-        for kept, budget in budgets.items()
-    }
+    widths = {_share(on, kept, budget): _widths(on, budget) for kept, budget in budgets.items()}
     networks = {_share(on, k, budget): int(k) for k, budget in budgets.items() if k >= 1}
     if path is not None and path.exists():
         before = _read(path)

@@ -71,7 +71,7 @@ def convert(
     from fbn_prune.model.checkpoint import Checkpoint  # loads torch
 
     write = import_module(f"{export.__name__}.to_{to}").write
-    source, notes = Checkpoint.open(model, ragged=True), list[str]()
+    source, notes = Checkpoint.open(model), list[str]()
     with StageClock(display).stage("convert", source.total_bytes, "bytes") as advance:
         architecture = write(source, output, dtype=dtype, progress=advance, note=notes.append)
     return {
@@ -188,7 +188,7 @@ def write_bundle(
     from fbn_prune.serving import bundle  # loads torch and the kernels
 
     sources = [bundle.TaskSource.parse(task) for task in tasks]
-    base = Checkpoint.open(str(builtin.model_path()) if model == "builtin" else model, ragged=True)
+    base = Checkpoint.open(str(builtin.model_path()) if model == "builtin" else model)
     check_output(output, overwrite, base.path, needed_bytes=0 if link else base.total_bytes)
     total = base.total_bytes * len(sources)
     with StageClock(display).stage("bundle", total, "bytes") as advance:

@@ -23,6 +23,7 @@ from fbn_prune.model.family import as_config
 from fbn_prune.pruning.allocation import (
     at_most,
     budget_from_networks,
+    even_scores,
     narrowed,
     ranked_widths,
     uniform_widths,
@@ -31,7 +32,8 @@ from fbn_prune.pruning.layout import MOST_TRIED_EVERY, STRENGTHS, TRIAL_TOKENS
 from fbn_prune.pruning.sensitivity import GRADIENT_TOKENS
 from fbn_prune.runs.budget import Budget, ModelSize
 from fbn_prune.runs.memory import free_memory
-from fbn_prune.runs.setup import Prepared
+from fbn_prune.runs.opening import read_texts
+from fbn_prune.runs.setup import Prepared, require_layout
 from fbn_prune.runs.stages import KNOCKOUT_TOKENS
 
 MEMBERS_PER_NETWORK = 0.041
@@ -91,9 +93,11 @@ class Plan:
 
 
 def plan(prepared: Prepared) -> Plan:
-    """Predict the size, memory and time of a prepared run without reading weights."""
+    """Predict the size, memory and time of a prepared run without reading weights; the text is read as the run does."""
+    require_layout(prepared)
+    read_texts(prepared, prepared.checkpoint.load_tokenizer())
     recipe, checkpoint = prepared.recipe, prepared.checkpoint
-    total = prepared.width * prepared.layers
+    total = prepared.neurons
     estimated = ["peak_memory_bytes", "seconds_low", "seconds_high"]
     sizes = ["parameters_after", "bytes_after", "neurons_kept", "widths", "same_budget"]
     if prepared.budget is not None:
@@ -140,11 +144,10 @@ def plan(prepared: Prepared) -> Plan:
 def _widths(prepared: Prepared, budget: Budget) -> list[int]:
     """Return the widths of a uniform layout, or an even split with the same sum as the ragged widths."""
     recipe, multiple = prepared.recipe, prepared.width_multiple
-    full = [prepared.width] * prepared.layers
+    full = prepared.widths
     neurons = budget.neurons
     if recipe.layout == "ragged":
-        even = [torch.arange(width, 0, -1) for width in full]
-        widths = ranked_widths(even, neurons, multiple, prepared.whole)
+        widths = ranked_widths(even_scores(full), neurons, multiple, prepared.whole)
         return narrowed(widths, neurons, multiple, prepared.whole) if budget.most else widths
     if budget.most:
         neurons = at_most(neurons, prepared.layers, multiple)
@@ -178,12 +181,13 @@ def token_passes(prepared: Prepared) -> tuple[float, float]:
     tried = recipe.layout == "auto" or (recipe.layout == "ragged" and recipe.widths != "members")
     passed = recipe.tokens * ((3 if recipe.sequential else 1) + by_loss + tried)
     passed += 2 * round(recipe.tokens * recipe.held_out)
-    more: float = 2 * prepared.width * (1 + by_loss + tried)
+    width = prepared.neurons / prepared.layers
+    more = 2 * width * (1 + by_loss + tried)
     if recipe.needs_networks and prepared.networks is None:
         sampled = min(recipe.network_tokens, recipe.tokens)
         once = prepared.memory.streamed or prepared.memory.keep_activations
         passed += sampled * (1 if once else 3)
-        more += sampled**2 / (2 * prepared.width)
+        more += sampled**2 / (2 * width)
     if recipe.rank_or_default == "knockout":
         passed += min(recipe.tokens, KNOCKOUT_TOKENS) * (recipe.networks + 1)
     if recipe.task is not None:
@@ -223,8 +227,10 @@ def _layer_token_seconds(prepared: Prepared) -> float | None:
 
 
 def _one_layer(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the checkpoint's architecture with one decoder layer and 8 tokens of vocabulary, without weights."""
-    config = copy.deepcopy(as_config(checkpoint.config))
+    """Return the architecture with one decoder layer of the mean width and 8 tokens of vocabulary, without weights."""
+    widths = checkpoint.family.widths(checkpoint.config)
+    mean = [sum(widths) // len(widths)] * len(widths)
+    config = copy.deepcopy(as_config(checkpoint.family.with_widths(checkpoint.config, mean)))
     for key, value in list(vars(config).items()):
         if isinstance(value, list) and len(value) == config.num_hidden_layers:  # one entry a layer
             setattr(config, key, value[:1])

@@ -34,7 +34,7 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.model != "builtin":
         folder = _local(recipe.model)
     if folder is not None:
-        family_of(read_config(folder), ragged=True)
+        family_of(read_config(folder))
         total_bytes = sum(tensor.nbytes for tensor in read_stored(folder).values())
     for source in recipe.calibration:
         require_source(source)

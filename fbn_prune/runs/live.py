@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fbn_prune.data.calibration import first_blocks
+from fbn_prune.data.forms import Reading
 from fbn_prune.data.given import Dataset, as_source
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.adapter import ModelAdapter
@@ -27,7 +28,7 @@ from fbn_prune.runs.memory import possible_plans
 from fbn_prune.runs.opening import OpenRun, read_texts
 from fbn_prune.runs.prune import PruneRun
 from fbn_prune.runs.result import PruneResult
-from fbn_prune.runs.setup import MAX_CONTEXT, prepared_for
+from fbn_prune.runs.setup import MAX_CONTEXT, prepared_for, require_layout
 from fbn_prune.runs.stages import find_networks
 from fbn_prune.store import Store
 
@@ -43,6 +44,7 @@ def prune_live(
 ) -> PruneResult:
     """Prune a model in place; see :func:`fbn_prune.prune`."""
     with _opened(model, tokenizer, dataset, config, clock) as run:
+        require_layout(run.prepared)
         for line in run.prepared.recipe.notes:
             clock.note(line)
         result = PruneRun(run, Store()).run()
@@ -88,10 +90,12 @@ def time_courses_live(
     adapter = ModelAdapter(model)
     if adapter.widths != list(networks.widths):
         raise InvalidInput(
-            f"the networks were found in layers of widths {networks.widths}; the model has {adapter.widths}"
+            f"the networks were found in layers of widths {networks.widths}; the model has {adapter.widths}: "
+            "give the model that they were found in"
         )
     context = min(adapter.family.context_length(adapter.config), MAX_CONTEXT)
-    blocks = first_blocks(as_source(dataset, tokens=sys.maxsize), tokenizer, context)
+    source = as_source(dataset, tokens=sys.maxsize, reading=Reading(tokenizer))
+    blocks = first_blocks(source, tokenizer, context)
     batches = blocks.batches(BATCH_TOKENS)
     with _evaluating(model):
         courses = time_courses(adapter, networks, batches, StageClock())
@@ -133,9 +137,9 @@ def _opened(
     prepared = prepared_for(recipe, headers, model.device, model.dtype, memory)
     # The held-out share is read in addition, and the blocks at its start may be skipped.
     tokens = int(recipe.tokens / (1 - recipe.held_out)) + 2 * prepared.context
-    source = as_source(dataset, tokens=tokens)
+    source = as_source(dataset, tokens=tokens, reading=Reading(tokenizer, clock.note))
     with clock.stage("calibration"):
-        data, task = read_texts(prepared, tokenizer, [source])
+        data, task = read_texts(prepared, tokenizer, [source], clock.note)
     with _evaluating(model):
         dense = ModelAdapter(copy.deepcopy(model)) if recipe.recover else None
         yield OpenRun(prepared, tokenizer, data, task, ModelAdapter(model), clock, dense)

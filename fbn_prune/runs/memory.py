@@ -122,7 +122,7 @@ def plan_memory(
         why = "; gradients need the whole model in memory"
     raise InvalidInput(
         f"memory_budget = {recipe.memory_budget}: this run needs at least "
-        f"{least.peak_bytes / 1e9:.2f}GB (stage {stage}{why})"
+        f"{least.peak_bytes / 1e9:.2f}GB (stage {stage}{why}); raise it, or lower --tokens or --context"
     )
 
 
@@ -238,7 +238,8 @@ class _Sizes:
 
     def stages(self) -> dict[str, int]:
         recipe, family, config = self.recipe, self.checkpoint.family, self.checkpoint.config
-        width, layers = family.width(config), family.num_layers(config)
+        widths = family.widths(config)
+        width, neurons, layers = max(widths), sum(widths), len(widths)
         hidden, vocabulary = family.hidden_size(config), family.vocab_size(config)
         tokens, size = recipe.tokens, self.dtype.itemsize
         layer, largest, rest = self._weights()
@@ -261,12 +262,13 @@ class _Sizes:
         }
         if not self.streamed:  # the files are memory-mapped while the weights are loaded
             stages["load"] = base + self.checkpoint.total_bytes
-        neurons, networks = width * layers, recipe.networks
+        networks = recipe.networks
         maps = 0
         if recipe.needs_networks:
             maps = 4 * networks * neurons
             stages["networks"] = base + max(
-                self._discovery(width, layers, max(head, forward)), 7 * maps + recipe.network_tokens
+                self._discovery(width, neurons, max(head, forward)),
+                7 * maps + recipe.network_tokens,
             )
         square = 8 * width * width
         second_order = max(self._fit(width, hidden), part + 8 * hidden * width + 12.8 * width**2)
@@ -289,14 +291,15 @@ class _Sizes:
         stages["export"] = int(base + 1.3 * largest + maps)
         if recipe.needs_gradients:
             few = min(tokens, self.batch // 4)
-            graph = few * layers * (16 * hidden + 8 * width) * size
+            graph = few * (16 * hidden * layers + 8 * neurons) * size
             stages["gradients"] = base + graph + layers * 8 * hidden**2 + 3 * 4 * few * vocabulary
             stages["prune"] += layers * 8 * hidden**2
         if recipe.recover:
             few = min(tokens, RECOVERY_TOKENS)
-            graph = few * layers * (16 * hidden + 8 * width) * size
+            graph = few * (16 * hidden * layers + 8 * neurons) * size
             both = base + self.checkpoint.total_parameters * size
-            trained = max(16 * layer, 16 * layers * 2 * recipe.recover_rank * (4 * hidden + width))
+            adapters = 2 * recipe.recover_rank * (4 * hidden * layers + neurons)
+            trained = 16 * max(layer, adapters)
             logits = 4 * 4 * min(few * vocabulary, LOGIT_BYTES // 4)
             stages["recovery"] = both + max(2 * self._hidden(tokens), graph + logits) + trained
         return stages
@@ -315,10 +318,10 @@ class _Sizes:
         held = tokens if self.keep_hidden else min(tokens, 2 * self.batch)
         return held * hidden * self.dtype.itemsize
 
-    def _discovery(self, width: int, layers: int, forward: int) -> int:
+    def _discovery(self, width: int, neurons: int, forward: int) -> int:
         tokens = min(self.recipe.network_tokens, self.recipe.tokens)
         streamed = max(tokens, min(LEAST_BLOCKS * self.context, self.recipe.tokens))
-        kept = 4 * tokens * width * (layers if self.keep_activations else 0)
+        kept = 4 * tokens * (neurons if self.keep_activations else 0)
         sampling = self._hidden(streamed) + forward + 3 * 4 * tokens * width
         gram = 4 * tokens * tokens * (1 if tokens > 1024 else 6) + 4 * 4 * tokens * width
         return kept + max(sampling, gram)

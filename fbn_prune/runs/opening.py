@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 import transformers
 
 from fbn_prune.data.calibration import CalibrationData, calibration_data
+from fbn_prune.data.forms import rendering_words
 from fbn_prune.data.given import GivenData
 from fbn_prune.distributed import is_first
 from fbn_prune.model.adapter import ModelAdapter
@@ -78,14 +79,17 @@ def open_run(prepared: Prepared, clock: StageClock, *, whole: bool = False) -> O
     """
     tokenizer = prepared.checkpoint.load_tokenizer()
     with clock.stage("calibration"):
-        data, task = read_texts(prepared, tokenizer)
+        data, task = read_texts(prepared, tokenizer, note=clock.note)
     with clock.stage("load"):
         adapter = prepared.load_whole_model() if whole else prepared.load_model()
     return OpenRun(prepared, tokenizer, data, task, adapter, clock)
 
 
 def read_texts(
-    prepared: Prepared, tokenizer: Any, sources: Sequence[str | GivenData] | None = None
+    prepared: Prepared,
+    tokenizer: Any,
+    sources: Sequence[str | GivenData] | None = None,
+    note: Callable[[str], None] = lambda line: None,
 ) -> tuple[CalibrationData, TaskCalibration | None]:
     """Return the calibration and held-out blocks of a run, and those of its task (None without a task).
 
@@ -93,6 +97,8 @@ def read_texts(
     ----------
     sources
         Text to read instead of the recipe's calibration sources.
+    note
+        Called with a line on what was found in a source.
     """
     recipe = prepared.recipe
     vocabulary = prepared.family.vocab_size(prepared.checkpoint.config)
@@ -104,9 +110,12 @@ def read_texts(
         held_out=recipe.held_out,
         seed=recipe.seed,
         vocabulary=vocabulary,
+        note=note,
     )
     if prepared.task is None:
         return data, None
+    if any(one.chat is not None for one in prepared.task.examples):
+        note(f"{prepared.task.source}: conversations{rendering_words(tokenizer)}")
     task = task_calibration(
         prepared.task, data, tokenizer, context=prepared.context, vocabulary=vocabulary
     )

@@ -64,7 +64,7 @@ def publish(
             store=store,
         )
         verify_export(folder)
-        written = Checkpoint.open(folder, ragged=True)
+        written = Checkpoint.open(folder)
         result.parameters_after = written.total_parameters
         result.bytes_after = written.total_bytes
         if networks is not None:
@@ -117,7 +117,7 @@ def _card(
         base_hub_id=prepared.checkpoint.hub_id,
         criterion=_CRITERION_WORDS.get(recipe.criterion, f"the criterion {recipe.criterion}"),
         widths=tuple(result.widths),
-        neurons_before=prepared.width,
+        widths_before=tuple(prepared.widths),
         heads_before=result.heads_total,
         heads_after=result.heads_kept,
         parameters_before=result.parameters_before,

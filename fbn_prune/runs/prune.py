@@ -40,7 +40,7 @@ from fbn_prune.runs.kept import artifact, numbers
 from fbn_prune.runs.opening import OpenRun, open_run, store_of
 from fbn_prune.runs.output import publish
 from fbn_prune.runs.result import PruneResult, peak_memory_bytes
-from fbn_prune.runs.setup import Prepared, prepare
+from fbn_prune.runs.setup import Prepared, prepare, require_layout
 from fbn_prune.runs.stages import (
     find_networks,
     loss_roots_of,
@@ -62,6 +62,7 @@ def run_prune(recipe: Recipe, clock: StageClock) -> PruneResult:
         If the pruned model does not work, or the output cannot be written.
     """
     prepared = prepare(recipe)
+    require_layout(prepared)
     for line in prepared.notes:
         clock.note(line)
     with distributed.joined(prepared.device), store_of(prepared) as store:
@@ -227,7 +228,7 @@ class PruneRun:
             perplexity_expected=self.expected.perplexity(self.before),
             warning="; ".join(self.warnings) or None,
             neurons_kept=sum(self.widths.widths),
-            neurons_total=prepared.width * prepared.layers,
+            neurons_total=prepared.neurons,
             heads_kept=prepared.heads_kept,
             heads_total=prepared.heads_total,
             widths=self.widths.widths,
@@ -306,7 +307,8 @@ def _kept_networks(recipe: Recipe, order: list[int]) -> list[int]:
         return order
     if order and recipe.kept_networks_or_default > len(order):
         raise InvalidInput(
-            f"keep_networks = {recipe.kept_networks_or_default}: only {len(order)} networks were found"
+            f"keep_networks = {recipe.kept_networks_or_default}: only {len(order)} networks were found; "
+            "keep fewer, or raise --networks"
         )
     return order[: recipe.kept_networks_or_default]
 
@@ -323,7 +325,7 @@ def _layout_request(
         rule=recipe.widths,
         budget=budget.neurons,
         most=budget.most,
-        full=(prepared.width,) * prepared.layers,
+        full=tuple(prepared.widths),
         multiple=prepared.width_multiple,
         whole=prepared.whole,
     )

@@ -14,10 +14,10 @@ from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.family import Family
 from fbn_prune.model.placement import device_map
-from fbn_prune.model.streaming import StreamedModel, skeleton
+from fbn_prune.model.streaming import StreamedModel, check_tensors, skeleton
 from fbn_prune.model.surgery import require_bias
 from fbn_prune.networks.functional_networks import FunctionalNetworks
-from fbn_prune.pruning.allocation import default_multiple
+from fbn_prune.pruning.allocation import at_most, default_multiple, uniform_widths
 from fbn_prune.recipe import Recipe
 from fbn_prune.runs.budget import (
     Budget,
@@ -60,8 +60,14 @@ class Prepared:
         return self.checkpoint.family
 
     @property
-    def width(self) -> int:
-        return self.family.width(self.checkpoint.config)
+    def widths(self) -> list[int]:
+        """MLP neurons of each layer."""
+        return self.family.widths(self.checkpoint.config)
+
+    @property
+    def neurons(self) -> int:
+        """MLP neurons of all layers."""
+        return sum(self.widths)
 
     @property
     def layers(self) -> int:
@@ -70,9 +76,7 @@ class Prepared:
     @property
     def notes(self) -> list[str]:
         """One line for each thing that the user should know before the work."""
-        rounding = rounding_note(
-            self.recipe, self.budget, self.width, self.layers, self.width_multiple
-        )
+        rounding = rounding_note(self.recipe, self.budget, self.widths, self.width_multiple)
         return [*self.recipe.notes, *([] if rounding is None else [rounding])]
 
     @property
@@ -131,7 +135,12 @@ def prepare(recipe: Recipe) -> Prepared:
     check_places(recipe, checkpoint.path, checkpoint.total_bytes)
     device = chosen_device(recipe.device)
     dtype = _dtype(recipe.dtype, device, checkpoint)
-    return prepared_for(recipe, checkpoint, device, dtype)
+    prepared = prepared_for(recipe, checkpoint, device, dtype)
+    if prepared.memory.streamed:
+        check_tensors(checkpoint)
+    else:
+        checkpoint.load_model("meta", dtype)
+    return prepared
 
 
 def prepared_for(
@@ -157,22 +166,29 @@ def prepared_for(
     longest = family.context_length(checkpoint.config)
     if recipe.context is not None and recipe.context > longest:
         raise InvalidInput(
-            f"context = {recipe.context}: the model supports at most {longest} tokens"
+            f"context = {recipe.context}: the model supports at most {longest} tokens: lower it"
         )
-    width = family.width(checkpoint.config)
-    layers = family.num_layers(checkpoint.config)
-    multiple = recipe.width_multiple or min(default_multiple(width), width)
+    widths = family.widths(checkpoint.config)
+    layers, neurons = len(widths), sum(widths)
+    # Ragged layers that are narrower than the multiple stay whole.
+    width = max(widths) if recipe.layout == "ragged" else min(widths)
+    multiple = recipe.width_multiple or min(default_multiple(max(widths)), width)
     if multiple > width:
-        raise InvalidInput(f"width_multiple = {multiple}: a layer has only {width} neurons")
-    if recipe.needs_networks and recipe.networks > width * layers - 1:
-        raise InvalidInput(f"networks = {recipe.networks}: the model has {width * layers} neurons")
+        raise InvalidInput(
+            f"width_multiple = {multiple}: a layer has only {width} neurons: lower it"
+        )
+    if recipe.needs_networks and recipe.networks > neurons - 1:
+        raise InvalidInput(
+            f"networks = {recipe.networks}: the model has {neurons} neurons: lower it"
+        )
     networks = None
     if recipe.networks_from is not None:
         networks = FunctionalNetworks.load(recipe.networks_from)
-        if list(networks.widths) != [width] * layers:
+        if list(networks.widths) != widths:
+            have = f"width {width}" if len(set(widths)) == 1 else f"widths {tuple(widths)}"
             raise InvalidInput(
                 f"{recipe.networks_from} was found in layers of widths {networks.widths}; "
-                f"the model has {layers} layers of width {width}"
+                f"the model has {layers} layers of {have}: discover the networks of this model"
             )
         counts = {"task_networks": recipe.task_networks, "keep_networks": recipe.keep_networks}
         if recipe.stated_budget is None:
@@ -180,12 +196,12 @@ def prepared_for(
         for key, count in counts.items():
             if (count or 0) > len(networks.maps):
                 held = f"{recipe.networks_from} holds {counted(len(networks.maps), 'network')}"
-                raise InvalidInput(f"{key} = {count}: {held}")
+                raise InvalidInput(f"{key} = {count}: {held}; lower it, or discover more")
     if recipe.criterion == "membership-bias":
         require_bias(family, checkpoint.config)
     context = recipe.context or min(longest, MAX_CONTEXT)
     whole = whole_layers(recipe, layers)
-    least = len(whole) * width + (layers - len(whole)) * multiple
+    least = sum(one if layer in whole else min(one, multiple) for layer, one in enumerate(widths))
     head_groups = kept_head_groups(recipe, checkpoint)
     budget = stated_budget(recipe, checkpoint, least, head_groups)
     memory = memory or plan_memory(recipe, checkpoint, device, dtype, context)
@@ -210,6 +226,26 @@ def prepared_for(
     )
 
 
+def require_layout(prepared: Prepared) -> None:
+    """Refuse to make layers equally wide where that removes more than was asked for, or a share that is not yet known.
+
+    Raises
+    ------
+    InvalidInput
+        The model's layers differ in width, and an equal width for all does not reach the budget.
+    """
+    budget, widths, multiple = prepared.budget, prepared.widths, prepared.width_multiple
+    if prepared.recipe.layout == "ragged" or len(set(widths)) == 1:
+        return
+    if budget is None:
+        raise InvalidInput(
+            f"the layers have {min(widths)} to {max(widths)} neurons, and only the run will tell how many the networks "
+            "cover: use --layout ragged, or set the size (--sparsity)"
+        )
+    neurons = at_most(budget.neurons, len(widths), multiple) if budget.most else budget.neurons
+    uniform_widths(neurons, widths, multiple)
+
+
 def chosen_device(name: str) -> torch.device:
     """Return the device of a recipe's `device` key; "auto" prefers a GPU.
 
@@ -230,7 +266,8 @@ def chosen_device(name: str) -> torch.device:
         raise InvalidInput(f"device = {name!r}: write auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InvalidInput(
-            f"device = {name!r}: this machine has {counted(torch.cuda.device_count(), 'CUDA device')}"
+            f"device = {name!r}: this machine has {counted(torch.cuda.device_count(), 'CUDA device')}: "
+            "give another, or auto"
         )
     return distributed.local_device(device)
 

@@ -40,7 +40,9 @@ def unfinished_runs(folder: Path) -> list[UnfinishedRun]:
         If the folder does not exist.
     """
     if not folder.is_dir():
-        raise InvalidInput(f"there is no folder {folder}")
+        raise InvalidInput(
+            f"there is no folder {folder}: give one that holds outputs or work folders"
+        )
     found = []
     for record in sorted({*folder.glob(f"*/{RECORD}"), *folder.glob(f".*.work/*/{RECORD}")}):
         content = read_record(record.parent)

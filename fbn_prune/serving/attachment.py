@@ -251,7 +251,7 @@ def _as_task(model: PreTrainedModel, task: TaskSet | KeptNeurons | Sequence[Tens
         return TaskSet.plain(task)
     if all(one.dtype == torch.bool for one in task):
         return TaskSet.plain(KeptNeurons.from_masks([one.cpu() for one in task]))
-    widths = family_of(model.config, ragged=True).widths(model.config)
+    widths = family_of(model.config).widths(model.config)
     kept = tuple(one.to("cpu", torch.int64) for one in task)
     return TaskSet.plain(KeptNeurons(tuple(widths), kept))
 
@@ -266,7 +266,9 @@ def _check(model: PreTrainedModel, tasks: Mapping[str, TaskSet]) -> ModelAdapter
     if "networks" in vars(model):
         raise InvalidInput("the model serves tasks already: detach it first")
     if any(parameter.is_meta for parameter in model.parameters()):
-        raise InvalidInput("some of the model's weights are not in memory (device meta)")
+        raise InvalidInput(
+            "some of the model's weights are not in memory (device meta): load the model whole"
+        )
     try:
         canonical_activation(family.activation(model.config))
     except ValueError as error:
@@ -276,7 +278,7 @@ def _check(model: PreTrainedModel, tasks: Mapping[str, TaskSet]) -> ModelAdapter
         if task.neurons.widths != widths:
             raise InvalidInput(
                 f"the task {name!r} is for layers of {list(task.neurons.widths)} neurons, "
-                f"the model has {list(widths)}"
+                f"the model has {list(widths)}: take the task's own model"
             )
     return adapter
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from fbn_prune.data.text_files import require_readable
 from fbn_prune.errors import InvalidInput
 from fbn_prune.export.directory import atomic_directory, disk_errors
-from fbn_prune.export.writer import copy_companions, write_json
+from fbn_prune.export.writer import copy_companions, copy_own_code, write_json
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.headers import INDEX_FILE, one_line, read_object
 from fbn_prune.model.kept_neurons import KEPT_FILE, KeptNeurons
@@ -102,19 +102,26 @@ class Bundle:
             The folder is not a bundle, or a file is missing, damaged or of another version.
         """
         if not (folder / BUNDLE_FILE).is_file():
-            raise InvalidInput(f"{folder} is not a bundle: it has no {BUNDLE_FILE}")
+            raise InvalidInput(
+                f"{folder} is not a bundle: it has no {BUNDLE_FILE}; `fbn-prune bundle` makes one"
+            )
         content = read_object(folder / BUNDLE_FILE)
         if content.get("format") != _FORMAT_VERSION:
             raise InvalidInput(
-                f"{folder / BUNDLE_FILE}: format {content.get('format')!r}, this version reads {_FORMAT_VERSION}"
+                f"{folder / BUNDLE_FILE}: format {content.get('format')!r}, "
+                f"this version reads {_FORMAT_VERSION}: make the bundle again"
             )
         names, base = content.get("order"), content.get("base")
         if not isinstance(names, list) or not names or not (base is None or isinstance(base, str)):
-            raise InvalidInput(f"{folder / BUNDLE_FILE}: lacks its tasks or its model")
+            raise InvalidInput(
+                f"{folder / BUNDLE_FILE}: lacks its tasks or its model: make the bundle again"
+            )
         for name in names:
             if not isinstance(name, str) or not _NAME.fullmatch(name):
-                raise InvalidInput(f"{folder / BUNDLE_FILE}: {name!r} is not a valid task name")
-        checkpoint = Checkpoint.open(folder if base is None else base, ragged=True)
+                raise InvalidInput(
+                    f"{folder / BUNDLE_FILE}: {name!r} is not a valid task name: make the bundle again"
+                )
+        checkpoint = Checkpoint.open(folder if base is None else base)
         tasks = {name: _read_task(folder / "tasks" / name) for name in names}
         return cls(checkpoint, tasks)
 
@@ -215,13 +222,13 @@ def _task_of(
     elif source.path.is_file():
         task = TaskSet.plain(KeptNeurons.load(source.path))
     else:
-        pruned = Checkpoint.open(source.path, ragged=True)
+        pruned = Checkpoint.open(source.path)
         return task_of_pruned(base, pruned, refit, rank, progress)
     widths = base.family.widths(base.config)
     if list(task.neurons.widths) != widths:
         raise InvalidInput(
             f"{source.path} is for layers of {list(task.neurons.widths)} neurons, "
-            f"{base.path} has {widths}"
+            f"{base.path} has {widths}: give tasks of this model"
         )
     return task
 
@@ -232,7 +239,10 @@ def _copy_checkpoint(base: Checkpoint, folder: Path) -> None:
     for file in sorted({"config.json", *weights, *index}):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(base.path / file, folder / file)
+    if base.repairs:
+        write_json(folder / "config.json", base.config)
     copy_companions(base, folder)
+    copy_own_code(base.family, base.config, folder)
 
 
 def _write_task(task: TaskSet, folder: Path) -> None:
@@ -260,7 +270,7 @@ def _read_task(folder: Path) -> TaskSet:
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
-        raise InvalidInput(f"{file}: damaged ({one_line(error)})") from error
+        raise InvalidInput(f"{file}: damaged ({one_line(error)}): make the bundle again") from error
     layers = range(len(neurons.widths))
     own_down = tuple(_read_down(file, tensors, layer, len(neurons.kept[layer])) for layer in layers)
     own_bias = tuple(tensors.get(f"layers.{layer}.bias") for layer in layers)
@@ -274,7 +284,7 @@ def _read_down(file: Path, tensors: dict[str, Tensor], layer: int, kept: int) ->
     for one in (full, right):
         if one is not None and (one.ndim != 2 or one.shape[1] != kept):
             raise InvalidInput(
-                f"{file}: layer {layer} has weights {list(one.shape)} for {kept} kept neurons"
+                f"{file}: layer {layer} has weights {list(one.shape)} for {kept} kept neurons: make the bundle again"
             )
     if full is not None:
         return FullDown(full)
@@ -282,6 +292,7 @@ def _read_down(file: Path, tensors: dict[str, Tensor], layer: int, kept: int) ->
         return None
     if left.ndim != 2 or left.shape[1] != right.shape[0]:
         raise InvalidInput(
-            f"{file}: layer {layer}: shapes {list(left.shape)} and {list(right.shape)} do not multiply"
+            f"{file}: layer {layer}: shapes {list(left.shape)} and {list(right.shape)} do not multiply: "
+            "make the bundle again"
         )
     return LowRankDown(left, right)

@@ -137,7 +137,7 @@ def task_of_pruned(
     if list(neurons.widths) != widths:
         raise InvalidInput(
             f"{pruned.path} was cut from layers of {list(neurons.widths)} neurons, "
-            f"{base.path} has {widths}"
+            f"{base.path} has {widths}: give a task that was cut from this model"
         )
     own_down: list[OwnDown | None] = [None] * len(widths)
     own_bias: list[Tensor | None] = [None] * len(widths)
@@ -182,7 +182,7 @@ def _require_equal(
     if expected is None or not torch.equal(expected, found):
         raise InvalidInput(
             f"{pruned.path}: {name} is not that of {base.path}: the checkpoint was cut from another model, "
-            "or trained afterwards"
+            "or trained afterwards; give one that was cut from this model without --recover"
         )
 
 
@@ -190,7 +190,7 @@ def _require_shape(pruned: Checkpoint, name: str, found: Tensor, old: Tensor) ->
     if found.shape != old.shape:
         raise InvalidInput(
             f"{pruned.path}: {name} has shape {list(found.shape)}, but {KEPT_FILE} implies "
-            f"{list(old.shape)}"
+            f"{list(old.shape)}: take both from one output"
         )
 
 

@@ -6,6 +6,7 @@ Files are validated as they are read.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from fbn_prune.errors import InvalidInput
 from fbn_prune.export.published import public_name, without_paths
+from fbn_prune.model.kept_neurons import KEPT_FILE, KeptNeurons
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.networks.ranking import strongest_first
 
@@ -56,11 +58,6 @@ class RunResult(BaseModel):
     task: dict[str, Any] | None = None
     warning: str | None = None
     recovery: Recovered | None = None
-
-    @property
-    def width_before(self) -> int:
-        """Number of neurons in every layer of the source model."""
-        return self.neurons_total // len(self.widths)
 
 
 class Budget(BaseModel):
@@ -168,6 +165,8 @@ class ReportFacts:
     ----------
     order
         All networks in the order of their rank, strongest first; empty without networks.
+    widths_before
+        Number of neurons in each layer of the source model; empty without a run.
     """
 
     name: str
@@ -175,6 +174,7 @@ class ReportFacts:
     networks: FunctionalNetworks | None
     order: list[int]
     recipe: str | None
+    widths_before: Sequence[int] = ()
     comparison: Comparison | None = None
     ablation: Ablation | None = None
     evaluation: Evaluation | None = None
@@ -225,10 +225,18 @@ def read_facts(
         networks=networks,
         order=[] if networks is None else _order(networks, result),
         recipe=_recipe(folder / "recipe.yaml"),
+        widths_before=() if result is None else _widths_before(folder / KEPT_FILE, result),
         comparison=None if compare is None else _read(compare, Comparison),
         ablation=None if ablate is None else _read(ablate, Ablation),
         evaluation=None if evaluate is None else _read(evaluate, Evaluation),
     )
+
+
+def _widths_before(kept: Path, result: RunResult) -> Sequence[int]:
+    """Return the widths in the file of kept neurons; without one, all layers of the source are taken to be equal."""
+    if kept.is_file():
+        return KeptNeurons.load(kept).widths
+    return [result.neurons_total // len(result.widths)] * len(result.widths)
 
 
 def _model(result: RunResult | None, networks: FunctionalNetworks | None) -> str:
@@ -253,7 +261,9 @@ def _recipe(path: Path) -> str | None:
     try:
         keys = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise InvalidInput(f"{path} is not a recipe: {' '.join(str(error).split())}") from None
+        raise InvalidInput(
+            f"{path} is not a recipe, correct it: {' '.join(str(error).split())}"
+        ) from None
     if not isinstance(keys, dict):
         raise InvalidInput(f"{path} is not a recipe: it must be a mapping of keys to values")
     kept = {key: value for key, value in keys.items() if key not in PLACES}
@@ -273,10 +283,13 @@ def _read(path: Path, kind: type[_Kind]) -> _Kind:
     try:
         return kind.model_validate_json(path.read_bytes())
     except OSError as error:
-        raise InvalidInput(f"cannot read {path}: {error.strerror or error}") from None
+        raise InvalidInput(
+            f"cannot read {path}: {error.strerror or error}; check its name and permissions"
+        ) from None
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise InvalidInput(
-            f"{path} is not the JSON output of {_COMMANDS[kind]}: {place or 'the file'}: {first['msg']}"
+            f"{path} is not the JSON output of {_COMMANDS[kind]}: {place or 'the file'}: {first['msg']}; "
+            "write it again with --json"
         ) from None

@@ -68,13 +68,13 @@ def drawing() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def widths_figure(result: RunResult) -> str:
+def widths_figure(before: Sequence[int], after: Sequence[int]) -> str:
     """Draw the number of neurons of every layer before and after pruning."""
     figure, axes = _figure(1.9)
-    layers = range(len(result.widths))
-    axes.bar(layers, [result.width_before] * len(result.widths), color=PALE, label="before")
-    axes.bar(layers, result.widths, color=KEPT, label="after")
-    axes.set(xlabel="layer", ylabel="MLP neurons", xlim=(-0.6, len(result.widths) - 0.4))
+    layers = range(len(after))
+    axes.bar(layers, before, color=PALE, label="before")
+    axes.bar(layers, after, color=KEPT, label="after")
+    axes.set(xlabel="layer", ylabel="MLP neurons", xlim=(-0.6, len(after) - 0.4))
     _whole_numbers(axes)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     return _svg(figure, "widths")

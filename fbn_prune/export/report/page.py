@@ -80,7 +80,7 @@ def _figures(facts: ReportFacts) -> dict[str, str]:
     drawn: dict[str, str] = {}
     result, networks = facts.result, facts.networks
     if result is not None:
-        drawn["widths"] = figures.widths_figure(result)
+        drawn["widths"] = figures.widths_figure(facts.widths_before, result.widths)
     members = facts.members_kept
     if networks is not None and len(members) > 1:
         kept = None if result is None or _has_own_budget(facts) else len(result.kept_networks)
