@@ -6,42 +6,70 @@ All functions are thin layers over :mod:`fbn_prune.runs`. They print nothing; a 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel
-
-from fbn_prune.data.given import Dataset
 from fbn_prune.errors import InvalidInput
-from fbn_prune.export.hub import check_push, push_to_hub
-from fbn_prune.networks.cards import network_cards
-from fbn_prune.networks.estimator import SpatialICA
-from fbn_prune.networks.functional_networks import FunctionalNetworks
-from fbn_prune.networks.recurrence import Recurrence, recurrence
 from fbn_prune.progress import Display, StageClock
-from fbn_prune.pruning.criteria import register_criterion
-from fbn_prune.pruning.recovery.gain import Recovery
 from fbn_prune.recipe import PruningConfig, Recipe, build_recipe
-from fbn_prune.runs.ablate import AblationPlan, AblationResult, run_ablation
-from fbn_prune.runs.compare import Comparison, run_comparison
-from fbn_prune.runs.convert import convert, dequantize, write_bundle
-from fbn_prune.runs.discover import run_discovery
-from fbn_prune.runs.dry_run import Plan, plan
-from fbn_prune.runs.estimator import FunctionalNetworkICA
-from fbn_prune.runs.evaluate import Evaluation, HarnessOptions, evaluate, measure_on_tasks
-from fbn_prune.runs.evaluation_card import evaluation_table, write_evaluation_card
-from fbn_prune.runs.live import (
-    amplify_networks,
-    discover_live,
-    mask_networks,
-    prune_live,
-    retain_networks,
-)
-from fbn_prune.runs.prune import run_prune
-from fbn_prune.runs.result import PruneResult, tool_version
-from fbn_prune.runs.setup import prepare
-from fbn_prune.runs.study import Ranking, run_rank
-from fbn_prune.runs.unfinished import UnfinishedRun, clean_runs, unfinished_runs
+from fbn_prune.runs.early_checks import check_models, check_recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from fbn_prune.data.given import Dataset
+    from fbn_prune.export.hub import check_push, push_to_hub
+    from fbn_prune.networks.cards import network_cards
+    from fbn_prune.networks.estimator import SpatialICA
+    from fbn_prune.networks.functional_networks import FunctionalNetworks
+    from fbn_prune.networks.recurrence import Recurrence, recurrence
+    from fbn_prune.pruning.criteria import register_criterion
+    from fbn_prune.pruning.recovery.gain import Recovery
+    from fbn_prune.runs.ablate import AblationPlan, AblationResult
+    from fbn_prune.runs.compare import Comparison
+    from fbn_prune.runs.convert import convert, dequantize, write_bundle
+    from fbn_prune.runs.dry_run import Plan
+    from fbn_prune.runs.estimator import FunctionalNetworkICA
+    from fbn_prune.runs.evaluate import Evaluation, HarnessOptions, evaluate
+    from fbn_prune.runs.evaluation_card import evaluation_table, write_evaluation_card
+    from fbn_prune.runs.live import amplify_networks, mask_networks, retain_networks
+    from fbn_prune.runs.result import PruneResult, tool_version
+    from fbn_prune.runs.study import Ranking
+    from fbn_prune.runs.unfinished import UnfinishedRun, clean_runs, unfinished_runs
+
+_PLACES = {
+    "fbn_prune.export.hub": ("check_push", "push_to_hub"),
+    "fbn_prune.networks.cards": ("network_cards",),
+    "fbn_prune.networks.estimator": ("SpatialICA",),
+    "fbn_prune.networks.functional_networks": ("FunctionalNetworks",),
+    "fbn_prune.networks.recurrence": ("Recurrence", "recurrence"),
+    "fbn_prune.pruning.criteria": ("register_criterion",),
+    "fbn_prune.pruning.recovery.gain": ("Recovery",),
+    "fbn_prune.runs.ablate": ("AblationPlan", "AblationResult"),
+    "fbn_prune.runs.compare": ("Comparison",),
+    "fbn_prune.runs.convert": ("convert", "dequantize", "write_bundle"),
+    "fbn_prune.runs.dry_run": ("Plan",),
+    "fbn_prune.runs.estimator": ("FunctionalNetworkICA",),
+    "fbn_prune.runs.evaluate": ("Evaluation", "HarnessOptions", "evaluate"),
+    "fbn_prune.runs.evaluation_card": ("evaluation_table", "write_evaluation_card"),
+    "fbn_prune.runs.live": ("amplify_networks", "mask_networks", "retain_networks"),
+    "fbn_prune.runs.result": ("PruneResult", "tool_version"),
+    "fbn_prune.runs.study": ("Ranking",),
+    "fbn_prune.runs.unfinished": ("UnfinishedRun", "clean_runs", "unfinished_runs"),
+}
+"""Modules imported when one of their names is first used: most load torch, and a refusal must not wait for it."""
+
+_MODULE_OF = {name: module for module, names in _PLACES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
 
 __all__ = [
     "AblationPlan",
@@ -61,7 +89,9 @@ __all__ = [
     "UnfinishedRun",
     "ablate",
     "amplify_networks",
+    "check_models",
     "check_push",
+    "check_recipe",
     "clean_runs",
     "compare",
     "convert",
@@ -146,6 +176,8 @@ def prune(
     >>> result.widths == [model.config.intermediate_size] * 6
     True
     """
+    from fbn_prune.runs.live import prune_live
+
     return prune_live(model, tokenizer, dataset, config or PruningConfig(), StageClock(display))
 
 
@@ -199,6 +231,9 @@ def prune_checkpoint(
         settings = (config or PruningConfig()).model_dump()
         named = {"model": str(path), "output": Path(output), "calibration": dataset}
         recipe = build_recipe({**settings, **named, **places}, where="prune_checkpoint")
+    check_recipe(recipe)
+    from fbn_prune.runs.prune import run_prune
+
     return run_prune(recipe, StageClock(display))
 
 
@@ -210,6 +245,10 @@ def predict(recipe: Recipe) -> Plan:
     InvalidInput
         If the run itself would refuse the recipe.
     """
+    check_recipe(recipe)
+    from fbn_prune.runs.dry_run import plan
+    from fbn_prune.runs.setup import prepare
+
     return plan(prepare(recipe))
 
 
@@ -236,6 +275,8 @@ def discover(
     InvalidInput
         If the model, the data or a setting cannot be used.
     """
+    from fbn_prune.runs.live import discover_live
+
     config, clock = config or PruningConfig(), StageClock(display)
     return discover_live(model, tokenizer, dataset, config, clock, recurrence=recurrence)
 
@@ -255,6 +296,11 @@ def discover_checkpoint(
     InvalidInput
         If the recipe has no output, or names something that cannot be used.
     """
+    if recipe.output is None:
+        raise InvalidInput("--output is missing: name the folder to write")
+    check_recipe(recipe)
+    from fbn_prune.runs.discover import run_discovery
+
     return run_discovery(recipe, StageClock(display))
 
 
@@ -266,6 +312,9 @@ def rank(recipe: Recipe, *, display: Display | None = None) -> Ranking:
     InvalidInput
         If the recipe names something that cannot be used, or the model does not fit into memory.
     """
+    check_recipe(recipe)
+    from fbn_prune.runs.study import run_rank
+
     return run_rank(recipe, StageClock(display))
 
 
@@ -299,6 +348,10 @@ def ablate(
     FbnPruneError
         If tasks are given and lm-evaluation-harness is missing.
     """
+    check_recipe(recipe)
+    from fbn_prune.runs.ablate import AblationPlan, run_ablation
+    from fbn_prune.runs.evaluate import HarnessOptions, measure_on_tasks
+
     measure = measure_on_tasks(tasks, options or HarnessOptions()) if tasks else None
     return run_ablation(recipe, plan or AblationPlan(), StageClock(display), measure)
 
@@ -332,6 +385,9 @@ def compare(
     InvalidInput
         If a criterion, a budget, the file or the recipe cannot be used, or the model does not fit into memory.
     """
+    check_recipe(recipe)
+    from fbn_prune.runs.compare import run_comparison
+
     return run_comparison(recipe, criteria, kept, path, StageClock(display))
 
 

@@ -1,4 +1,7 @@
-"""The two exceptions of the package. The command line prints their message as one line and returns their exit code."""
+"""The two exceptions of the package, and how their messages count.
+
+The command line prints a message as one line and returns the exit code.
+"""
 
 from __future__ import annotations
 
@@ -13,3 +16,8 @@ class InvalidInput(FbnPruneError):
     """An input cannot be used; raised before anything is written. Exit code 2."""
 
     exit_code = 2
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun, such as "1 tensor" or "2,000 tensors"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

@@ -56,7 +56,8 @@ class Hub:
         if self.late_failure is not None:
             raise self.late_failure
         files = {path.name for path in Path(settings["folder_path"]).iterdir()}
-        self.uploads.append({**settings, "files": files})
+        recipe = Path(settings["folder_path"], "recipe.yaml").read_text()
+        self.uploads.append({**settings, "files": files, "recipe": recipe})
 
 
 @pytest.fixture
@@ -80,6 +81,9 @@ def test_the_whole_output_goes_to_the_repository_in_one_commit(
     (upload,) = hub.uploads
     assert upload["files"] == {path.name for path in (tmp_path / "out").iterdir()}
     assert upload["delete_patterns"] is None
+    assert "calibration:\n- text.txt\n" in upload["recipe"]
+    assert str(tmp_path.parent.parent) not in upload["recipe"]
+    assert str(tmp_path) in (tmp_path / "out" / "recipe.yaml").read_text()
     assert "https://hub.test/lab/small" in capsys.readouterr().err
 
 

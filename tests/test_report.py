@@ -17,9 +17,10 @@ from report_material import HOSTILE, ablation, comparison, write_material
 from small_runs import arguments, refused, run_json
 
 from fbn_prune.cli.main import _exit_code
+from fbn_prune.export.published import public_name
 from fbn_prune.export.report.facts import read_facts
 from fbn_prune.export.report.page import report_html
-from fbn_prune.export.report.text import display_name, visible
+from fbn_prune.export.report.text import visible
 
 HEADINGS = {
     "size": "Size",
@@ -219,7 +220,7 @@ def test_visible_text_has_no_sign_that_acts(text: str) -> None:
     ],
 )
 def test_a_model_is_named_without_the_folders_it_lies_in(model: str, name: str) -> None:
-    assert display_name(model) == name
+    assert public_name(model) == name
 
 
 @pytest.mark.slow

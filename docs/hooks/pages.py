@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from fbn_prune.cli.main import build_app
+from fbn_prune.cli.app import build_app
 
 ROOT = Path(__file__).parents[2]
 

@@ -22,9 +22,10 @@ import typer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fbn_prune.model.headers import SINGLE_FILE
 from fbn_prune.model.quantized_formats import stored_weights
 from fbn_prune.model.quantized_values import plain
-from fbn_prune.model.shards import SINGLE_FILE, read_headers
+from fbn_prune.model.shards import read_headers
 
 NAME = "model.layers.0.mlp.up_proj"
 

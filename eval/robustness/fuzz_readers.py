@@ -47,9 +47,10 @@ from fbn_prune.data.forms import Reading
 from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.families import family_of
+from fbn_prune.model.headers import INDEX_FILE, SINGLE_FILE, read_index, read_object
 from fbn_prune.model.quantized_formats import stored_weights
 from fbn_prune.model.quantized_values import plain
-from fbn_prune.model.shards import INDEX_FILE, SINGLE_FILE, read_headers, read_index, read_object
+from fbn_prune.model.shards import read_headers
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.recipe import Recipe, load_recipe
 from fbn_prune.runs.kept import numbers

@@ -91,6 +91,7 @@ def command(
     sizes = _sizes(grow)
     from fbn_prune import api
 
+    api.check_recipe(recipe)
     plan = api.AblationPlan(
         action=action,
         factor=factor,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Table
 
 from fbn_prune.cli import console
 from fbn_prune.cli.options import Json
+from fbn_prune.cli.streams import finished
 
 Tasks = Annotated[
     list[str],
@@ -61,9 +62,14 @@ def command(
         overwrite=overwrite,
         display=console.display(),
     )
-    if json:
-        console.print_json(written)
-        return
+    with finished(output):
+        if json:
+            console.print_json(written)
+        else:
+            _show(output, written)
+
+
+def _show(output: Path, written: dict[str, Any]) -> None:
     whole = written["base"] or "copied"
     table = Table(
         title=f"{output}: whole model {console.size(written['base_bytes'])} ({whole})",

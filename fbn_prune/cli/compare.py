@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from fbn_prune.cli import console
 from fbn_prune.cli.options import STUDY_FLAGS, Json, recipe_flags
+from fbn_prune.cli.streams import finished
 from fbn_prune.errors import InvalidInput
-from fbn_prune.recipe import build_recipe
+from fbn_prune.recipe import Recipe, build_recipe
+
+if TYPE_CHECKING:
+    from fbn_prune.api import Comparison
 
 Criteria = Annotated[
     str | None, typer.Option("--criteria", help="Criteria, separated by commas. Default: all.")
@@ -54,10 +59,15 @@ def command(
     from fbn_prune import api
 
     comparison = api.compare(recipe, names, shares, output_path, display=console.display())
+    with nullcontext() if output_path is None else finished(output_path):
+        if json:
+            console.print_json(comparison.to_json())
+        else:
+            _show(recipe, comparison)
+
+
+def _show(recipe: Recipe, comparison: Comparison) -> None:
     shown = comparison.to_json()
-    if json:
-        console.print_json(shown)
-        return
     table = Table(
         title=f"{recipe.model}: perplexity, dense {shown['dense']:.3f}", title_justify="left"
     )

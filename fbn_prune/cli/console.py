@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     Progress,
@@ -21,7 +22,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
+from fbn_prune.cli.streams import say, write
 from fbn_prune.distributed import is_first
 from fbn_prune.progress import Advance, Display, SilentDisplay
 
@@ -33,19 +36,20 @@ class TerminalDisplay:
     """Shows a progress bar for each stage, with its rate and remaining time."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True)
+        self._console = _console(stderr=True)
         self._progress: Progress | None = None
 
     @contextmanager
     def stage(self, name: str, total: int, unit: str) -> Iterator[Advance]:
         outermost = self._progress is None
         if self._progress is None:
+            plain = self._console.options.ascii_only
             self._progress = Progress(
-                SpinnerColumn(finished_text="✓"),
-                TextColumn("{task.description:<20}"),
+                SpinnerColumn("line" if plain else "dots", finished_text="+" if plain else "✓"),
+                TextColumn("{task.description:<20}", markup=False),
                 BarColumn(bar_width=24),
                 TaskProgressColumn(),
-                TextColumn("{task.fields[rate]}"),
+                TextColumn("{task.fields[rate]}", markup=False),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
@@ -70,7 +74,7 @@ class TerminalDisplay:
                 self._progress = None
 
     def note(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False)
+        self._console.print(line)
 
 
 class LineDisplay:
@@ -118,7 +122,7 @@ class LineDisplay:
             self.note(f"{name}: done in {took:.1f} s")
 
     def note(self, line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+        say(line)
 
 
 def display() -> Display:
@@ -129,19 +133,71 @@ def display() -> Display:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """Print a JSON object on stdout."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """Print a JSON object on stdout; what its encoding lacks is written as JSON's own escapes."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=2)
+    write(text + "\n")
 
 
 def print_table(table: Table) -> None:
-    """Print a table on stdout, 120 columns wide if it is not a terminal."""
-    console = Console() if sys.stdout.isatty() else Console(width=120)
-    console.print(table)
+    """Print a table on stdout, 120 columns wide if it is not a terminal.
+
+    Where the terminal is too narrow for the numbers, each row is printed as a list of its values.
+    """
+    console = _console(width=None if sys.stdout.isatty() else 120)
+    for column in table.columns:
+        if column.justify == "left":
+            column.overflow = "fold"
+    with console.capture() as captured:
+        if _fits(table, console):
+            console.print(table)
+        else:
+            console.print(table.title or "")
+            for line in _as_list(table):
+                console.print(line)
+    write(captured.get())
 
 
 def print_line(line: str) -> None:
     """Print a line on stdout."""
-    print(line)
+    write(line + "\n")
+
+
+def _console(*, stderr: bool = False, width: int | None = None) -> Console:
+    """Return a console that prints text as it is: a name such as `exp [final]` is no markup, `:cat:` no emoji."""
+    return Console(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
+
+
+def _fits(table: Table, console: Console) -> bool:
+    """Whether all numbers can be printed whole; other columns may be folded, down to a few characters."""
+    needed = 1
+    for column in table.columns:
+        cells = [column.header, *column.cells]
+        widths = [Measurement.get(console, console.options, cell).minimum for cell in cells]
+        number = column.justify == "right"
+        needed += 3 + (max(widths) if number else min(max(widths), _NARROWEST))
+    return needed <= console.width
+
+
+_NARROWEST = 8
+"""Width to which a column of words may be folded."""
+
+
+def _as_list(table: Table) -> Iterator[str]:
+    """Yield the rows of a table as lines `heading: value`, below the first cell."""
+    columns = [[_plain(column.header), *map(_plain, column.cells)] for column in table.columns]
+    for first, *others in list(zip(*columns, strict=True))[1:]:
+        yield first
+        for (heading, *_), value in zip(columns[1:], others, strict=True):
+            if value:
+                yield f"  {heading}: {value}" if heading else f"  {value}"
+
+
+def _plain(cell: object) -> str:
+    return cell.plain if isinstance(cell, Text) else str(cell)
 
 
 def size(count: float) -> str:

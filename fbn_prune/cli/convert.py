@@ -9,6 +9,7 @@ import typer
 
 from fbn_prune.cli import console
 from fbn_prune.cli.options import Json
+from fbn_prune.cli.streams import finished
 
 Model = Annotated[
     str, typer.Option("--model", help="Checkpoint folder, GGUF file or Hub id, pruned or not.")
@@ -38,10 +39,11 @@ def command(
     written = api.convert(
         model, output, to=to, dtype=gguf_type, overwrite=overwrite, display=display
     )
-    for line in written["notes"]:
-        display.note(f"note: {line}")
-    if json:
-        console.print_json(written)
-    else:
-        size = console.size(written["bytes"])
-        console.print_line(f"{output}: {size}, architecture {written['architecture']}")
+    with finished(output):
+        for line in written["notes"]:
+            display.note(f"note: {line}")
+        if json:
+            console.print_json(written)
+        else:
+            size = console.size(written["bytes"])
+            console.print_line(f"{output}: {size}, architecture {written['architecture']}")

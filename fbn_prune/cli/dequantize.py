@@ -9,6 +9,8 @@ import typer
 
 from fbn_prune.cli import console
 from fbn_prune.cli.options import Json
+from fbn_prune.cli.streams import finished
+from fbn_prune.errors import counted
 
 Model = Annotated[
     str, typer.Option("--model", help="Folder or Hub id of a quantized checkpoint, or a GGUF file.")
@@ -47,10 +49,11 @@ def command(
         overwrite=overwrite,
         display=console.display(),
     )
-    if json:
-        console.print_json(written)
-    else:
-        console.print_line(
-            f"{output}: {console.size(written['bytes'])}, "
-            f"{written['dequantized']} weights from {written['method']} to {written['dtype']}"
-        )
+    with finished(output):
+        if json:
+            console.print_json(written)
+        else:
+            console.print_line(
+                f"{output}: {console.size(written['bytes'])}, "
+                f"{counted(written['dequantized'], 'weight')} from {written['method']} to {written['dtype']}"
+            )

@@ -13,6 +13,7 @@ from fbn_prune.cli.options import (
     Json,
     recipe_flags,
 )
+from fbn_prune.cli.streams import finished
 from fbn_prune.recipe import build_recipe
 
 
@@ -26,4 +27,5 @@ def command(*, json: Json = False, flags: dict[str, Any]) -> None:
     from fbn_prune import api
 
     networks, path = api.discover_checkpoint(recipe, display=console.display())
-    inspect.show(networks, path, json=json, most=recipe.networks)
+    with finished(path):
+        inspect.show(networks, path, json=json, most=recipe.networks)

@@ -24,6 +24,7 @@ from fbn_prune.cli.options import (
     recipe_flags,
     task_names,
 )
+from fbn_prune.cli.streams import finished
 from fbn_prune.errors import InvalidInput
 from fbn_prune.recipe import build_recipe
 
@@ -72,12 +73,13 @@ def command(
         )
     from fbn_prune import api
 
+    models = [recipe.model] if compare is None else [recipe.model, compare]
+    api.check_models(models)
     # The harness ends its helper processes with this signal; our own handler would keep them alive.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     options = api.HarnessOptions(
         limit, num_fewshot, batch_size, log_samples, recipe.device, recipe.dtype, max_length
     )
-    models = [recipe.model] if compare is None else [recipe.model, compare]
     # The harness prints, and draws progress bars even without a terminal; it raises its errors.
     quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
     with quiet, redirect_stdout(sys.stderr):
@@ -91,10 +93,11 @@ def command(
         output_path.write_text(text + "\n", encoding="utf-8")
     if card:
         api.write_evaluation_card(readme, evaluations)
-    if json:
-        console.print_json(result)
-    else:
-        _show(evaluations)
+    with nullcontext() if output_path is None else finished(output_path):
+        if json:
+            console.print_json(result)
+        else:
+            _show(evaluations)
 
 
 def _show(evaluations: list[Evaluation]) -> None:

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from fbn_prune.cli import console
 from fbn_prune.cli.options import Json
+from fbn_prune.errors import counted
 
 if TYPE_CHECKING:
     from fbn_prune.api import FunctionalNetworks, Recurrence
@@ -103,7 +104,7 @@ def _table(
     cards: list[dict[str, Any]],
     others: dict[str, Recurrence],
 ) -> Table:
-    table = Table(title=f"{len(networks.maps)} networks in {path}", title_justify="left")
+    table = Table(title=f"{counted(len(networks.maps), 'network')} in {path}", title_justify="left")
     measured = "recurrence" in networks.header
     for column in ("id", "variance", "hubs", "members", "layers"):
         table.add_column(column, justify="right")
@@ -128,7 +129,7 @@ def _table(
             *overlaps,
             "\n".join(f"{tie['id']} {tie['correlation']:+.2f}" for tie in card["connected"][:2]),
             " ".join(_visible(entry["token"]) for entry in card["tokens"][:4]),
-            "\n".join(_context(context) for context in card["contexts"][:2]),
+            Text("\n").join(_context(context) for context in card["contexts"][:2]),
         )
     return table
 
@@ -149,10 +150,10 @@ def _verdict(name: str, other: Recurrence) -> str:
     )
 
 
-def _context(context: dict[str, Any]) -> str:
-    before, token, after = (str(context[key]) for key in ("before", "token", "after"))
-    return f"{_visible(before[-24:])}[bold]»{_visible(token)}«[/bold]{_visible(after[:16])}"
+def _context(context: dict[str, Any]) -> Text:
+    before, token, after = (_visible(str(context[key])) for key in ("before", "token", "after"))
+    return Text.assemble(before[-24:], (f"»{token}«", "bold"), after[:16])
 
 
 def _visible(text: str) -> str:
-    return escape(text.replace("\n", "⏎"))
+    return text.replace("\n", "⏎")

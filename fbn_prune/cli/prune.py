@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from fbn_prune.cli import console
+from fbn_prune.cli.streams import finished
 from fbn_prune.distributed import is_first
 from fbn_prune.errors import InvalidInput
 from fbn_prune.recipe import Recipe, build_recipe
@@ -61,19 +62,22 @@ def execute(recipe: Recipe, *, json: bool, dry_run: bool, to: Destination) -> No
     result = api.prune_checkpoint(recipe=recipe, display=display)
     if not is_first():
         return
-    if json:
-        console.print_json(result.to_json())
-    else:
-        _print_result(recipe, result)
-    if to.repo is not None:
-        address = api.push_to_hub(
-            recipe.output,
-            to.repo,
-            private=to.private,
-            overwrite=recipe.overwrite,
-            message=f"Pruned with fbn-prune {api.tool_version()}",
-        )
-        display.note(f"pushed to {address}")
+    with finished(recipe.output):
+        try:
+            if to.repo is not None:
+                address = api.push_to_hub(
+                    recipe.output,
+                    to.repo,
+                    private=to.private,
+                    overwrite=recipe.overwrite,
+                    message=f"Pruned with fbn-prune {api.tool_version()}",
+                )
+                display.note(f"pushed to {address}")
+        finally:  # the result of a run whose upload fails is shown too
+            if json:
+                console.print_json(result.to_json())
+            else:
+                _print_result(recipe, result)
 
 
 def _print_result(recipe: Recipe, result: PruneResult) -> None:

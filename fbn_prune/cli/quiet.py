@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+from fbn_prune.cli.streams import say
 from fbn_prune.distributed import is_first
 
 VERBOSITY = "TRANSFORMERS_VERBOSITY"
@@ -43,7 +44,7 @@ def quiet_libraries() -> Iterator[None]:
                 return
             text = " ".join(str(message).split())
             if text not in shown and is_first():
-                print(f"warning: {text}", file=sys.stderr, flush=True)
+                say(f"warning: {text}")
             shown.add(text)
 
         if not sys.warnoptions:

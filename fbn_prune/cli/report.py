@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fbn_prune.cli import console
+from fbn_prune.cli.streams import finished
 
 Folder = Annotated[
     Path, typer.Argument(metavar="DIR", help="Output of the main job, or of `discover`.")
@@ -34,4 +35,5 @@ def command(
     api.write_report(
         folder, output, compare=compare, ablate=ablate, evaluate=evaluate, overwrite=overwrite
     )
-    console.print_line(str(output))
+    with finished(output):
+        console.print_line(str(output))

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from fbn_prune.cli import console
 from fbn_prune.cli.options import Json
+from fbn_prune.errors import counted
 
 Folder = Annotated[
     Path,
@@ -52,6 +53,6 @@ def clean_runs(folder: Folder = Path(".")) -> None:
 
     removed, left = api.clean_runs(folder)
     size = console.size(sum(run.bytes for run in removed))
-    console.print_line(f"removed {len(removed)} unfinished runs, {size}")
+    console.print_line(f"removed {counted(len(removed), 'unfinished run')}, {size}")
     for run in left:
         console.print_line(f"in use, not removed: {run.folder}")

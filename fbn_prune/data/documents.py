@@ -14,6 +14,7 @@ from fbn_prune.data.file_kinds import OpenFile, kind_of_name, open_file
 from fbn_prune.data.forms import DocumentMaker, Reading, form_of
 from fbn_prune.data.given import GivenData
 from fbn_prune.data.records import read_records
+from fbn_prune.data.text_files import require_source
 from fbn_prune.errors import InvalidInput
 
 FOLDER_KINDS = ".txt, .md, .rst, .py, .jsonl, .json, .csv, .tsv, .parquet or .arrow"
@@ -75,11 +76,8 @@ def _documents_of(
         path, named = _split_field(source)
         if path.is_dir():
             yield from _folder_documents(path, named, characters, seed, reading)
-        elif not path.exists():
-            raise InvalidInput(
-                f"calibration source {source!r} does not exist; give a file, a folder, hf:DATASET or builtin"
-            )
         else:
+            require_source(source)
             yield from _file_documents(path, named, characters, reading)
 
 

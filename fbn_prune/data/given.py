@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fbn_prune.data.forms import DocumentMaker, Reading, form_of
-from fbn_prune.errors import InvalidInput
+from fbn_prune.errors import InvalidInput, counted
 
 CHARACTERS_READ_PER_TOKEN = 16
 """Characters of text read for each token of the budget: about four times as many as the tokens have, so that the blocks
@@ -81,7 +81,7 @@ def as_source(
     if isinstance(dataset, Sequence) and all(isinstance(text, str) for text in dataset):
         if not dataset:
             raise InvalidInput("dataset is an empty list: give documents, or the name of a source")
-        return GivenData(f"{len(dataset)} documents", documents=tuple(dataset))
+        return GivenData(f"{counted(len(dataset), 'document')}", documents=tuple(dataset))
     if isinstance(dataset, Iterable):
         return GivenData("token ids", rows=_first_rows(dataset, tokens))
     raise InvalidInput(
@@ -118,7 +118,7 @@ def _of_records(
             break
     if not texts:
         raise InvalidInput("dataset has no row with text: give one that has")
-    return GivenData(f"{len(texts)} documents", documents=tuple(texts))
+    return GivenData(counted(len(texts), "document"), documents=tuple(texts))
 
 
 def _first_rows(batches: Iterable[Any], tokens: int) -> tuple[Tensor, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,40 @@ def is_text(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return "\0" not in text
+
+
+def require_source(source: str) -> None:
+    """Check that a calibration source exists; what it holds is checked when it is read.
+
+    Raises
+    ------
+    InvalidInput
+        There is no such file or folder, or it may not be read.
+    """
+    if source == "builtin" or source.startswith("hf:"):
+        return
+    head = source.rpartition(":")[0]  # FILE:FIELD
+    path = next((path for path in (Path(source), Path(head or source)) if path.exists()), None)
+    if path is None:
+        raise InvalidInput(
+            f"calibration source {source!r} does not exist; give a file, a folder, hf:DATASET or builtin"
+        )
+    if not os.access(path, os.R_OK):
+        raise InvalidInput(f"cannot read calibration source {source!r}: Permission denied")
+
+
+def require_readable(path: Path) -> None:
+    """Check that a file can be opened: other libraries call a missing permission damage, or a missing file.
+
+    Raises
+    ------
+    InvalidInput
+        It cannot; the message has the operating system's reason.
+    """
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise InvalidInput(f"cannot read {path}: {error.strerror or error}") from None
 
 
 def read_text(path: Path, name: str, *, most_bytes: int) -> str:

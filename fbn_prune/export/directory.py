@@ -201,7 +201,10 @@ def _put_in_place(partial: Path, target: Path, overwrite: bool) -> None:
         _flush_folder(target.parent)
         return
     if not overwrite:
-        raise FbnPruneError(f"the output {target} appeared during the run; it is left as it is")
+        raise FbnPruneError(
+            f"the output {target} appeared during the run; it is left as it is: run the same command again with "
+            "--overwrite to replace it (finished stages are kept), or give another --output"
+        )
     aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
     target.rename(aside)
     try:

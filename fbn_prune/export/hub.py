@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -16,6 +20,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from fbn_prune.errors import FbnPruneError, InvalidInput
+from fbn_prune.export.published import without_paths
+
+RECIPE = "recipe.yaml"
 
 _UNREACHABLE = (HfHubHTTPError, HTTPError, OfflineModeIsEnabled, OSError)
 
@@ -93,18 +100,37 @@ def push_to_hub(
     api = HfApi()
     try:
         address = api.create_repo(repo, private=private, exist_ok=True)
-        api.upload_folder(
-            repo_id=repo,
-            folder_path=folder,
-            commit_message=message,
-            delete_patterns="*" if overwrite else None,
-        )
+        with _public_copy(folder) as copy:
+            api.upload_folder(
+                repo_id=repo,
+                folder_path=copy,
+                commit_message=message,
+                delete_patterns="*" if overwrite else None,
+            )
     except _UNREACHABLE as error:
         raise FbnPruneError(
             f"{folder} is written but was not pushed to {repo}: {_line(error)}; "
             f"push it with: hf upload {repo} {folder}"
         ) from error
     return str(address)
+
+
+@contextmanager
+def _public_copy(folder: Path) -> Iterator[Path]:
+    """Yield a folder of links to the output's files, with a recipe that names no local paths."""
+    with TemporaryDirectory() as temporary:
+        for file in folder.rglob("*"):
+            place = Path(temporary, file.relative_to(folder))
+            if file.is_dir():
+                place.mkdir(parents=True, exist_ok=True)
+            elif file.name == RECIPE:
+                recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+                shown = yaml.safe_dump(without_paths(recipe), sort_keys=False)
+                place.write_text(shown, encoding="utf-8")
+            else:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.symlink_to(file.resolve())
+        yield Path(temporary)
 
 
 def _files(api: HfApi, repo: str) -> list[str]:

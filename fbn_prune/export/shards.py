@@ -17,7 +17,8 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from fbn_prune.errors import FbnPruneError, InvalidInput
-from fbn_prune.model.shards import DTYPES, INDEX_FILE, TensorInfo
+from fbn_prune.model.headers import INDEX_FILE
+from fbn_prune.model.shards import DTYPES, TensorInfo
 from fbn_prune.store import SHARDS, Put, Store
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -17,8 +17,8 @@ from transformers.utils import logging as transformers_logging
 
 from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.model.family import Family, as_config
+from fbn_prune.model.headers import INDEX_FILE, SINGLE_FILE, one_line, read_object
 from fbn_prune.model.modeling_ragged import ragged_class
-from fbn_prune.model.shards import INDEX_FILE, SINGLE_FILE, one_line, read_object
 
 _ATTENTION = ("attn_implementation", "_attn_implementation")
 _ROPE = ("rope_parameters", "rope_scaling")

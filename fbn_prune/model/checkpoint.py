@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fbn_prune.errors import InvalidInput
+from fbn_prune.errors import InvalidInput, counted
 from fbn_prune.model import remedies
 from fbn_prune.model.building import (
     building,
@@ -39,10 +39,12 @@ from fbn_prune.model.config_checks import ConfigWarning, oddities
 from fbn_prune.model.families import family_of
 from fbn_prune.model.family import Family, as_config
 from fbn_prune.model.folder import VOCABULARY_FILES, find_folder, read_config
-from fbn_prune.model.gguf_file import GgufFile, find_gguf, load_model, open_gguf
+from fbn_prune.model.gguf_file import GgufFile, load_model, open_gguf
+from fbn_prune.model.gguf_parts import find_gguf
 from fbn_prune.model.header_checks import check_mlps, refuse_quantized
+from fbn_prune.model.headers import one_line
 from fbn_prune.model.modeling_ragged import ragged_class
-from fbn_prune.model.shards import TensorInfo, one_line, read_headers
+from fbn_prune.model.shards import TensorInfo, read_headers
 
 SLICE_BYTES = 32 * 2**20
 """A tensor whose dtype or device changes on reading is converted in slices of this size."""
@@ -316,7 +318,7 @@ class Checkpoint:
         named(model, self.path)
         if missing := sorted(report["missing_keys"]):
             raise InvalidInput(
-                f"{self.path}: {len(missing)} tensors of the model are not in the checkpoint, first {missing[0]}"
+                f"{self.path}: the checkpoint lacks {counted(len(missing), 'tensor')} of the model, first {missing[0]}"
                 f"{remedies.missing_tensor(self.tensors)}"
             )
         if mismatched := sorted(report["mismatched_keys"]):

@@ -10,12 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-from huggingface_hub.errors import EntryNotFoundError
-
 from fbn_prune.errors import InvalidInput
+from fbn_prune.model.headers import INDEX_FILE, SINGLE_FILE, one_line, read_index, read_object
 from fbn_prune.model.remedies import without_config
-from fbn_prune.model.shards import INDEX_FILE, SINGLE_FILE, one_line, read_index, read_object
 
 VOCABULARY_FILES = (
     "tokenizer.json",
@@ -62,19 +59,40 @@ def find_folder(
     InvalidInput
         There is no such folder, it is empty, or the Hub cannot provide the model.
     """
+    folder = local_folder(path_or_hub_id)
+    if folder is not None:
+        return folder, None
+    hub_id = str(path_or_hub_id)
+    return _download(hub_id, accept, trust_remote_code), hub_id
+
+
+def local_folder(path_or_hub_id: str | Path) -> Path | None:
+    """Return a checkpoint's folder on disk, or None for a Hub id.
+
+    Raises
+    ------
+    InvalidInput
+        There is no such folder, or it is empty.
+    """
     path = Path(path_or_hub_id).expanduser()
-    if path.is_dir():
-        if not any(path.iterdir()):
-            raise InvalidInput(f"{path} is empty; give a folder with config.json and safetensors")
-        return path, None
-    if path.exists():
+    try:
+        if path.is_dir():
+            if not any(path.iterdir()):
+                raise InvalidInput(
+                    f"{path} is empty; give a folder with config.json and safetensors"
+                )
+            return path
+        exists = path.exists()
+    except OSError as error:
+        raise InvalidInput(f"cannot read {path}: {error.strerror or error}") from None
+    if exists:
         raise InvalidInput(
             f"{path} is a file; give the folder that holds config.json and safetensors"
         )
     text = str(path_or_hub_id)
     if isinstance(path_or_hub_id, Path) or not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", text):
         raise InvalidInput(f"there is no folder {path}; give a model folder or a Hub id")
-    return _download(text, accept, trust_remote_code), text
+    return None
 
 
 def _download(
@@ -90,6 +108,9 @@ def _download(
 
 
 def _snapshot(hub_id: str, patterns: list[str]) -> Path:
+    import huggingface_hub  # slow to import, and a local folder does without
+    from huggingface_hub.errors import EntryNotFoundError
+
     try:
         return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
     except (OSError, ValueError, EntryNotFoundError) as error:

@@ -7,10 +7,8 @@ beside the file.
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,8 @@ from transformers import (
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.family import as_config
 from fbn_prune.model.gguf_config import GgufModel, model_of
-from fbn_prune.model.gguf_header import MAGIC, GgufHeader, GgufTensor, read_header
+from fbn_prune.model.gguf_header import GgufHeader, GgufTensor, read_header
+from fbn_prune.model.gguf_parts import parts_of
 from fbn_prune.model.gguf_weights import (
     FLOATS,
     Source,
@@ -39,11 +38,8 @@ from fbn_prune.model.gguf_weights import (
     require_dequantization,
     sources_of,
 )
-from fbn_prune.model.shards import INDEX_FILE, SINGLE_FILE, TensorInfo, one_line
-
-_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
-_PROJECTOR = "mmproj"
-"""First word in the names of files that hold a vision encoder instead of a model."""
+from fbn_prune.model.headers import one_line
+from fbn_prune.model.shards import TensorInfo
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,36 +93,6 @@ class GgufFile:
         if source.transposed:
             values = values.T.contiguous()
         return values if source.order is None else source.order(values)
-
-
-def find_gguf(path_or_hub_id: str | Path) -> Path | None:
-    """Return the GGUF file that a path means: the file itself, or the only one in a folder without safetensors.
-
-    Of a split file this is the first part. Returns None if the path means something else.
-
-    Raises
-    ------
-    InvalidInput
-        The folder holds several GGUF files, or there is no such file.
-    """
-    path = Path(path_or_hub_id).expanduser()
-    named = path.suffix.lower() == ".gguf"
-    if path.is_file():
-        return _first_part(path) if named or _begins_as_gguf(path) else None
-    if not path.is_dir():
-        if named:
-            raise InvalidInput(f"there is no file {path}; give a GGUF file or a model folder")
-        return None
-    if any((path / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
-        return None
-    files = sorted(file for file in path.glob("*.gguf") if not file.name.startswith(_PROJECTOR))
-    firsts = list(dict.fromkeys(_first_part(file) for file in files))
-    if len(firsts) > 1:
-        names = ", ".join(file.name for file in firsts[:5]) + (", ..." if len(firsts) > 5 else "")
-        raise InvalidInput(
-            f"{path} holds {len(firsts)} GGUF files ({names}); give one of them, as {firsts[0]}"
-        )
-    return firsts[0] if firsts else None
 
 
 def open_gguf(path: Path, dtype: torch.dtype | None = None) -> GgufFile:
@@ -215,29 +181,11 @@ def load_model(
 # The files
 
 
-def _begins_as_gguf(path: Path) -> bool:
-    with suppress(OSError), path.open("rb") as file:
-        return file.read(len(MAGIC)) == MAGIC
-    return False
-
-
-def _first_part(path: Path) -> Path:
-    match = _PART.fullmatch(path.name)
-    return path if match is None else _part(path, match, 1)
-
-
-def _part(path: Path, match: re.Match[str], number: int) -> Path:
-    return path.with_name(f"{match['stem']}-{number:05}-of-{match['count']}.gguf")
-
-
 def _read_parts(
     path: Path, sizes: Mapping[int, tuple[int, int]]
 ) -> tuple[tuple[Path, ...], GgufHeader]:
     """All files of a model, and its header with the tensors of all of them."""
-    match = _PART.fullmatch(path.name)
-    parts = [path]
-    if match is not None:
-        parts = [_part(path, match, number) for number in range(1, int(match["count"]) + 1)]
+    parts = parts_of(path)
     for part in parts:
         if not part.is_file():
             raise InvalidInput(f"{part} is missing: the model is split into {len(parts)} files")

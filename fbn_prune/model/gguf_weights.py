@@ -24,7 +24,7 @@ from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.model.family import as_config
 from fbn_prune.model.gguf_config import ROTARY_TENSORS, GgufModel
 from fbn_prune.model.gguf_header import GgufHeader, GgufTensor
-from fbn_prune.model.shards import one_line
+from fbn_prune.model.headers import one_line
 
 SLICE_VALUES = 2**20
 """Values that are dequantized at a time; they need a few temporary arrays of that many four-byte numbers."""

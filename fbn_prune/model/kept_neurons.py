@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from fbn_prune.data.text_files import require_readable
 from fbn_prune.errors import InvalidInput
-from fbn_prune.model.shards import one_line
+from fbn_prune.model.headers import one_line
+from fbn_prune.model.shards import save_tensors
 
 KEPT_FILE = "kept_neurons.safetensors"
 
@@ -85,7 +86,7 @@ class KeptNeurons:
             mask[kept.numpy()] = True
             tensors[f"layers.{layer}.kept"] = torch.from_numpy(np.packbits(mask))
         content = {"format": _FORMAT_VERSION, "widths": list(self.widths)}
-        save_file(tensors, path, metadata={_METADATA_KEY: json.dumps(content, sort_keys=True)})
+        save_tensors(tensors, path, {_METADATA_KEY: json.dumps(content, sort_keys=True)})
 
     @classmethod
     def load(cls, path: Path) -> KeptNeurons:
@@ -98,6 +99,7 @@ class KeptNeurons:
         """
         if not path.is_file():
             raise InvalidInput(f"{path}: no such file; prune again to write it beside the weights")
+        require_readable(path)
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata = (file.metadata() or {}).get(_METADATA_KEY, "null")

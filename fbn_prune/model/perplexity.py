@@ -28,10 +28,12 @@ def mean_loss(
 
 
 @torch.inference_mode()
-def token_losses(adapter: ModelAdapter, batches: Sequence[Batch]) -> Tensor:
+def token_losses(
+    adapter: ModelAdapter, batches: Sequence[Batch], on_batch: Callable[[int], None] | None = None
+) -> Tensor:
     """Return the next-token loss in nats of each token that :func:`mean_loss` averages, float64 [tokens]."""
     losses: list[Tensor] = []
-    for logits, targets in _predictions(adapter, batches, lambda tokens: None):
+    for logits, targets in _predictions(adapter, batches, on_batch or (lambda tokens: None)):
         targets = targets.flatten()
         loss = cross_entropy(logits.flatten(0, 1).float(), targets, reduction="none")
         losses.append(loss[targets != -100].double().cpu())

@@ -19,7 +19,8 @@ from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.families import family_of
 from fbn_prune.model.family import Family
 from fbn_prune.model.folder import find_folder, read_config
-from fbn_prune.model.gguf_file import find_gguf, open_gguf
+from fbn_prune.model.gguf_file import open_gguf
+from fbn_prune.model.gguf_parts import find_gguf
 from fbn_prune.model.header_checks import PACKED, WEIGHT_DTYPES
 from fbn_prune.model.quantization import CONFIG_KEYS, known_method, quantization_of
 from fbn_prune.model.quantized_formats import stored_weights

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fbn_prune.errors import InvalidInput
-from fbn_prune.model.shards import TensorInfo
+
+if TYPE_CHECKING:
+    from fbn_prune.model.shards import TensorInfo
 
 _WRAPPERS = {
     "base_model.model.": (

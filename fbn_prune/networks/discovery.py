@@ -8,6 +8,7 @@ passes over them twice: they stay in memory between the passes if they fit, and 
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -89,9 +90,8 @@ def discover(
         )
     for _ in activations:  # a stage of its own for the forward pass, separate from the solver's
         pass
-    with clock.stage("ica", 4 if options.recurrence else 1, "steps") as advance:
-        found = _decompose(activations, slice(None), options, options.seed, clock)
-        advance(1)
+    with clock.stage("ica", (4 if options.recurrence else 1) * PARTS, "parts") as advance:
+        found = _decompose(activations, slice(None), options, clock, advance)
         recurrence = _recurrence(activations, found, options, clock, advance)
     full_header = {
         **header,
@@ -116,6 +116,12 @@ def discover(
     )
 
 
+PARTS = 1000
+"""Parts of the bar that one decomposition takes."""
+
+GRAM_SHARE, USUAL_ITERATIONS = 0.6, 60
+
+
 @dataclass(frozen=True)
 class _Decomposition:
     maps: Tensor
@@ -129,29 +135,64 @@ def _decompose(
     activations: SampledActivations,
     tokens: slice,
     options: DiscoveryOptions,
-    seed: int,
     clock: StageClock,
+    advance: Advance,
 ) -> _Decomposition:
     """Networks of the sampled tokens in the slice `tokens`, global or layer by layer."""
-    neurons = sum(activations.widths)
+    neurons, layers = sum(activations.widths), len(activations.widths)
+    solves = 1 if options.scope == "global" else layers
+    course = _Course(advance, solves, layers // solves)
     if options.scope == "global":
         return _join(
-            [_solve(lambda: (z[tokens] for z in activations), options.networks, seed, clock)],
+            [_solve(lambda: (z[tokens] for z in activations), options, clock, course)],
             [(0, neurons)],
             neurons,
         )
     results = []
     for z in activations:
         part = z[tokens]
-        results.append(_solve(lambda part=part: iter([part]), options.networks, seed, clock))  # type: ignore[misc]
+        results.append(_solve(lambda part=part: iter([part]), options, clock, course))  # type: ignore[misc]
     ends = list(itertools.accumulate(activations.widths))
     return _join(results, list(itertools.pairwise([0, *ends])), neurons)
 
 
-def _solve(layers: ica.Layers, networks: int, seed: int, clock: StageClock) -> ica.IcaResult:
+class _Course:
+    """Turns the work of a decomposition into parts of the stage's bar, :data:`PARTS` in all.
+
+    The Gram matrices take a known share. The solvers' iterations, whose number nobody knows, take the rest in ever
+    smaller steps, so that the bar moves with each and never runs past its end.
+    """
+
+    def __init__(self, advance: Advance, solves: int, layers: int) -> None:
+        self._advance, self._solves, self._layers = advance, solves, layers
+        self._solved, self._work, self._shown = 0, 0.0, 0
+
+    def step(self, units: float) -> None:
+        self._work += units
+        iterations = max(0.0, self._work - self._layers) / ica.ITERATION
+        grams = GRAM_SHARE if self._layers else 0.0
+        share = (1 - grams) * (1 - math.exp(-iterations / USUAL_ITERATIONS))
+        share += grams * min(1.0, self._work / max(self._layers, 1))
+        self._show((self._solved + share) / self._solves)
+
+    def solved(self) -> None:
+        self._solved, self._work = self._solved + 1, 0.0
+        self._show(self._solved / self._solves)
+
+    def _show(self, share: float) -> None:
+        parts = int(PARTS * share)
+        if parts > self._shown:
+            self._advance(parts - self._shown)
+            self._shown = parts
+
+
+def _solve(
+    layers: ica.Layers, options: DiscoveryOptions, clock: StageClock, course: _Course
+) -> ica.IcaResult:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ica.IcaConvergenceWarning)
-        result = ica.spatial_ica(layers, networks, seed=seed)
+        result = ica.spatial_ica(layers, options.networks, seed=options.seed, on_step=course.step)
+    course.solved()
     for warning in caught:
         clock.note(f"warning: {warning.message}")
     return result
@@ -199,18 +240,23 @@ def _recurrence(
     if not options.recurrence or options.networks > activations.tokens // 2 - 1:
         return None
     middle = activations.tokens // 2
-    halves = []
-    for tokens in (slice(0, middle), slice(middle, None)):
-        halves.append(_decompose(activations, tokens, options, options.seed, clock))
-        advance(1)
+    halves = [
+        _decompose(activations, tokens, options, clock, advance)
+        for tokens in (slice(0, middle), slice(middle, None))
+    ]
     counterpart, _ = ica.match(found.maps, halves[0].maps)
     overlap = ica.spatial_overlap(halves[0].maps[counterpart], halves[1].maps)
+    course = _Course(advance, len(found.spans) * STARTS, 0)
     seeds = range(options.seed + 1, options.seed + 1 + STARTS)
     with warnings.catch_warnings():
         # This measures how often starts agree; one that does not settle is a result, not a failure.
         warnings.simplefilter("ignore", ica.IcaConvergenceWarning)
-        starts = recurrence_between_starts(found.maps, found.spans, seeds)
-    advance(1)
+        starts = recurrence_between_starts(
+            found.maps,
+            found.spans,
+            seeds,
+            lambda solved: course.solved() if solved else course.step(ica.ITERATION),
+        )
     return {"iou_halves": overlap.tolist(), "starts": STARTS, **starts}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -59,8 +60,11 @@ class TokenGram:
         self._lower: Tensor | None = torch.zeros(tokens, tokens, device=device)
         self._sums = torch.zeros(tokens, dtype=torch.float64, device=device)
 
-    def update(self, z: Tensor) -> None:
-        """Add one layer's activations z [T, N_l]; raise InvalidInput for another number of tokens, NaN or Inf."""
+    def update(self, z: Tensor, on_part: Callable[[float], None] = lambda share: None) -> None:
+        """Add one layer's activations z [T, N_l]; raise InvalidInput for another number of tokens, NaN or Inf.
+
+        `on_part` is called with each finished share of the layer's work.
+        """
         if self._lower is None:
             raise RuntimeError("update after finish: the Gram matrix has been handed over")
         if z.ndim != 2 or z.shape[0] != self.tokens:
@@ -80,6 +84,7 @@ class TokenGram:
             for start in range(0, self.tokens, _GRAM_PANEL):
                 stop = min(start + _GRAM_PANEL, self.tokens)
                 self._lower[start:stop, :stop].addmm_(z[start:stop], z[:stop].T)
+                on_part((stop**2 - start**2) / self.tokens**2)
 
     @property
     def total_variance(self) -> float:
@@ -105,7 +110,13 @@ class TokenGram:
 
 @quick_products()
 def top_eigenvectors(
-    gram: Tensor, k: int, *, seed: int = 0, tol: float = 1e-2, max_iter: int = 200
+    gram: Tensor,
+    k: int,
+    *,
+    seed: int = 0,
+    tol: float = 1e-2,
+    max_iter: int = 200,
+    on_step: Callable[[], None] = lambda: None,
 ) -> EigenResult:
     """Compute the k leading eigenpairs of a symmetric positive semi-definite matrix.
 
@@ -122,6 +133,8 @@ def top_eigenvectors(
         Seed of the starting block. It changes the result only within `tol`.
     max_iter
         Largest number of block products.
+    on_step
+        Called after each block product.
 
     Raises
     ------
@@ -153,6 +166,7 @@ def top_eigenvectors(
         span = slice(filled, filled + block)
         basis[:, span] = _orthonormal_complement(newest, basis[:, :filled])
         image[:, span] = newest = gram @ basis[:, span]
+        on_step()
         filled += block
         cross = (basis[:, :filled].T @ newest).double()
         ritz[:filled, span] = cross

@@ -7,6 +7,7 @@ class, and the k by k algebra is in float64 whatever the data's dtype.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,7 @@ def fastica(
     w_init: Tensor | None = None,
     tol: float = 1e-6,
     max_iter: int = 1000,
+    on_step: Callable[[], None] = lambda: None,
 ) -> Unmixing:
     """Find the rotation of whitened data that makes its components independent.
 
@@ -56,6 +58,8 @@ def fastica(
     tol
         The iterations stop when max_i abs(abs(<w_i, w_i before>) - 1), for an undamped step, is smaller; as in
         scikit-learn.
+    on_step
+        Called after each iteration.
 
     Raises
     ------
@@ -89,6 +93,7 @@ def fastica(
     climbed = highest = 0.0
     while iteration < max_iter and not change < tol:
         iteration += 1
+        on_step()
         gradient = _gradient(x_white, w)
         kurtosis = (gradient * w).sum(dim=1)
         height = float(kurtosis.abs().sum())

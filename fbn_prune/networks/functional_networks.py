@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 from torch import Tensor
 
+from fbn_prune.data.text_files import require_readable
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.shards import packed
 
@@ -185,6 +186,7 @@ class FunctionalNetworks:
             raise InvalidInput(
                 f"{path}: no such file; `fbn-prune discover` or a run with --report-networks writes it"
             )
+        require_readable(Path(path))
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = (file.metadata() or {}).get(METADATA_KEY)

@@ -39,6 +39,9 @@ __all__ = [
     "top_eigenvectors",
 ]
 
+ITERATION = 0.05
+"""How much an iteration of the solvers counts beside a layer's Gram matrix, in reports of progress."""
+
 Layers = Callable[[], Iterable[Tensor]]
 """Called once for each pass; yields the standardised activations Z_l [T, N_l] of each layer in order."""
 
@@ -103,6 +106,7 @@ def spatial_ica(
     seed: int = 0,
     tol: float = 1e-6,
     max_iter: int = 1000,
+    on_step: Callable[[float], None] = lambda units: None,
 ) -> IcaResult:
     """Find independent maps over the neurons of all given layers; for layer-wise ICA, give one layer.
 
@@ -117,6 +121,9 @@ def spatial_ica(
         Seed of the ICA start (:func:`seeded_start`) and of the eigenvector search.
     tol, max_iter
         See :func:`fastica`.
+    on_step
+        Called with the work done since the last call, in units of which a layer has 1; an iteration of the solvers,
+        whose number is not known before, counts a little.
 
     Raises
     ------
@@ -132,10 +139,14 @@ def spatial_ica(
     -----
     A dead neuron is a sample at the origin: all dead neurons get the same value near zero in a map, never NaN.
     """
+
+    def iterated() -> None:
+        on_step(ITERATION)
+
     gram: TokenGram | None = None
     for z in layers():
         gram = gram or TokenGram(z.shape[0], device=z.device)
-        gram.update(z)
+        gram.update(z, on_step)
     if gram is None:
         raise InvalidInput("there are no layers in which to find networks")
     tokens, neurons = gram.tokens, gram.neurons
@@ -147,7 +158,7 @@ def spatial_ica(
     total_variance = gram.total_variance
     centred = gram.finish()
     del gram
-    eigen = top_eigenvectors(centred, k, seed=seed)
+    eigen = top_eigenvectors(centred, k, seed=seed, on_step=iterated)
     del centred
     projected = torch.cat(
         [z.to(eigen.vectors.device, torch.float32).T @ eigen.vectors for z in layers()]
@@ -158,7 +169,9 @@ def spatial_ica(
         )
     x_white, scaled = _whiten(projected, eigen.vectors)
     del projected
-    unmixing = fastica(x_white, w_init=seeded_start(scaled, seed), tol=tol, max_iter=max_iter)
+    unmixing = fastica(
+        x_white, w_init=seeded_start(scaled, seed), tol=tol, max_iter=max_iter, on_step=iterated
+    )
     maps, time_courses = _maps(x_white, unmixing.W, scaled)
     explained = time_courses.double().square().sum(dim=0) * neurons / total_variance
     order = explained.argsort(descending=True, stable=True)

@@ -8,7 +8,7 @@ each layer. This module is independent of models.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +80,10 @@ def driving_tokens(time_courses: Tensor, tokens: Tensor, count: int) -> list[lis
 
 
 def recurrence_between_starts(
-    maps: Tensor, spans: Sequence[slice], seeds: Sequence[int]
+    maps: Tensor,
+    spans: Sequence[slice],
+    seeds: Sequence[int],
+    on_step: Callable[[bool], None] = lambda solved: None,
 ) -> dict[str, list[float]]:
     """Measure how often ICA finds each map again from other random starts.
 
@@ -94,6 +97,8 @@ def recurrence_between_starts(
         Neurons of each ICA; its maps are 0 outside them.
     seeds
         One for each further start.
+    on_step
+        Called after each iteration with False, and after each solved start of an ICA with True.
 
     Returns
     -------
@@ -105,7 +110,7 @@ def recurrence_between_starts(
     found = [part[:, span] for part, span in zip(maps.chunk(len(spans)), spans, strict=True)]
     shared, correlation, overlap = [], [], []
     for seed in seeds:
-        pairs = [(part, _from_start(part, seed)) for part in found]
+        pairs = [(part, _from_start(part, seed, on_step)) for part in found]
         correlation.append(torch.cat([ica.matched_correlation(a, b).cpu() for a, b in pairs]))
         overlap.append(torch.cat([ica.spatial_overlap(a, b).cpu() for a, b in pairs]))
         shared.append((correlation[-1] >= SHARED_CORRELATION).double())
@@ -116,9 +121,11 @@ def recurrence_between_starts(
     }
 
 
-def _from_start(maps: Tensor, seed: int) -> Tensor:
+def _from_start(maps: Tensor, seed: int, on_step: Callable[[bool], None]) -> Tensor:
     """The maps that another start finds in the space of `maps`."""
-    return fastica(maps.T.contiguous(), seed=seed).W.to(maps.dtype) @ maps
+    unmixing = fastica(maps.T.contiguous(), seed=seed, on_step=lambda: on_step(False))
+    on_step(True)
+    return unmixing.W.to(maps.dtype) @ maps
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ the result.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fbn_prune.data.calibration import TokenBlocks
-from fbn_prune.errors import InvalidInput
+from fbn_prune.errors import InvalidInput, counted
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.perplexity import token_losses
 from fbn_prune.networks.functional_networks import FunctionalNetworks
@@ -251,6 +252,7 @@ def _trials(
     members = None
     if subject.networks is not None:
         members = member_scores(subject.networks, subject.kept)
+    clock.note(f"trial of {counted(len(candidates), 'layout')}: {', '.join(candidates)}")
     cuts, _ = try_cuts(  # the final cut reports the same changes of damping
         subject.adapter,
         subject.blocks.batches(subject.batch_tokens),
@@ -262,12 +264,16 @@ def _trials(
         stage="widths",
     )
     batches = trying.batches(subject.batch_tokens)
+    tokens = sum(batch.tokens for batch in batches)
     losses: dict[str, Tensor] = {}
-    with clock.stage("trial", len(cuts) + 1, "layouts") as advance:
-        dense = token_losses(subject.adapter, batches)
-        advance(1)
-        for name, parts in cuts.items():
+    with clock.stage("trial", (len(cuts) + 1) * tokens, "tokens") as advance:
+        dense = token_losses(subject.adapter, batches, advance)
+        for tried, (name, parts) in enumerate(cuts.items(), 1):
+            start = time.perf_counter()
             with subject.adapter.trying(parts):
-                losses[name] = token_losses(subject.adapter, batches)
-            advance(1)
+                losses[name] = token_losses(subject.adapter, batches, advance)
+            took, left = time.perf_counter() - start, len(cuts) - tried
+            if tried == 1 and left and took >= 1:
+                expected = f"about {left * took:.0f} s for the other {left}"
+                clock.note(f"trial: {name} widths took {took:.0f} s; {expected}")
     return dense, losses

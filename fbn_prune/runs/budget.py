@@ -7,12 +7,13 @@ with `head_sparsity`, attention heads) are removed.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.heads import head_tensor_shape
-from fbn_prune.pruning.allocation import budget_from_sparsity
+from fbn_prune.pruning.allocation import at_most, budget_from_sparsity, uniform_widths
 from fbn_prune.recipe import Recipe, parse_count, parse_layers, parse_size
 
 
@@ -181,6 +182,33 @@ def stated_budget(
             f"{stated}: attention, embeddings and the narrowest MLPs alone take {smallest}: give at least that"
         )
     return Budget(neurons, most=True)
+
+
+def rounding_note(
+    recipe: Recipe, budget: Budget | None, widths: Sequence[int], multiple: int
+) -> str | None:
+    """One line if equal widths in multiples of `multiple` remove clearly more or less than was asked for; or None.
+
+    Parameters
+    ----------
+    budget
+        Neurons to keep; None if the kept networks set it.
+    widths
+        Present neurons of each layer.
+    """
+    if budget is None or recipe.layout != "uniform":
+        return None
+    total = sum(widths)
+    neurons = at_most(budget.neurons, len(widths), multiple) if budget.most else budget.neurons
+    kept = uniform_widths(neurons, widths, multiple)
+    asked, removed = 1 - budget.neurons / total, 1 - sum(kept) / total
+    if abs(removed - asked) <= max(0.02, 0.1 * asked):
+        return None
+    finer = "" if multiple == 1 else "; a smaller --width-multiple comes closer"
+    return (
+        f"note: asked to remove {asked:.1%} of the MLP neurons, but widths are multiples of {multiple}: each layer "
+        f"keeps {kept[0]} of {max(widths)}, which removes {removed:.1%}{finer}"
+    )
 
 
 def whole_layers(recipe: Recipe, layers: int) -> frozenset[int]:

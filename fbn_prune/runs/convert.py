@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from fbn_prune import export
 from fbn_prune.data import builtin
 from fbn_prune.errors import InvalidInput
-from fbn_prune.export.dequantized import write_dequantized
 from fbn_prune.export.directory import atomic_directory, check_output
-from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.model.quantized import PLAIN_DTYPES, open_quantized
 from fbn_prune.progress import Display, StageClock
 from fbn_prune.recipe import parse_size
+from fbn_prune.runs.early_checks import check_models
 
 if TYPE_CHECKING:
     from fbn_prune.serving.tasks import Refit
@@ -69,6 +67,9 @@ def convert(
     if f"to_{to}" not in formats:
         known = ", ".join(name[3:] for name in formats if name.startswith("to_"))
         raise InvalidInput(f"--to {to}: no such format; known: {known}")
+    check_models([model])
+    from fbn_prune.model.checkpoint import Checkpoint  # loads torch
+
     write = import_module(f"{export.__name__}.to_{to}").write
     source, notes = Checkpoint.open(model), list[str]()
     with StageClock(display).stage("convert", source.total_bytes, "bytes") as advance:
@@ -119,6 +120,11 @@ def dequantize(
         If the files cannot be written.
     """
     shard_bytes = parse_size(max_shard_size, "max_shard_size")
+    check_models([model])
+    check_output(output, overwrite, None)
+    from fbn_prune.export.dequantized import write_dequantized  # loads torch
+    from fbn_prune.model.quantized import PLAIN_DTYPES, open_quantized
+
     source = open_quantized(model, None if dtype is None else PLAIN_DTYPES[dtype])
     check_output(output, overwrite, source.path, needed_bytes=source.total_bytes)
     with (
@@ -176,7 +182,10 @@ def write_bundle(
     InvalidInput
         If a task is malformed, named twice or made from another model, or the output exists or does not fit.
     """
-    from fbn_prune.serving import bundle  # loads the kernels, which no other command needs
+    check_models([model])
+    check_output(output, overwrite, None)
+    from fbn_prune.model.checkpoint import Checkpoint
+    from fbn_prune.serving import bundle  # loads torch and the kernels
 
     sources = [bundle.TaskSource.parse(task) for task in tasks]
     base = Checkpoint.open(str(builtin.model_path()) if model == "builtin" else model)

@@ -18,7 +18,7 @@ from fbn_prune.data import builtin
 from fbn_prune.data.examples import fingerprint, question_of, recorded_fingerprints
 from fbn_prune.data.harness_files import TaskConfig, task_from_file
 from fbn_prune.data.harness_tasks import document_question, load_tasks, task_manager
-from fbn_prune.errors import FbnPruneError, InvalidInput
+from fbn_prune.errors import FbnPruneError, InvalidInput, counted
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.networks.intervention_effects import TaskFigures
 from fbn_prune.recipe import DtypeName
@@ -328,7 +328,7 @@ def require_unseen_lines(
         known = sum(fingerprint(question) in seen for question in asked)
         if known:
             raise InvalidInput(
-                f"{known} of {len(asked)} questions of {path} are examples that {checkpoint} "
+                f"{known} of {counted(len(asked), 'question')} of {path} are examples that {checkpoint} "
                 "was made from: give other questions"
             )
 
@@ -346,7 +346,7 @@ def require_unseen_documents(checkpoint: Path, seen: set[str], tasks: dict[str, 
         known = sum(fingerprint(question) in seen for question in asked)
         if known:
             raise InvalidInput(
-                f"{known} of {len(asked)} questions of task {name} are examples that {checkpoint} "
+                f"{known} of {counted(len(asked), 'question')} of task {name} are examples that {checkpoint} "
                 "was made from: give other questions"
             )
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from fbn_prune.export.published import public_name
 from fbn_prune.runs.evaluate import Evaluation, Figure
 
 HEADING = "## Evaluation"
@@ -35,7 +37,8 @@ def evaluation_table(evaluations: Sequence[Evaluation]) -> tuple[list[str], list
 
 def with_evaluation(card: str, evaluations: Sequence[Evaluation]) -> str:
     """Return the model card with its evaluation section added or replaced."""
-    headings, body = evaluation_table(evaluations)
+    named = [replace(one, model=public_name(one.model)) for one in evaluations]
+    headings, body = evaluation_table(named)
     lines = [
         HEADING,
         "",

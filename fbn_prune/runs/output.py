@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fbn_prune.data.examples import RECORD_NAME, record
 from fbn_prune.export.card import CardFacts, model_card, source_license
 from fbn_prune.export.directory import atomic_directory
+from fbn_prune.export.published import public_name
 from fbn_prune.export.report.facts import RESULT_NAME, read_facts
 from fbn_prune.export.report.page import REPORT_NAME, write_report
 from fbn_prune.export.shards import write_json
@@ -74,7 +75,7 @@ def publish(
         if prepared.task is not None and result.task is not None:
             seen = record(
                 prepared.task.examples,
-                source=prepared.task.source,
+                source=public_name(prepared.task.source),
                 tokens=result.task["tokens"],
                 networks=result.task["matched_networks"],
             )
@@ -104,11 +105,11 @@ def _card(
     result: PruneResult,
 ) -> str:
     recipe = prepared.recipe
-    sources = ", ".join(recipe.calibration)
+    sources = ", ".join(map(public_name, recipe.calibration))
     for_task = ""
     if result.task is not None:
         for_task = (
-            f", weighted to match {result.task['examples']} examples of {result.task['file']} "
+            f", weighted to match {result.task['examples']} examples of {public_name(result.task['file'])} "
             f"(included) on {len(result.task['matched_networks'])} functional networks"
         )
     facts = CardFacts(

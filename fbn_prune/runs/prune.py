@@ -63,7 +63,7 @@ def run_prune(recipe: Recipe, clock: StageClock) -> PruneResult:
     """
     prepared = prepare(recipe)
     require_layout(prepared)
-    for line in recipe.notes:
+    for line in prepared.notes:
         clock.note(line)
     with distributed.joined(prepared.device), store_of(prepared) as store:
         return PruneRun(open_run(prepared, clock), store).run()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from fbn_prune.export.published import public_name
 from fbn_prune.pruning.recovery.gain import Recovery
 
 
@@ -75,7 +76,11 @@ class PruneResult:
     def lasting(self) -> dict[str, Any]:
         """Return the figures that are the same in every repetition of the run: without paths, times and memory."""
         passing = ("output", "forward_seconds", "peak_memory_bytes", "stages")
-        return {key: value for key, value in self.to_json().items() if key not in passing}
+        lasting = {key: value for key, value in self.to_json().items() if key not in passing}
+        lasting["model"] = public_name(self.model_name)
+        if self.task is not None:
+            lasting["task"] = {**self.task, "file": public_name(self.task["file"])}
+        return lasting
 
 
 def peak_memory_bytes() -> int:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from fbn_prune import distributed
 from fbn_prune.data import builtin
 from fbn_prune.data.tasks import Task
-from fbn_prune.errors import InvalidInput
-from fbn_prune.export.directory import check_output, check_room, on_one_disk
+from fbn_prune.errors import InvalidInput, counted
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.family import Family
@@ -21,10 +19,15 @@ from fbn_prune.model.surgery import require_bias
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.pruning.allocation import at_most, default_multiple, uniform_widths
 from fbn_prune.recipe import Recipe
-from fbn_prune.runs.budget import Budget, kept_head_groups, stated_budget, whole_layers
+from fbn_prune.runs.budget import (
+    Budget,
+    kept_head_groups,
+    rounding_note,
+    stated_budget,
+    whole_layers,
+)
+from fbn_prune.runs.early_checks import check_places
 from fbn_prune.runs.memory import MemoryPlan, plan_memory
-from fbn_prune.runs.unfinished import shard_bytes
-from fbn_prune.store import default_place
 
 MAX_CONTEXT = 2048
 
@@ -69,6 +72,12 @@ class Prepared:
     @property
     def layers(self) -> int:
         return self.family.num_layers(self.checkpoint.config)
+
+    @property
+    def notes(self) -> list[str]:
+        """One line for each thing that the user should know before the work."""
+        rounding = rounding_note(self.recipe, self.budget, self.widths, self.width_multiple)
+        return [*self.recipe.notes, *([] if rounding is None else [rounding])]
 
     @property
     def heads_total(self) -> int:
@@ -123,8 +132,7 @@ def prepare(recipe: Recipe) -> Prepared:
     """
     source = str(builtin.model_path()) if recipe.model == "builtin" else recipe.model
     checkpoint = Checkpoint.open(source, trust_remote_code=recipe.trust_remote_code)
-    if recipe.output is not None:
-        _check_places(recipe, recipe.output, checkpoint)
+    check_places(recipe, checkpoint.path, checkpoint.total_bytes)
     device = chosen_device(recipe.device)
     dtype = _dtype(recipe.dtype, device, checkpoint)
     prepared = prepared_for(recipe, checkpoint, device, dtype)
@@ -187,7 +195,7 @@ def prepared_for(
             counts["keep_networks"] = recipe.kept_networks_or_default
         for key, count in counts.items():
             if (count or 0) > len(networks.maps):
-                held = f"{recipe.networks_from} holds {len(networks.maps)} networks"
+                held = f"{recipe.networks_from} holds {counted(len(networks.maps), 'network')}"
                 raise InvalidInput(f"{key} = {count}: {held}; lower it, or discover more")
     if recipe.criterion == "membership-bias":
         require_bias(family, checkpoint.config)
@@ -238,18 +246,6 @@ def require_layout(prepared: Prepared) -> None:
     uniform_widths(neurons, widths, multiple)
 
 
-def _check_places(recipe: Recipe, output: Path, checkpoint: Checkpoint) -> None:
-    """Check the output, the work directory and their disk space; shards of an unfinished run need no space again."""
-    place = default_place(output) if recipe.work_dir is None else recipe.work_dir
-    whole = checkpoint.total_bytes
-    missing = max(0, whole - shard_bytes(place.expanduser(), output))
-    one_disk = on_one_disk(place, output)
-    needed = missing if one_disk else whole
-    check_output(output, recipe.overwrite, checkpoint.path, needed_bytes=needed)
-    if not one_disk:
-        check_room(place, missing, "work directory")
-
-
 def chosen_device(name: str) -> torch.device:
     """Return the device of a recipe's `device` key; "auto" prefers a GPU.
 
@@ -270,7 +266,7 @@ def chosen_device(name: str) -> torch.device:
         raise InvalidInput(f"device = {name!r}: write auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InvalidInput(
-            f"device = {name!r}: this machine has {torch.cuda.device_count()} CUDA devices: "
+            f"device = {name!r}: this machine has {counted(torch.cuda.device_count(), 'CUDA device')}: "
             "give another, or auto"
         )
     return distributed.local_device(device)

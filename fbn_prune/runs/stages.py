@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fbn_prune.data.calibration import Batch, TokenBlocks
+from fbn_prune.export.published import public_name
 from fbn_prune.networks.discovery import DiscoveryOptions, discover
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.networks.ranking import knockout_rise, output_energy, strongest_first
@@ -31,9 +32,9 @@ def find_networks(run: OpenRun, *, recurrence: bool = False) -> FunctionalNetwor
     header = {
         "tool": f"fbn-prune {tool_version()}",
         "torch": torch.__version__,
-        "model": recipe.model,
+        "model": public_name(recipe.model),
         "model_type": prepared.checkpoint.config.get("model_type"),
-        "calibration": list(recipe.calibration),
+        "calibration": list(map(public_name, recipe.calibration)),
         "calibration_fingerprint": run.data.calibrating.fingerprint,
         "dtype": str(prepared.dtype).removeprefix("torch."),
     }

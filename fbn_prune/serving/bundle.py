@@ -17,16 +17,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from fbn_prune.data.text_files import require_readable
 from fbn_prune.errors import InvalidInput
 from fbn_prune.export.directory import atomic_directory, disk_errors
 from fbn_prune.export.shards import write_shards
 from fbn_prune.export.writer import copy_companions, copy_own_code, write_json
 from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.headers import INDEX_FILE, one_line, read_object
 from fbn_prune.model.kept_neurons import KEPT_FILE, KeptNeurons
-from fbn_prune.model.shards import INDEX_FILE, one_line, read_object
+from fbn_prune.model.shards import save_tensors
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.serving.attachment import Served, attach
 from fbn_prune.serving.tasks import (
@@ -262,7 +264,7 @@ def _write_task(task: TaskSet, folder: Path) -> None:
         if bias is not None:
             tensors[f"layers.{layer}.bias"] = bias.contiguous()
     if tensors:
-        save_file(tensors, folder / DOWN_FILE)
+        save_tensors(tensors, folder / DOWN_FILE)
 
 
 def _read_task(folder: Path) -> TaskSet:
@@ -270,6 +272,7 @@ def _read_task(folder: Path) -> TaskSet:
     file = folder / DOWN_FILE
     if not file.is_file():
         return TaskSet.plain(neurons)
+    require_readable(file)
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:

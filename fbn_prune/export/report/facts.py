@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from fbn_prune.errors import InvalidInput
-from fbn_prune.export.report.text import display_name
+from fbn_prune.export.published import public_name, without_paths
 from fbn_prune.model.kept_neurons import KEPT_FILE, KeptNeurons
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.networks.ranking import strongest_first
@@ -220,7 +220,7 @@ def read_facts(
             f"{folder} holds neither {RESULT_NAME} nor networks.safetensors: give the output of a run or of discover"
         )
     return ReportFacts(
-        name=display_name(_model(result, networks)),
+        name=public_name(_model(result, networks)),
         result=result,
         networks=networks,
         order=[] if networks is None else _order(networks, result),
@@ -267,7 +267,7 @@ def _recipe(path: Path) -> str | None:
     if not isinstance(keys, dict):
         raise InvalidInput(f"{path} is not a recipe: it must be a mapping of keys to values")
     kept = {key: value for key, value in keys.items() if key not in PLACES}
-    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(without_paths(kept), sort_keys=False, allow_unicode=True)
 
 
 _COMMANDS: dict[type[BaseModel], str] = {

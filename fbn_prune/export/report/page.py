@@ -14,6 +14,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from fbn_prune.export.published import public_name
 from fbn_prune.export.report import figures
 from fbn_prune.export.report.facts import (
     Ablation,
@@ -22,7 +23,7 @@ from fbn_prune.export.report.facts import (
     ReportFacts,
     RunResult,
 )
-from fbn_prune.export.report.text import display_name, visible
+from fbn_prune.export.report.text import visible
 from fbn_prune.networks.cards import network_cards
 
 REPORT_NAME = "report.html"
@@ -169,7 +170,7 @@ def _comparison(facts: ReportFacts) -> dict[str, Any]:
         ]
         rows.append({"kept": f"{budget.kept:.1%}", "networks": budget.networks, "cells": cells})
     return {
-        "model": display_name(comparison.model),
+        "model": public_name(comparison.model),
         "dense": f"{comparison.dense:,.2f}",
         "criteria": comparison.criteria,
         "rows": rows,
@@ -221,7 +222,7 @@ def _ablation(ablation: Ablation) -> dict[str, Any]:
     }
     ratio = ablation.ratio_to_random
     return {
-        "model": display_name(ablation.model),
+        "model": public_name(ablation.model),
         "action": {"mask": "silenced", "retain": "kept alone"}.get(ablation.action, "amplified"),
         "dense": f"{ablation.dense:,.3f}",
         "rank": f" by {ablation.rank}" if ablation.rank else "",
@@ -255,8 +256,8 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
                 }
             )
     return {
-        "model": display_name(evaluation.model),
-        "other": None if beside is None else display_name(beside.model),
+        "model": public_name(evaluation.model),
+        "other": None if beside is None else public_name(beside.model),
         "rows": rows,
     }
 

@@ -19,9 +19,3 @@ def _symbol(character: str) -> str:
     )
     is_invisible = 0x7F <= code < 0xA0 or 0xD800 <= code < 0xE000 or code & 0xFFFE == 0xFFFE
     return "\N{REPLACEMENT CHARACTER}" if is_direction_mark or is_invisible else character
-
-
-def display_name(model: str) -> str:
-    """Return a Hub id unchanged, and only the last part of a local path."""
-    is_path = model.startswith(("/", ".", "~")) or model.count("/") > 1
-    return model.rstrip("/").rpartition("/")[2] if is_path else model

@@ -1,0 +1,122 @@
+"""Refuse what can be refused without torch and transformers, so that a wrong path is told at once.
+
+The API calls these checks before it imports the modules that do the work. They read file names, JSON and the headers
+of safetensors; :func:`fbn_prune.runs.setup.prepare` calls the same functions, and checks the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from fbn_prune.data.text_files import require_source
+from fbn_prune.distributed import is_first
+from fbn_prune.errors import InvalidInput
+from fbn_prune.export.directory import check_output, check_room, on_one_disk
+from fbn_prune.model.families import family_of
+from fbn_prune.model.folder import local_folder, read_config
+from fbn_prune.model.gguf_parts import find_gguf
+from fbn_prune.model.headers import read_stored
+from fbn_prune.recipe import Recipe
+from fbn_prune.runs.unfinished import shard_bytes, unfinished_runs
+from fbn_prune.store import LOCK, default_place
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Check the files and folders that a recipe names.
+
+    Raises
+    ------
+    InvalidInput
+        The model, its config or its weights, a calibration source, a file of the task or the output cannot be used.
+    """
+    folder, total_bytes = None, 0
+    if recipe.model != "builtin":
+        folder = _local(recipe.model)
+    if folder is not None:
+        family_of(read_config(folder))
+        total_bytes = sum(tensor.nbytes for tensor in read_stored(folder).values())
+    for source in recipe.calibration:
+        require_source(source)
+    task = recipe.task
+    if task is not None and not task.startswith(("lm_eval:", "builtin:")):
+        _require_file(Path(task), "task")
+    if recipe.task_test is not None:
+        _require_file(recipe.task_test, "task_test")
+    if recipe.networks_from is not None:
+        _require_file(recipe.networks_from, "networks_from")
+    check_places(recipe, folder, total_bytes)
+
+
+def check_models(models: Sequence[str]) -> None:
+    """Check that these models, as a command names them, have a readable config if they are on this machine.
+
+    Raises
+    ------
+    InvalidInput
+        A folder does not exist or has no readable config.
+    """
+    for model in models:
+        if model != "builtin" and (folder := _local(model)) is not None:
+            read_config(folder)
+
+
+def check_places(recipe: Recipe, model: Path | None, total_bytes: int) -> None:
+    """Check the output, the work directory and their disk space; shards of an unfinished run need no space again.
+
+    Parameters
+    ----------
+    model
+        The model's folder, which must not be overwritten; None if it is not known yet.
+    total_bytes
+        Bytes of the model's tensors.
+
+    Raises
+    ------
+    InvalidInput
+        The output cannot be written, or a disk has too little space.
+    """
+    output = recipe.output
+    if output is None:
+        return
+    place = default_place(output) if recipe.work_dir is None else recipe.work_dir
+    _refuse_second_run(place.expanduser(), output)
+    missing = max(0, total_bytes - shard_bytes(place.expanduser(), output))
+    one_disk = on_one_disk(place, output)
+    needed = missing if one_disk else total_bytes
+    check_output(output, recipe.overwrite, model, needed_bytes=needed)
+    if not one_disk:
+        check_room(place, missing, "work directory")
+
+
+def _refuse_second_run(place: Path, output: Path) -> None:
+    """Refuse an output that another process is working on, because only one of the two could be put in place."""
+    if (
+        not is_first() or not place.is_dir()
+    ):  # the other processes of a job see the run of the first
+        return
+    target = str(output.expanduser().resolve())
+    for run in unfinished_runs(place):
+        if run.in_use and run.output == target:
+            raise InvalidInput(
+                f"{run.folder} is in use by process {_process(run.folder)}: another run is writing the output "
+                f"{output}; wait until it ends, or give another --output"
+            )
+
+
+def _process(folder: Path) -> str:
+    with suppress(OSError):
+        return (folder / LOCK).read_text(encoding="ascii", errors="replace").strip()
+    return "unknown"
+
+
+def _local(model: str) -> Path | None:
+    if find_gguf(model) is not None:  # its reader checks it
+        return None
+    return local_folder(model)
+
+
+def _require_file(path: Path, key: str) -> None:
+    if not path.expanduser().exists():
+        raise InvalidInput(f"{key} = {path}: there is no such file")
