@@ -104,7 +104,7 @@ def test_nothing_is_pushed_unless_asked_also_by_the_written_recipe(
     [
         ("small", None, "write USER/NAME"),
         ("me/sm all", None, "me/sm all"),
-        ("you/small", None, "me may push to lab, me"),
+        ("you/small", None, "me may push only to: lab, me"),
         ("me/full", None, "holds config.json"),
         ("me/small", LocalTokenNotFoundError("no token"), "hf auth login"),
         ("me/small", OfflineModeIsEnabled("offline mode"), "offline mode"),
