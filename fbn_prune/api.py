@@ -41,6 +41,7 @@ from fbn_prune.runs.prune import run_prune
 from fbn_prune.runs.result import PruneResult, tool_version
 from fbn_prune.runs.setup import prepare
 from fbn_prune.runs.study import Ranking, run_rank
+from fbn_prune.runs.trim_vocabulary import VocabularyResult, trim_vocabulary
 from fbn_prune.runs.unfinished import UnfinishedRun, clean_runs, unfinished_runs
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "Recurrence",
     "SpatialICA",
     "UnfinishedRun",
+    "VocabularyResult",
     "ablate",
     "amplify_networks",
     "check_push",
@@ -81,6 +83,7 @@ __all__ = [
     "register_criterion",
     "retain_networks",
     "tool_version",
+    "trim_vocabulary",
     "unfinished_runs",
     "write_bundle",
     "write_evaluation_card",

@@ -40,6 +40,8 @@ _NO_COMMANDS = ("main", "prune")
 def build_app() -> typer.Typer:
     """Return the command line: the main job, and every module of this package as a command of the module's name.
 
+    An underscore in the name of a module is a dash in the name of its command.
+
     A module that has a function `command` is one command; a module that has an `app` is a group of commands.
     """
     app = typer.Typer(
@@ -58,7 +60,7 @@ def build_app() -> typer.Typer:
             continue
         module = import_module(f"{cli.__name__}.{found.name}")
         if hasattr(module, "command"):
-            app.command(found.name)(module.command)
+            app.command(found.name.replace("_", "-"))(module.command)
         elif hasattr(module, "app"):
             app.add_typer(module.app, name=found.name)
     return app

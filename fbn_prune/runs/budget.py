@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.heads import head_tensor_shape
+from fbn_prune.model.vocabulary import VocabularyCut
 from fbn_prune.pruning.allocation import budget_from_sparsity
 from fbn_prune.recipe import Recipe, parse_count, parse_layers, parse_size
 
@@ -38,8 +39,13 @@ class ModelSize:
     header_bytes: int
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, head_groups: int | None = None) -> ModelSize:
-        """Return the size of a checkpoint, cut to `head_groups` groups of attention heads per layer if given."""
+    def of(
+        cls,
+        checkpoint: Checkpoint,
+        head_groups: int | None = None,
+        vocabulary: VocabularyCut | None = None,
+    ) -> ModelSize:
+        """Return the size of a checkpoint, cut to these groups of attention heads per layer and tokens if given."""
         family = checkpoint.family
         layers, width = family.num_layers(checkpoint.config), family.width(checkpoint.config)
         parameters = nbytes = 0
@@ -51,15 +57,18 @@ class ModelSize:
                 continue
             parameters += info.parameters
             nbytes += info.nbytes
-        head_parameters, head_bytes = _removed_heads(checkpoint, head_groups)
+        gone_parameters, gone_bytes = _removed_heads(checkpoint, head_groups)
+        if vocabulary is not None:
+            gone_parameters += vocabulary.removed_parameters(checkpoint)
+            gone_bytes += vocabulary.removed_bytes(checkpoint)
         files = {info.file for info in checkpoint.tensors.values()} - {
             ""
         }  # a live model's have none
         stored = sum((checkpoint.path / file).stat().st_size for file in files)
         return cls(
             neurons=layers * width,
-            parameters=checkpoint.total_parameters - head_parameters,
-            nbytes=checkpoint.total_bytes - head_bytes,
+            parameters=checkpoint.total_parameters - gone_parameters,
+            nbytes=checkpoint.total_bytes - gone_bytes,
             neuron_parameters=parameters // (layers * width),
             neuron_bytes=nbytes // (layers * width),
             header_bytes=stored - checkpoint.total_bytes if files else 0,
@@ -139,7 +148,11 @@ class Budget:
 
 
 def stated_budget(
-    recipe: Recipe, checkpoint: Checkpoint, least: int, head_groups: int | None = None
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    least: int,
+    head_groups: int | None = None,
+    vocabulary: VocabularyCut | None = None,
 ) -> Budget | None:
     """Return the budget that `sparsity`, `target_params` or `target_size` sets, or None if none is given.
 
@@ -149,13 +162,15 @@ def stated_budget(
         The smallest number of neurons that the layout can keep.
     head_groups
         Attention head groups that every layer keeps; see :func:`kept_head_groups`.
+    vocabulary
+        The tokens that are kept; all by default.
 
     Raises
     ------
     InvalidInput
         If the model is already that small, or cannot become that small.
     """
-    size = ModelSize.of(checkpoint, head_groups)
+    size = ModelSize.of(checkpoint, head_groups, vocabulary)
     if recipe.sparsity is not None:
         return Budget(budget_from_sparsity(size.neurons, recipe.sparsity), most=False)
     if recipe.target_params is not None:

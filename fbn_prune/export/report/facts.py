@@ -31,6 +31,13 @@ class Recovered(BaseModel):
     gap_closed: float | None
 
 
+class Vocabulary(BaseModel):
+    """The JSON form of :class:`fbn_prune.runs.vocabulary.VocabularyFigures`."""
+
+    tokens_before: int
+    tokens_after: int
+
+
 class RunResult(BaseModel):
     """The content of `result.json`, the JSON form of :class:`fbn_prune.runs.result.PruneResult`."""
 
@@ -56,6 +63,7 @@ class RunResult(BaseModel):
     task: dict[str, Any] | None = None
     warning: str | None = None
     recovery: Recovered | None = None
+    vocabulary: Vocabulary | None = None
 
     @property
     def width_before(self) -> int:
