@@ -219,6 +219,7 @@ def _always(content: Content, ids: dict[str, int]) -> Iterator[int]:
     if model.get("unk_token") in ids:
         yield ids[model["unk_token"]]
     yield from (ids[piece] for piece in BYTE_PIECES if piece in ids)
+    yield from (ids[mark] for mark in _marks(content) if mark in ids)
     if _is_byte_level(content):
         yield from (ids[piece] for piece in pre_tokenizers.ByteLevel.alphabet() if piece in ids)
     elif not has_bytes(content):
@@ -239,6 +240,15 @@ def _spelled(piece: str, model: dict[str, Any], ids: dict[str, int]) -> bool:
         return False
     first = prefix + text[0] if inner else text[0]
     return first in ids and all(prefix + character in ids for character in text[1:])
+
+
+def _marks(content: Content) -> set[str]:
+    """Return the characters that stand for others, as ▁ does for a space: spelled by bytes they are not turned back."""
+    marks: set[str] = set()
+    for step in (*_steps(content.get("normalizer")), *_steps(content.get("pre_tokenizer"))):
+        for key in ("replacement", "content", "prepend"):
+            marks.update(step.get(key) or "")
+    return marks
 
 
 def _is_byte_level(content: Content) -> bool:

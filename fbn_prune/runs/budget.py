@@ -188,7 +188,8 @@ def stated_budget(
     else:
         return None
     if neurons >= size.neurons:
-        raise InvalidInput(f"{stated}: the model has only {now}; there is nothing to remove")
+        once = "" if vocabulary is None else " once its vocabulary is trimmed"
+        raise InvalidInput(f"{stated}: the model has only {now}{once}; there is nothing to remove")
     if neurons < least:
         raise InvalidInput(
             f"{stated}: attention, embeddings and the narrowest MLPs alone take {smallest}"
