@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from fbn_prune.runs.live import amplify_networks, mask_networks, retain_networks
     from fbn_prune.runs.result import PruneResult, tool_version
     from fbn_prune.runs.study import Ranking
+    from fbn_prune.runs.trim_vocabulary import VocabularyResult, trim_vocabulary
     from fbn_prune.runs.unfinished import UnfinishedRun, clean_runs, unfinished_runs
 
 _PLACES = {
@@ -56,6 +57,7 @@ _PLACES = {
     "fbn_prune.runs.live": ("amplify_networks", "mask_networks", "retain_networks"),
     "fbn_prune.runs.result": ("PruneResult", "tool_version"),
     "fbn_prune.runs.study": ("Ranking",),
+    "fbn_prune.runs.trim_vocabulary": ("VocabularyResult", "trim_vocabulary"),
     "fbn_prune.runs.unfinished": ("UnfinishedRun", "clean_runs", "unfinished_runs"),
 }
 """Modules imported when one of their names is first used: most load torch, and a refusal must not wait for it."""
@@ -87,6 +89,7 @@ __all__ = [
     "Recurrence",
     "SpatialICA",
     "UnfinishedRun",
+    "VocabularyResult",
     "ablate",
     "amplify_networks",
     "check_models",
@@ -111,6 +114,7 @@ __all__ = [
     "register_criterion",
     "retain_networks",
     "tool_version",
+    "trim_vocabulary",
     "unfinished_runs",
     "write_bundle",
     "write_evaluation_card",

@@ -253,6 +253,12 @@ class Recipe(PruningConfig):
     """Checkpoint folder, GGUF file, Hub id, or `builtin`."""
     output: Path | None = _key(MODEL)
     """Folder to write; it must not exist."""
+    vocabulary: int | None = _more(CUT, ge=1)
+    """Also trim the vocabulary to the tokens that the calibration text uses at least this often. Default: all stay."""
+    vocabulary_texts: tuple[str, ...] = _more(CUT, ())
+    """Further texts whose tokens stay, in the forms of --calibration. Repeat for several."""
+    vocabulary_characters: str = _more(CUT, "")
+    """Characters whose tokens stay in any case, as äöü."""
     calibration: tuple[str, ...] = _key(CALIBRATION, ("builtin",))
     """Calibration text: FILE[:field] (plain text, JSON, CSV, Parquet or Arrow, compressed or not), a folder,
     hf:dataset[:config[:split[:field]]] or `builtin`. Repeat for several."""
@@ -273,12 +279,12 @@ class Recipe(PruningConfig):
     """Folder for finished stages, from which the same command continues after a failure. Default: .NAME.work
     beside the output."""
 
-    @field_validator("model", "output", "calibration", "work_dir")
+    @field_validator("model", "output", "calibration", "vocabulary_texts", "work_dir")
     @classmethod
     def _places(cls, value: Any) -> Any:
         return cls._file_names(value)
 
-    @field_validator("calibration", mode="before")
+    @field_validator("calibration", "vocabulary_texts", mode="before")
     @classmethod
     def _one_source(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
@@ -394,8 +400,12 @@ def _check(recipe: PruningConfig) -> None:
     for key, verb in (("task_test", "test"), ("task_networks", "match")):
         if getattr(recipe, key) is not None and recipe.task is None:
             refuse(key, f"there is no task to {verb}")
-    if isinstance(recipe, Recipe) and not recipe.calibration:
-        raise InvalidInput("calibration is empty: name at least one source of text")
+    if isinstance(recipe, Recipe):
+        if not recipe.calibration:
+            raise InvalidInput("calibration is empty: name at least one source of text")
+        for key in ("vocabulary_texts", "vocabulary_characters"):
+            if getattr(recipe, key) and recipe.vocabulary is None:
+                refuse(key, "add vocabulary = 1 to trim the vocabulary")
     tokens = min(recipe.network_tokens, recipe.tokens)
     if recipe.needs_networks and recipe.networks >= tokens:
         refuse(

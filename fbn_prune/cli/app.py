@@ -53,7 +53,7 @@ def build_app() -> typer.Typer:
             continue
         module = import_module(f"{cli.__name__}.{found.name}")
         if hasattr(module, "command"):
-            app.command(found.name)(module.command)
+            app.command(found.name.replace("_", "-"))(module.command)
         elif hasattr(module, "app"):
             app.add_typer(module.app, name=found.name)
     return app

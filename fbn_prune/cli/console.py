@@ -209,6 +209,15 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def vocabulary(figures: dict[str, Any]) -> str:
+    """Return one line on what a trimmed vocabulary does to held-out text."""
+    share, growth = figures["identical_documents"], figures["growth"]
+    if share is None:
+        return "no text was held out to measure the vocabulary on"
+    others = "" if growth is None else f"; the others grow by {growth:.1%} in tokens"
+    return f"same pieces in {share:.2%} of {figures['held_out_documents']:,} held-out documents{others}"
+
+
 def _short(rate: float) -> str:
     for unit in ("", "k", "M", "G"):
         if rate < 1000:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -89,6 +89,8 @@ def _print_result(recipe: Recipe, result: PruneResult) -> None:
         ("MLP neurons", result.neurons_total, result.neurons_kept, "{:,}"),
         ("perplexity (held out)", result.perplexity_before, result.perplexity_after, "{:.3f}"),
     ]
+    if (found := result.vocabulary) is not None:
+        rows.insert(2, ("tokens", found.tokens_before, found.tokens_after, "{:,}"))
     if result.heads_kept < result.heads_total:
         rows.insert(2, ("attention heads", result.heads_total, result.heads_kept, "{:,}"))
     for name, before, after, style in rows:
@@ -106,6 +108,9 @@ def _print_result(recipe: Recipe, result: PruneResult) -> None:
         console.print_line(f"networks kept: {kept}{more}")
     if result.recovery is not None:
         console.print_line(_recovered(result.recovery))
+    if result.vocabulary is not None:
+        console.print_line(console.vocabulary(asdict(result.vocabulary)))
+        console.print_line("the perplexities are those before the vocabulary was trimmed")
     console.print_line(_widths(result.widths, result.width_rule))
     seconds = ", ".join(f"{name} {took:.1f} s" for name, took in result.stages.items())
     console.print_line(
@@ -162,6 +167,9 @@ def _predict(recipe: Recipe, *, json: bool) -> None:
     )
     if predicted.heads_kept < predicted.heads_total:
         table.add_row("attention heads", f"{predicted.heads_total:,}", f"{predicted.heads_kept:,}")
+    if (found := predicted.vocabulary) is not None:
+        table.add_row("tokens", f"{found.tokens_before:,}", f"{found.tokens_after:,}")
+        table.add_row("", "", console.vocabulary(asdict(found)))
     table.add_row(
         "weights",
         console.size(predicted.bytes_before),

@@ -32,6 +32,8 @@ class CardFacts:
         Number of neurons in the source, by layer.
     heads_before, heads_after
         Number of attention heads in all layers.
+    tokens
+        Number of tokens before and after; None if the vocabulary was not trimmed.
     kept_networks, total_networks
         Number of functional networks kept and found; None if they did not set the budget.
     calibration, held_out
@@ -61,6 +63,7 @@ class CardFacts:
     version: str
     heads_before: int = 0
     heads_after: int = 0
+    tokens: tuple[int, int] | None = None
     kept_networks: int | None = None
     total_networks: int | None = None
     perplexity_before: float | None = None
@@ -93,7 +96,7 @@ def model_card(facts: CardFacts) -> str:
 |---|---:|---:|---:|
 {_table(facts)}
 
-Perplexity is measured on {facts.held_out}.{_warning(facts)}
+Perplexity is measured on {facts.held_out}{_before_trimming(facts)}.{_warning(facts)}
 
 ## Load it
 
@@ -129,6 +132,10 @@ def _why_trust(facts: CardFacts) -> str:
 The layers differ in width (`per_layer_config` in `config.json`), which transformers does not yet support for this
 architecture. The short file `modeling_ragged.py` in this folder gives each MLP its width.
 """
+
+
+def _before_trimming(facts: CardFacts) -> str:
+    return "" if facts.tokens is None else ", before the vocabulary was trimmed"
 
 
 def _warning(facts: CardFacts) -> str:
@@ -178,14 +185,30 @@ def _the_rest(facts: CardFacts) -> str:
             f"{facts.heads_after:,} of {facts.heads_before:,} attention heads remain, the same number in each layer, "
             "chosen by second-order cost in whole key-value groups and refitted. "
         )
+    unchanged = ["attention", "norms", "embeddings"]
+    if heads:
+        unchanged.remove("attention")
+    vocabulary = ""
+    if facts.tokens is not None:
+        unchanged.remove("embeddings")
+        before, after = facts.tokens
+        vocabulary = (
+            f" The vocabulary has {after:,} of {before:,} tokens left, with new ids; the embeddings of these are "
+            "unchanged."
+        )
     if facts.perplexity_cut is None:
-        attention = "Norms" if heads else "Attention, norms"
-        return f"{heads}{attention} and embeddings are unchanged."
+        return f"{heads}{_listed(unchanged).capitalize()} are unchanged.{vocabulary}"
+    if "attention" in unchanged:  # its linear layers were trained too
+        unchanged.remove("attention")
     return (
         f"{heads}Then the linear layers were trained to reproduce the source model's outputs on the calibration text, "
         f"which reduced the perplexity from {facts.perplexity_cut:.2f} to {facts.perplexity_after:.2f}; "
-        "norms and embeddings are unchanged."
+        f"{_listed(unchanged)} are unchanged.{vocabulary}"
     )
+
+
+def _listed(words: list[str]) -> str:
+    return " and ".join([*([", ".join(words[:-1])] if words[:-1] else []), words[-1]])
 
 
 def _table(facts: CardFacts) -> str:
@@ -202,6 +225,7 @@ def _table(facts: CardFacts) -> str:
             if facts.heads_after < facts.heads_before
             else []
         ),
+        *([] if facts.tokens is None else [_row("tokens", *facts.tokens, "{:,}")]),
         _row("weights on disk (MB)", facts.bytes_before / 1e6, facts.bytes_after / 1e6, "{:,.1f}"),
     ]
     if facts.perplexity_before is not None and facts.perplexity_after is not None:

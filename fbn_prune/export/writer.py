@@ -17,10 +17,12 @@ from fbn_prune.export.shards import write_json, write_shards
 from fbn_prune.model import modeling_ragged
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.family import Family, Location
-from fbn_prune.model.folder import COMPANION_FILES, TOKENIZER_FILES
+from fbn_prune.model.folder import COMPANION_FILES, TOKENIZER_FILES, VOCABULARY_FILES
+from fbn_prune.model.headers import read_object
 from fbn_prune.model.shards import TensorInfo
 from fbn_prune.model.streaming import check_tensors
 from fbn_prune.model.surgery import MlpCut, cut_config, cut_of, cut_shape, cut_tensor, require_bias
+from fbn_prune.model.vocabulary import VocabularyCut
 from fbn_prune.store import Store
 
 
@@ -30,6 +32,7 @@ def write_checkpoint(
     directory: Path,
     *,
     trained: Mapping[str, Tensor] | None = None,
+    vocabulary: VocabularyCut | None = None,
     max_shard_size: int | str = "5GB",
     progress: Callable[[int], None] | None = None,
     store: Store | None = None,
@@ -44,7 +47,9 @@ def write_checkpoint(
     source
         The checkpoint that is cut.
     cuts
-        One cut for each layer.
+        One cut for each layer; none at all if the layers stay as they are.
+    vocabulary
+        The tokens that are kept; all by default.
     trained
         Tensors, by their names in the checkpoint, that replace those of the source and the cuts.
     directory
@@ -63,11 +68,19 @@ def write_checkpoint(
     FbnPruneError
         A new weight is too large for the stored dtype, or the disk cannot be written.
     """
-    config = cut_config(source.config, source.family, cuts)
+    config = cut_config(source.config, source.family, cuts) if cuts else _whole_config(source)
+    if vocabulary is not None:
+        config = vocabulary.config(config)
+    plan = _plan(source, cuts, vocabulary)
+    produce = _producer(source, plan, cuts, trained or {}, vocabulary)
     with disk_errors(directory):
-        _write_tensors(source, cuts, directory, trained or {}, max_shard_size, progress, store)
+        write_shards(
+            plan, produce, directory, max_shard_size=max_shard_size, progress=progress, store=store
+        )
         write_json(directory / "config.json", config)
         copy_companions(source, directory)
+        if vocabulary is not None:
+            write_tokenizer(source, vocabulary, directory)
         copy_own_code(source.family, config, directory)
 
 
@@ -96,6 +109,22 @@ def copy_companions(source: Checkpoint, directory: Path) -> None:
             write_json(tokenizer_config, settings)
 
 
+def write_tokenizer(source: Checkpoint, vocabulary: VocabularyCut, directory: Path) -> None:
+    """Replace the copied tokenizer and generation config by those of the kept tokens.
+
+    `tokenizer.json` alone has the pieces; other files with them, such as `vocab.json`, are removed.
+    """
+    for pattern in (*VOCABULARY_FILES, "merges.txt", "added_tokens.json"):
+        for file in directory.glob(pattern):
+            file.unlink()
+    text = json.dumps(vocabulary.tokenizer, ensure_ascii=False, indent=2)
+    (directory / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        if (directory / name).is_file():
+            settings = read_object(directory / name)
+            write_json(directory / name, vocabulary.renumbered(settings))
+
+
 def verify_export(directory: Path) -> None:
     """Check that a written checkpoint has the tensors that transformers expects for its config.
 
@@ -113,19 +142,18 @@ def verify_export(directory: Path) -> None:
         raise FbnPruneError(f"the written checkpoint does not load: {error}") from error
 
 
-def _write_tensors(
+def _producer(
     source: Checkpoint,
+    plan: Mapping[str, TensorInfo],
     cuts: Sequence[MlpCut],
-    directory: Path,
     trained: Mapping[str, Tensor],
-    max_shard_size: int | str,
-    progress: Callable[[int], None] | None,
-    store: Store | None,
-) -> None:
-    """Write the tensors under the source's names and in its dtypes, with the biases that the cuts add."""
-    plan = _plan(source, cuts)
+    vocabulary: VocabularyCut | None,
+) -> Callable[[str], Tensor]:
+    """Return the function that makes each tensor of the plan, under the source's name and in its dtype."""
 
     def produce(name: str) -> Tensor:
+        if vocabulary is not None and name in vocabulary.tensors:
+            return vocabulary.rows(source, name)
         if name in trained:
             return trained[name].to("cpu", plan[name].dtype)
         if name in source.tensors:
@@ -139,15 +167,21 @@ def _write_tensors(
             tensor if cut is None else cut_tensor(source.family, source.config, name, tensor, cut)
         )
 
-    write_shards(
-        plan, produce, directory, max_shard_size=max_shard_size, progress=progress, store=store
-    )
+    return produce
 
 
-def _plan(source: Checkpoint, cuts: Sequence[MlpCut]) -> dict[str, TensorInfo]:
+def _whole_config(source: Checkpoint) -> dict[str, Any]:
+    """Return the config of layers that stay as they are, without the names of code files that are not exported."""
+    dropped = () if "per_layer_config" in source.config else ("auto_map",)
+    return {key: value for key, value in source.config.items() if key not in dropped}
+
+
+def _plan(
+    source: Checkpoint, cuts: Sequence[MlpCut], vocabulary: VocabularyCut | None
+) -> dict[str, TensorInfo]:
     """Return every tensor of the output, in the source's order, with its shape after the cut."""
     family, config = source.family, source.config
-    if len(cuts) != family.num_layers(config):
+    if cuts and len(cuts) != family.num_layers(config):
         raise ValueError(f"{len(cuts)} cuts for {family.num_layers(config)} layers")
     adds_bias = any(cut.down_bias is not None for cut in cuts) and not family.has_bias(config)
     if adds_bias:
@@ -155,6 +189,9 @@ def _plan(source: Checkpoint, cuts: Sequence[MlpCut]) -> dict[str, TensorInfo]:
     plan: dict[str, TensorInfo] = {}
     for name, info in source.tensors.items():
         cut = cut_of(family, name, cuts)
+        if vocabulary is not None and name in vocabulary.tensors:
+            plan[name] = TensorInfo("", vocabulary.shape(info), info.dtype)
+            continue
         if cut is None:
             plan[name] = info
             continue

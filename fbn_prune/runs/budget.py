@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.heads import head_tensor_shape
+from fbn_prune.model.vocabulary import VocabularyCut
 from fbn_prune.pruning.allocation import at_most, budget_from_sparsity, uniform_widths
 from fbn_prune.recipe import Recipe, parse_count, parse_layers, parse_size
 
@@ -39,8 +40,13 @@ class ModelSize:
     header_bytes: int
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, head_groups: int | None = None) -> ModelSize:
-        """Return the size of a checkpoint, cut to `head_groups` groups of attention heads per layer if given."""
+    def of(
+        cls,
+        checkpoint: Checkpoint,
+        head_groups: int | None = None,
+        vocabulary: VocabularyCut | None = None,
+    ) -> ModelSize:
+        """Return the size of a checkpoint, cut to these groups of attention heads per layer and tokens if given."""
         family = checkpoint.family
         layers, neurons = (
             family.num_layers(checkpoint.config),
@@ -55,14 +61,17 @@ class ModelSize:
                 continue
             parameters += info.parameters
             nbytes += info.nbytes
-        head_parameters, head_bytes = _removed_heads(checkpoint, head_groups)
+        gone_parameters, gone_bytes = _removed_heads(checkpoint, head_groups)
+        if vocabulary is not None:
+            gone_parameters += vocabulary.removed_parameters(checkpoint)
+            gone_bytes += vocabulary.removed_bytes(checkpoint)
         # A live model has no files, and the bytes of quantized ones say nothing of the headers.
         files = checkpoint.weight_files if checkpoint.gguf is None else []
         stored = sum(file.stat().st_size for file in files)
         return cls(
             neurons=neurons,
-            parameters=checkpoint.total_parameters - head_parameters,
-            nbytes=checkpoint.total_bytes - head_bytes,
+            parameters=checkpoint.total_parameters - gone_parameters,
+            nbytes=checkpoint.total_bytes - gone_bytes,
             neuron_parameters=parameters // neurons,
             neuron_bytes=nbytes // neurons,
             header_bytes=stored - checkpoint.total_bytes if files else 0,
@@ -142,7 +151,11 @@ class Budget:
 
 
 def stated_budget(
-    recipe: Recipe, checkpoint: Checkpoint, least: int, head_groups: int | None = None
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    least: int,
+    head_groups: int | None = None,
+    vocabulary: VocabularyCut | None = None,
 ) -> Budget | None:
     """Return the budget that `sparsity`, `target_params` or `target_size` sets, or None if none is given.
 
@@ -152,13 +165,15 @@ def stated_budget(
         The smallest number of neurons that the layout can keep.
     head_groups
         Attention head groups that every layer keeps; see :func:`kept_head_groups`.
+    vocabulary
+        The tokens that are kept; all by default.
 
     Raises
     ------
     InvalidInput
         If the model is already that small, or cannot become that small.
     """
-    size = ModelSize.of(checkpoint, head_groups)
+    size = ModelSize.of(checkpoint, head_groups, vocabulary)
     if recipe.sparsity is not None:
         return Budget(budget_from_sparsity(size.neurons, recipe.sparsity), most=False)
     if recipe.target_params is not None:
@@ -176,7 +191,8 @@ def stated_budget(
     else:
         return None
     if neurons >= size.neurons:
-        raise InvalidInput(f"{stated}: the model has only {now}; there is nothing to remove")
+        once = "" if vocabulary is None else " once its vocabulary is trimmed"
+        raise InvalidInput(f"{stated}: the model has only {now}{once}; there is nothing to remove")
     if neurons < least:
         raise InvalidInput(
             f"{stated}: attention, embeddings and the narrowest MLPs alone take {smallest}: give at least that"

@@ -30,11 +30,12 @@ from fbn_prune.pruning.allocation import (
 )
 from fbn_prune.pruning.layout import MOST_TRIED_EVERY, STRENGTHS, TRIAL_TOKENS
 from fbn_prune.pruning.sensitivity import GRADIENT_TOKENS
-from fbn_prune.runs.budget import Budget, ModelSize
+from fbn_prune.runs.budget import Budget
 from fbn_prune.runs.memory import free_memory
 from fbn_prune.runs.opening import read_texts
 from fbn_prune.runs.setup import Prepared, require_layout
 from fbn_prune.runs.stages import KNOCKOUT_TOKENS
+from fbn_prune.runs.vocabulary import VocabularyFigures
 
 MEMBERS_PER_NETWORK = 0.041
 """Share of the neurons that are members of one of 64 networks, measured on trained models. The members of K networks
@@ -70,6 +71,8 @@ class Plan:
         Range of the time; None if no layer could be timed.
     estimated
         Names of the fields that are estimates.
+    vocabulary
+        What trimming the vocabulary saves, and does to held-out text; None if it is not trimmed.
     """
 
     parameters_before: int
@@ -87,6 +90,7 @@ class Plan:
     seconds_low: float | None
     seconds_high: float | None
     estimated: list[str]
+    vocabulary: VocabularyFigures | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -115,7 +119,7 @@ def plan(prepared: Prepared) -> Plan:
     widths = _widths(prepared, budget)
     if recipe.layout != "uniform":
         estimated.append("widths")
-    size = ModelSize.of(checkpoint, prepared.head_groups)
+    size = prepared.size
     neurons = sum(widths)
     low, high = seconds_range(prepared) or (None, None)
     return Plan(
@@ -138,6 +142,7 @@ def plan(prepared: Prepared) -> Plan:
         seconds_low=low,
         seconds_high=high,
         estimated=estimated,
+        vocabulary=prepared.vocabulary_figures,
     )
 
 

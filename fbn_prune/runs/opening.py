@@ -22,6 +22,7 @@ from fbn_prune.data.forms import rendering_words
 from fbn_prune.data.given import GivenData
 from fbn_prune.distributed import is_first
 from fbn_prune.model.adapter import ModelAdapter
+from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.networks.task_matching import TaskCalibration, task_calibration
 from fbn_prune.progress import StageClock
 from fbn_prune.runs.result import tool_version
@@ -56,12 +57,15 @@ class OpenRun:
 
     @property
     def texts(self) -> str:
-        """Fingerprints of all texts of the run: calibration, held-out, and the task's examples and tests."""
+        """Fingerprints of all texts of the run: calibration, held-out, the task's, and those of the vocabulary."""
         blocks = [self.data.calibrating, self.data.held_out]
         if self.task is not None:
             blocks += [self.task.examples]
             blocks += [] if self.task.test is None else [self.task.test]
-        return " ".join(each.fingerprint for each in blocks)
+        prints = [each.fingerprint for each in blocks]
+        if (vocabulary := self.prepared.vocabulary_cut) is not None:
+            prints.append(vocabulary.fingerprint)
+        return " ".join(prints)
 
 
 def open_run(prepared: Prepared, clock: StageClock, *, whole: bool = False) -> OpenRun:
@@ -159,14 +163,13 @@ def facts(prepared: Prepared) -> dict[str, Any]:
         "computed": [str(prepared.dtype), prepared.context, prepared.width_multiple],
         "memory": [prepared.memory.streamed, prepared.memory.batch_tokens],
         "recipe": recipe.model_dump(mode="json", exclude=set(PLACES)),
-        "checkpoint": _checkpoint(prepared),
+        "checkpoint": checkpoint_facts(prepared.checkpoint),
         "networks": None if recipe.networks_from is None else _digest(recipe.networks_from),
     }
 
 
-def _checkpoint(prepared: Prepared) -> list[Any]:
+def checkpoint_facts(checkpoint: Checkpoint) -> list[Any]:
     """Return the config, the tensor headers, and the size and time of each file (which change with its data)."""
-    checkpoint = prepared.checkpoint
     stats = [(file.name, file.stat()) for file in checkpoint.weight_files]
     return [
         checkpoint.config,

@@ -59,6 +59,7 @@ def publish(
             cut.cuts,
             folder,
             trained=cut.trained,
+            vocabulary=prepared.vocabulary_cut,
             max_shard_size=parse_size(recipe.max_shard_size, "max_shard_size"),
             progress=advance,
             store=store,
@@ -98,6 +99,11 @@ _CRITERION_WORDS = {
 }
 
 
+def _tokens(result: PruneResult) -> tuple[int, int] | None:
+    found = result.vocabulary
+    return None if found is None else (found.tokens_before, found.tokens_after)
+
+
 def _card(
     prepared: Prepared,
     networks: FunctionalNetworks | None,
@@ -120,6 +126,7 @@ def _card(
         widths_before=tuple(prepared.widths),
         heads_before=result.heads_total,
         heads_after=result.heads_kept,
+        tokens=_tokens(result),
         parameters_before=result.parameters_before,
         parameters_after=result.parameters_after,
         bytes_before=result.bytes_before,

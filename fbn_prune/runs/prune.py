@@ -61,7 +61,7 @@ def run_prune(recipe: Recipe, clock: StageClock) -> PruneResult:
     FbnPruneError
         If the pruned model does not work, or the output cannot be written.
     """
-    prepared = prepare(recipe)
+    prepared = prepare(recipe, clock)
     require_layout(prepared)
     for line in prepared.notes:
         clock.note(line)
@@ -243,6 +243,7 @@ class PruneRun:
             forward_seconds=self.pruned.forward_seconds,
             peak_memory_bytes=0,
             recovery=self.recovery,
+            vocabulary=prepared.vocabulary_figures,
         )
 
     def _task_facts(self) -> dict[str, Any] | None:

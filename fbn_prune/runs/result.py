@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from fbn_prune.export.published import public_name
 from fbn_prune.pruning.recovery.gain import Recovery
+from fbn_prune.runs.vocabulary import VocabularyFigures
 
 
 @dataclass
@@ -31,6 +32,9 @@ class PruneResult:
         New width of each layer, the rule that set it, and the loss rise in nats of each rule that was tried.
     kept_networks, ranked_networks
         Indices of the networks, strongest first.
+    vocabulary
+        What trimming the vocabulary saved, and does to held-out text; None if all tokens stay. The perplexities are
+        those before it was trimmed.
     stages
         Wall seconds of each stage; `forward_seconds` is the part of the forward passes.
     model
@@ -64,6 +68,7 @@ class PruneResult:
     forward_seconds: float
     peak_memory_bytes: int
     recovery: Recovery | None = None
+    vocabulary: VocabularyFigures | None = None
     stages: dict[str, float] = field(default_factory=dict)
     model: PreTrainedModel | None = field(default=None, repr=False, compare=False)
 

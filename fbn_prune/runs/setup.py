@@ -16,11 +16,14 @@ from fbn_prune.model.family import Family
 from fbn_prune.model.placement import device_map
 from fbn_prune.model.streaming import StreamedModel, check_tensors, skeleton
 from fbn_prune.model.surgery import require_bias
+from fbn_prune.model.vocabulary import VocabularyCut
 from fbn_prune.networks.functional_networks import FunctionalNetworks
+from fbn_prune.progress import StageClock
 from fbn_prune.pruning.allocation import at_most, default_multiple, uniform_widths
 from fbn_prune.recipe import Recipe
 from fbn_prune.runs.budget import (
     Budget,
+    ModelSize,
     kept_head_groups,
     rounding_note,
     stated_budget,
@@ -28,6 +31,7 @@ from fbn_prune.runs.budget import (
 )
 from fbn_prune.runs.early_checks import check_places
 from fbn_prune.runs.memory import MemoryPlan, plan_memory
+from fbn_prune.runs.vocabulary import VocabularyFigures, VocabularyRule, choose_vocabulary
 
 MAX_CONTEXT = 2048
 
@@ -54,6 +58,8 @@ class Prepared:
     task: Task | None = None
     head_groups: int | None = None
     """Attention head groups that every layer keeps; None if no heads are removed."""
+    vocabulary: tuple[VocabularyCut, VocabularyFigures] | None = None
+    """The tokens that stay and the figures of that choice; None if all stay."""
 
     @property
     def family(self) -> Family:
@@ -93,6 +99,21 @@ class Prepared:
         return self.head_groups * shape.queries * self.layers
 
     @property
+    def vocabulary_cut(self) -> VocabularyCut | None:
+        """The tokens that stay; None if all stay."""
+        return None if self.vocabulary is None else self.vocabulary[0]
+
+    @property
+    def vocabulary_figures(self) -> VocabularyFigures | None:
+        """What the trimmed vocabulary saves and does to text; None if all tokens stay."""
+        return None if self.vocabulary is None else self.vocabulary[1]
+
+    @property
+    def size(self) -> ModelSize:
+        """The size of the model with the heads and the tokens that stay."""
+        return ModelSize.of(self.checkpoint, self.head_groups, self.vocabulary_cut)
+
+    @property
     def batch_tokens(self) -> int:
         """Tokens per forward batch."""
         return self.memory.batch_tokens
@@ -122,8 +143,13 @@ class Prepared:
         return ModelAdapter(model, self.family)
 
 
-def prepare(recipe: Recipe) -> Prepared:
+def prepare(recipe: Recipe, clock: StageClock | None = None) -> Prepared:
     """Open and check everything that a recipe names.
+
+    Parameters
+    ----------
+    clock
+        Shows how the texts are read for the vocabulary; other steps take no time.
 
     Raises
     ------
@@ -135,7 +161,7 @@ def prepare(recipe: Recipe) -> Prepared:
     check_places(recipe, checkpoint.path, checkpoint.total_bytes)
     device = chosen_device(recipe.device)
     dtype = _dtype(recipe.dtype, device, checkpoint)
-    prepared = prepared_for(recipe, checkpoint, device, dtype)
+    prepared = prepared_for(recipe, checkpoint, device, dtype, clock=clock)
     if prepared.memory.streamed:
         check_tensors(checkpoint)
     else:
@@ -149,6 +175,7 @@ def prepared_for(
     device: torch.device,
     dtype: torch.dtype,
     memory: MemoryPlan | None = None,
+    clock: StageClock | None = None,
 ) -> Prepared:
     """Check a recipe against an open checkpoint or the headers of a model in memory.
 
@@ -156,6 +183,8 @@ def prepared_for(
     ----------
     memory
         Where weights and activations are kept. Default: planned from the recipe.
+    clock
+        See :func:`prepare`.
 
     Raises
     ------
@@ -203,13 +232,15 @@ def prepared_for(
     whole = whole_layers(recipe, layers)
     least = sum(one if layer in whole else min(one, multiple) for layer, one in enumerate(widths))
     head_groups = kept_head_groups(recipe, checkpoint)
-    budget = stated_budget(recipe, checkpoint, least, head_groups)
     memory = memory or plan_memory(recipe, checkpoint, device, dtype, context)
     task = (
         None
         if recipe.task is None
         else Task.read(recipe.task, recipe.task_test, drawn=recipe.task_examples, seed=recipe.seed)
     )
+    vocabulary = _vocabulary(recipe, checkpoint, task, clock or StageClock())
+    kept = None if vocabulary is None else vocabulary[0]
+    budget = stated_budget(recipe, checkpoint, least, head_groups, kept)
     return Prepared(
         recipe,
         checkpoint,
@@ -223,6 +254,7 @@ def prepared_for(
         memory,
         task,
         head_groups,
+        vocabulary,
     )
 
 
@@ -244,6 +276,22 @@ def require_layout(prepared: Prepared) -> None:
         )
     neurons = at_most(budget.neurons, len(widths), multiple) if budget.most else budget.neurons
     uniform_widths(neurons, widths, multiple)
+
+
+def _vocabulary(
+    recipe: Recipe, checkpoint: Checkpoint, task: Task | None, clock: StageClock
+) -> tuple[VocabularyCut, VocabularyFigures] | None:
+    """Choose the tokens that stay, from the texts and the task's examples; None if all stay."""
+    if recipe.vocabulary is None:
+        return None
+    rule = VocabularyRule(
+        (*recipe.calibration, *recipe.vocabulary_texts),
+        recipe.vocabulary,
+        recipe.vocabulary_characters,
+    )
+    more = () if task is None else [example.text for example in task.examples]
+    with clock.stage("vocabulary"):
+        return choose_vocabulary(checkpoint, rule, more=more)
 
 
 def chosen_device(name: str) -> torch.device:

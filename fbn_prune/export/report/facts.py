@@ -33,6 +33,13 @@ class Recovered(BaseModel):
     gap_closed: float | None
 
 
+class Vocabulary(BaseModel):
+    """The JSON form of :class:`fbn_prune.runs.vocabulary.VocabularyFigures`."""
+
+    tokens_before: int
+    tokens_after: int
+
+
 class RunResult(BaseModel):
     """The content of `result.json`, the JSON form of :class:`fbn_prune.runs.result.PruneResult`."""
 
@@ -58,6 +65,7 @@ class RunResult(BaseModel):
     task: dict[str, Any] | None = None
     warning: str | None = None
     recovery: Recovered | None = None
+    vocabulary: Vocabulary | None = None
 
 
 class Budget(BaseModel):

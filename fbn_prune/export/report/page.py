@@ -141,6 +141,8 @@ def _headline(result: RunResult) -> list[dict[str, str]]:
         row("weights, MB", result.bytes_before / 1e6, result.bytes_after / 1e6, "{:,.1f}"),
         row("perplexity", result.perplexity_before, result.perplexity_after, "{:,.3f}"),
     ]
+    if (found := result.vocabulary) is not None:
+        rows.insert(2, row("tokens", found.tokens_before, found.tokens_after, "{:,}"))
     if result.heads_kept < result.heads_total:
         rows.insert(2, row("attention heads", result.heads_total, result.heads_kept, "{:,}"))
     if result.recovery is not None:
