@@ -11,7 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from fbn_prune.model.family import Family, as_config
 from fbn_prune.model.folder import VOCABULARY_FILES, find_folder, read_config
 from fbn_prune.model.modeling_ragged import ragged_class
 from fbn_prune.model.shards import TensorInfo, one_line, read_headers
+from fbn_prune.model.stored_tensors import TIED, disagreement, settle, stored_name
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PACKED = re.compile(
@@ -60,11 +61,13 @@ class Checkpoint:
     family
         The architecture.
     tensors
-        File, shape and dtype of each tensor, by name.
+        File, shape and dtype of each tensor of the model, by name.
     hub_id
         The Hub id that the user gave; None for a local folder.
     trust_remote_code
         Whether the tokenizer may be code from the checkpoint.
+    unused, own_head
+        See :class:`fbn_prune.model.stored_tensors.Settled`.
     """
 
     path: Path
@@ -73,12 +76,14 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     hub_id: str | None = None
     trust_remote_code: bool = False
+    unused: Mapping[str, TensorInfo] = field(default_factory=dict)
+    own_head: str | None = None
 
     @classmethod
     def open(
         cls, path_or_hub_id: str | Path, *, trust_remote_code: bool = False, ragged: bool = False
     ) -> Checkpoint:
-        """Find a checkpoint and check its headers and tokenizer; no weights are read.
+        """Find a checkpoint and check its headers and tokenizer; no weights are read but a head that should be tied.
 
         Parameters
         ----------
@@ -97,7 +102,7 @@ class Checkpoint:
         Warns
         -----
         ConfigWarning
-            The configs contain values that the model cannot use, see :meth:`oddities`.
+            The configs contain values that the model cannot use or that contradict the tensors, see :meth:`oddities`.
         """
         path, hub_id = find_folder(
             path_or_hub_id, lambda config: family_of(config, ragged=ragged), trust_remote_code
@@ -107,6 +112,7 @@ class Checkpoint:
         tensors = read_headers(path)
         checkpoint = cls(path, config, family, tensors, hub_id, trust_remote_code)
         checkpoint.check()
+        checkpoint = replace(checkpoint, **vars(settle(path, config, family, tensors)))
         if (odd := checkpoint.oddities()) is not None:
             warnings.warn(odd, ConfigWarning, stacklevel=2)
         return checkpoint
@@ -151,8 +157,12 @@ class Checkpoint:
         _check_mlps(self.path, self.family, self.config, self.tensors)
 
     def oddities(self) -> str | None:
-        """One line on config values that the model cannot use, such as token ids outside the vocabulary; or None."""
-        return oddities(self.path, self.config, self.family.vocab_size(self.config))
+        """One line on config values that the model cannot use, and on tensors that it does not use; or None."""
+        wrong = oddities(self.path, self.config, self.family.vocab_size(self.config))
+        return (
+            "; ".join([*([wrong] if wrong else []), *disagreement(self.own_head, self.unused)])
+            or None
+        )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -180,14 +190,8 @@ class Checkpoint:
         return counts.most_common(1)[0][0]
 
     def stored_name(self, parameter: str) -> str | None:
-        """Return the checkpoint's name for a parameter of the live model; None if the checkpoint does not have it.
-
-        Checkpoints saved from the base model omit the first component, and transformers renames some on loading.
-        """
-        candidates = [parameter, parameter.removeprefix(self.family.layers.partition(".")[0] + ".")]
-        if (other := self.family.stored_as) is not None:
-            candidates.append(parameter.replace(*other))
-        return next((name for name in candidates if name in self.tensors), None)
+        """Return the checkpoint's name for a parameter of the live model; None if the checkpoint does not have it."""
+        return stored_name(self.family, self.tensors, parameter)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.tensors[name].shape
@@ -197,8 +201,9 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor mapped from its file: the data is read on first use and must not be modified."""
-        with safe_open(self.path / self.tensors[name].file, framework="pt") as shard:
-            tensor: Tensor = shard.get_tensor(name)
+        info = self.tensors[name] if name in self.tensors else self.unused[name]
+        with safe_open(self.path / info.file, framework="pt") as shard:
+            tensor: Tensor = shard.get_tensor(info.stored or name)
             return tensor
 
     def read(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -210,7 +215,8 @@ class Checkpoint:
         rows = max(1, SLICE_BYTES * info.shape[0] // max(info.nbytes, 1))
         for start in range(0, info.shape[0], rows):
             with safe_open(self.path / info.file, framework="pt") as shard:
-                result[start : start + rows] = shard.get_slice(name)[start : start + rows]
+                stored = shard.get_slice(info.stored or name)
+                result[start : start + rows] = stored[start : start + rows]
         return result
 
     def load_model(
@@ -246,6 +252,8 @@ class Checkpoint:
             extra["config"] = as_config(self.config | facts)
             stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(extra["config"])]
             model_class = ragged_class(stock)
+        elif self.own_head is not None:
+            extra[TIED] = False
         with _quiet_transformers():
             try:
                 loaded: Any = model_class.from_pretrained(

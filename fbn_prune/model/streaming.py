@@ -18,17 +18,15 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fbn_prune.data.calibration import Batch
 from fbn_prune.errors import InvalidInput
+from fbn_prune.model import stored_tensors
 from fbn_prune.model.adapter import ModelAdapter, set_features
 from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.model.family import as_config
 from fbn_prune.model.layerwise import LayerwiseForward
-from fbn_prune.model.modeling_ragged import ragged_class
 from fbn_prune.model.spill import Spilled
 from fbn_prune.model.surgery import MlpCut, cut_of, cut_of_parts, cut_parts, cut_tensor, rounded_cut
 
@@ -266,18 +264,7 @@ class StreamedModel(ModelAdapter):
 
 def skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     """Return a checkpoint's model on the meta device, without reading weights."""
-    model: PreTrainedModel
-    with init_empty_weights(include_buffers=False):
-        if checkpoint.config.get("per_layer_config"):
-            facts = {"ragged_mlp": checkpoint.family.mlp_facts()}
-            config = as_config(checkpoint.config | facts)
-            stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-            model = ragged_class(stock)(config)
-        else:
-            model = AutoModelForCausalLM.from_config(
-                as_config(checkpoint.config), dtype=dtype, trust_remote_code=False
-            )
-    return model
+    return stored_tensors.skeleton(checkpoint.config, checkpoint.family, dtype)
 
 
 def check_tensors(checkpoint: Checkpoint) -> None:

@@ -230,6 +230,8 @@ def _copy_checkpoint(base: Checkpoint, folder: Path) -> None:
     for file in sorted({"config.json", *weights, *index}):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(base.path / file, folder / file)
+    if base.own_head is not None:  # the base's own config would make other loaders drop the head
+        write_json(folder / "config.json", base.config)
     copy_companions(base, folder)
 
 
