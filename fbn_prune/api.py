@@ -1,6 +1,7 @@
 """The Python API: what `import fbn_prune` offers, and one function for every command of the command line.
 
-All functions are thin layers over :mod:`fbn_prune.runs`. They print nothing; a `display` shows progress.
+All functions are thin layers over :mod:`fbn_prune.runs`. They print nothing; a `display` shows progress. The module is
+long because each function documents all its parameters, and because names that load torch are imported on first use.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ def write_checkpoint(
     *,
     trained: Mapping[str, Tensor] | None = None,
     vocabulary: VocabularyCut | None = None,
+    keep_unused: bool = False,
     max_shard_size: int | str = "5GB",
     progress: Callable[[int], None] | None = None,
     store: Store | None = None,
@@ -52,6 +53,8 @@ def write_checkpoint(
         The tokens that are kept; all by default.
     trained
         Tensors, by their names in the checkpoint, that replace those of the source and the cuts.
+    keep_unused
+        Also write the stored tensors that the model does not use, as they are.
     directory
         An existing folder, normally from :func:`fbn_prune.export.directory.atomic_directory`.
     max_shard_size
@@ -71,7 +74,7 @@ def write_checkpoint(
     config = cut_config(source.config, source.family, cuts) if cuts else _whole_config(source)
     if vocabulary is not None:
         config = vocabulary.config(config)
-    plan = _plan(source, cuts, vocabulary)
+    plan = _plan(source, cuts, vocabulary) | (dict(source.unused) if keep_unused else {})
     produce = _producer(source, plan, cuts, trained or {}, vocabulary)
     with disk_errors(directory):
         write_shards(
@@ -156,6 +159,8 @@ def _producer(
             return vocabulary.rows(source, name)
         if name in trained:
             return trained[name].to("cpu", plan[name].dtype)
+        if name in source.unused:
+            return source.tensor(name)
         if name in source.tensors:
             tensor = source.tensor(name)
         else:  # a bias that the cuts add
@@ -179,7 +184,7 @@ def _whole_config(source: Checkpoint) -> dict[str, Any]:
 def _plan(
     source: Checkpoint, cuts: Sequence[MlpCut], vocabulary: VocabularyCut | None
 ) -> dict[str, TensorInfo]:
-    """Return every tensor of the output, in the source's order, with its shape after the cut."""
+    """Return every tensor of the cut model, in the source's order, with its shape after the cut."""
     family, config = source.family, source.config
     if cuts and len(cuts) != family.num_layers(config):
         raise ValueError(f"{len(cuts)} cuts for {family.num_layers(config)} layers")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,6 @@ from fbn_prune.model.building import (
     named,
     quiet_transformers,
     repaired,
-    skeleton,
 )
 from fbn_prune.model.config_checks import ConfigWarning, oddities
 from fbn_prune.model.families import family_of
@@ -45,6 +44,7 @@ from fbn_prune.model.header_checks import check_mlps, refuse_quantized
 from fbn_prune.model.headers import one_line
 from fbn_prune.model.modeling_ragged import ragged_class
 from fbn_prune.model.shards import TensorInfo, read_headers
+from fbn_prune.model.stored_tensors import disagreement, settle, stored_name, stored_parameters
 
 SLICE_BYTES = 32 * 2**20
 """A tensor whose dtype or device changes on reading is converted in slices of this size."""
@@ -69,7 +69,7 @@ class Checkpoint:
     family
         The architecture.
     tensors
-        File, shape and dtype of each tensor, by name.
+        File, shape and dtype of each tensor of the model, by name.
     hub_id
         The Hub id that the user gave; None for a local folder.
     trust_remote_code
@@ -78,6 +78,8 @@ class Checkpoint:
         What `config` changes in `config.json`, see :func:`fbn_prune.model.building.repaired`.
     gguf
         The open GGUF file; None for a folder.
+    unused, own_head
+        See :class:`fbn_prune.model.stored_tensors.Settled`.
     """
 
     path: Path
@@ -88,10 +90,12 @@ class Checkpoint:
     trust_remote_code: bool = False
     repairs: tuple[str, ...] = ()
     gguf: GgufFile | None = None
+    unused: Mapping[str, TensorInfo] = field(default_factory=dict)
+    own_head: str | None = None
 
     @classmethod
     def open(cls, path_or_hub_id: str | Path, *, trust_remote_code: bool = False) -> Checkpoint:
-        """Find a checkpoint and check its headers and tokenizer; no weights are read.
+        """Find a checkpoint and check its headers and tokenizer; no weights are read but a head that should be tied.
 
         Parameters
         ----------
@@ -109,7 +113,7 @@ class Checkpoint:
         Warns
         -----
         ConfigWarning
-            The configs contain values that the model cannot use, see :meth:`oddities`.
+            The configs contain values that the model cannot use or that contradict the tensors, see :meth:`oddities`.
         """
         if (file := find_gguf(path_or_hub_id)) is not None:
             checkpoint = cls.of_gguf(open_gguf(file))
@@ -121,6 +125,8 @@ class Checkpoint:
             family = family_of(config)
             checkpoint = cls(path, config, family, tensors, hub_id, trust_remote_code, made)
         checkpoint.check()
+        if checkpoint.gguf is None:
+            checkpoint = replace(checkpoint, **vars(settle(path, config, family, tensors)))
         if (odd := checkpoint.oddities()) is not None:
             warnings.warn(odd, ConfigWarning, stacklevel=2)
         return checkpoint
@@ -166,7 +172,7 @@ class Checkpoint:
         self.check_weights()
         check_companions(self.path)
         with building(self.path):
-            skeleton(self.config, self.family, torch.float32)
+            stored_parameters(self.config, self.family)
         _check_tokenizer(self)
 
     def check_weights(self) -> None:
@@ -182,9 +188,10 @@ class Checkpoint:
         check_mlps(self.path, self.family, self.config, self.tensors)
 
     def oddities(self) -> str | None:
-        """One line on config values that the model cannot use, such as token ids outside the vocabulary; or None."""
+        """One line on config values that the model cannot use, and on tensors that it does not use; or None."""
         wrong = oddities(self.folder, self.config, self.family.vocab_size(self.config))
-        return "; ".join([*self.repairs, *([] if wrong is None else [wrong])]) or None
+        lines = [*self.repairs, *([] if wrong is None else [wrong])]
+        return "; ".join([*lines, *disagreement(self.own_head, self.unused)]) or None
 
     @property
     def folder(self) -> Path:
@@ -224,14 +231,8 @@ class Checkpoint:
         return counts.most_common(1)[0][0]
 
     def stored_name(self, parameter: str) -> str | None:
-        """Return the checkpoint's name for a parameter of the live model; None if the checkpoint does not have it.
-
-        Checkpoints saved from the base model omit the first component, and transformers renames some on loading.
-        """
-        candidates = [parameter, parameter.removeprefix(self.family.layers.partition(".")[0] + ".")]
-        if (other := self.family.stored_as) is not None:
-            candidates.append(parameter.replace(*other))
-        return next((name for name in candidates if name in self.tensors), None)
+        """Return the checkpoint's name for a parameter of the live model; None if the checkpoint does not have it."""
+        return stored_name(self.family, self.tensors, parameter)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.tensors[name].shape
@@ -243,8 +244,9 @@ class Checkpoint:
         """Return a tensor mapped from its file: the data is read on first use and must not be modified."""
         if self.gguf is not None:
             return self.gguf.tensor(name)
-        with safe_open(self.path / self.tensors[name].file, framework="pt") as shard:
-            tensor: Tensor = shard.get_tensor(name)
+        info = self.tensors[name] if name in self.tensors else self.unused[name]
+        with safe_open(self.path / info.file, framework="pt") as shard:
+            tensor: Tensor = shard.get_tensor(info.stored or name)
             return tensor
 
     def read(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -258,7 +260,8 @@ class Checkpoint:
         rows = max(1, SLICE_BYTES * info.shape[0] // max(info.nbytes, 1))
         for start in range(0, info.shape[0], rows):
             with safe_open(self.path / info.file, framework="pt") as shard:
-                result[start : start + rows] = shard.get_slice(name)[start : start + rows]
+                stored = shard.get_slice(info.stored or name)
+                result[start : start + rows] = stored[start : start + rows]
         return result
 
     def load_model(

@@ -10,7 +10,8 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fbn_prune.errors import InvalidInput
-from fbn_prune.model.family import Family, Gguf, Projection, per_layer
+from fbn_prune.model.family import Family, Projection, per_layer
+from fbn_prune.model.gguf_facts import Gguf
 from fbn_prune.model.heads import Attention, HeadProjection
 from fbn_prune.model.quantization import can_undo
 
@@ -68,7 +69,14 @@ FAMILIES: tuple[Family, ...] = (
         "Llama",
         "llama",
         bias_key="mlp_bias",
-        gguf=Gguf("llama", "deci", paired_rope=True, read_as={"llama": "llama"}),
+        gguf=Gguf(
+            "llama",
+            "deci",
+            paired_rope=True,
+            rope_types=("default", "llama3"),
+            attention_bias=True,
+            read_as={"llama": "llama"},
+        ),
     ),
     _gated("Mistral", "mistral"),
     _gated("OLMo 2", "olmo2", attention=None),

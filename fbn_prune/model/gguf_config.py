@@ -15,7 +15,8 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.families import FAMILIES
-from fbn_prune.model.family import Family, Gguf, as_config
+from fbn_prune.model.family import Family, as_config
+from fbn_prune.model.gguf_facts import Gguf
 from fbn_prune.model.gguf_header import GgufHeader
 
 ROTARY_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")

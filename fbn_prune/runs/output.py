@@ -60,6 +60,7 @@ def publish(
             folder,
             trained=cut.trained,
             vocabulary=prepared.vocabulary_cut,
+            keep_unused=recipe.keep_unused_tensors,
             max_shard_size=parse_size(recipe.max_shard_size, "max_shard_size"),
             progress=advance,
             store=store,
