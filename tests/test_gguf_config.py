@@ -11,7 +11,7 @@ from small_runs import refused
 from tiny_models import make_merging_tokenizer, save_tiny
 from transformers import PretrainedConfig
 
-from fbn_prune.export.gguf_config import CHECKED, SIZES, WITHOUT_EFFECT, check_config
+from fbn_prune.export.gguf_limits import CHECKED, SIZES, WITHOUT_EFFECT, check_config
 from fbn_prune.export.to_gguf import _OwnAttributes
 from fbn_prune.export.to_gguf import write as write_gguf
 from fbn_prune.model.checkpoint import Checkpoint
@@ -124,7 +124,7 @@ def test_a_key_that_nobody_has_looked_up_must_have_its_default(tmp_path: Path) -
     facts = source.family.gguf
     assert facts is not None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fbn_prune.export.gguf_config.as_config", lambda config: newer)
+        patch.setattr("fbn_prune.export.gguf_limits.as_config", lambda config: newer)
         check_config(source, "llama", facts, _OwnAttributes(newer))
         newer.logit_cap = 30.0
         with pytest.raises(Exception, match=r"logit_cap = 30\.0"):

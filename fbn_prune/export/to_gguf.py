@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fbn_prune.errors import InvalidInput
 from fbn_prune.export.directory import disk_errors
-from fbn_prune.export.gguf_config import check_config
+from fbn_prune.export.gguf_limits import check_config
 from fbn_prune.export.gguf_tokenizer import GgufTokenizer, gguf_tokenizer
 from fbn_prune.export.llama_cpp import verifier
 from fbn_prune.model.checkpoint import Checkpoint

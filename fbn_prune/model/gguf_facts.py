@@ -45,7 +45,7 @@ class Gguf:
     ragged_arch: str | None = None
     paired_rope: bool = False
     own_head_size: bool = True
-    read_as: Mapping[str, str] = field(default_factory=dict)
+    read_as: Mapping[str, str] = field(default_factory=dict, hash=False)
     norm_offset: int = 0
     heads_apart: bool = False
     dtype: str = "float16"
