@@ -26,7 +26,7 @@ SAID = (
     f"config.json gives bos_token_id -5 and eos_token_id 99999, which the vocabulary of {VOCAB} tokens does not have; "
     "correct that there"
 )
-KEEP = ["--keep-networks", "2"]
+KEEP = ["--keep-networks", "2", "--allow-untrained"]  # random weights
 ENVIRONMENT = {
     key: value
     for key, value in os.environ.items()

@@ -281,6 +281,7 @@ def _flags(model: Path, tokens: int) -> list[str]:
     return [
         *("--model", str(model), "--keep-networks", "10", "--networks", "16", "--context", "128"),
         *("--tokens", str(tokens), "--network-tokens", str(min(tokens // 2, 1024))),
+        "--allow-untrained",  # random weights
         *("--device", "cpu", "--max-shard-size", "500MB"),
     ]
 
