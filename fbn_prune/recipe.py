@@ -258,6 +258,8 @@ class Recipe(PruningConfig):
     hf:dataset[:config[:split[:field]]] or `builtin`. Repeat for several."""
     max_shard_size: str = _more(MODEL, "5GB")
     """Size of the largest safetensors shard to write."""
+    keep_unused_tensors: bool = _more(MODEL, False)
+    """Also write tensors of the checkpoint that the model does not use, such as those of an adapter or a value head."""
     device: str = _key(MACHINE, "auto")
     """auto, cpu, cuda or cuda:N."""
     dtype: DtypeName = _more(MACHINE, "auto")

@@ -334,9 +334,8 @@ def test_tensors_outside_the_mlp_are_not_filled_up_with_random_ones(
     change: Callable[[dict[str, torch.Tensor]], object], message: str, folder: Path
 ) -> None:
     edit_tensors(folder / WEIGHTS, change)
-    checkpoint = Checkpoint.open(folder)
     with pytest.raises(InvalidInput, match=message):
-        checkpoint.load_model("cpu", torch.float32)
+        Checkpoint.open(folder).load_model("cpu", torch.float32)
 
 
 # The tokenizer

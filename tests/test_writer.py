@@ -103,7 +103,8 @@ def test_names_of_the_base_model_stay_as_they_are(name: str, tmp_path: Path) -> 
     root = Checkpoint.open(folder).family.layers.partition(".")[0] + "."
     tensors = load_file(folder / "model.safetensors")
     stripped = {key.removeprefix(root): tensor for key, tensor in tensors.items()}
-    stripped["h.0.attn.bias"] = torch.ones(1, 1, 4, 4)  # a buffer of older releases
+    if name == "gpt2":
+        stripped["h.0.attn.bias"] = torch.ones(1, 1, 4, 4)  # a buffer of older releases
     save_file(stripped, folder / "model.safetensors", {"format": "pt"})
     source = Checkpoint.open(folder)
     cuts = random_cuts(source, CUT)

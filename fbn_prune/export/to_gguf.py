@@ -186,10 +186,9 @@ class _Stored:
 
 def _plan(source: Checkpoint, names: _Names, matrices: GgufType) -> dict[str, _Stored]:
     """Return the tensors by GGUF name, in the order of the file."""
-    tied = bool(as_config(source.config).tie_word_embeddings)
     plan: dict[str, _Stored] = {}
     for stored, info in source.tensors.items():
-        if stored.endswith("rotary_emb.inv_freq") or (tied and stored == "lm_head.weight"):
+        if stored.endswith("rotary_emb.inv_freq"):
             continue
         name = names(stored)
         if name is None:

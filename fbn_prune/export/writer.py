@@ -30,6 +30,7 @@ def write_checkpoint(
     directory: Path,
     *,
     trained: Mapping[str, Tensor] | None = None,
+    keep_unused: bool = False,
     max_shard_size: int | str = "5GB",
     progress: Callable[[int], None] | None = None,
     store: Store | None = None,
@@ -47,6 +48,8 @@ def write_checkpoint(
         One cut for each layer.
     trained
         Tensors, by their names in the checkpoint, that replace those of the source and the cuts.
+    keep_unused
+        Also write the stored tensors that the model does not use, as they are.
     directory
         An existing folder, normally from :func:`fbn_prune.export.directory.atomic_directory`.
     max_shard_size
@@ -64,8 +67,11 @@ def write_checkpoint(
         A new weight is too large for the stored dtype, or the disk cannot be written.
     """
     config = cut_config(source.config, source.family, cuts)
+    plan = _plan(source, cuts) | (dict(source.unused) if keep_unused else {})
     with disk_errors(directory):
-        _write_tensors(source, cuts, directory, trained or {}, max_shard_size, progress, store)
+        _write_tensors(
+            source, plan, cuts, directory, trained or {}, max_shard_size, progress, store
+        )
         write_json(directory / "config.json", config)
         copy_companions(source, directory)
         copy_own_code(source.family, config, directory)
@@ -115,6 +121,7 @@ def verify_export(directory: Path) -> None:
 
 def _write_tensors(
     source: Checkpoint,
+    plan: Mapping[str, TensorInfo],
     cuts: Sequence[MlpCut],
     directory: Path,
     trained: Mapping[str, Tensor],
@@ -123,11 +130,12 @@ def _write_tensors(
     store: Store | None,
 ) -> None:
     """Write the tensors under the source's names and in its dtypes, with the biases that the cuts add."""
-    plan = _plan(source, cuts)
 
     def produce(name: str) -> Tensor:
         if name in trained:
             return trained[name].to("cpu", plan[name].dtype)
+        if name in source.unused:
+            return source.tensor(name)
         if name in source.tensors:
             tensor = source.tensor(name)
         else:  # a bias that the cuts add
@@ -145,7 +153,7 @@ def _write_tensors(
 
 
 def _plan(source: Checkpoint, cuts: Sequence[MlpCut]) -> dict[str, TensorInfo]:
-    """Return every tensor of the output, in the source's order, with its shape after the cut."""
+    """Return every tensor of the cut model, in the source's order, with its shape after the cut."""
     family, config = source.family, source.config
     if len(cuts) != family.num_layers(config):
         raise ValueError(f"{len(cuts)} cuts for {family.num_layers(config)} layers")

@@ -10,7 +10,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from fbn_prune.model.family import Family, as_config
 from fbn_prune.model.folder import VOCABULARY_FILES, find_folder, read_config
 from fbn_prune.model.modeling_ragged import ragged_class
 from fbn_prune.model.shards import TensorInfo, one_line, read_headers
+from fbn_prune.model.stored_tensors import settle, stored_name, unused_line
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PACKED = re.compile(
@@ -72,13 +73,15 @@ class Checkpoint:
     family
         The architecture.
     tensors
-        File, shape and dtype of each tensor, by name.
+        File, shape and dtype of each tensor of the model, by name.
     hub_id
         The Hub id that the user gave; None for a local folder.
     trust_remote_code
         Whether the tokenizer may be code from the checkpoint.
     repairs
-        What `config` changes in `config.json`, see :func:`fbn_prune.model.building.repaired`.
+        What `config` changes in `config.json`, see :func:`fbn_prune.model.building.repaired` and `stored_tensors.py`.
+    unused
+        Stored tensors that the model does not use.
     """
 
     path: Path
@@ -88,10 +91,11 @@ class Checkpoint:
     hub_id: str | None = None
     trust_remote_code: bool = False
     repairs: tuple[str, ...] = ()
+    unused: Mapping[str, TensorInfo] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path_or_hub_id: str | Path, *, trust_remote_code: bool = False) -> Checkpoint:
-        """Find a checkpoint and check its headers and tokenizer; no weights are read.
+        """Find a checkpoint and check its headers and tokenizer; no weights are read but a head that should be tied.
 
         Parameters
         ----------
@@ -108,7 +112,7 @@ class Checkpoint:
         Warns
         -----
         ConfigWarning
-            The configs contain values that the model cannot use, see :meth:`oddities`.
+            The configs contain values that the model cannot use or that contradict the tensors, see :meth:`oddities`.
         """
         path, hub_id = find_folder(path_or_hub_id, family_of, trust_remote_code)
         config, repairs = repaired(read_config(path))
@@ -116,6 +120,14 @@ class Checkpoint:
         tensors = read_headers(path)
         checkpoint = cls(path, config, family, tensors, hub_id, trust_remote_code, tuple(repairs))
         checkpoint.check()
+        settled = settle(path, config, family, tensors)
+        checkpoint = replace(
+            checkpoint,
+            config=settled.config,
+            tensors=settled.tensors,
+            unused=settled.unused,
+            repairs=(*repairs, *settled.repairs),
+        )
         if (odd := checkpoint.oddities()) is not None:
             warnings.warn(odd, ConfigWarning, stacklevel=2)
         return checkpoint
@@ -171,9 +183,10 @@ class Checkpoint:
         _check_mlps(self.path, self.family, self.config, self.tensors)
 
     def oddities(self) -> str | None:
-        """One line on config values that the model cannot use, such as token ids outside the vocabulary; or None."""
+        """One line on config values that the model cannot use, and on tensors that it does not use; or None."""
         wrong = oddities(self.path, self.config, self.family.vocab_size(self.config))
-        return "; ".join([*self.repairs, *([] if wrong is None else [wrong])]) or None
+        lines = [*self.repairs, wrong, unused_line(self.unused)]
+        return "; ".join(line for line in lines if line is not None) or None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -201,14 +214,8 @@ class Checkpoint:
         return counts.most_common(1)[0][0]
 
     def stored_name(self, parameter: str) -> str | None:
-        """Return the checkpoint's name for a parameter of the live model; None if the checkpoint does not have it.
-
-        Checkpoints saved from the base model omit the first component, and transformers renames some on loading.
-        """
-        candidates = [parameter, parameter.removeprefix(self.family.layers.partition(".")[0] + ".")]
-        if (other := self.family.stored_as) is not None:
-            candidates.append(parameter.replace(*other))
-        return next((name for name in candidates if name in self.tensors), None)
+        """Return the checkpoint's name for a parameter of the live model; None if the checkpoint does not have it."""
+        return stored_name(self.family, self.tensors, parameter)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.tensors[name].shape
@@ -218,8 +225,9 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor mapped from its file: the data is read on first use and must not be modified."""
-        with safe_open(self.path / self.tensors[name].file, framework="pt") as shard:
-            tensor: Tensor = shard.get_tensor(name)
+        info = self.tensors[name] if name in self.tensors else self.unused[name]
+        with safe_open(self.path / info.file, framework="pt") as shard:
+            tensor: Tensor = shard.get_tensor(info.stored or name)
             return tensor
 
     def read(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -231,7 +239,8 @@ class Checkpoint:
         rows = max(1, SLICE_BYTES * info.shape[0] // max(info.nbytes, 1))
         for start in range(0, info.shape[0], rows):
             with safe_open(self.path / info.file, framework="pt") as shard:
-                result[start : start + rows] = shard.get_slice(name)[start : start + rows]
+                stored = shard.get_slice(info.stored or name)
+                result[start : start + rows] = stored[start : start + rows]
         return result
 
     def load_model(

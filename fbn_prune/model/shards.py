@@ -54,11 +54,12 @@ def packed(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """File, shape and dtype of a tensor, from its shard's header."""
+    """File, shape and dtype of a tensor, from its shard's header; its name there, where it goes by another."""
 
     file: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    stored: str | None = None
 
     @property
     def parameters(self) -> int:

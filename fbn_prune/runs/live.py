@@ -47,6 +47,10 @@ def prune_live(
         require_layout(run.prepared)
         for line in run.prepared.recipe.notes:
             clock.note(line)
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        if model.config.tie_word_embeddings and head.weight is not embedding.weight:
+            clock.note("the head is not tied to the embedding: the config now says so")
+            model.config.tie_word_embeddings = False  # or loaders of what is saved would drop it
         result = PruneRun(run, Store()).run()
     after = Checkpoint.of_model(model)
     warning = result.warning

@@ -58,6 +58,7 @@ def publish(
             cut.cuts,
             folder,
             trained=cut.trained,
+            keep_unused=recipe.keep_unused_tensors,
             max_shard_size=parse_size(recipe.max_shard_size, "max_shard_size"),
             progress=advance,
             store=store,

@@ -1,0 +1,189 @@
+"""Settle which of a checkpoint's stored tensors the model uses. Where the config contradicts them, the tensors count.
+
+transformers decides the same: it uses a stored head that differs from the embedding, whatever the config says of tied
+embeddings, and ignores tensors that belong to no parameter.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from fbn_prune.errors import InvalidInput
+from fbn_prune.model.building import skeleton
+from fbn_prune.model.family import Family, as_config
+from fbn_prune.model.shards import TensorInfo
+
+TIED = "tie_word_embeddings"
+
+_COMPARED_BYTES = 32 * 2**20
+_SKIPPED = (r"rotary_emb\.inv_freq$", r"\.masked_bias$")
+"""Buffers in old checkpoints that later versions of transformers compute; they are no sign of a fault."""
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A checkpoint's config and headers, made to agree.
+
+    Attributes
+    ----------
+    config
+        The object in `config.json`, with `tie_word_embeddings: false` if the stored head differs from the embedding.
+    tensors
+        The tensors of the model. A tied head is not among them.
+    unused
+        Stored tensors that belong to no parameter of the model.
+    repairs
+        One line if the stored head differs from the embedding.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    unused: dict[str, TensorInfo]
+    repairs: tuple[str, ...] = ()
+
+
+def settle(
+    path: Path, config: dict[str, Any], family: Family, tensors: Mapping[str, TensorInfo]
+) -> Settled:
+    """Compare a checkpoint's headers with the parameters of its config's model.
+
+    Weights are read only to compare a head that the config calls tied with the embedding.
+
+    Parameters
+    ----------
+    path
+        The checkpoint's folder.
+    config
+        The object in its `config.json`.
+    family
+        Its architecture.
+    tensors
+        Its headers by name.
+
+    Raises
+    ------
+    InvalidInput
+        A parameter is stored in another shape than the config gives it, or there is no head though the config says that
+        it is not tied to the embedding.
+    """
+    repairs, found = tuple[str, ...](), dict(tensors)
+    for head, embedding in _tied_parameters(config).items():
+        stored_head = stored_name(family, found, head)
+        stored_embedding = stored_name(family, found, embedding)
+        if not as_config(config).tie_word_embeddings:
+            if stored_head is None and stored_embedding is not None:
+                raise InvalidInput(
+                    f"{path} has no {head}, though config.json does not say {TIED}: add "
+                    f'"{TIED}": true to config.json if the model is tied'
+                )
+        elif stored_head is None:
+            continue
+        elif stored_embedding is None:  # the same tensor, stored once under the head's name
+            info = replace(found[stored_head], stored=stored_head)
+            found = {
+                embedding if name == stored_head else name: info if name == stored_head else other
+                for name, other in found.items()
+            }
+        elif _equal(path, found, stored_head, stored_embedding):
+            del found[stored_head]
+        else:
+            config = {**config, TIED: False}
+            repairs = (
+                f"config.json says {TIED}: true, but {stored_head} differs from the embedding: the stored head is "
+                f"used, and whatever is written says {TIED}: false",
+            )
+    parameters, leftovers = _parameters(family, json.dumps(config, sort_keys=True))
+    missing, used = False, set()
+    for name, shape in parameters.items():
+        stored = stored_name(family, found, name)
+        if stored is None:
+            missing = True
+            continue
+        used.add(stored)
+        if found[stored].shape != shape:
+            raise InvalidInput(
+                f"{path}: {stored} has shape {list(found[stored].shape)}, the model needs {list(shape)}; "
+                "take config.json and the weights from one model"
+            )
+    # If parameters are missing, transformers may know other names for them: nothing can be called unused then.
+    unused = {
+        name: info
+        for name, info in found.items()
+        if not missing and name not in used and not any(re.search(one, name) for one in leftovers)
+    }
+    kept = {name: info for name, info in found.items() if name not in unused}
+    return Settled(config, kept, unused, repairs)
+
+
+def stored_name(family: Family, names: Container[str], parameter: str) -> str | None:
+    """Return a checkpoint's name for a parameter of the live model; None if the checkpoint does not have it.
+
+    Checkpoints saved from the base model omit the first component, and transformers renames some on loading.
+    """
+    candidates = [parameter, parameter.removeprefix(family.layers.partition(".")[0] + ".")]
+    if (other := family.stored_as) is not None:
+        candidates.append(parameter.replace(*other))
+    return next((name for name in candidates if name in names), None)
+
+
+def unused_line(unused: Mapping[str, TensorInfo]) -> str | None:
+    """Return one line on tensors that the model does not use; None if there are none."""
+    if not unused:
+        return None
+    count, first = len(unused), next(iter(unused))
+    tensors = "1 tensor is" if count == 1 else f"{count} tensors are"
+    merge = ""
+    if any("lora_" in name for name in unused):
+        merge = "; these are adapters: merge them into the model first if they should count"
+    return (
+        f"{tensors} not part of the model, first {first}: not used, and left out of what is written "
+        f"(a run's keep_unused_tensors: true keeps them){merge}"
+    )
+
+
+def _tied_parameters(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the parameters that a tied model shares: the name of the embedding by that of the head."""
+    stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(as_config(config))]
+    tied = stock._tied_weights_keys
+    return dict(tied) if isinstance(tied, Mapping) else {}
+
+
+@lru_cache(maxsize=8)
+def _parameters(family: Family, config: str) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...]]:
+    """Return the shapes of a model's stored parameters, and patterns of buffers that transformers skips on loading."""
+    fields = json.loads(config)
+    model = skeleton(fields, family, torch.float32)
+    tied = _tied_parameters(fields) if model.config.tie_word_embeddings else {}
+    shapes = {
+        name: tuple(parameter.shape)
+        for name, parameter in model.named_parameters()
+        if name not in tied
+    }
+    return shapes, (*(model._keys_to_ignore_on_load_unexpected or ()), *_SKIPPED)
+
+
+def _equal(path: Path, tensors: Mapping[str, TensorInfo], one: str, other: str) -> bool:
+    """Return whether two stored tensors are equal, reading slices of rows up to the first difference."""
+    first, second = tensors[one], tensors[other]
+    if (first.shape, first.dtype) != (second.shape, second.dtype) or not first.shape:
+        return False
+    rows = max(1, _COMPARED_BYTES * first.shape[0] // max(first.nbytes, 1))
+    with (
+        safe_open(path / first.file, framework="pt") as left,
+        safe_open(path / second.file, framework="pt") as right,
+    ):
+        mine, theirs = left.get_slice(one), right.get_slice(other)
+        return all(
+            torch.equal(mine[start : start + rows], theirs[start : start + rows])
+            for start in range(0, first.shape[0], rows)
+        )
