@@ -17,6 +17,14 @@ Matrices = Annotated[
     Literal["auto", "f32", "f16", "bf16"],
     typer.Option("--gguf-type", help="Type of the matrices; auto keeps the checkpoint's type."),
 ]
+Verify = Annotated[
+    bool | None,
+    typer.Option(
+        "--verify/--no-verify",
+        help="Compare greedy tokens and log-probabilities of the file in llama.cpp with those of transformers. "
+        "Default: where xllamacpp is installed.",
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")]
 
 
@@ -26,6 +34,7 @@ def command(
     to: Format = "gguf",
     gguf_type: Matrices = "auto",
     *,
+    verify: Verify = None,
     json: Json = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -34,7 +43,13 @@ def command(
 
     display = console.display()
     written = api.convert(
-        model, output, to=to, dtype=gguf_type, overwrite=overwrite, display=display
+        model,
+        output,
+        to=to,
+        dtype=gguf_type,
+        verify=verify,
+        overwrite=overwrite,
+        display=display,
     )
     for line in written["notes"]:
         display.note(f"note: {line}")

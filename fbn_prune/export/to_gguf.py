@@ -21,9 +21,12 @@ from torch import Tensor
 
 from fbn_prune.errors import InvalidInput
 from fbn_prune.export.directory import disk_errors
+from fbn_prune.export.gguf_config import check_config
 from fbn_prune.export.gguf_tokenizer import GgufTokenizer, gguf_tokenizer
+from fbn_prune.export.llama_cpp import verifier
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.family import Gguf, as_config
+from fbn_prune.model.streaming import check_tensors
 
 GgufType = Literal["auto", "f32", "f16", "bf16"]
 """Dtype of the matrices; "auto" keeps that of the checkpoint."""
@@ -41,6 +44,7 @@ def write(
     dtype: GgufType = "auto",
     progress: Callable[[int], None] | None = None,
     note: Callable[[str], None] | None = None,
+    verify: bool | None = False,
 ) -> str:
     """Write a checkpoint as a GGUF file. If writing fails, no file is left.
 
@@ -55,7 +59,10 @@ def write(
     progress
         Called with the number of bytes of each written tensor.
     note
-        Called with one line for each way in which llama.cpp may tokenize rare text differently.
+        Called with one line for each way in which llama.cpp may tokenize rare text differently, and one on `verify`.
+    verify
+        Run llama.cpp on the file and compare its answers with those of transformers: True requires this, None does it
+        where llama.cpp is installed.
 
     Returns
     -------
@@ -65,24 +72,27 @@ def write(
     Raises
     ------
     InvalidInput
-        The family, its rotary embedding or its tokenizer cannot be converted, or `gguf` is not installed.
+        The family, its config or its tokenizer cannot be converted, or a package is not installed.
     FbnPruneError
-        The file cannot be written.
+        The file cannot be written, or llama.cpp answers differently.
     """
     gguf = _package()
     facts, arch = _architecture(source)
+    config = _OwnAttributes(as_config(source.config))
+    check_config(source, arch, facts, config)
+    check_tensors(source)
     tokenizer = gguf_tokenizer(
         source.path,
         source.load_tokenizer(),
         source.family.vocab_size(source.config),
         source.config,
     )
-    config = _OwnAttributes(as_config(source.config))
     tensors = _plan(source, _Names(gguf, arch, source), dtype)
     extra = _rope_factors(config)
-    if note is not None:
-        for line in tokenizer.notes:
-            note(line)
+    note = note or (lambda line: None)
+    compare = verifier(source, _DTYPES.get(dtype), verify, note)
+    for line in tokenizer.notes:
+        note(line)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     writer = gguf.GGUFWriter(partial, arch)
     try:
@@ -107,6 +117,9 @@ def write(
             if extra is not None:
                 writer.write_tensor_data(_array(extra))
             writer.close()
+        if compare is not None:
+            compare(partial)
+        with disk_errors(path):
             os.replace(partial, path)
     finally:
         writer.close()
@@ -152,6 +165,9 @@ class _OwnAttributes:
     def __init__(self, config: Any) -> None:
         self._fields = config.to_dict()
         self._config = config
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self._fields)
 
     def __getattr__(self, name: str) -> Any:
         return self._fields[name] if name in self._fields else getattr(self._config, name, None)
@@ -255,10 +271,6 @@ def _add_facts(writer: Any, source: Checkpoint, config: _OwnAttributes) -> None:
 
 def _rope(config: _OwnAttributes) -> dict[str, Any]:
     rope: dict[str, Any] = config.rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
-    if rope.get("rope_type") not in ("default", "llama3"):
-        raise InvalidInput(
-            f"a rotary embedding of type {rope.get('rope_type')!r} is not converted to GGUF"
-        )
     return rope
 
 

@@ -49,7 +49,16 @@ def _gated(name: str, *model_types: str, bias_key: str | None = None, **facts: A
 
 FAMILIES: tuple[Family, ...] = (
     _gated(  # SmolLM and SmolLM2 have this type too
-        "Llama", "llama", bias_key="mlp_bias", gguf=Gguf("llama", "deci", paired_rope=True)
+        "Llama",
+        "llama",
+        bias_key="mlp_bias",
+        gguf=Gguf(
+            "llama",
+            "deci",
+            paired_rope=True,
+            rope_types=("default", "llama3"),
+            attention_bias=True,
+        ),
     ),
     _gated("Mistral", "mistral"),
     _gated("OLMo 2", "olmo2", attention=None),

@@ -65,12 +65,21 @@ class Gguf:
         the query and key rows must be reordered.
     own_head_size
         Whether heads * head size may differ from the hidden size.
+    activations
+        transformers' names of the only activation function that llama.cpp computes.
+    rope_types
+        The kinds of rotary embeddings that a file can state.
+    attention_bias
+        Whether llama.cpp reads the biases that the config's `attention_bias` adds.
     """
 
     arch: str
     ragged_arch: str | None = None
     paired_rope: bool = False
     own_head_size: bool = True
+    activations: tuple[str, ...] = ("silu", "swish")
+    rope_types: tuple[str, ...] = ("default",)
+    attention_bias: bool = False
 
 
 @dataclass(frozen=True)

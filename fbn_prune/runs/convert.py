@@ -5,6 +5,7 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Sequence
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,6 +29,7 @@ def convert(
     *,
     to: str = "gguf",
     dtype: str = "auto",
+    verify: bool | None = None,
     overwrite: bool = False,
     display: Display | None = None,
 ) -> dict[str, Any]:
@@ -45,6 +47,9 @@ def convert(
         The format.
     dtype
         Type of the matrices; "auto" keeps the checkpoint's.
+    verify
+        Run the file and compare its answers with those of transformers before it gets its name. By default where
+        the package for it is installed.
     overwrite
         Replace an existing file.
     display
@@ -54,14 +59,14 @@ def convert(
     -------
     dict
         `output`, `format`, `architecture` (the format's name for it), `bytes`, and `notes`: how llama.cpp may tokenize
-        rare text differently.
+        rare text differently, and whether the file was verified.
 
     Raises
     ------
     InvalidInput
         If the output exists, the format is unknown, the checkpoint has no form in it, or a package is missing.
     FbnPruneError
-        If the file cannot be written.
+        If the file cannot be written, or answers differently.
     """
     if output.exists() and not (overwrite and output.is_file()):
         raise InvalidInput(f"the output {output} exists; give another, or --overwrite")
@@ -70,9 +75,14 @@ def convert(
         known = ", ".join(name[3:] for name in formats if name.startswith("to_"))
         raise InvalidInput(f"--to {to}: no such format; known: {known}")
     write = import_module(f"{export.__name__}.to_{to}").write
+    how: dict[str, Any] = {"dtype": dtype}
+    if "verify" in signature(write).parameters:
+        how["verify"] = verify
+    elif verify:
+        raise InvalidInput(f"--verify: files of the format {to} cannot be compared")
     source, notes = Checkpoint.open(model), list[str]()
     with StageClock(display).stage("convert", source.total_bytes, "bytes") as advance:
-        architecture = write(source, output, dtype=dtype, progress=advance, note=notes.append)
+        architecture = write(source, output, progress=advance, note=notes.append, **how)
     return {
         "output": str(output),
         "format": to,
