@@ -138,6 +138,8 @@ class PruningConfig(BaseModel):
     """Damping while neurons are selected, as a share of the mean diagonal of H."""
     refit_damping: float = _more(QUALITY, 1e-3, gt=0)
     """Damping of the refit, as a share of the mean diagonal of H; raise it if tokens are few."""
+    allow_untrained: bool = _more(MODEL, False)
+    """Go on with a model whose dense perplexity is no better than guessing, such as one with random weights."""
     seed: int = _key(MACHINE, 0, ge=0, lt=2**32)
     """Seed of all random choices."""
 

@@ -276,7 +276,9 @@ def test_a_rise_within_the_range_passes_and_one_outside_is_told() -> None:
 def test_worse_than_guessing_against_the_prediction_is_no_result() -> None:
     with pytest.raises(FbnPruneError, match="guessing among 1000 tokens would be better"):
         check_rise(10.0, 2000.0, PredictedRise(-0.1, 0.5), 1000)
-    assert check_rise(10.0, 2000.0, PredictedRise(-0.1, 9.0), 1000) is None
+    foreseen = check_rise(10.0, 2000.0, PredictedRise(-0.1, 9.0), 1000)
+    assert "worse than guessing among 1000 tokens" in str(foreseen)
+    assert check_rise(1200.0, 2000.0, PredictedRise(-0.1, 9.0), 1000) is None
 
 
 @pytest.mark.parametrize("odd", [False, True])

@@ -80,16 +80,24 @@ def predicted_rise(errors: Sequence[float]) -> PredictedRise:
 def check_rise(
     before: float, after: float, predicted: PredictedRise, vocabulary: int
 ) -> str | None:
-    """Return a sentence if the loss rise between two perplexities is outside the predicted range, else None.
+    """Return a sentence if a cut needs one, else None.
+
+    It does if the loss rise between the two perplexities is outside the predicted range, or if the pruned model is
+    worse than a uniform guess among `vocabulary` tokens and the dense model was better.
 
     Raises
     ------
     FbnPruneError
-        The rise is above the range, and the pruned model is worse than a uniform guess among `vocabulary` tokens.
+        The rise is above the range, and the pruned model is worse than that guess.
     """
     rise = math.log(after / before)
     if predicted.least <= rise <= predicted.most:
-        return None
+        if not after > vocabulary > before:
+            return None
+        return (
+            f"the pruned model's perplexity is {after:.4g} (dense: {before:.4g}), worse than guessing among "
+            f"{vocabulary} tokens: keep more neurons"
+        )
     low, high = predicted.perplexity(before)
     finding = (
         f"the pruned model's perplexity is {after:.4g}, but the statistics of the cut predict {low:.4g} to "

@@ -30,7 +30,7 @@ from fbn_prune.pruning.criteria import CRITERIA
 from fbn_prune.pruning.cutting import CutPlan, try_cuts
 from fbn_prune.pruning.evidence import CutOptions
 from fbn_prune.recipe import CRITERION_NAMES, Recipe
-from fbn_prune.runs.stages import rank_networks
+from fbn_prune.runs.stages import rank_networks, refuse_guessing
 from fbn_prune.runs.study import Studied, study
 
 Cell = tuple[str, float]
@@ -206,6 +206,7 @@ def _begin(
     held_out = on.data.held_out.batches(prepared.batch_tokens)
     with clock.stage("dense perplexity", on.data.held_out.tokens, "tokens") as advance:
         dense = perplexity(on.adapter, held_out, advance)
+    refuse_guessing(on, dense)
     return Comparison(prepared.recipe.model, facts, dense, widths, networks=networks)
 
 

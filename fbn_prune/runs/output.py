@@ -132,7 +132,9 @@ def _card(
         total_networks=None if networks is None else len(networks.maps),
         perplexity_before=result.perplexity_before,
         perplexity_after=result.perplexity_after,
-        perplexity_cut=None if result.recovery is None else result.recovery.perplexity_cut,
+        perplexity_cut=result.recovery.perplexity_cut
+        if result.recovery is not None and result.recovery.kept
+        else None,
         warning=result.warning,
         license=source_license(prepared.checkpoint.path / "README.md"),
     )

@@ -47,6 +47,7 @@ from fbn_prune.runs.stages import (
     match_to_task,
     rank_networks,
     recover_model,
+    refuse_guessing,
 )
 from fbn_prune.store import Store
 
@@ -112,6 +113,7 @@ class PruneRun:
         self.before = numbers(
             self.store, "dense", lambda: _dense_perplexity(self.on, self.held_out)
         )
+        refuse_guessing(self.on, self.before)
         self.before_on_task = numbers(self.store, "dense-task", lambda: _test_perplexity(self.on))
 
     def find(self) -> None:
@@ -189,14 +191,24 @@ class PruneRun:
         self.warnings = [line for line in (checkpoint.oddities(), warning) if line is not None]
 
     def recover(self) -> None:
+        """Train the cut model; keep what has the lower perplexity."""
         if not self.recipe.recover:
             return
-        trained = recover_model(self.on, self.blocks, self.store)
-        self.pruned = replace(self.pruned, trained=trained)
-        cut, self.after = self.after, self._pruned_perplexity("recovered")
+        trained, restore = recover_model(self.on, self.blocks, self.store)
+        recovered = self._pruned_perplexity("recovered")
         self.recovery = Recovery.measured(
-            self.before, cut, self.after, self.recipe.recover_passes, self.blocks.tokens
+            self.before, self.after, recovered, self.recipe.recover_passes, self.blocks.tokens
         )
+        if self.recovery.kept:
+            self.pruned, self.after = replace(self.pruned, trained=trained), recovered
+            return
+        restore()
+        warning = (
+            f"the recovery raised the perplexity from {self.after:.4g} to {recovered:.4g}, so the model is left as it "
+            "was cut: recover on more text (--tokens), or on text more like the held-out share"
+        )
+        self.clock.note(f"warning: {warning}")
+        self.warnings.append(warning)
 
     def publish(self) -> PruneResult:
         """Write the output if the recipe has one, and return the result."""

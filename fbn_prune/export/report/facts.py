@@ -31,6 +31,7 @@ class Recovered(BaseModel):
 
     perplexity_cut: float
     gap_closed: float | None
+    kept: bool = True
 
 
 class RunResult(BaseModel):

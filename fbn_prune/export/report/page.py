@@ -142,7 +142,7 @@ def _headline(result: RunResult) -> list[dict[str, str]]:
     ]
     if result.heads_kept < result.heads_total:
         rows.insert(2, row("attention heads", result.heads_total, result.heads_kept, "{:,}"))
-    if result.recovery is not None:
+    if result.recovery is not None and result.recovery.kept:
         healed, closed = result.recovery, result.recovery.gap_closed
         gap = "" if closed is None else f"{100 * closed:.0f} % of the loss healed"
         cut = {"before": f"{healed.perplexity_cut:,.3f} when cut"}

@@ -10,7 +10,7 @@ class Recovery:
     """Perplexity on the held-out share before and after healing, and the passes over how many tokens it took.
 
     `gap_closed` is the share of the cut's rise in perplexity that healing reversed; None if the perplexity did not
-    rise.
+    rise. `kept` says whether the healed model is the result: not if healing raised the perplexity.
     """
 
     perplexity_cut: float
@@ -18,6 +18,7 @@ class Recovery:
     gap_closed: float | None
     passes: int
     tokens: int
+    kept: bool = True
 
     @classmethod
     def measured(
@@ -25,4 +26,4 @@ class Recovery:
     ) -> Recovery:
         """Return the gain for the perplexities of the dense, the cut and the recovered model."""
         closed = (cut - recovered) / (cut - dense) if cut > dense else None
-        return cls(cut, recovered, closed, passes, tokens)
+        return cls(cut, recovered, closed, passes, tokens, recovered <= cut)

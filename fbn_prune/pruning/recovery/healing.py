@@ -5,7 +5,9 @@ Both steps change only the weights of linear maps in the decoder layers, so the 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from fbn_prune.data.calibration import TokenBlocks
 from fbn_prune.errors import FbnPruneError
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.spill import Spilled
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.recovery.distillation import DistillationOptions, distil
 from fbn_prune.pruning.recovery.layer_matching import match_layers
@@ -84,6 +87,36 @@ def linear_maps(adapter: ModelAdapter) -> dict[str, nn.Module]:
         for name, module in adapter.model.named_modules()
         if name.startswith(f"{adapter.family.layers}.") and isinstance(module, nn.Linear | Conv1D)
     }
+
+
+def kept_weights(adapter: ModelAdapter, folder: Path) -> Callable[[], None]:
+    """Keep the parameters of all linear maps in a file without a name in `folder`.
+
+    Returns
+    -------
+    callable
+        Puts them back.
+
+    Raises
+    ------
+    FbnPruneError
+        The disk is full, or the folder cannot be written to.
+    """
+    kept = Spilled(folder)
+    for parameter in _parameters(adapter):
+        kept.append(parameter)
+
+    def restore() -> None:
+        for parameter, values in zip(_parameters(adapter), kept, strict=True):
+            parameter.copy_(values)
+
+    return restore
+
+
+def _parameters(adapter: ModelAdapter) -> Iterator[Tensor]:
+    for module in linear_maps(adapter).values():
+        for _, parameter in sorted(module.named_parameters(recurse=False)):
+            yield parameter.detach()
 
 
 def healed_tensors(adapter: ModelAdapter, checkpoint: Checkpoint) -> dict[str, Tensor]:
