@@ -95,6 +95,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def job(tiny: Path, text: Path, place: Path) -> Callable[..., list[str]]:
     """The arguments of a small job."""
     small = ["--network-tokens=300", "--keep-networks=3", "--width-multiple=4", "--json"]
+    small.append("--allow-untrained")  # the tiny model's weights are random
 
     def flags(output: str, *more: str) -> list[str]:
         return arguments(tiny, text, place / output, *small, *more)

@@ -59,7 +59,7 @@ def test_an_odd_config_is_one_line_and_in_all_that_the_run_writes_and_else_nothi
     odd: bool, text: Path, tmp_path: Path
 ) -> None:
     model = odd_model(tmp_path / "in", **(ODD if odd else {}))
-    done = run(*arguments(model, text, tmp_path / "out", *KEEP), "--json")
+    done = run(*arguments(model, text, tmp_path / "out", *KEEP), "--json", "--allow-untrained")
     assert done.returncode == 0
     lines = [line for line in done.stderr.splitlines() if ": done in " not in line]
     assert lines == ([f"warning: {SAID}"] if odd else [])
