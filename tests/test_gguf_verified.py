@@ -41,7 +41,7 @@ def test_a_ragged_model_is_verified_too(tmp_path: Path) -> None:
     source = Checkpoint.open(stated(tmp_path / "in", "llama", {}))
     export(source, random_cuts(source, [4, WIDTH, 8][:LAYERS]), tmp_path / "out")
     lines: list[str] = []
-    written = Checkpoint.open(tmp_path / "out", ragged=True)
+    written = Checkpoint.open(tmp_path / "out")
     write_gguf(written, tmp_path / "m.gguf", verify=True, note=lines.append)
     assert "verified" in lines[-1]
 
