@@ -17,6 +17,7 @@ import torch
 from tokenizers import Tokenizer
 
 from fbn_prune.data.documents import read_documents
+from fbn_prune.data.forms import Reading
 from fbn_prune.data.pieces import (
     Content,
     batches,
@@ -115,7 +116,8 @@ def choose_vocabulary(
         A text cannot be read, the tokenizer cannot be trimmed, or all tokens stay.
     """
     chooser = _Chooser(checkpoint, rule)
-    texts = _Texts(rule.texts, hold_out=not rule.held_out)
+    reading = Reading(chooser.tokenizer)
+    texts = _Texts(rule.texts, reading, hold_out=not rule.held_out)
     counts = count_tokens(chooser.tokenizer, texts, read)
     counts.update(count_tokens(chooser.tokenizer, more))
     if not counts:
@@ -124,7 +126,7 @@ def choose_vocabulary(
     held_out = texts.held or [
         passage
         for source in rule.held_out
-        for document in read_documents(source, characters=MOST_CHARACTERS)
+        for document in read_documents(source, characters=MOST_CHARACTERS, reading=reading)
         for passage in passages(document)
     ]
     share, growth = chooser.compared(unseen, held_out)
@@ -169,12 +171,14 @@ class _Texts:
     """The documents of several sources; the held-out ones are collected instead of yielded."""
 
     sources: Sequence[str]
+    reading: Reading
     hold_out: bool
     held: list[str] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[str]:
         for source in self.sources:
-            for index, document in enumerate(read_documents(source, characters=MOST_CHARACTERS)):
+            documents = read_documents(source, characters=MOST_CHARACTERS, reading=self.reading)
+            for index, document in enumerate(documents):
                 if not self.hold_out:
                     yield document
                 elif len(document) > LONG_DOCUMENT:
