@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,13 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-@pytest.fixture(autouse=True)
-def random_weights_are_no_fault(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def random_weights_are_no_fault(request: pytest.FixtureRequest) -> Iterator[None]:
     """Tiny models have random weights: their runs go on, though they are no better than guessing."""
-    if "kernels" not in request.path.parts:
-        monkeypatch.setattr("fbn_prune.runs.stages.GUESSING", float("inf"))
+    with pytest.MonkeyPatch.context() as patch:
+        if any("kernels" not in item.path.parts for item in request.session.items):
+            patch.setattr("fbn_prune.runs.stages.GUESSING", float("inf"))
+        yield
 
 
 @pytest.fixture(scope="session")
