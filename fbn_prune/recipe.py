@@ -259,7 +259,7 @@ class Recipe(PruningConfig):
     """Also trim the vocabulary to the tokens that the calibration text uses at least this often. Default: all stay."""
     vocabulary_texts: tuple[str, ...] = _more(CUT, ())
     """Further texts whose tokens stay, in the forms of --calibration. Repeat for several."""
-    vocabulary_characters: str = _more(CUT, "")
+    vocabulary_chars: str = _more(CUT, "")
     """Characters whose tokens stay in any case, as äöü."""
     calibration: tuple[str, ...] = _key(CALIBRATION, ("builtin",))
     """Calibration text: FILE[:field] (plain text, JSON, CSV, Parquet or Arrow, compressed or not), a folder,
@@ -407,7 +407,7 @@ def _check(recipe: PruningConfig) -> None:
     if isinstance(recipe, Recipe):
         if not recipe.calibration:
             raise InvalidInput("calibration is empty: name at least one source of text")
-        for key in ("vocabulary_texts", "vocabulary_characters"):
+        for key in ("vocabulary_texts", "vocabulary_chars"):
             if getattr(recipe, key) and recipe.vocabulary is None:
                 refuse(key, "add vocabulary = 1 to trim the vocabulary")
     tokens = min(recipe.network_tokens, recipe.tokens)

@@ -439,7 +439,9 @@ def test_the_same_run_is_refused_while_one_is_at_work(place: Path, tmp_path: Pat
     (folder,) = (tmp_path / ".out.work").iterdir()
     with (
         locked(folder, store.LOCK, "x"),
-        pytest.raises(InvalidInput, match=r"is in use by process \d+: the same run is in progress"),
+        pytest.raises(
+            InvalidInput, match=r"is in use by process \d+: another run is writing the output"
+        ),
     ):
         run(place, tmp_path / "out")
     assert not owned(folder / store.LOCK)
@@ -468,7 +470,7 @@ def test_unfinished_runs_are_listed_and_cleaned(
     assert _exit_code(["work", "list", str(tmp_path)]) == 0
     assert "unfinished runs" in capsys.readouterr().out
     assert _exit_code(["work", "clean", str(tmp_path)]) == 0
-    assert "removed 1 unfinished runs" in capsys.readouterr().out
+    assert "removed 1 unfinished run," in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 

@@ -127,8 +127,8 @@ def _fail(message: object, code: int, debug: bool) -> int:
         import traceback
 
         say(traceback.format_exc().rstrip())
-    # All processes refuse the input for the same reason; one message is enough.
-    if code == 2 and not is_first():
+    # All processes refuse the input for the same reason, and the launcher stops them together: one message is enough.
+    if (code == 2 or code > 128) and not is_first():
         return code
     line = " ".join(str(message).split())
     say(f"fbn-prune: error: {line}")

@@ -287,7 +287,7 @@ def _vocabulary(
     rule = VocabularyRule(
         (*recipe.calibration, *recipe.vocabulary_texts),
         recipe.vocabulary,
-        recipe.vocabulary_characters,
+        recipe.vocabulary_chars,
     )
     more = () if task is None else [example.text for example in task.examples]
     with clock.stage("vocabulary"):
