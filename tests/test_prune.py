@@ -28,7 +28,7 @@ def opened(model: Path, text: Path, **changes: object) -> tuple[Prepared, ModelA
     prepared = prepare(recipe(model, text, **changes))
     live = ModelAdapter(prepared.checkpoint.load_model("cpu", torch.float32))
     data = read_texts(prepared, prepared.checkpoint.load_tokenizer())[0]
-    return prepared, live, data.calibrating.batches(400)
+    return prepared, live, data.calibrating.batches(prepared.batch_tokens)
 
 
 @pytest.mark.parametrize("name", PATHS)
