@@ -20,8 +20,17 @@ from fbn_prune.model.family import Family, Location
 from fbn_prune.model.folder import COMPANION_FILES, TOKENIZER_FILES, VOCABULARY_FILES
 from fbn_prune.model.headers import read_object
 from fbn_prune.model.shards import TensorInfo
+from fbn_prune.model.stock_names import with_stock_names
 from fbn_prune.model.streaming import check_tensors
-from fbn_prune.model.surgery import MlpCut, cut_config, cut_of, cut_shape, cut_tensor, require_bias
+from fbn_prune.model.surgery import (
+    MlpCut,
+    cut_config,
+    cut_of,
+    cut_shape,
+    cut_tensor,
+    require_bias,
+    with_own_code,
+)
 from fbn_prune.model.vocabulary import VocabularyCut
 from fbn_prune.store import Store
 
@@ -177,8 +186,9 @@ def _producer(
 
 def _whole_config(source: Checkpoint) -> dict[str, Any]:
     """Return the config of layers that stay as they are, without the names of code files that are not exported."""
-    dropped = () if "per_layer_config" in source.config else ("auto_map",)
-    return {key: value for key, value in source.config.items() if key not in dropped}
+    if source.family.has_own_widths(source.config):
+        return with_own_code(source.config, source.family)
+    return with_stock_names(source.config)
 
 
 def _plan(
