@@ -62,6 +62,8 @@ def test_what_needs_no_torch_is_refused_before_it_is_imported(tiny: Path, tmp_pa
             for command in ("convert", "dequantize", "discover")
         ),
         ["ablate", "--model", nowhere],
+        ["trim-vocabulary", "--model", nowhere, "--texts", __file__, "--output", new],
+        ["trim-vocabulary", "--model", str(tiny), "--texts", nowhere, "--output", new],
     ]
     program = (
         "import json, sys; from fbn_prune.cli.main import _exit_code\n"

@@ -20,7 +20,8 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.model.gguf_file import find_gguf, open_gguf
+from fbn_prune.model.gguf_file import open_gguf
+from fbn_prune.model.gguf_parts import find_gguf
 from fbn_prune.model.quantized import PLAIN_DTYPES
 
 TEXTS = (

@@ -69,6 +69,7 @@ def command(
         raise InvalidInput("--output is missing: name the folder to write, or add --dry-run")
     from fbn_prune import api
 
+    api.check_models([model], [*texts, *(held_out_texts or ())])
     result = api.trim_vocabulary(
         model,
         None if dry_run else output,

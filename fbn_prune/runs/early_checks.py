@@ -37,7 +37,7 @@ def check_recipe(recipe: Recipe) -> None:
     if folder is not None:
         family_of(read_config(folder))
         total_bytes = sum(tensor.nbytes for tensor in read_stored(folder).values())
-    for source in recipe.calibration:
+    for source in (*recipe.calibration, *recipe.vocabulary_texts):
         require_source(source)
     task = recipe.task
     if task is not None and not task.startswith(("lm_eval:", "builtin:")):
@@ -49,17 +49,26 @@ def check_recipe(recipe: Recipe) -> None:
     check_places(recipe, folder, total_bytes)
 
 
-def check_models(models: Sequence[str]) -> None:
-    """Check that these models, as a command names them, have a readable config if they are on this machine.
+def check_models(models: Sequence[str], texts: Sequence[str] = ()) -> None:
+    """Check that the models on this machine have a readable config, and that the sources of text exist.
+
+    Parameters
+    ----------
+    models
+        Folders, GGUF files, Hub ids or "builtin".
+    texts
+        Sources as for calibration.
 
     Raises
     ------
     InvalidInput
-        A folder does not exist or has no readable config.
+        A folder or a source does not exist, or a folder has no readable config.
     """
     for model in models:
         if model != "builtin" and (folder := _local(model)) is not None:
             read_config(folder)
+    for source in texts:
+        require_source(source)
 
 
 def check_places(recipe: Recipe, model: Path | None, total_bytes: int) -> None:
