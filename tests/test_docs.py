@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from fbn_prune.pruning.criteria import CRITERIA
 from fbn_prune.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted([*ROOT.glob("eval/*/*.py"), *ROOT.glob("kernels/bench/*.py")])
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
@@ -90,3 +93,14 @@ def test_every_file_that_a_page_names_or_links_is_there(page: Path) -> None:
 
 def test_the_readme_is_one_page() -> None:
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) < 150
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_every_script_imports_names_that_exist(script: Path) -> None:
+    """Scripts run for minutes or need what is not installed here, so their imports of our own names are looked up."""
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fbn_"):
+            module = import_module(str(node.module))
+            for alias in node.names:
+                if not hasattr(module, alias.name):
+                    import_module(f"{node.module}.{alias.name}")
