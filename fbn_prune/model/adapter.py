@@ -320,9 +320,7 @@ class ModelAdapter:
                 if hasattr(self.config, own) and hasattr(self.config, key):
                     delattr(self.config, key)
             setattr(self.config, self.family.width_key, widths[0])
-        elif hasattr(
-            self.config, own
-        ):  # the model's class, of `modeling_ragged.py`, builds any widths
+        elif hasattr(self.config, own):  # a class of `modeling_ragged.py`, which builds any widths
             fields = self.family.with_widths(self.config.to_dict(), widths)
             self.config.per_layer_config = fields["per_layer_config"]
 

@@ -99,9 +99,7 @@ def building(path: Path) -> Iterator[None]:
         yield
     except (FbnPruneError, MemoryError):
         raise
-    except (
-        Exception
-    ) as error:  # transformers raises errors of any type on values that it does not expect
+    except Exception as error:  # transformers raises any type on values that it does not expect
         line = one_line(error)
         kind = type(error).__name__
         what = line if isinstance(error, OSError | ValueError | RuntimeError) else f"{kind}: {line}"

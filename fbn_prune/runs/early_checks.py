@@ -101,9 +101,7 @@ def check_places(recipe: Recipe, model: Path | None, total_bytes: int) -> None:
 
 def _refuse_second_run(place: Path, output: Path) -> None:
     """Refuse an output that another process is working on, because only one of the two could be put in place."""
-    if (
-        not is_first() or not place.is_dir()
-    ):  # the other processes of a job see the run of the first
+    if not is_first() or not place.is_dir():  # other processes of a job see the run of the first
         return
     target = str(output.expanduser().resolve())
     for run in unfinished_runs(place):
