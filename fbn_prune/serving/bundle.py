@@ -245,9 +245,8 @@ def _copy_checkpoint(base: Checkpoint, folder: Path) -> None:
     for file in sorted({"config.json", *weights, *index}):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(base.path / file, folder / file)
-    if (
-        base.repairs or base.own_head is not None
-    ):  # by its own config, other loaders would drop the head
+    # By its own config, other loaders would refuse the model, or drop its head.
+    if base.repairs or base.own_head is not None:
         write_json(folder / "config.json", base.config)
     copy_companions(base, folder)
     copy_own_code(base.family, base.config, folder)
