@@ -28,6 +28,7 @@ def edited(folder: Path, file: str = "config.json", **fields: Any) -> Path:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "activation": ({"hidden_act": "swiglu"}, "KeyError: 'swiglu'"),
     "kind of rope": ({"rope_parameters": {"rope_type": "ntk", "factor": 2.0}}, "KeyError: 'ntk'"),
+    "kind of rope in a list": ({"rope_parameters": {"rope_type": ["linear"]}}, "TypeError"),
     "base of rope": ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "TypeError"),
     "no key heads": ({"num_key_value_heads": 0}, "ZeroDivisionError"),
     "padding": ({"pad_token_id": 99999}, "Padding_idx must be within num_embeddings"),

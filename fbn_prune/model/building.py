@@ -46,7 +46,7 @@ def repaired(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             continue
         rope = dict(rope)
         for name in ("rope_type", "type"):
-            if (old := rope.get(name)) in _OLD_ROPE and isinstance(old, str):
+            if isinstance(old := rope.get(name), str) and old in _OLD_ROPE:
                 rope[name] = _OLD_ROPE[old]
                 rope.pop("mrope_section", None)
                 lines.append(
