@@ -497,4 +497,7 @@ def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
     values = read_yaml(read_text(path, name, most_bytes=MOST_BYTES), name)
     if not isinstance(values, dict):
         raise InvalidInput(f"{name} must be a mapping of keys to values")
+    for key in values:
+        if not isinstance(key, str):
+            raise InvalidInput(f"{name}: the key {key!r} is no text; remove it")
     return build_recipe({**values, **(overrides or {})}, where=str(path))

@@ -91,7 +91,7 @@ def test_a_recipe_says_which_of_its_keys_cannot_change_a_stated_size(
 
 
 @pytest.mark.parametrize(
-    "text", ["- a list", "a: [unclosed", "just words", "", "? !!python/object x"]
+    "text", ["- a list", "a: [unclosed", "just words", "", "? !!python/object x", "?", "1: 2"]
 )
 def test_what_is_no_recipe_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
     path = tmp_path / "recipe.yaml"
