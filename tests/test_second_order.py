@@ -110,12 +110,12 @@ def test_greedy_removal_comes_close_to_the_best_of_all_subsets() -> None:
     assert greedy < sorted(subsets)[len(subsets) // 4]
 
 
-def test_a_refit_to_another_signal_reaches_its_output() -> None:
+def test_a_refit_adds_what_the_output_lacks() -> None:
     weight, x, gram = problem(6)
-    target = x + 0.1 * torch.roll(x, 1, dims=1)
+    lacking = 0.1 * torch.roll(x, 1, dims=1) @ weight.T
     kept = torch.arange(12)
-    new = refit(weight, gram, kept, damping=1e-12, cross=target.T @ x / len(x))
-    assert torch.allclose(x @ new.T, target @ weight.T, atol=1e-6)
+    new = refit(weight, gram, kept, damping=1e-12, missing=lacking.T @ x / len(x))
+    assert torch.allclose(x @ new.T, x @ weight.T + lacking, atol=1e-6)
 
 
 def test_centring_leaves_the_mean_to_the_bias() -> None:

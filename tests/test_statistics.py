@@ -38,7 +38,7 @@ def test_the_order_of_the_batches_leaves_no_trace() -> None:
     x = 100 * torch.randn(4096, 6, generator=torch.Generator().manual_seed(0))
     batches = x.split(64)
     forwards, backwards = GramStatistics(6), GramStatistics(6)
-    crossed, back = CrossStatistics(6), CrossStatistics(6)
+    crossed, back = CrossStatistics(6, 6), CrossStatistics(6, 6)
     for one, other in zip(batches, reversed(batches), strict=True):
         forwards.update(one)
         crossed.update(one.flip(1), one)

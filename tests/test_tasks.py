@@ -55,7 +55,7 @@ def test_a_weight_counts_like_repetition(repeats: list[int]) -> None:
     repeated.update(x.repeat_interleave(times, 0))
     assert torch.allclose(weighted.gram, repeated.gram, atol=1e-5)
     assert torch.allclose(weighted.mean, repeated.mean, atol=1e-6)
-    crossed, again = CrossStatistics(5), CrossStatistics(5)
+    crossed, again = CrossStatistics(5, 5), CrossStatistics(5, 5)
     crossed.update(target, x, weights)
     again.update(target.repeat_interleave(times, 0), x.repeat_interleave(times, 0))
     assert torch.allclose(crossed.cross, again.cross, atol=1e-5)

@@ -22,6 +22,12 @@ from torch import Tensor, nn
 from fbn_prune.data.calibration import Batch
 from fbn_prune.model.adapter import ModelAdapter
 
+PROBE_TOKENS = 8
+"""Tokens of a probe of how a layer uses its MLP's output."""
+
+SAME_DIRECTION = 0.05
+"""Rounding may turn a probe by this much; a norm turns it by far more."""
+
 Observe = Callable[[int, Tensor], None]
 """Callback with (batch index, activations x [valid tokens, neurons]) while a layer runs."""
 
@@ -71,6 +77,10 @@ class LayerwiseForward:
             self.hidden = adapter.hidden_states()
             for batch in batches:
                 self.hidden.append(self._embed(batch.input_ids.to(self._device)))
+            for batch in batches[:1]:
+                few = batch.input_ids[:1, :PROBE_TOKENS].to(self._device)
+                self._probe_shape = few.shape
+                self._embed(few)
             self.forward_seconds += self._now() - start
 
     def advance(
@@ -132,6 +142,39 @@ class LayerwiseForward:
                 handle.remove()
         self.forward_seconds += self._now() - start - observer_seconds
         return output[0] if isinstance(output, tuple) else output
+
+    @torch.inference_mode()
+    def output_scale(self) -> float | None:
+        """Return c if the next layer adds c times its MLP's output to the hidden state, else None.
+
+        Some architectures normalise the output before they add it; without batches, the answer is None too. The answer
+        comes from a probe: the layer runs on a few tokens, without and with a vector added to the MLP's output.
+        """
+        if not len(self.hidden):
+            return None
+        call = self._calls[self._probe_shape][self.next_layer]
+        hidden = self.hidden[0][:1, : self._probe_shape[1]]
+        layer = self._layers[self.next_layer]
+
+        def output() -> Tensor:
+            found = layer(hidden, *call.args, **call.kwargs)
+            return (found[0] if isinstance(found, tuple) else found).float()
+
+        plain = output()
+        generator = torch.Generator().manual_seed(0)
+        added = (
+            torch.randn(plain.shape[-1], generator=generator).to(plain)
+            * plain.square().mean().sqrt()
+        )
+        module = self._adapter.output_module(self.next_layer)
+        handle = module.register_forward_hook(lambda module, args, out: out + added.to(out))
+        try:
+            change = output() - plain
+        finally:
+            handle.remove()
+        scale = float((change @ added).mean() / (added @ added))
+        same = (change - scale * added).norm() <= SAME_DIRECTION * change.norm()
+        return scale if bool(same) and scale != 0 else None
 
     def run_with_gradients(self, index: int) -> Tensor:
         """Return the same output as :meth:`run`, with gradients for those of the layer's weights that require them."""

@@ -78,7 +78,7 @@ def add_gram(gram: Tensor, x: Tensor, block: int = GRAM_BLOCK) -> None:
 
 
 def add_cross(cross: Tensor, target: Tensor, x: Tensor, block: int = GRAM_BLOCK) -> None:
-    """Add ``target.T @ x`` to `cross` [n, n] in place, block by block as :func:`add_gram` does."""
+    """Add ``target.T @ x`` to `cross` [outputs, n] in place, block by block as :func:`add_gram` does."""
     for start in range(0, cross.shape[0], block):
         cross[start : start + block] += target[:, start : start + block].T @ x
 

@@ -9,7 +9,7 @@ membership-bias, that paper's option to move the removed neurons' mean output in
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from fbn_prune.model.heads import HeadCut
 from fbn_prune.model.surgery import MlpCut
 from fbn_prune.pruning import second_order
 from fbn_prune.pruning.damping import centred, constant_neurons, refit_share, warn_of_outliers
+from fbn_prune.pruning.shortfall import Shortfall, best_shares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +34,9 @@ class OutputEvidence:
         H = E[xᵀx] [N, N] and E[x] [N].
     tokens
         Number of tokens, or the sum of their weights, behind these means.
-    cross, target_mean
-        E[tᵀx] and E[t] of the signal t that replaces x as the input to reproduce (sequential mode); None if t is x.
+    shortfall
+        What the output lacks because earlier layers are cut (sequential mode), for the refit to make up for; None if it
+        lacks nothing.
     loss_root
         R [d, d] with RᵀR = E[g gᵀ], where g is the loss gradient at this output. Scores then weigh output errors by
         their effect on the loss; with None, all errors count alike.
@@ -47,8 +49,7 @@ class OutputEvidence:
     gram: Tensor
     mean: Tensor
     tokens: float
-    cross: Tensor | None
-    target_mean: Tensor | None
+    shortfall: Shortfall | None
     loss_root: Tensor | None
     damping: float
     refit_damping: float
@@ -195,10 +196,10 @@ def second_order_cut(evidence: LayerEvidence, width: int) -> MlpCut:
     An output bias, if there is one, absorbs the change of mean. The networks determine only the budget and the
     widths: in measurements, protecting the kept networks' hubs raised the perplexity.
     """
-    gram, cross = _signal(evidence)
-    scored = _scored(evidence, gram, cross)
-    kept = second_order.choose_neurons(scored, gram, width, damping=evidence.damping)
-    return MlpCut(kept.cpu(), *_refitted(evidence, gram, cross, kept))
+    signal = _signal(evidence)
+    scored = _scored(evidence, signal)
+    kept = second_order.choose_neurons(scored, signal.gram, width, damping=evidence.damping)
+    return MlpCut(kept.cpu(), *_refitted(evidence, signal, kept))
 
 
 def head_cut(evidence: HeadEvidence, groups: int) -> HeadCut:
@@ -206,54 +207,79 @@ def head_cut(evidence: HeadEvidence, groups: int) -> HeadCut:
 
     The second-order step is that for neurons, applied to whole groups; an output bias absorbs the change of mean.
     """
-    gram, cross = _signal(evidence)
-    scored = _scored(evidence, gram, cross)
+    signal = _signal(evidence)
     kept = second_order.choose_groups(
-        scored, gram, evidence.group, groups, damping=evidence.damping
+        _scored(evidence, signal), signal.gram, evidence.group, groups, damping=evidence.damping
     )
     inner = torch.arange(evidence.group, device=kept.device)
     channels = (kept[:, None] * evidence.group + inner).flatten()
-    return HeadCut(kept.cpu(), *_refitted(evidence, gram, cross, channels))
+    return HeadCut(kept.cpu(), *_refitted(evidence, signal, channels))
 
 
-def _signal(evidence: OutputEvidence) -> tuple[Tensor, Tensor | None]:
-    """H and the cross product; centred where an output bias absorbs the mean."""
-    gram, cross = evidence.gram, evidence.cross
+@dataclass(frozen=True)
+class _Signal:
+    """H and the shortfall; with `mean`, centred, because an output bias absorbs the mean."""
+
+    gram: Tensor
+    shortfall: Shortfall | None
+    mean: Tensor | None
+
+
+def _signal(evidence: OutputEvidence) -> _Signal:
+    gram, shortfall, mean = evidence.gram, evidence.shortfall, None
     if evidence.bias is not None:
-        gram = centred(gram, evidence.mean)
-        if cross is not None and evidence.target_mean is not None:
-            cross = cross - torch.outer(evidence.target_mean, evidence.mean)
-            cross[:, constant_neurons(evidence.gram, evidence.mean)] = 0
+        mean = evidence.mean
+        gram = centred(gram, mean)
+        if shortfall is not None:
+            cross = shortfall.cross - shortfall.mean[:, :, None] * mean
+            cross[:, :, constant_neurons(evidence.gram, mean)] = 0
+            shortfall = replace(shortfall, cross=cross)
     warn_of_outliers(gram)
-    return gram, cross
+    return _Signal(gram, shortfall, mean)
 
 
-def _scored(evidence: OutputEvidence, gram: Tensor, cross: Tensor | None) -> Tensor:
+def _scored(evidence: OutputEvidence, signal: _Signal) -> Tensor:
     """The output weights with which removal costs are computed."""
     weight = evidence.weight
-    if cross is not None:
-        full = torch.arange(weight.shape[1], device=weight.device)
-        weight = second_order.refit(
-            weight, gram, full, damping=_refit_damping(evidence), cross=cross
-        )
+    if signal.shortfall is not None:
+        every = torch.arange(weight.shape[1], device=weight.device)
+        weight, _ = _fitted(evidence, signal, every)
     return weight if evidence.loss_root is None else evidence.loss_root @ weight
 
 
-def _refit_damping(evidence: OutputEvidence) -> float:
-    return refit_share(evidence.refit_damping, evidence.tokens, evidence.weight.shape[1])
+def _fitted(
+    evidence: OutputEvidence, signal: _Signal, kept: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The refitted weights [d, n], and the mean of what they make up for, [d]; None without a shortfall."""
+    damping = refit_share(evidence.refit_damping, evidence.tokens, evidence.weight.shape[1])
+    missing = mean = None
+    if (shortfall := signal.shortfall) is not None:
+        shares = best_shares(
+            evidence.weight,
+            signal.gram,
+            shortfall,
+            kept,
+            mean=signal.mean,
+            tokens=evidence.tokens,
+            damping=damping,
+        )
+        missing = torch.einsum("p,pdn->dn", shares, shortfall.cross)
+        mean = shares @ shortfall.mean
+    weight = second_order.refit(
+        evidence.weight, signal.gram, kept, damping=damping, missing=missing
+    )
+    return weight, mean
 
 
 def _refitted(
-    evidence: OutputEvidence, gram: Tensor, cross: Tensor | None, kept: Tensor
+    evidence: OutputEvidence, signal: _Signal, kept: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """New output weights on the kept inputs, and the new bias if the projection has one; on the CPU."""
-    damping = _refit_damping(evidence)
-    weight = second_order.refit(evidence.weight, gram, kept, damping=damping, cross=cross)
+    weight, missing = _fitted(evidence, signal, kept)
     bias = None
     if evidence.bias is not None:
-        target_mean = evidence.mean if evidence.target_mean is None else evidence.target_mean
-        bias = evidence.bias + evidence.weight @ target_mean - weight @ evidence.mean[kept]
-        bias = bias.cpu()
+        bias = evidence.bias + evidence.weight @ evidence.mean - weight @ evidence.mean[kept]
+        bias = (bias if missing is None else bias + missing).cpu()
     return weight.cpu(), bias
 
 
@@ -263,12 +289,12 @@ def cuts_to_widths(
     """Return the named criterion's cut to each width; the second order needs only one removal of all neurons."""
     if CRITERIA[name] is not second_order_cut or len(widths) == 1:
         return {width: CRITERIA[name](evidence, width) for width in widths}
-    gram, cross = _signal(evidence)
-    scored = _scored(evidence, gram, cross)
-    order = second_order.removal_order(scored, gram, damping=evidence.damping)
+    signal = _signal(evidence)
+    scored = _scored(evidence, signal)
+    order = second_order.removal_order(scored, signal.gram, damping=evidence.damping)
     kept = {width: order[len(order) - width :].sort().values for width in widths}
     return {
-        width: MlpCut(stays.cpu(), *_refitted(evidence, gram, cross, stays))
+        width: MlpCut(stays.cpu(), *_refitted(evidence, signal, stays))
         for width, stays in kept.items()
     }
 

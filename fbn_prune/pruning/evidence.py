@@ -1,8 +1,9 @@
 """Collect the evidence for each layer's cut: statistics of its activations on the calibration data.
 
 One-shot mode (default): all statistics come from one pass of the dense model over the calibration tokens. Sequential
-mode: a second stream runs through the layers that are already cut. A layer's statistics come from that stream, and
-the refit's target is the mean of the uncut layer's outputs on the two streams.
+mode: a second stream runs through the layers that are already cut. A layer's statistics come from that stream, with
+what its output lacks compared with the dense stream (:mod:`fbn_prune.pruning.shortfall`): the difference between the
+uncut layer's outputs on the two streams, and the difference of the hidden states to which they are added.
 """
 
 from __future__ import annotations
@@ -21,7 +22,14 @@ from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.layerwise import LayerwiseForward, Observe
 from fbn_prune.progress import Advance, StageClock
 from fbn_prune.pruning.criteria import HeadEvidence, LayerEvidence
+from fbn_prune.pruning.shortfall import SetAside, Shortfall
 from fbn_prune.pruning.statistics import CrossStatistics, GramStatistics
+
+ASIDE_TOKENS = 4096
+"""Tokens of sequential mode to choose the shares of a :class:`Shortfall` on."""
+
+LARGEST_PART = 8
+"""At most this part of the tokens, one in eight, is set aside."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,7 @@ class EvidencePass:
         self._adapter = adapter
         self._batches: Sequence[Batch] = batches
         self._own_batches: Sequence[Batch] = batches
+        self._set_aside: Sequence[Tensor | None] = []
         self._options, self._clock = options, clock
         self._loss_roots, self._stage = loss_roots, stage
         self._done, self._again = done, again
@@ -96,6 +105,7 @@ class EvidencePass:
                 self._again(layer)
             return
         self._own_batches = distributed.share(self._batches)
+        self._set_aside = distributed.share(tokens_set_aside(self._batches))
         dense = LayerwiseForward(adapter, self._own_batches)
         pruned = None
         if self._options.sequential:
@@ -127,13 +137,17 @@ class EvidencePass:
         self._adapter.load_layer(layer)
         weights = [self._adapter.down_weight(layer)]
         if self._options.head_groups is not None:
-            weights.append(self._adapter.attention_output(layer).weight)
-        sites = [_Statistics(w.shape[1], w.device, both=pruned is not None) for w in weights]
-        del weights
+            weights.append(self._adapter.attention_output(layer).weight.detach())
+        sites: Sequence[_Statistics]
         if pruned is None:
+            sites = [_Statistics(w) for w in weights]
             dense.advance(*map(self._observer, sites), on_batch=advance)
         else:
-            self._watch_both(dense, pruned, sites, advance)
+            # Only the MLP's output is added to the hidden state that the next layer reads.
+            both = [_Shortfalls(w, parts) for w, parts in zip(weights, (2, 1), strict=False)]
+            self._watch_both(dense, pruned, both, advance)
+            sites = both
+        del weights
         for site, name in zip(sites, ("MLP", "attention"), strict=False):
             site.add_up()
             if not site.own.finite:
@@ -155,19 +169,26 @@ class EvidencePass:
         self,
         dense: LayerwiseForward,
         pruned: LayerwiseForward,
-        sites: Sequence[_Statistics],
+        sites: Sequence[_Shortfalls],
         advance: Advance,
     ) -> None:
-        """Add the pruned stream's activations, with the mean of both streams' activations as the target."""
+        """Add the pruned stream's activations, and what the outputs lack compared with the dense stream's."""
+        scale = pruned.output_scale()
         for index in range(len(dense.hidden)):
             seen: list[list[Tensor]] = [[] for _ in sites]
             watching: list[Observe] = [lambda _, x, kept=kept: kept.append(x) for kept in seen]  # type: ignore[misc]
             output = dense.run(index, *watching)
-            pruned.run(index, *watching)
+            changed = pruned.run(index, *watching)
+            valid = self._own_batches[index].valid.to(output.device)
+            lacking: list[Tensor | None] = [None for _ in sites]
+            if scale is not None:
+                lacking[0] = (output[valid].float() - changed[valid].float()) / scale
             dense.hidden[index] = output
+            del output, changed
             tokens = len(seen[0][0])
-            for site, (x_dense, x_pruned) in zip(sites, seen, strict=True):
-                site.update_both(x_dense, x_pruned, self._weights(index, x_pruned))
+            for site, (x_dense, x_pruned), more in zip(sites, seen, lacking, strict=True):
+                weights = self._weights(index, x_pruned)
+                site.update_both(x_dense, x_pruned, more, self._set_aside[index], weights)
             advance(2 * tokens)
         dense.next_layer += 1
 
@@ -217,32 +238,94 @@ class EvidencePass:
 
 
 class _Statistics:
-    """Sums over the input of one output projection; with `both`, also over the mean of both streams' inputs."""
+    """Sums over the input of one output projection with `weight` [d, N]."""
 
-    def __init__(self, width: int, device: torch.device, *, both: bool) -> None:
-        self.own = GramStatistics(width, device)
-        self._cross = CrossStatistics(width, device) if both else None
+    def __init__(self, weight: Tensor) -> None:
+        self.own = GramStatistics(weight.shape[1], weight.device)
 
     def update(self, x: Tensor, weights: Tensor | None) -> None:
         self.own.update(x, weights)
 
-    def update_both(self, x_dense: Tensor, x_pruned: Tensor, weights: Tensor | None) -> None:
-        assert self._cross is not None
-        self.own.update(x_pruned, weights)
-        self._cross.update((x_dense + x_pruned) / 2, x_pruned, weights)
-
     def add_up(self) -> None:
         """Add the sums of all processes."""
         self.own.add_up()
-        if self._cross is not None:
-            self._cross.add_up()
 
     def facts(self) -> dict[str, Any]:
         """Arguments for :class:`OutputEvidence`."""
-        return {
-            "gram": self.own.gram,
-            "mean": self.own.mean,
-            "tokens": self.own.count,
-            "cross": None if self._cross is None else self._cross.cross,
-            "target_mean": None if self._cross is None else self._cross.target_mean,
-        }
+        own = self.own
+        return {"gram": own.gram, "mean": own.mean, "tokens": own.count, "shortfall": None}
+
+
+class _Shortfalls(_Statistics):
+    """The same sums in sequential mode, and those for a :class:`Shortfall`."""
+
+    def __init__(self, weight: Tensor, parts: int) -> None:
+        super().__init__(weight)
+        self._weight = weight
+        self._parts = [
+            CrossStatistics(weight.shape[0], weight.shape[1], weight.device) for _ in range(parts)
+        ]
+        self._aside: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def update_both(
+        self,
+        x_dense: Tensor,
+        x: Tensor,
+        lacking: Tensor | None,
+        set_aside: Tensor | None,
+        weights: Tensor | None,
+    ) -> None:
+        """Add a batch's tokens; `lacking` [tokens, d] is all that the output lacks, None if that is not known."""
+        self.own.update(x, weights)
+        own = ((x_dense - x) @ self._weight.to(x).T).float()
+        more = torch.zeros_like(own) if lacking is None else lacking - own
+        parts = [own, more][: len(self._parts)]
+        for sums, part in zip(self._parts, parts, strict=True):
+            sums.update(part, x, weights)
+        if set_aside is not None:
+            rows = set_aside.to(x.device)
+            counts = x.new_ones(len(x), dtype=torch.float64) if weights is None else weights
+            self._aside.append((x[rows].float(), torch.stack(parts)[:, rows], counts[rows]))
+
+    def add_up(self) -> None:
+        super().add_up()
+        for sums in self._parts:
+            sums.add_up()
+
+    def facts(self) -> dict[str, Any]:
+        cross = torch.stack([sums.cross for sums in self._parts])
+        mean = torch.stack([sums.target_mean for sums in self._parts])
+        return super().facts() | {"shortfall": Shortfall(cross, mean, self._joined_aside())}
+
+    def _joined_aside(self) -> SetAside | None:
+        outputs, width = self._weight.shape
+        empty = self._parts[0].cross.new_zeros(0, dtype=torch.float32)
+        found = self._aside or [
+            (empty.view(0, width), empty.view(len(self._parts), 0, outputs), empty.double())
+        ]
+        x, parts, weights = (list(each) for each in zip(*found, strict=True))
+        rows = distributed.joined_rows(torch.cat(x))
+        lacking = distributed.joined_rows(torch.cat(parts, 1).transpose(0, 1).contiguous())
+        counts = distributed.joined_rows(torch.cat(weights))
+        return SetAside(rows, lacking.transpose(0, 1), counts) if len(rows) else None
+
+
+def tokens_set_aside(batches: Sequence[Batch]) -> list[Tensor | None]:
+    """Return for each batch which of its valid tokens are set aside, bool [tokens]; None for a batch without any.
+
+    Whole blocks are set aside, about :data:`ASIDE_TOKENS` tokens but at most an eighth of all; of fewer than eight
+    blocks, one; of a single block, none.
+    """
+    blocks = sum(len(batch.input_ids) for batch in batches)
+    tokens = sum(batch.tokens for batch in batches)
+    if blocks < 2:
+        return [None for _ in batches]
+    every = min(max(LARGEST_PART, tokens // ASIDE_TOKENS), blocks)
+    found: list[Tensor | None] = []
+    first = 0
+    for batch in batches:
+        chosen = torch.arange(first, first + len(batch.input_ids)) % every == every - 1
+        first += len(chosen)
+        rows = chosen[:, None].expand(batch.valid.shape)[batch.valid]
+        found.append(rows if bool(rows.any()) else None)
+    return found

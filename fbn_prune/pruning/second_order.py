@@ -221,13 +221,13 @@ def _move_last(places: Tensor, neurons: Tensor, weight: Tensor, inverse: Tensor)
 
 
 def refit(
-    weight: Tensor, gram: Tensor, kept: Tensor, *, damping: float, cross: Tensor | None = None
+    weight: Tensor, gram: Tensor, kept: Tensor, *, damping: float, missing: Tensor | None = None
 ) -> Tensor:
     """Return least-squares output weights on the kept neurons, held near the original ones by the damping.
 
-    Minimises ``E||W t - W' x_kept||² + ridge ||W' - W_kept||²``, where t is x itself or another signal of the same
-    shape. The damping pulls towards the original weights instead of zero. The refit is therefore never worse on these
-    statistics than no refit, and it changes nothing if no neuron is removed.
+    Minimises ``E||W x + m - W' x_kept||² + ridge ||W' - W_kept||²``, where m is what the output should have in
+    addition. The damping pulls towards the original weights instead of zero. The refit is therefore never worse on
+    these statistics than no refit, and without m it changes nothing if no neuron is removed.
 
     Parameters
     ----------
@@ -237,15 +237,17 @@ def refit(
         H = E[xᵀx], [neurons, neurons].
     kept
         int64 [n], ascending.
-    cross
-        E[tᵀx], [neurons, neurons]; None means H (t = x).
+    missing
+        E[mᵀx], [d, neurons]; None means m = 0.
 
     Returns
     -------
     Tensor
         float64 [d, n].
     """
-    target = weight @ (gram if cross is None else cross)[:, kept]
+    target = weight @ gram[:, kept]
+    if missing is not None:
+        target += missing[:, kept]
     inner = gram[kept[:, None], kept]
     residual = target - weight[:, kept] @ inner
     factor = factored(inner, ridge(inner, damping))

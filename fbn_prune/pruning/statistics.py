@@ -58,18 +58,18 @@ class GramStatistics:
 
 
 class CrossStatistics:
-    """Accumulates the cross product of a target t with x, both [tokens, neurons], and the target's mean.
+    """Accumulates the cross product of a target t [tokens, outputs] with x [tokens, neurons], and the target's mean.
 
-    A refit that reproduces the target instead of x needs both.
+    A refit that reproduces the target instead of the layer's own output needs both.
     """
 
-    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, outputs: int, width: int, device: torch.device | str = "cpu") -> None:
         self.count: float = 0
-        self._target_sum = torch.zeros(width, dtype=torch.float64, device=device)
-        self._cross = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self._target_sum = torch.zeros(outputs, dtype=torch.float64, device=device)
+        self._cross = torch.zeros(outputs, width, dtype=torch.float64, device=device)
 
     def update(self, target: Tensor, x: Tensor, weights: Tensor | None = None) -> None:
-        """Add the tokens of target and x, both [tokens, neurons], each counted `weights` [tokens] times."""
+        """Add the tokens of target and x, each counted `weights` [tokens] times (once by default)."""
         target, x = target.float(), x.float()
         if weights is None:
             self.count += x.shape[0]
@@ -87,10 +87,10 @@ class CrossStatistics:
 
     @property
     def cross(self) -> Tensor:
-        """C = tᵀx / tokens, float64 [neurons, neurons]."""
+        """C = tᵀx / tokens, float64 [outputs, neurons]."""
         return self._cross / (self.count or 1)
 
     @property
     def target_mean(self) -> Tensor:
-        """Mean target, float64 [neurons]."""
+        """Mean target, float64 [outputs]."""
         return self._target_sum / (self.count or 1)

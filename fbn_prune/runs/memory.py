@@ -35,6 +35,10 @@ LOGIT_BYTES = 2**28
 """Size of the largest logits that the recovery computes at once."""
 
 
+ASIDE_TOKENS, LARGEST_PART = 4096, 8
+"""As in `pruning/evidence.py`, which is slow to import."""
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
     """Where a run keeps weights, activations and hidden states.
@@ -278,8 +282,10 @@ class _Sizes:
             channels = shape.heads * shape.size
             second_order = max(second_order, self._fit(channels, hidden))
             # The statistics of the attention stay in memory with those of the MLP until both are fitted.
-            waiting = (32 if recipe.sequential else 16) * channels**2
-        statistics = (2 if recipe.sequential else 1) * square
+            waiting = 16 * channels**2
+            if recipe.sequential:
+                waiting += self._aside(channels, hidden)
+        statistics = square + (self._aside(width, hidden) if recipe.sequential else 0)
         streams = 2 if recipe.sequential else 1
         stages["prune"] = int(
             base
@@ -306,11 +312,19 @@ class _Sizes:
 
     def _fit(self, inputs: int, outputs: int) -> float:
         """Return the bytes for selecting inputs of one output projection, refitting it, and checking the result."""
-        sequential = self.recipe.sequential
         square, columns = 8 * inputs * inputs, 8 * outputs * inputs
-        choosing = (7 if sequential else 3.2) * square + 3.5 * columns
-        checking = (2.1 if sequential else 1.1) * square + 5 * columns
-        return max(choosing, checking)
+        choosing = 3.2 * square + 3.5 * columns
+        checking = 1.1 * square + 5 * columns
+        if not self.recipe.sequential:
+            return max(choosing, checking)
+        # The shares are chosen with statistics of their own, of all inputs, and float64 copies of the set-aside tokens.
+        aside = self._aside(inputs, outputs)
+        return max(5 * square + 10 * columns + 4 * aside, checking + aside)
+
+    def _aside(self, inputs: int, outputs: int) -> int:
+        """Return the bytes of what sequential mode knows of the difference from the dense model."""
+        tokens = min(self.recipe.tokens / LARGEST_PART + self.context, ASIDE_TOKENS + self.context)
+        return int(2 * 8 * outputs * inputs + 4 * tokens * (inputs + 2 * outputs))
 
     def _hidden(self, tokens: int) -> int:
         """Return the bytes of the hidden states between two layers."""
