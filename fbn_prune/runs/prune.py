@@ -13,7 +13,7 @@ from typing import Any
 from fbn_prune import distributed
 from fbn_prune.data.calibration import Batch, TokenBlocks
 from fbn_prune.distributed import is_first
-from fbn_prune.errors import FbnPruneError, InvalidInput
+from fbn_prune.errors import FbnPruneError, InvalidInput, counted
 from fbn_prune.export.directory import check_room
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.non_finite import damage
@@ -32,7 +32,7 @@ from fbn_prune.pruning.layout import (
     choose_layout,
     trial_bytes,
 )
-from fbn_prune.pruning.prediction import check_rise, predicted_rise
+from fbn_prune.pruning.prediction import advice, check_rise, likely_multiple, predicted_rise
 from fbn_prune.pruning.recovery.gain import Recovery
 from fbn_prune.recipe import Recipe
 from fbn_prune.runs.budget import Budget
@@ -50,6 +50,9 @@ from fbn_prune.runs.stages import (
     refuse_guessing,
 )
 from fbn_prune.store import Store
+
+FORECAST_AFTER = 4
+"""After one layer in so many, the run says what the cut is likely to cost."""
 
 
 def run_prune(recipe: Recipe, clock: StageClock) -> PruneResult:
@@ -100,6 +103,7 @@ class PruneRun:
         self.cut()
         self.measure()
         self.recover()
+        self.advise()
         return self.publish()
 
     def resume(self) -> None:
@@ -176,7 +180,25 @@ class PruneRun:
             loss_roots=subject.loss_roots if self.recipe.loss_aware else None,
             clock=self.clock,
             store=self.store,
+            on_error=self._forecast,
         )
+
+    def _forecast(self, errors: Sequence[float]) -> None:
+        """Say after a quarter of the layers what the cut is likely to cost, while it can still be stopped."""
+        layers = self.adapter.num_layers
+        if len(errors) != math.ceil(layers / FORECAST_AFTER):
+            return
+        multiple = likely_multiple(errors, layers)
+        if (todo := advice(multiple, self._removed, recovered=self.recipe.recover)) is not None:
+            self.clock.note(
+                f"after {counted(len(errors), 'layer')} of {layers}: the perplexity is likely to become about "
+                f"{multiple:.2g} times the dense model's; {todo}"
+            )
+
+    @property
+    def _removed(self) -> float:
+        """Share of the neurons that the cut removes."""
+        return 1 - sum(self.widths.widths) / self.prepared.neurons
 
     def measure(self) -> None:
         """Measure the cut model's perplexity, and compare it with the one that the errors of the cuts predict."""
@@ -209,6 +231,14 @@ class PruneRun:
         )
         self.clock.note(f"warning: {warning}")
         self.warnings.append(warning)
+
+    def advise(self) -> None:
+        """Warn of a model that few people would use as it is."""
+        multiple = self.after / self.before
+        if (todo := advice(multiple, self._removed, recovered=self.recipe.recover)) is not None:
+            warning = f"the perplexity is {multiple:.2g} times the dense model's: {todo}"
+            self.clock.note(f"warning: {warning}")
+            self.warnings.append(warning)
 
     def publish(self) -> PruneResult:
         """Write the output if the recipe has one, and return the result."""
