@@ -16,7 +16,6 @@ from fbn_prune.distributed import is_first
 from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.export.directory import check_room
 from fbn_prune.model.adapter import ModelAdapter
-from fbn_prune.model.non_finite import damage
 from fbn_prune.model.perplexity import NonFiniteLogits, perplexity
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.networks.task_matching import MatchedCalibration
@@ -45,6 +44,7 @@ from fbn_prune.runs.stages import (
     find_networks,
     loss_roots_of,
     match_to_task,
+    measuring_dense,
     rank_networks,
     recover_model,
     refuse_guessing,
@@ -290,10 +290,8 @@ def _perplexity(
 
 
 def _dense_perplexity(on: OpenRun, batches: Sequence[Batch]) -> float:
-    try:
+    with measuring_dense(on, batches):
         return _perplexity(on.adapter, batches, on.clock, "dense perplexity")
-    except NonFiniteLogits:
-        raise damage(on.adapter, batches) from None
 
 
 def _pruned_perplexity(adapter: ModelAdapter, batches: Sequence[Batch], clock: StageClock) -> float:
@@ -318,9 +316,9 @@ def _kept_networks(recipe: Recipe, order: list[int]) -> list[int]:
     """Return the networks to keep: `keep_networks` of them, or all if only the size of the result is given."""
     if recipe.stated_budget is not None and recipe.keep_networks is None:
         return order
-    if order and recipe.kept_networks_or_default > len(order):
+    if order and (recipe.keep_networks or 0) > len(order):
         raise InvalidInput(
-            f"keep_networks = {recipe.kept_networks_or_default}: only {len(order)} networks were found; "
+            f"keep_networks = {recipe.keep_networks}: only {len(order)} networks were found; "
             "keep fewer, or raise --networks"
         )
     return order[: recipe.kept_networks_or_default]
