@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from fbn_prune import distributed
 from fbn_prune.errors import FbnPruneError, InvalidInput
 
-FORMAT = 3
+FORMAT = 4
 RECORD = "work.json"
 LOCK = "lock"
 

@@ -300,7 +300,7 @@ class _Sizes:
             graph = few * (16 * hidden * layers + 8 * neurons) * size
             both = base + self.checkpoint.total_parameters * size
             adapters = 2 * recipe.recover_rank * (4 * hidden * layers + neurons)
-            trained = 16 * max(layer, adapters)
+            trained = max((16 + size) * layer, 16 * adapters)
             logits = 4 * 4 * min(few * vocabulary, LOGIT_BYTES // 4)
             stages["recovery"] = both + max(2 * self._hidden(tokens), graph + logits) + trained
         return stages

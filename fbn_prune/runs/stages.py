@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -161,18 +161,27 @@ def refuse_guessing(run: OpenRun, perplexity: float) -> None:
     )
 
 
-def recover_model(
-    run: OpenRun, blocks: TokenBlocks, store: Store
-) -> tuple[dict[str, Tensor], Callable[[], None]]:
-    """Train the cut model in place to match the dense one.
+@dataclass(frozen=True)
+class Recovered:
+    """What a recovery ended in.
 
-    Returns
-    -------
-    dict
-        The trained weights by their names in the checkpoint.
-    callable
+    Attributes
+    ----------
+    trained
+        The trained weights by their names in the checkpoint; None if one of them is not finite.
+    restore
         Puts the cut model's weights back.
+    warnings
+        One line for each part of the training that was left out.
     """
+
+    trained: dict[str, Tensor] | None
+    restore: Callable[[], None]
+    warnings: list[str]
+
+
+def recover_model(run: OpenRun, blocks: TokenBlocks, store: Store) -> Recovered:
+    """Train the cut model in place to match the dense one."""
     from fbn_prune.pruning.recovery.healing import (  # peft is slow
         RecoveryOptions,
         heal,
@@ -186,8 +195,8 @@ def recover_model(
         dense = run.dense or prepared.load_model()
     options = RecoveryOptions(recipe.recover_passes, recipe.recover_rank, recipe.seed)
     restore = kept_weights(adapter, prepared.memory.scratch)
-    heal(adapter, dense, blocks, options, run.clock, store=store)
-    return healed_tensors(adapter, prepared.checkpoint), restore
+    warnings = heal(adapter, dense, blocks, options, run.clock, store=store)
+    return Recovered(healed_tensors(adapter, prepared.checkpoint), restore, warnings)
 
 
 def loss_roots_of(run: OpenRun, blocks: TokenBlocks, store: Store) -> list[Tensor] | None:
