@@ -21,6 +21,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.building import skeleton
 from fbn_prune.model.family import Family, as_config
+from fbn_prune.model.remedies import wrapped
 from fbn_prune.model.shards import TensorInfo
 
 TIED = "tie_word_embeddings"
@@ -82,9 +83,9 @@ def settle(
         stored_embedding = stored_name(family, found, embedding)
         if not as_config(config).tie_word_embeddings:
             if stored_head is None and stored_embedding is not None:
+                cure = f': add "{TIED}": true to config.json if the model is tied'
                 raise InvalidInput(
-                    f"{path} has no {head}, though config.json does not say {TIED}: add "
-                    f'"{TIED}": true to config.json if the model is tied'
+                    f"{path} has no {head}, though config.json does not say {TIED}{wrapped(found) or cure}"
                 )
         elif stored_head is None:
             continue
