@@ -298,8 +298,8 @@ def change_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Calla
         (change_config(num_hidden_layers=9_000), "no tensor model.layers.3.mlp.gate_proj.weight"),
         (change_config(num_hidden_layers=0), "0 layers"),
         (
-            change_config(intermediate_size=20),
-            r"has shape .*config.json requires \[(20, 16|16, 20)\]",
+            change_tensors(lambda t: t.update({UP: torch.ones(20, 16)})),
+            r"up_proj.weight has shape \[20, 16\], but config.json requires \[24, 16\]",
         ),
         (
             change_tensors(lambda t: t.update({f"{DOWN}.bias": torch.zeros(16)})),

@@ -108,8 +108,12 @@ def settle(
             continue
         used.add(stored)
         if found[stored].shape != shape:
+            cure = "take config.json and the weights from one model"
+            rows = found[stored].shape[0]
+            if shape[0] == family.vocab_size(config) and found[stored].shape[1:] == shape[1:]:
+                cure = f'write "vocab_size": {rows} into config.json if the weights are right'
             raise InvalidInput(
-                f"{path}: {stored} has shape {list(found[stored].shape)}, the model needs {list(shape)}"
+                f"{path}: {stored} has shape {list(found[stored].shape)}, the model needs {list(shape)}: {cure}"
             )
     # If parameters are missing, transformers may know other names for them: nothing can be called unused then.
     unused = {
