@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -54,7 +54,11 @@ class Settled:
 
 
 def settle(
-    path: Path, config: dict[str, Any], family: Family, tensors: Mapping[str, TensorInfo]
+    path: Path,
+    config: dict[str, Any],
+    family: Family,
+    tensors: Mapping[str, TensorInfo],
+    equal: Callable[[str, str], bool] | None = None,
 ) -> Settled:
     """Compare a checkpoint's headers with the parameters of its config's model.
 
@@ -70,6 +74,8 @@ def settle(
         Its architecture.
     tensors
         Its headers by name.
+    equal
+        Compares the weights of two stored tensors. Default: as they are in the files.
 
     Raises
     ------
@@ -95,7 +101,11 @@ def settle(
                 embedding if name == stored_head else name: info if name == stored_head else other
                 for name, other in found.items()
             }
-        elif _equal(path, found, stored_head, stored_embedding):
+        elif (
+            _equal(path, found, stored_head, stored_embedding)
+            if equal is None
+            else equal(stored_head, stored_embedding)
+        ):
             del found[stored_head]
         else:
             config, own_head = {**config, TIED: False}, stored_head
