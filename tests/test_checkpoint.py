@@ -139,6 +139,22 @@ def test_a_path_that_does_not_exist_is_not_sought_on_the_hub(
     assert "there is no folder" in refusal(Path("missing"))
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("owner/no--id", "no Hub id is like this: Cannot have -- or .. in repo_id"),
+        ("owner/name.git", "Repo_id cannot end by '.git'"),
+        ("x" * 97, "the maximum length is 96"),
+        ("https://huggingface.co/owner/name/tree/main", "an address; give the Hub id owner/name"),
+    ],
+)
+def test_a_name_that_can_be_no_hub_id_is_not_sought_there(
+    name: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked"))
+    assert words in refusal(name)
+
+
 def test_no_folder_of_files(tmp_path: Path, tiny: Path) -> None:
     assert "is empty" in refusal(tmp_path)
     assert "is a file" in refusal(tiny / WEIGHTS)

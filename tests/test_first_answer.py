@@ -65,6 +65,12 @@ def test_what_needs_no_torch_is_refused_before_it_is_imported(tiny: Path, tmp_pa
             for command in ("convert", "dequantize", "discover")
         ),
         ["ablate", "--model", nowhere],
+        *(
+            [*command, "--model", model]
+            for model in ("no--id", "owner/name.git", "a..b", "x" * 97, "owner/-name", "no.gguf")
+            for command in ([*job[2:]], ["evaluate"], ["convert", "--output", new])
+        ),
+        [*job, "--calibration", "hf:no--id:train"],
         ["trim-vocabulary", "--model", nowhere, "--texts", __file__, "--output", new],
         ["trim-vocabulary", "--model", str(tiny), "--texts", nowhere, "--output", new],
     ]
