@@ -74,3 +74,19 @@ class StageClock:
     def note(self, line: str) -> None:
         """Show one line to the user."""
         self.display.note(line)
+
+    def note_time(self, stage: str, what: str, took: float, left: int) -> None:
+        """After the first of several like steps, note how long it took and how long the others will.
+
+        Parameters
+        ----------
+        stage, what
+            Names of the stage and of the step.
+        took
+            Seconds of the step; nothing is noted where it took less than one.
+        left
+            Number of the other steps.
+        """
+        if left and took >= 1:
+            expected = f"about {left * took:.0f} s for the other {left}"
+            self.note(f"{stage}: {what} took {took:.0f} s; {expected}")

@@ -87,7 +87,8 @@ class PruningConfig(BaseModel):
     report_networks: bool = _more(CUT, False)
     """Discover the networks for the report, even if the pruned model does not depend on them."""
     keep_networks: int | None = _key(CUT)
-    """Keep as many neurons as this many networks have as members: the size dial. Default: 10."""
+    """Keep as many neurons as this many networks have as members: the size dial. Default: 10, or all
+    if there are fewer."""
     sparsity: float | None = _key(CUT)
     """Share of MLP neurons to remove, instead of --keep-networks."""
     head_sparsity: float | None = _more(CUT, gt=0, lt=1)
@@ -159,7 +160,11 @@ class PruningConfig(BaseModel):
 
     @property
     def kept_networks_or_default(self) -> int:
-        return 10 if self.keep_networks is None else self.keep_networks
+        """`keep_networks`, or the default: 10, or all where fewer are discovered."""
+        if self.keep_networks is not None:
+            return self.keep_networks
+        counted = self.networks_from is None and self.scope == "global"
+        return min(10, self.networks) if counted else 10
 
     @property
     def task_networks_or_default(self) -> int:

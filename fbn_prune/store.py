@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from fbn_prune import distributed
 from fbn_prune.errors import FbnPruneError, InvalidInput
 
-FORMAT = 3
+FORMAT = 4
 RECORD = "work.json"
 LOCK = "lock"
 
@@ -315,10 +315,12 @@ def store_in(
 
 
 def remove(folder: Path, place: Path, keep_place: bool) -> None:
-    """Remove a run's folder, and then the work directory if it is empty (unless `keep_place`)."""
+    """Remove a run's folder, and then the work directory if nothing else is in it (unless `keep_place`)."""
     shutil.rmtree(folder, ignore_errors=True)
     if not keep_place:
         with suppress(OSError):
+            if not owned(place / LOCK):  # left by a run that was killed
+                (place / LOCK).unlink(missing_ok=True)
             place.rmdir()
 
 

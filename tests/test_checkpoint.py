@@ -139,6 +139,22 @@ def test_a_path_that_does_not_exist_is_not_sought_on_the_hub(
     assert "there is no folder" in refusal(Path("missing"))
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("owner/no--id", "no Hub id is like this: Cannot have -- or .. in repo_id"),
+        ("owner/name.git", "Repo_id cannot end by '.git'"),
+        ("x" * 97, "the maximum length is 96"),
+        ("https://huggingface.co/owner/name/tree/main", "an address; give the Hub id owner/name"),
+    ],
+)
+def test_a_name_that_can_be_no_hub_id_is_not_sought_there(
+    name: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked"))
+    assert words in refusal(name)
+
+
 def test_no_folder_of_files(tmp_path: Path, tiny: Path) -> None:
     assert "is empty" in refusal(tmp_path)
     assert "is a file" in refusal(tiny / WEIGHTS)
@@ -298,8 +314,8 @@ def change_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Calla
         (change_config(num_hidden_layers=9_000), "no tensor model.layers.3.mlp.gate_proj.weight"),
         (change_config(num_hidden_layers=0), "0 layers"),
         (
-            change_config(intermediate_size=20),
-            r"has shape .*config.json requires \[(20, 16|16, 20)\]",
+            change_tensors(lambda t: t.update({UP: torch.ones(20, 16)})),
+            r"up_proj.weight has shape \[20, 16\], but config.json requires \[24, 16\]",
         ),
         (
             change_tensors(lambda t: t.update({f"{DOWN}.bias": torch.zeros(16)})),

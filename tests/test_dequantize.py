@@ -19,7 +19,7 @@ from quantized_models import (
     weights,
 )
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILY_CONFIGS, logits, save_tiny
+from tiny_models import FAMILY_CONFIGS, WIDTH, logits, save_tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
@@ -55,6 +55,42 @@ def refusal(folder: Path) -> str:
 
 
 # What comes out
+
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("head", ["its own", "a copy", "alone"])
+def test_what_is_written_says_whether_the_head_is_tied_whatever_the_config_said(
+    head: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = save_quantized(tmp_path / "model", "fp8-blocks", dtype=torch.bfloat16)
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        if head == "a copy":
+            tensors[HEAD] = tensors[EMBEDDING].clone()
+        elif head == "alone":
+            tensors[HEAD] = tensors.pop(EMBEDDING)
+
+    edit_tensors(tmp_path / "model", change)
+    edit_config(tmp_path / "model", lambda settings: settings.update(tie_word_embeddings=True))
+    out = dequantize(tmp_path / "model", tmp_path / "out")
+    written = load_file(out / WEIGHTS)
+    assert (HEAD in written) == (head == "its own")
+    assert torch.equal(written[EMBEDDING], expected[EMBEDDING].bfloat16())
+    tied = json.loads((out / "config.json").read_text())["tie_word_embeddings"]
+    assert tied is (head != "its own")
+    said = "lm_head.weight differs from the embedding: the stored head is used"
+    assert (said in capsys.readouterr().err) == (head == "its own")
+    if head == "its own":
+        assert torch.equal(written[HEAD], expected[HEAD].bfloat16())
+
+
+def test_widths_that_the_config_does_not_have_are_written_into_it(tmp_path: Path) -> None:
+    save_quantized(tmp_path / "model", "pack-group-zero")
+    edit_config(tmp_path / "model", lambda settings: settings.update(intermediate_size=40))
+    out = dequantize(tmp_path / "model", tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["intermediate_size"] == WIDTH
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -25,7 +25,10 @@ from fbn_prune.model.kept_neurons import KeptNeurons
 from fbn_prune.networks import discovery, ica
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.recipe import build_recipe
+from fbn_prune.runs import stages
 from fbn_prune.runs.budget import Budget, rounding_note
+from fbn_prune.runs.second_run import output_locked, refuse_second_run
+from fbn_prune.runs.unfinished import clean_runs
 from fbn_prune.store import LOCK, RECORD, Store, locked
 
 
@@ -62,6 +65,12 @@ def test_what_needs_no_torch_is_refused_before_it_is_imported(tiny: Path, tmp_pa
             for command in ("convert", "dequantize", "discover")
         ),
         ["ablate", "--model", nowhere],
+        *(
+            [*command, "--model", model]
+            for model in ("no--id", "owner/name.git", "a..b", "x" * 97, "owner/-name", "no.gguf")
+            for command in ([*job[2:]], ["evaluate"], ["convert", "--output", new])
+        ),
+        [*job, "--calibration", "hf:no--id:train"],
         ["trim-vocabulary", "--model", nowhere, "--texts", __file__, "--output", new],
         ["trim-vocabulary", "--model", str(tiny), "--texts", nowhere, "--output", new],
     ]
@@ -152,6 +161,58 @@ def test_a_second_run_into_one_output_is_refused_before_its_work(
         refused(capsys, job, f"in use by process {os.getpid()}: another run is writing the output")
     assert {file.name for file in place.iterdir()} == {LOCK, RECORD}
     assert [path.name for path in place.parent.iterdir()] == [place.name]
+
+
+@pytest.mark.parametrize("command", ["", "discover"])
+@pytest.mark.parametrize("first", ["beside", "elsewhere"])
+def test_a_second_run_into_one_output_is_refused_whatever_work_directories_the_two_have(
+    command: str,
+    first: str,
+    tiny: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output, seen = tmp_path / "new" / "out", []
+    job = arguments(tiny, text, output)
+    dial = ["--keep-networks", "2", "--work-dir"]
+    elsewhere = [*job, *dial, str(tmp_path / "b")]
+    others = [elsewhere, job, ["discover", *job]]
+    if command == "discover" or first == "beside":
+        mine = [command, *job] if command else job
+    else:
+        mine = [*job, *dial, str(tmp_path / "a")]
+    find = stages.discover
+
+    def while_at_work(*about: Any, **how: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stages, "discover", lambda *about, **how: pytest.fail("both at work"))
+            for other in others:
+                words = f"in use by process {os.getpid()}: another run is writing the output"
+                refused(capsys, other, words)
+                seen.append(other)
+        return find(*about, **how)
+
+    monkeypatch.setattr(stages, "discover", while_at_work)
+    assert _exit_code(mine) == 0, capsys.readouterr().err
+    assert len(seen) == 3
+    assert [path.name for path in output.parent.iterdir()] == ["out"]
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_lock_of_a_killed_run_holds_up_nobody_and_is_cleaned(tmp_path: Path) -> None:
+    place = tmp_path / ".out.work"
+    (place / "key").mkdir(parents=True)
+    (place / LOCK).write_text("1\n")
+    Store(place / "key", {"model": "m", "output": str(tmp_path / "out")}).bind("text")
+    refuse_second_run(tmp_path / "out")
+    with output_locked(tmp_path / "out"):
+        with pytest.raises(InvalidInput, match="another run is writing"):
+            refuse_second_run(tmp_path / "out", tmp_path / "elsewhere")
+        assert clean_runs(place.parent)[1] == []
+        assert place.is_dir()
+    assert not place.exists()
 
 
 def test_a_cut_that_rounding_makes_much_larger_is_said_before_the_work(

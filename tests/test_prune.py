@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_runs import recipe
+from small_runs import arguments, recipe, refused, run_json
 from tiny_models import PATHS, logits, save_tiny
 from transformers import AutoModelForCausalLM
 
@@ -98,6 +98,20 @@ def test_the_order_of_neurons_in_the_checkpoint_does_not_matter(text: Path, tmp_
         run_prune(recipe(source, text, output, sparsity=0.5), StageClock())
         found.append(logits(AutoModelForCausalLM.from_pretrained(output).eval()))
     assert torch.allclose(*found, atol=1e-3)
+
+
+def test_where_there_are_fewer_networks_than_are_kept_by_default_all_are_kept(
+    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = arguments(tiny, text)  # finds 6, and says nothing of how many to keep
+    shown = run_json(capsys, *job, "--output", tmp_path / "out")
+    assert sorted(shown["kept_networks"]) == list(range(6))
+    known = [*job, "--networks-from", str(tmp_path / "out" / "networks.safetensors")]
+    assert run_json(capsys, *known, "--output", tmp_path / "again")["widths"] == shown["widths"]
+    assert run_json(capsys, *known, "--dry-run")["widths"] == shown["widths"]
+    for command in ("rank", "compare"):
+        run_json(capsys, command, *known)
+    refused(capsys, [*known, "--keep-networks", "7", "--dry-run"], "keep_networks = 7")
 
 
 def test_without_an_output_nothing_is_written(

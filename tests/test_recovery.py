@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from small_runs import arguments, blocks, run_json
 from tiny_models import LAYERS, PATHS, logits, make_model, save_tiny
 from torch import Tensor
@@ -214,6 +216,87 @@ def test_a_damaged_layer_and_a_damaged_state_are_made_anew(
         data = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(data[:-1])
     assert assert_healed_alike([], tmp_path) == (layer, whole)
+
+
+@contextmanager
+def computing_nan(steps: Sequence[int]) -> Iterator[None]:
+    """Each of these steps of a distillation, from 1, computes NaN."""
+    whole = _Training._divergence
+
+    def spoiled(self: _Training, batch: Any) -> Tensor:
+        return whole(self, batch) * (float("nan") if self.done + 1 in steps else 1.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Training, "_divergence", spoiled)
+        yield
+
+
+def test_a_step_that_computes_nan_is_left_out_and_the_others_train(
+    small_steps: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distillation, "KEEPING_SHARE", float("inf"))
+    _, whole = small_steps
+    dense, cut = pair()
+    error, healed = hidden_error(dense, cut), copy.deepcopy(cut)
+    with computing_nan([1, 4]):
+        lines = heal(healed, dense, sample(), OPTIONS, StageClock())
+        assert lines == ["the recovery left out 2 steps of its training that computed NaN or Inf"]
+        assert hidden_error(dense, healed) < error
+        # Broken off after the first step, and after the second one left out, it ends in the same weights.
+        broken_off = [(_Training, "step", 2), (_Training, "step", 4)]
+        assert assert_healed_alike(broken_off, tmp_path) == (0, whole - 4)
+
+
+def test_a_training_that_computes_nothing_but_nan_ends_early_and_counts_what_is_missing(
+    small_steps: tuple[int, int],
+) -> None:
+    _, whole = small_steps
+    dense, cut = pair()
+    with computing_nan(range(3, whole + 1)), interrupted_at(_Training, "step", 0) as steps:
+        lines = heal(cut, dense, sample(), OPTIONS, StageClock())
+    assert len(steps) == 2 + distillation.MOST_LEFT_OUT < whole
+    assert f"left out {whole - 2} steps" in lines[0]
+    assert all(bool(value.isfinite().all()) for value in parameters(cut).values())
+
+
+def test_a_layer_whose_fit_computes_nan_is_left_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("fbn_prune.pruning.recovery.layer_matching.STEP", 1e30)
+    dense, cut = pair()
+    before = parameters(cut)
+    more = {"passes": 2, "seed": 0, "clock": StageClock(), "store": Store(tmp_path)}
+    for _ in range(2):  # the second time the store provides all layers
+        assert match_layers(cut, dense, sample().batches(64), **more) == list(range(LAYERS))
+        assert all(torch.equal(value, before[key]) for key, value in parameters(cut).items())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_recovery_that_ends_in_nan_is_not_kept_and_the_cut_is_published(
+    dtype: str,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = save_tiny(tmp_path / "dense", dtype=getattr(torch, dtype))
+    job = [*arguments(source, text), "--sparsity", "0.5"]
+    run_json(capsys, *job, "--output", tmp_path / "cut")
+    largest = DistillationOptions(learning_rate=1e30)
+    monkeypatch.setattr(DistillationOptions, "for_width", lambda width: largest)
+    more = ["--recover", "--recover-passes", "1", "--output", str(tmp_path / "out")]
+    assert _exit_code([*job, *more]) == 0
+    said = capsys.readouterr()
+    assert "recovery not kept: it ended in NaN or Inf" in said.out
+    line = "the recovery ended in NaN or Inf, so the model is left as it was cut"
+    assert f"warning: {line}" in said.err
+    assert line in (tmp_path / "out" / "README.md").read_text()
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["recovery"]["perplexity_recovered"] is None
+    assert not result["recovery"]["kept"]
+    assert result["perplexity_after"] == result["recovery"]["perplexity_cut"]
+    cut, out = (load_file(tmp_path / name / "model.safetensors") for name in ("cut", "out"))
+    assert all(torch.equal(cut[name], out[name]) for name in cut)
 
 
 def test_the_gap_closed_is_the_share_that_came_back() -> None:

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from small_runs import export, random_cuts
-from tiny_models import LAYERS
+from small_runs import arguments, export, random_cuts, refused
+from tiny_models import LAYERS, make_model, make_tokenizer
 from torch import Tensor
 
+from fbn_prune.cli.main import _exit_code
 from fbn_prune.errors import InvalidInput
 from fbn_prune.export.directory import check_room
 from fbn_prune.model import remedies
@@ -162,3 +164,28 @@ def test_a_written_config_names_the_class_that_every_loader_knows(
     found = json.loads((out / "config.json").read_text())
     assert found["architectures"] == written
     assert "auto_map" not in found
+
+
+@pytest.mark.parametrize("adapted", ["mlp.down_proj", "self_attn.q_proj", "lm_head"])
+def test_a_model_saved_with_its_adapters_is_refused_by_all_with_how_to_merge_them(
+    adapted: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = {"modules_to_save": ["lm_head"]} if adapted == "lm_head" else {}
+    module = "q_proj" if whole else adapted.rpartition(".")[2]
+    lora = LoraConfig(r=2, target_modules=[module], task_type="CAUSAL_LM", **whole)
+    wrapped = get_peft_model(make_model("llama"), lora)
+    folder = tmp_path / "model"
+    wrapped.base_model.model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    job = [*arguments(folder, text), "--sparsity", "0.5", "--dry-run"]
+    gguf = ["--output", str(tmp_path / "m.gguf")]
+    for command in (
+        job,
+        [*job, "--memory-budget", "800MB"],
+        ["convert", "--model", str(folder), *gguf],
+    ):
+        refused(capsys, command, "saved from a model with PEFT's adapters: merge the adapters")
+    merged = tmp_path / "merged"
+    wrapped.merge_and_unload().save_pretrained(merged)
+    make_tokenizer().save_pretrained(merged)
+    assert _exit_code([*arguments(merged, text), *job[-3:]]) == 0

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_runs import export, random_cuts, recipe, refused
-from tiny_models import LAYERS, WIDTH, logits, make_merging_tokenizer, make_tokenizer, save_tiny
+from small_runs import arguments, cut_live, export, random_cuts, recipe, refused, run_json
+from tiny_models import (
+    HIDDEN,
+    LAYERS,
+    PATHS,
+    WIDTH,
+    logits,
+    make_merging_tokenizer,
+    make_tokenizer,
+    save_tiny,
+)
 from transformers import AutoModelForCausalLM
 
 from fbn_prune import PruningConfig, prune, serving
@@ -21,6 +30,7 @@ from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.config_checks import ConfigWarning
 from fbn_prune.model.kept_neurons import KeptNeurons
 from fbn_prune.model.streaming import StreamedModel
+from fbn_prune.model.surgery import MlpCut
 
 gguf = pytest.importorskip("gguf")
 
@@ -182,6 +192,81 @@ def test_a_config_that_contradicts_the_tensors_is_refused_before_any_work(
         ["--model", str(folder), "--sparsity", "0.5", "--dry-run"],
     ):
         refused(capsys, args, message)
+
+
+def test_rows_of_the_vocabulary_that_the_config_does_not_have_are_refused_with_what_to_write(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = changed(tmp_path / "in", lambda t: None, "llama", vocab_size=258)
+    words = 'write "vocab_size": 260 into config.json if the weights are right'
+    refused(capsys, ["--model", str(folder), "--sparsity", "0.5", "--dry-run"], words)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 260}))
+    Checkpoint.open(folder)
+
+
+def cut_under_an_old_config(folder: Path, name: str, widths: Sequence[int]) -> Path:
+    """A cut checkpoint beside the config of the whole model, as other tools and hand-made cuts leave it."""
+    source = Checkpoint.open(save_tiny(folder / "dense", name))
+    out = export(source, random_cuts(source, widths), folder / "cut")
+    for file in out.glob("modeling_*.py"):
+        file.unlink()
+    (out / "config.json").write_bytes((folder / "dense" / "config.json").read_bytes())
+    return out
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("widths", [(8, 8, 8), (4, 24, 8)], ids=["uniform", "ragged"])
+def test_widths_that_the_config_does_not_have_are_read_from_the_tensors(
+    name: str, widths: tuple[int, ...], tmp_path: Path
+) -> None:
+    folder = cut_under_an_old_config(tmp_path, name, widths)
+    before = (folder / "config.json").read_bytes()
+    with pytest.warns(ConfigWarning, match="neurons.* but the stored tensors have .*neurons"):
+        checkpoint = Checkpoint.open(folder)
+    assert checkpoint.family.widths(checkpoint.config) == list(widths)
+    dense = Checkpoint.open(tmp_path / "dense")
+    expected = logits(cut_live(dense, random_cuts(dense, widths)))
+    assert torch.equal(logits(checkpoint.load_model("cpu", torch.float32)), expected)
+    streamed = StreamedModel(checkpoint, torch.device("cpu"), torch.float32, scratch=tmp_path)
+    torch.testing.assert_close(logits(streamed.model), expected)
+    cut = MlpCut(torch.arange(4), torch.randn(HIDDEN, 4, dtype=torch.float64), None)
+    out = export(checkpoint, [cut] * LAYERS, tmp_path / "again")
+    written = Checkpoint.open(out)
+    assert written.family.width(written.config) == 4
+    assert (folder / "config.json").read_bytes() == before
+
+
+def test_every_command_takes_a_folder_whose_config_has_other_widths(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = cut_under_an_old_config(tmp_path, "llama", (8, 16, 16))
+    job = [*arguments(folder, text), "--width-multiple", "4"]
+    out = tmp_path / "out"
+    shown = run_json(capsys, *job, "--sparsity", "0.5", "--output", out, "--layout", "ragged")
+    line = "config.json says 24 neurons in each layer, but the stored tensors have 8 to 16 neurons"
+    assert line in shown["warning"]
+    assert line in (out / "README.md").read_text()
+    assert run_json(capsys, *job, "--sparsity", "0.5", "--dry-run")["widths"] == [8, 8, 8]
+    for command in ("rank", "compare"):
+        run_json(capsys, command, *arguments(folder, text))
+    shown = run_json(capsys, "bundle", "--model", folder, f"a={out}", "--output", tmp_path / "b")
+    served = serving.load(tmp_path / "b")
+    assert torch.isfinite(logits(served.model)).all()
+    copied = Checkpoint.open(tmp_path / "b")
+    assert copied.family.widths(copied.config) == [8, 16, 16]
+
+
+def test_widths_on_which_the_tensors_do_not_agree_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = cut_under_an_old_config(tmp_path, "llama", (8, 8, 8))
+    tensors = load_file(folder / "model.safetensors")
+    up = "model.layers.1.mlp.up_proj.weight"
+    tensors[up] = torch.ones(16, 16)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    job = ["--model", str(folder), "--sparsity", "0.5", "--dry-run"]
+    refused(capsys, job, "take both from one model")
 
 
 def test_a_bias_that_the_config_does_not_have_is_not_written_for_llama_cpp_to_use(

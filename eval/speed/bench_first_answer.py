@@ -34,6 +34,8 @@ def cases(folder: Path) -> dict[str, list[str]]:
         "--help": ["--help"],
         "unknown flag": [*job, "--sparsty", "0.5"],
         "missing model folder": [*job, "--model", str(folder / "nowhere")],
+        "impossible Hub id": [*job, "--model", "owner/no--id"],
+        "missing GGUF file": [*job, "--model", str(folder / "nowhere.gguf")],
         "missing calibration file": [*job, "--model", model, "--calibration", "nowhere.txt"],
         "broken recipe": ["run", str(folder / "recipe.yaml")],
         "existing output folder": [*job[:2], "--model", model, "--output", str(folder / "output")],

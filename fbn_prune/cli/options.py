@@ -66,7 +66,7 @@ Private = Annotated[
     ),
 ]
 
-MODEL_FLAGS = ("model", "device", "dtype", "seed")
+MODEL_FLAGS = ("model", "allow_untrained", "device", "dtype", "seed")
 CALIBRATION_FLAGS = ("calibration", "tokens", "context", "held_out")
 DISCOVERY_FLAGS = ("networks", "network_tokens", "scope")
 STUDY_FLAGS = (

@@ -124,6 +124,8 @@ def _recovered(recovery: Recovery) -> str:
         "" if recovery.gap_closed is None else f", {recovery.gap_closed:.0%} of the gap to dense"
     )
     cut, recovered = recovery.perplexity_cut, recovery.perplexity_recovered
+    if recovered is None:
+        return "recovery not kept: it ended in NaN or Inf"
     if not recovery.kept:
         return f"recovery not kept: it raised the perplexity from {cut:.3f} to {recovered:.3f}"
     return f"recovery took the perplexity from {cut:.3f} to {recovered:.3f}{closed}"

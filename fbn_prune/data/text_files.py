@@ -28,7 +28,12 @@ def require_source(source: str) -> None:
     InvalidInput
         There is no such file or folder, or it may not be read.
     """
-    if source == "builtin" or source.startswith("hf:"):
+    if source == "builtin":
+        return
+    if source.startswith("hf:"):
+        name = source.removeprefix("hf:").partition(":")[0]
+        if not Path(name).exists() and (fault := hub_id_fault(name)) is not None:
+            raise InvalidInput(f"calibration source {source!r}: no data set has this name: {fault}")
         return
     head = source.rpartition(":")[0]  # FILE:FIELD
     path = next((path for path in (Path(source), Path(head or source)) if path.exists()), None)
@@ -38,6 +43,18 @@ def require_source(source: str) -> None:
         )
     if not os.access(path, os.R_OK):
         raise InvalidInput(f"cannot read calibration source {source!r}: Permission denied")
+
+
+def hub_id_fault(name: str) -> str | None:
+    """Return why a name can be no repository of the Hugging Face Hub; None if it can."""
+    from huggingface_hub.errors import HFValidationError  # not needed for what is on this machine
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        return " ".join(str(error).split()).rstrip(".")
+    return None
 
 
 def require_readable(path: Path) -> None:

@@ -40,7 +40,7 @@ from fbn_prune.model.family import Family, as_config
 from fbn_prune.model.folder import VOCABULARY_FILES, find_folder, read_config
 from fbn_prune.model.gguf_file import GgufFile, load_model, open_gguf
 from fbn_prune.model.gguf_parts import find_gguf
-from fbn_prune.model.header_checks import check_mlps, refuse_quantized
+from fbn_prune.model.header_checks import check_mlps, refuse_quantized, widths_by_tensors
 from fbn_prune.model.headers import one_line
 from fbn_prune.model.modeling_ragged import ragged_class
 from fbn_prune.model.shards import TensorInfo, read_headers
@@ -120,9 +120,10 @@ class Checkpoint:
         else:
             path, hub_id = find_folder(path_or_hub_id, family_of, trust_remote_code)
             config, repairs = repaired(read_config(path))
-            made = tuple(repairs)
             tensors = read_headers(path)
             family = family_of(config)
+            config, other = widths_by_tensors(family, config, tensors)
+            made = (*repairs, *([] if other is None else [other]))
             checkpoint = cls(path, config, family, tensors, hub_id, trust_remote_code, made)
         checkpoint.check()
         if checkpoint.gguf is None:

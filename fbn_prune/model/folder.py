@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fbn_prune.data.text_files import hub_id_fault
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.headers import INDEX_FILE, SINGLE_FILE, one_line, read_index, read_object
 from fbn_prune.model.remedies import without_config
@@ -72,7 +73,7 @@ def local_folder(path_or_hub_id: str | Path) -> Path | None:
     Raises
     ------
     InvalidInput
-        There is no such folder, or it is empty.
+        There is no such folder, it is empty, or the name can be no Hub id.
     """
     path = Path(path_or_hub_id).expanduser()
     try:
@@ -90,8 +91,14 @@ def local_folder(path_or_hub_id: str | Path) -> Path | None:
             f"{path} is a file; give the folder that holds config.json and safetensors"
         )
     text = str(path_or_hub_id)
+    if (
+        address := re.match(r"https?://(?:www\.)?(?:huggingface|hf)\.co/([^/]+/[^/?#]+)", text)
+    ) is not None:
+        raise InvalidInput(f"{text} is an address; give the Hub id {address[1]}")
     if isinstance(path_or_hub_id, Path) or not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", text):
         raise InvalidInput(f"there is no folder {path}; give a model folder or a Hub id")
+    if (fault := hub_id_fault(text)) is not None:
+        raise InvalidInput(f"there is no folder {path}, and no Hub id is like this: {fault}")
     return None
 
 

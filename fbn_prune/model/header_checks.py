@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,42 @@ def refuse_quantized(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
             )
 
 
+def widths_by_tensors(
+    family: Family, config: dict[str, Any], tensors: Mapping[str, TensorInfo]
+) -> tuple[dict[str, Any], str | None]:
+    """Return the config with the widths of the stored MLPs, and a line on what it said before; None if they agree.
+
+    The config is left as it is, for :func:`check_mlps` to refuse, where the tensors give no one width for each layer.
+    """
+    said, hidden = family.widths(config), family.hidden_size(config)
+    found = family.stored_widths({name: info.shape for name, info in tensors.items()})
+    if found == said or len(found) != len(said) or not all(found):
+        return config, None
+    for name, info in tensors.items():
+        location = family.locate(name)
+        if location is None:
+            continue
+        if location.layer >= len(found) or info.shape != family.tensor_shape(
+            location, hidden, found[location.layer]
+        ):
+            return config, None
+    return family.with_widths(config, found), (
+        f"config.json says {_widths(said)}, but the stored tensors have {_widths(found)}: the tensors count, and "
+        f"whatever is written says so ({family.width_key})"
+    )
+
+
+def _bias_cure(family: Family) -> str:
+    if isinstance(family.biased, str):
+        return f': write "{family.biased}": true there if the biases are the model\'s'
+    return "; take both from one model"
+
+
+def _widths(widths: Sequence[int]) -> str:
+    least, most = min(widths), max(widths)
+    return f"{least} neurons in each layer" if least == most else f"{least} to {most} neurons"
+
+
 def check_mlps(
     path: Path, family: Family, config: dict[str, Any], tensors: Mapping[str, TensorInfo]
 ) -> None:
@@ -60,7 +96,7 @@ def check_mlps(
             )
         if location.part == "bias" and not biased:
             raise InvalidInput(
-                f"{path / info.file} has {name}, but config.json says no MLP bias; correct config.json"
+                f"{path / info.file} has {name}, but config.json says no MLP bias{_bias_cure(family)}"
             )
         found.add((location.layer, location.projection.path, location.part))
     if layers < 1:

@@ -57,16 +57,25 @@ def summed_loss(
     for logits, targets in _predictions(
         adapter, distributed.share(batches), on_batch or (lambda tokens: None)
     ):
-        finite = torch.isfinite(logits).all(dim=-1)
-        if not bool((finite | (targets == -100)).all()):
-            raise NonFiniteLogits("the model's logits contain NaN or Inf")
-        loss = cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum"
-        )
-        total += float(loss)
-        count += int((targets != -100).sum())
-    total, tokens = distributed.total(total, count)
-    return total, int(tokens)
+        loss, tokens = _sum(logits, targets)
+        total, count = total + loss, count + tokens
+    total, summed = distributed.total(total, count)
+    return total, int(summed)
+
+
+def loss_of_blocks(logits: Tensor, ids: Tensor, valid: Tensor) -> tuple[float, int]:
+    """Return what :func:`summed_loss` does, for logits [blocks, length, vocabulary] of ids [blocks, length]."""
+    return _sum(*_shifted(logits, ids, valid))
+
+
+def _sum(logits: Tensor, targets: Tensor) -> tuple[float, int]:
+    finite = torch.isfinite(logits).all(dim=-1)
+    if not bool((finite | (targets == -100)).all()):
+        raise NonFiniteLogits("the model's logits contain NaN or Inf")
+    loss = cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum"
+    )
+    return float(loss), int((targets != -100).sum())
 
 
 def _predictions(
@@ -74,7 +83,12 @@ def _predictions(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield logits [blocks, length - 1, vocabulary] and target ids [blocks, length - 1], -100 for padding."""
     for logits, ids, valid in adapter.logits(batches, on_batch):
-        yield logits[:, :-1], ids[:, 1:].masked_fill(~valid[:, 1:].to(ids.device), -100)
+        yield _shifted(logits, ids, valid)
+
+
+def _shifted(logits: Tensor, ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    targets = ids[:, 1:].to(logits.device)
+    return logits[:, :-1], targets.masked_fill(~valid[:, 1:].to(logits.device), -100)
 
 
 def perplexity(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,18 @@ from transformers import PreTrainedModel
 
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.config_checks import ConfigWarning
 from fbn_prune.model.families import family_of
 from fbn_prune.model.family import Family
 from fbn_prune.model.folder import find_folder, read_config
 from fbn_prune.model.gguf_file import open_gguf
 from fbn_prune.model.gguf_parts import find_gguf
-from fbn_prune.model.header_checks import PACKED, WEIGHT_DTYPES
+from fbn_prune.model.header_checks import PACKED, WEIGHT_DTYPES, widths_by_tensors
 from fbn_prune.model.quantization import CONFIG_KEYS, known_method, quantization_of
 from fbn_prune.model.quantized_formats import stored_weights
 from fbn_prune.model.quantized_values import Stored, plain, rounded
 from fbn_prune.model.shards import TensorInfo, read_headers
+from fbn_prune.model.stored_tensors import disagreement, settle
 from fbn_prune.model.streaming import check_tensors
 from fbn_prune.model.surgery import with_own_code
 
@@ -76,11 +79,11 @@ class QuantizedCheckpoint(Checkpoint):
         """
         if self.gguf is not None:
             return super().tensor(name)
-        dtype = self.tensors[name].dtype
-        if (stored := self.stored.get(name)) is not None:
+        dtype, source = self.tensors[name].dtype, self.tensors[name].stored or name
+        if (stored := self.stored.get(source)) is not None:
             values = plain(name, stored, self._stored_tensor, dtype)
             return values.T.contiguous() if self.transposed else values
-        tensor = self._stored_tensor(name)
+        tensor = self._stored_tensor(source)
         return tensor if tensor.dtype == dtype else rounded(name, tensor, dtype)
 
     def read(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -142,9 +145,13 @@ def open_quantized(
         raise InvalidInput(
             f"{path}: {error}; download it again, or give the unquantized model"
         ) from error
+    bare = {key: value for key, value in config.items() if key not in CONFIG_KEYS}
+    bare, other = widths_by_tensors(family, bare, tensors)
+    if other is not None:
+        warnings.warn(other, ConfigWarning, stacklevel=2)
     checkpoint = QuantizedCheckpoint(
         path,
-        plain_config(config, target),
+        plain_config(bare, target),
         family,
         tensors,
         hub_id,
@@ -154,8 +161,22 @@ def open_quantized(
         transposed=transposed,
     )
     checkpoint.check()
+    checkpoint = _settled(checkpoint)
     check_tensors(checkpoint)
     return checkpoint
+
+
+def _settled(checkpoint: QuantizedCheckpoint) -> QuantizedCheckpoint:
+    """Return the checkpoint with a config that says whether its head is tied; tensors without a use stay in it."""
+
+    def equal(one: str, other: str) -> bool:
+        return torch.equal(checkpoint.tensor(one), checkpoint.tensor(other))
+
+    found = settle(checkpoint.path, checkpoint.config, checkpoint.family, checkpoint.tensors, equal)
+    for line in disagreement(found.own_head, {}):
+        warnings.warn(line, ConfigWarning, stacklevel=3)
+    tensors = {**found.tensors, **found.unused}
+    return replace(checkpoint, config=found.config, tensors=tensors, own_head=found.own_head)
 
 
 def plain_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:

@@ -12,11 +12,11 @@ from fbn_prune.errors import InvalidInput
 if TYPE_CHECKING:
     from fbn_prune.model.shards import TensorInfo
 
+_MERGE = "merge the adapters and save the inner model, with model.merge_and_unload().save_pretrained(FOLDER)"
 _WRAPPERS = {
-    "base_model.model.": (
-        "PEFT's wrapper",
-        "merge the adapters and save the inner model, with model.merge_and_unload().save_pretrained(FOLDER)",
-    ),
+    "base_model.model.": ("PEFT's wrapper", _MERGE),
+    ".base_layer.": ("a model with PEFT's adapters", _MERGE),
+    ".modules_to_save.": ("a model with PEFT's adapters", _MERGE),
     "module.": ("DataParallel's wrapper", "save the inner model, model.module"),
     "_orig_mod.": ("torch.compile's wrapper", "save the inner model, model._orig_mod"),
     "_fsdp_wrapped_module.": ("FSDP's wrapper", "save the full state dict of the inner model"),
@@ -72,11 +72,16 @@ def refuse_ungathered(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
 
 def missing_tensor(names: Collection[str]) -> str:
     """Return what to do about a missing tensor, judged by the names of those that are there; begins with "; "."""
-    for prefix, (wrapper, cure) in _WRAPPERS.items():
-        found = next((name for name in names if prefix in name), None)
+    return wrapped(names) or "; if the files are incomplete, download them again"
+
+
+def wrapped(names: Collection[str]) -> str | None:
+    """Return how to save the model without what was wrapped around it, beginning with "; "; None without a wrapper."""
+    for part, (wrapper, cure) in _WRAPPERS.items():
+        found = next((name for name in names if part in name), None)
         if found is not None:
             return f"; {found} was saved from {wrapper}: {cure}"
-    return "; if the files are incomplete, download them again"
+    return None
 
 
 def refuse_sentencepiece_without_library(path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +21,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.building import skeleton
 from fbn_prune.model.family import Family, as_config
+from fbn_prune.model.remedies import wrapped
 from fbn_prune.model.shards import TensorInfo
 
 TIED = "tie_word_embeddings"
@@ -53,7 +54,11 @@ class Settled:
 
 
 def settle(
-    path: Path, config: dict[str, Any], family: Family, tensors: Mapping[str, TensorInfo]
+    path: Path,
+    config: dict[str, Any],
+    family: Family,
+    tensors: Mapping[str, TensorInfo],
+    equal: Callable[[str, str], bool] | None = None,
 ) -> Settled:
     """Compare a checkpoint's headers with the parameters of its config's model.
 
@@ -69,6 +74,8 @@ def settle(
         Its architecture.
     tensors
         Its headers by name.
+    equal
+        Compares the weights of two stored tensors. Default: as they are in the files.
 
     Raises
     ------
@@ -82,9 +89,9 @@ def settle(
         stored_embedding = stored_name(family, found, embedding)
         if not as_config(config).tie_word_embeddings:
             if stored_head is None and stored_embedding is not None:
+                cure = f': add "{TIED}": true to config.json if the model is tied'
                 raise InvalidInput(
-                    f"{path} has no {head}, though config.json does not say {TIED}: add "
-                    f'"{TIED}": true to config.json if the model is tied'
+                    f"{path} has no {head}, though config.json does not say {TIED}{wrapped(found) or cure}"
                 )
         elif stored_head is None:
             continue
@@ -94,7 +101,11 @@ def settle(
                 embedding if name == stored_head else name: info if name == stored_head else other
                 for name, other in found.items()
             }
-        elif _equal(path, found, stored_head, stored_embedding):
+        elif (
+            _equal(path, found, stored_head, stored_embedding)
+            if equal is None
+            else equal(stored_head, stored_embedding)
+        ):
             del found[stored_head]
         else:
             config, own_head = {**config, TIED: False}, stored_head
@@ -107,8 +118,12 @@ def settle(
             continue
         used.add(stored)
         if found[stored].shape != shape:
+            cure = "take config.json and the weights from one model"
+            rows = found[stored].shape[0]
+            if shape[0] == family.vocab_size(config) and found[stored].shape[1:] == shape[1:]:
+                cure = f'write "vocab_size": {rows} into config.json if the weights are right'
             raise InvalidInput(
-                f"{path}: {stored} has shape {list(found[stored].shape)}, the model needs {list(shape)}"
+                f"{path}: {stored} has shape {list(found[stored].shape)}, the model needs {list(shape)}: {cure}"
             )
     # If parameters are missing, transformers may know other names for them: nothing can be called unused then.
     unused = {

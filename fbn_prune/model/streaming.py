@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from fbn_prune.data.calibration import Batch
 from fbn_prune.errors import InvalidInput
-from fbn_prune.model import building
+from fbn_prune.model import building, remedies
 from fbn_prune.model.adapter import ModelAdapter, set_features
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.layerwise import LayerwiseForward
@@ -284,7 +284,8 @@ def check_tensors(checkpoint: Checkpoint) -> None:
         stored = checkpoint.stored_name(name)
         if stored is None:
             raise InvalidInput(
-                f"{checkpoint.path}: the model's {name} is not in the checkpoint: download it again"
+                f"{checkpoint.path}: the model's {name} is not in the checkpoint"
+                f"{remedies.missing_tensor(checkpoint.tensors)}"
             )
         if checkpoint.shape(stored) != tuple(parameter.shape):
             raise InvalidInput(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,7 @@ def discover(
     keep: bool,
     header: dict[str, Any],
     clock: StageClock,
+    on_dense: Callable[[float], None] = lambda loss: None,
 ) -> FunctionalNetworks:
     """Find the functional networks of a model on calibration text.
 
@@ -69,6 +71,9 @@ def discover(
         Whether activations stay in memory between the solver's passes, see :class:`SampledActivations`.
     header
         Facts about the run to store with the networks (model, fingerprints, versions).
+    on_dense
+        Called before the decomposition with the model's mean loss on a part of the text, see
+        :attr:`SampledActivations.loss`; may raise to end the search.
 
     Raises
     ------
@@ -90,6 +95,7 @@ def discover(
         )
     for _ in activations:  # a stage of its own for the forward pass, separate from the solver's
         pass
+    on_dense(activations.loss)
     with clock.stage("ica", (4 if options.recurrence else 1) * PARTS, "parts") as advance:
         found = _decompose(activations, slice(None), options, clock, advance)
         recurrence = _recurrence(activations, found, options, clock, advance)

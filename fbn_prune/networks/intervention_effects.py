@@ -38,6 +38,15 @@ TaskFigures = dict[str, dict[str, float]]
 TaskMeasure = Callable[[PreTrainedModel], TaskFigures]
 """Measures the model, in its present state, on tasks, in addition to the perplexity on texts."""
 
+USUAL_PASSES = 200
+"""Forward passes after which tasks that have not run before are shown as about two thirds done."""
+
+
+def parts(texts: Mapping[str, Sequence[Batch]], tasks: TaskMeasure | None = None) -> int:
+    """Return the parts of a bar that one measurement takes: the texts' tokens, and as many again for tasks."""
+    tokens = sum(batch.tokens for batches in texts.values() for batch in batches)
+    return tokens if tasks is None else 2 * tokens
+
 
 @dataclass(frozen=True)
 class Quality:
@@ -142,8 +151,8 @@ class Ablation:
     ----------
     texts
         Name -> batches. The perplexity is over the tokens of all texts together.
-    on_measured
-        Called with 1 after each measurement.
+    advance
+        Called during a measurement with what was finished since the last call; see :func:`parts`.
     tasks
         Measures the model on tasks too, each time; None for texts only.
     """
@@ -152,11 +161,13 @@ class Ablation:
         self,
         adapter: ModelAdapter,
         texts: Mapping[str, Sequence[Batch]],
-        on_measured: Advance = lambda count: None,
+        advance: Advance = lambda count: None,
         tasks: TaskMeasure | None = None,
     ) -> None:
         self._adapter, self._texts = adapter, texts
-        self._on_measured, self._tasks = on_measured, tasks
+        self._advance, self._tasks = advance, tasks
+        self._task_parts = parts(texts)
+        self._passes: int | None = None
 
     def action(self, name: ActionName, factor: float = 1.0) -> Intervene:
         """Return the intervention of that name on this model; only `amplify` uses `factor`."""
@@ -169,10 +180,39 @@ class Ablation:
 
     def dense(self) -> Quality:
         """Measure the unchanged model."""
-        texts = {name: summed_loss(self._adapter, batches) for name, batches in self._texts.items()}
-        figures = {} if self._tasks is None else self._tasks(self._adapter.model)
-        self._on_measured(1)
-        return Quality(texts, figures)
+        texts = {
+            name: summed_loss(self._adapter, batches, self._advance)
+            for name, batches in self._texts.items()
+        }
+        return Quality(texts, {} if self._tasks is None else self._on_tasks(self._tasks))
+
+    def _on_tasks(self, measure: TaskMeasure) -> TaskFigures:
+        """Measure the model on the tasks; the bar moves with each of its forward passes.
+
+        How many these are is known when the tasks have run once. Until then they move the bar by ever smaller steps.
+        """
+        passes, shown = 0, 0
+
+        def show(share: float) -> None:
+            nonlocal shown
+            if (done := int(self._task_parts * share)) > shown:
+                self._advance(done - shown)
+                shown = done
+
+        def count(*about: object) -> None:
+            nonlocal passes
+            passes += 1
+            known = self._passes
+            show(1 - math.exp(-passes / USUAL_PASSES) if known is None else min(1, passes / known))
+
+        handle = self._adapter.model.register_forward_hook(count)
+        try:
+            figures = measure(self._adapter.model)
+        finally:
+            handle.remove()
+        self._passes = passes
+        show(1)
+        return figures
 
     def measure(self, intervene: Intervene, masks: Sequence[Tensor]) -> Ablated:
         """Measure the model with the neurons of `masks` (bool [neurons] for each layer) changed."""

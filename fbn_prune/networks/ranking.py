@@ -7,12 +7,14 @@ network's hubs and measures the rise of the loss: the causal test, at one pass p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from fbn_prune.data.calibration import Batch
+from fbn_prune.errors import counted
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.perplexity import mean_loss
 from fbn_prune.networks.functional_networks import FunctionalNetworks
@@ -41,17 +43,28 @@ def knockout_rise(
     networks: FunctionalNetworks,
     batches: Sequence[Batch],
     clock: StageClock,
+    *,
+    on_dense: Callable[[float], None] = lambda loss: None,
 ) -> Tensor:
-    """Return the rise of the mean loss, in nats a token, when each network's hubs are masked; float64 [networks]."""
+    """Return the rise of the mean loss, in nats a token, when each network's hubs are masked; float64 [networks].
+
+    Parameters
+    ----------
+    on_dense
+        Called with the mean loss of the unchanged model before any network is masked; may raise to end the search.
+    """
     count = len(networks.maps)
-    with clock.stage("rank", count + 1, "networks") as advance:
-        dense = mean_loss(adapter, batches)
-        advance(1)
+    clock.note(f"rank: knock-out of {counted(count, 'network')}, one at a time")
+    tokens = sum(batch.tokens for batch in batches)
+    with clock.stage("rank", (count + 1) * tokens, "tokens") as advance:
+        start = time.perf_counter()
+        dense = mean_loss(adapter, batches, advance)
+        clock.note_time("rank", "the unchanged model", time.perf_counter() - start, count)
+        on_dense(dense)
         rises = torch.zeros(count, dtype=torch.float64)
         for network in range(count):
             with masked(adapter, networks.by_layer(networks.hubs(network))):
-                rises[network] = mean_loss(adapter, batches) - dense
-            advance(1)
+                rises[network] = mean_loss(adapter, batches, advance) - dense
     return rises
 
 

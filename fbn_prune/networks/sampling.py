@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,12 +13,17 @@ from fbn_prune.data.calibration import Batch, TokenBlocks
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.layerwise import LayerwiseForward
+from fbn_prune.model.perplexity import loss_of_blocks
 from fbn_prune.model.spill import Spilled
 from fbn_prune.networks import ica
 from fbn_prune.progress import Advance, StageClock
 
 LEAST_BLOCKS = 32
 """Sample from at least this many blocks, if available, because the tokens of one block are alike."""
+
+LOSS_TOKENS, LOSS_CONTEXT = 1024, 128
+"""Tokens that :attr:`SampledActivations.loss` is measured on, at most so many at the start of a block: the logits of
+whole blocks can be larger than the activations."""
 
 CONTEXT_REACH = 8
 """Number of tokens shown before and after a network's top token."""
@@ -26,7 +32,8 @@ CONTEXT_REACH = 8
 class SampledActivations:
     """Standardised activations Z [tokens, neurons] of each layer in turn, for a fixed sample of tokens.
 
-    Iteration yields one layer at a time. The first pass also fills `mean` and `std` (lists of float32 [neurons]).
+    Iteration yields one layer at a time. The first pass also fills `mean` and `std` (lists of float32 [neurons]), and
+    `loss`: the model's mean next-token loss in nats on about :data:`LOSS_TOKENS` tokens.
 
     Parameters
     ----------
@@ -66,6 +73,7 @@ class SampledActivations:
             self._keep, self._kept = True, spilled
         self.mean: list[Tensor] = []
         self.std: list[Tensor] = []
+        self.loss = math.nan
 
     def __iter__(self) -> Iterator[Tensor]:
         if len(self._kept) == self.layers:
@@ -84,6 +92,8 @@ class SampledActivations:
                 if self._keep:
                     self._kept.append(z)
                 yield z
+            if first:
+                self.loss = self._loss(stream, own_batches)
         self._adapter.release()
 
     def _layer(
@@ -103,6 +113,22 @@ class SampledActivations:
                 "damaged, or the compute type overflows (try --dtype float32)"
             )
         return ica.standardise(x)
+
+    def _loss(self, stream: LayerwiseForward, batches: Sequence[Batch]) -> float:
+        """Return the mean loss from the outputs of the last layer, which costs no further pass over the layers."""
+        total, count = 0.0, 0
+        for index, batch in enumerate(batches):
+            for row in range(len(batch.input_ids)):
+                if count >= LOSS_TOKENS / distributed.world():
+                    break
+                block = slice(row, row + 1), slice(LOSS_CONTEXT)
+                hidden = stream.hidden[index][block].to(self._adapter.device)
+                loss, tokens = loss_of_blocks(
+                    stream.logits(hidden), batch.input_ids[block], batch.valid[block]
+                )
+                total, count = total + loss, count + tokens
+        total, summed = distributed.total(total, count)
+        return total / summed
 
     def token_ids(self) -> Tensor:
         """Return the sampled token ids, int64 [tokens]."""

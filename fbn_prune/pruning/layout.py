@@ -272,8 +272,7 @@ def _trials(
             start = time.perf_counter()
             with subject.adapter.trying(parts):
                 losses[name] = token_losses(subject.adapter, batches, advance)
-            took, left = time.perf_counter() - start, len(cuts) - tried
-            if tried == 1 and left and took >= 1:
-                expected = f"about {left * took:.0f} s for the other {left}"
-                clock.note(f"trial: {name} widths took {took:.0f} s; {expected}")
+            if tried == 1:
+                took = time.perf_counter() - start
+                clock.note_time("trial", f"{name} widths", took, len(cuts) - tried)
     return dense, losses

@@ -6,6 +6,7 @@ drawn many times, and principal components of the same space, ranked by the same
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from fbn_prune.data import builtin
 from fbn_prune.data.calibration import Batch, first_blocks
-from fbn_prune.errors import InvalidInput
+from fbn_prune.errors import InvalidInput, counted
 from fbn_prune.networks.activity import principal_networks, second_moment, time_courses
 from fbn_prune.networks.functional_networks import HUB_Z
 from fbn_prune.networks.intervention_effects import (
@@ -28,11 +29,12 @@ from fbn_prune.networks.intervention_effects import (
     TaskMeasure,
     check_sizes,
     largest,
+    parts,
 )
 from fbn_prune.networks.ranking import strongest_first
 from fbn_prune.progress import StageClock
 from fbn_prune.recipe import Recipe
-from fbn_prune.runs.stages import rank_scores
+from fbn_prune.runs.stages import measuring_dense, rank_scores, refuse_guessing
 from fbn_prune.runs.study import Studied, study
 
 MOMENT_TOKENS = 8192
@@ -177,19 +179,25 @@ def run_ablation(
     order = strongest_first(scores)
     chosen = [n for n in order if n in plan.networks] if plan.networks else order
     components = _components(on, clock) if plan.components else None
-    controls = 0 if components is None else 1
-    measurements = 1 + len(chosen) * (1 + controls) + plan.draws
-    measurements += 2 * len(plan.grow) * (1 + plan.draws + controls)
-    with clock.stage("ablation", measurements, "measurements") as advance:
-        tasks = None if on_tasks is None else on_tasks(on.tokenizer)
+    tasks = None if on_tasks is None else on_tasks(on.tokenizer)
+    sets = _counts(plan, len(chosen))
+    others = sum(sets.values())
+    listed = ", ".join(counted(count, name) for name, count in sets.items() if count)
+    clock.note(f"ablation: the unchanged model, {listed}, one at a time")
+    total, unit = (1 + others) * parts(texts, tasks), "tokens" if tasks is None else "parts"
+    with clock.stage("ablation", total, unit) as advance:
         ablation = Ablation(on.adapter, texts, advance, tasks)
         intervene = ablation.action(plan.action, plan.factor)
-        dense = ablation.dense()
-        sets = {n: networks.by_layer(networks.members(n, plan.z)) for n in chosen}
-        measured = {n: ablation.measure(intervene, masks) for n, masks in sets.items()}
+        start = time.perf_counter()
+        with measuring_dense(on, [batch for batches in texts.values() for batch in batches]):
+            dense = ablation.dense()
+        clock.note_time("ablation", "the unchanged model", time.perf_counter() - start, others)
+        refuse_guessing(on, dense.perplexity)
+        masks = {n: networks.by_layer(networks.members(n, plan.z)) for n in chosen}
+        measured = {n: ablation.measure(intervene, each) for n, each in masks.items()}
         strongest = _strongest(measured, plan.action)
         seed = recipe.seed
-        band = ablation.random(intervene, sets[strongest], draws=plan.draws, seed=seed)
+        band = ablation.random(intervene, masks[strongest], draws=plan.draws, seed=seed)
         result = AblationResult(
             recipe.model, plan, recipe.rank_or_default, dense, measured, strongest, band
         )
@@ -212,6 +220,18 @@ def run_ablation(
                 components=components,
             )
     return result
+
+
+def _counts(plan: AblationPlan, networks: int) -> dict[str, int]:
+    """Return how many sets of neurons of each kind will be changed."""
+    controls = 1 if plan.components else 0
+    grown = 2 * len(plan.grow)
+    return {
+        "network": networks,
+        "growing set": grown,
+        "random set": plan.draws * (1 + grown),
+        "principal component": controls * (networks + grown),
+    }
 
 
 def _strongest(measured: dict[int, Ablated], action: ActionName) -> int:

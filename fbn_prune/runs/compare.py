@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fbn_prune.errors import InvalidInput
+from fbn_prune.data.calibration import Batch
+from fbn_prune.errors import InvalidInput, counted
 from fbn_prune.export.directory import check_room
 from fbn_prune.model.perplexity import perplexity
 from fbn_prune.model.streaming import SpilledCuts
-from fbn_prune.progress import StageClock
+from fbn_prune.progress import Advance, StageClock
 from fbn_prune.pruning.allocation import (
     budget_from_networks,
     budget_from_sparsity,
@@ -30,7 +32,7 @@ from fbn_prune.pruning.criteria import CRITERIA
 from fbn_prune.pruning.cutting import CutPlan, try_cuts
 from fbn_prune.pruning.evidence import CutOptions
 from fbn_prune.recipe import CRITERION_NAMES, Recipe
-from fbn_prune.runs.stages import rank_networks, refuse_guessing
+from fbn_prune.runs.stages import measuring_dense, rank_networks, refuse_guessing
 from fbn_prune.runs.study import Studied, study
 
 Cell = tuple[str, float]
@@ -135,15 +137,21 @@ def run_comparison(
     shares = [_share(on, share, budgets[share]) for share in kept]
     missing = [(n, s) for s in shares for n in names if (n, s) not in comparison.cells]
     if missing:
+        tried = ", ".join(map(_words, missing))
+        clock.note(f"comparison of {counted(len(missing), 'model')}: {tried}")
         scratch = on.prepared.memory.scratch if path is None else path.resolve().parent
         cuts = _cuts(on, missing, comparison, order, scratch, clock)
         held_out = on.data.held_out.batches(on.prepared.batch_tokens)
-        with clock.stage("comparison", len(missing), "models") as advance:
-            for cell in missing:
-                comparison.cells[cell] = _perplexity(on, cuts.pop(cell), held_out)
+        total = len(missing) * on.data.held_out.tokens
+        with clock.stage("comparison", total, "tokens") as advance:
+            for measured, cell in enumerate(missing, 1):
+                start = time.perf_counter()
+                comparison.cells[cell] = _perplexity(on, cuts.pop(cell), held_out, advance)
+                if measured == 1:
+                    took = time.perf_counter() - start
+                    clock.note_time("comparison", _words(cell), took, len(missing) - 1)
                 if path is not None:
                     comparison.save(path)
-                advance(1)
     if path is not None:
         from fbn_prune.export.report.facts import Comparison as Compared
         from fbn_prune.export.report.figures import comparison_svg
@@ -204,7 +212,10 @@ def _begin(
         before.networks |= networks
         return before
     held_out = on.data.held_out.batches(prepared.batch_tokens)
-    with clock.stage("dense perplexity", on.data.held_out.tokens, "tokens") as advance:
+    with (
+        measuring_dense(on, held_out),
+        clock.stage("dense perplexity", on.data.held_out.tokens, "tokens") as advance,
+    ):
         dense = perplexity(on.adapter, held_out, advance)
     refuse_guessing(on, dense)
     return Comparison(prepared.recipe.model, facts, dense, widths, networks=networks)
@@ -281,7 +292,14 @@ def _cuts(
     return cuts
 
 
-def _perplexity(on: Studied, cuts: SpilledCuts, held_out: Any) -> float:
+def _perplexity(
+    on: Studied, cuts: SpilledCuts, held_out: Sequence[Batch], advance: Advance
+) -> float:
     """Return the held-out perplexity with the cuts applied to the one model in memory for the measurement."""
     with on.adapter.trying(cuts, round_to=on.prepared.checkpoint.storage_dtype):
-        return perplexity(on.adapter, held_out)
+        return perplexity(on.adapter, held_out, advance)
+
+
+def _words(cell: Cell) -> str:
+    criterion, share = cell
+    return f"{criterion} at {share:.0%}"

@@ -108,8 +108,9 @@ def plan(prepared: Prepared) -> Plan:
         budget = prepared.budget
     elif prepared.networks is not None:
         # Ranking needs the weights; any K networks have about the same number of members.
-        kept = range(recipe.kept_networks_or_default)
-        budget = Budget(budget_from_networks(prepared.networks, list(kept)), most=False)
+        count = min(recipe.kept_networks_or_default, len(prepared.networks.maps))
+        kept = list(range(count))
+        budget = Budget(budget_from_networks(prepared.networks, kept), most=False)
         estimated += sizes
     else:
         # The share holds for 64 networks; fewer networks are larger.

@@ -7,11 +7,9 @@ of safetensors; :func:`fbn_prune.runs.setup.prepare` calls the same functions, a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from fbn_prune.data.text_files import require_source
-from fbn_prune.distributed import is_first
 from fbn_prune.errors import InvalidInput
 from fbn_prune.export.directory import check_output, check_room, on_one_disk
 from fbn_prune.model.families import family_of
@@ -19,8 +17,9 @@ from fbn_prune.model.folder import local_folder, read_config
 from fbn_prune.model.gguf_parts import find_gguf
 from fbn_prune.model.headers import read_stored
 from fbn_prune.recipe import Recipe
-from fbn_prune.runs.unfinished import shard_bytes, unfinished_runs
-from fbn_prune.store import LOCK, default_place
+from fbn_prune.runs.second_run import refuse_second_run
+from fbn_prune.runs.unfinished import shard_bytes
+from fbn_prune.store import default_place
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -90,32 +89,13 @@ def check_places(recipe: Recipe, model: Path | None, total_bytes: int) -> None:
     if output is None:
         return
     place = default_place(output) if recipe.work_dir is None else recipe.work_dir
-    _refuse_second_run(place.expanduser(), output)
+    refuse_second_run(output, recipe.work_dir)
     missing = max(0, total_bytes - shard_bytes(place.expanduser(), output))
     one_disk = on_one_disk(place, output)
     needed = missing if one_disk else total_bytes
     check_output(output, recipe.overwrite, model, needed_bytes=needed)
     if not one_disk:
         check_room(place, missing, "work directory")
-
-
-def _refuse_second_run(place: Path, output: Path) -> None:
-    """Refuse an output that another process is working on, because only one of the two could be put in place."""
-    if not is_first() or not place.is_dir():  # other processes of a job see the run of the first
-        return
-    target = str(output.expanduser().resolve())
-    for run in unfinished_runs(place):
-        if run.in_use and run.output == target:
-            raise InvalidInput(
-                f"{run.folder} is in use by process {_process(run.folder)}: another run is writing the output "
-                f"{output}; wait until it ends, or give another --output"
-            )
-
-
-def _process(folder: Path) -> str:
-    with suppress(OSError):
-        return (folder / LOCK).read_text(encoding="ascii", errors="replace").strip()
-    return "unknown"
 
 
 def _local(model: str) -> Path | None:

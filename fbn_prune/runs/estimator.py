@@ -34,6 +34,8 @@ class FunctionalNetworkICA(TransformerMixin, BaseEstimator):
     scope
         "global": one ICA over the neurons of all layers (arXiv 2502.20408); "layer": one ICA per layer
         (arXiv 2508.05239).
+    allow_untrained
+        Go on with a model that predicts no better than a guess, such as one with random weights.
 
     Attributes
     ----------
@@ -68,11 +70,13 @@ class FunctionalNetworkICA(TransformerMixin, BaseEstimator):
         random_state: int = 0,
         network_tokens: int = 8192,
         scope: str = "global",
+        allow_untrained: bool = False,
     ) -> None:
         self.n_components = n_components
         self.random_state = random_state
         self.network_tokens = network_tokens
         self.scope = scope
+        self.allow_untrained = allow_untrained
 
     def fit(
         self, model: PreTrainedModel, tokenizer: Any, dataset: Dataset = "builtin"
@@ -92,6 +96,7 @@ class FunctionalNetworkICA(TransformerMixin, BaseEstimator):
             seed=self.random_state,
             report_networks=True,
             keep_networks=1,
+            allow_untrained=self.allow_untrained,
         )
         self.networks_ = discover_live(model, tokenizer, dataset, config, StageClock())
         self._model, self._tokenizer = model, tokenizer

@@ -22,7 +22,7 @@ from fbn_prune.distributed import processes
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.checkpoint import SLICE_BYTES, Checkpoint
 from fbn_prune.model.placement import layer_bytes, place_layers
-from fbn_prune.networks.sampling import LEAST_BLOCKS
+from fbn_prune.networks.sampling import LEAST_BLOCKS, LOSS_CONTEXT
 from fbn_prune.recipe import Recipe, parse_size
 
 PROCESS_BYTES = 580 * 10**6
@@ -256,6 +256,7 @@ class _Sizes:
         held_out = int(tokens * recipe.held_out)
         rows = min(self.context if self.streamed else batch, held_out)
         logits = head + rows * vocabulary * (size + 2 * 4)
+        few_logits = head + min(LOSS_CONTEXT, self.context) * vocabulary * (size + 2 * 4)
         # Trials of widths and comparisons cut one layer at a time in memory: the cut layer, one of its projections
         # while it is cut, and the output weights that it is made from.
         trial = 0 if self.streamed else (layer + 2 * hidden * width) * size
@@ -271,7 +272,7 @@ class _Sizes:
         if recipe.needs_networks:
             maps = 4 * networks * neurons
             stages["networks"] = base + max(
-                self._discovery(width, neurons, max(head, forward)),
+                self._discovery(width, neurons, max(few_logits, forward)),
                 7 * maps + recipe.network_tokens,
             )
         square = 8 * width * width
@@ -305,7 +306,7 @@ class _Sizes:
             graph = few * (16 * hidden * layers + 8 * neurons) * size
             both = base + self.checkpoint.total_parameters * size
             adapters = 2 * recipe.recover_rank * (4 * hidden * layers + neurons)
-            trained = 16 * max(layer, adapters)
+            trained = max((16 + size) * layer, 16 * adapters)
             logits = 4 * 4 * min(few * vocabulary, LOGIT_BYTES // 4)
             stages["recovery"] = both + max(2 * self._hidden(tokens), graph + logits) + trained
         return stages

@@ -26,6 +26,7 @@ from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.networks.task_matching import TaskCalibration, task_calibration
 from fbn_prune.progress import StageClock
 from fbn_prune.runs.result import tool_version
+from fbn_prune.runs.second_run import output_locked
 from fbn_prune.runs.setup import Prepared
 from fbn_prune.store import Store, default_place, fingerprint, store_in
 
@@ -133,7 +134,7 @@ def store_of(prepared: Prepared) -> Iterator[Store]:
     Raises
     ------
     InvalidInput
-        If another process works on the same run.
+        If another process works on the same run, or writes the same output.
     FbnPruneError
         If the work directory cannot be written to.
     """
@@ -143,10 +144,11 @@ def store_of(prepared: Prepared) -> Iterator[Store]:
         return
     place = default_place(recipe.output) if recipe.work_dir is None else recipe.work_dir
     about = {"model": recipe.model, "output": str(recipe.output.expanduser().resolve())}
-    named = recipe.work_dir is not None
-    with store_in(
-        place.expanduser(), fingerprint(facts(prepared)), about, keep_place=named
-    ) as store:
+    key, named = fingerprint(facts(prepared)), recipe.work_dir is not None
+    with (
+        output_locked(recipe.output),
+        store_in(place.expanduser(), key, about, keep_place=named) as store,
+    ):
         yield store
 
 

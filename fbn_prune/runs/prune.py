@@ -16,7 +16,6 @@ from fbn_prune.distributed import is_first
 from fbn_prune.errors import FbnPruneError, InvalidInput, counted
 from fbn_prune.export.directory import check_room
 from fbn_prune.model.adapter import ModelAdapter
-from fbn_prune.model.non_finite import damage
 from fbn_prune.model.perplexity import NonFiniteLogits, perplexity
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.networks.task_matching import MatchedCalibration
@@ -45,6 +44,7 @@ from fbn_prune.runs.stages import (
     find_networks,
     loss_roots_of,
     match_to_task,
+    measuring_dense,
     rank_networks,
     recover_model,
     refuse_guessing,
@@ -203,7 +203,13 @@ class PruneRun:
     def measure(self) -> None:
         """Measure the cut model's perplexity, and compare it with the one that the errors of the cuts predict."""
         checkpoint = self.prepared.checkpoint
-        self.after = self._pruned_perplexity("pruned")
+        after = self._pruned_perplexity("pruned")
+        if after is None:
+            raise FbnPruneError(
+                "the pruned model outputs NaN or Inf: nothing was written; keep more neurons, raise --tokens, or use "
+                "--dtype float32"
+            )
+        self.after = after
         self.expected = predicted_rise(self.pruned.relative_errors)
         vocabulary = self.prepared.family.vocab_size(checkpoint.config)
         warning = check_rise(self.before, self.after, self.expected, vocabulary)
@@ -216,21 +222,20 @@ class PruneRun:
         """Train the cut model; keep what has the lower perplexity."""
         if not self.recipe.recover:
             return
-        trained, restore = recover_model(self.on, self.blocks, self.store)
-        recovered = self._pruned_perplexity("recovered")
+        ended = recover_model(self.on, self.blocks, self.store)
+        recovered = None if ended.trained is None else self._pruned_perplexity("recovered")
         self.recovery = Recovery.measured(
             self.before, self.after, recovered, self.recipe.recover_passes, self.blocks.tokens
         )
-        if self.recovery.kept:
-            self.pruned, self.after = replace(self.pruned, trained=trained), recovered
-            return
-        restore()
-        warning = (
-            f"the recovery raised the perplexity from {self.after:.4g} to {recovered:.4g}, so the model is left as it "
-            "was cut: recover on more text (--tokens), or on text more like the held-out share"
-        )
-        self.clock.note(f"warning: {warning}")
-        self.warnings.append(warning)
+        warnings = [*ended.warnings]
+        if recovered is not None and self.recovery.kept:
+            self.pruned, self.after = replace(self.pruned, trained=ended.trained), recovered
+        else:
+            ended.restore()
+            warnings.append(_not_kept(self.recovery))
+        for warning in warnings:
+            self.clock.note(f"warning: {warning}")
+        self.warnings += warnings
 
     def advise(self) -> None:
         """Warn of a model that few people would use as it is."""
@@ -249,10 +254,11 @@ class PruneRun:
         result.peak_memory_bytes = peak_memory_bytes()
         return result
 
-    def _pruned_perplexity(self, name: str) -> float:
-        return numbers(
+    def _pruned_perplexity(self, name: str) -> float | None:
+        found: float | None = numbers(
             self.store, name, lambda: _pruned_perplexity(self.adapter, self.held_out, self.clock)
         )
+        return found
 
     def _result(self) -> PruneResult:
         """Return the result; sizes after the cut are filled in when the output is written."""
@@ -320,21 +326,33 @@ def _perplexity(
 
 
 def _dense_perplexity(on: OpenRun, batches: Sequence[Batch]) -> float:
-    try:
+    with measuring_dense(on, batches):
         return _perplexity(on.adapter, batches, on.clock, "dense perplexity")
-    except NonFiniteLogits:
-        raise damage(on.adapter, batches) from None
 
 
-def _pruned_perplexity(adapter: ModelAdapter, batches: Sequence[Batch], clock: StageClock) -> float:
-    remedy = "nothing was written; keep more neurons, raise --tokens, or use --dtype float32"
+def _pruned_perplexity(
+    adapter: ModelAdapter, batches: Sequence[Batch], clock: StageClock
+) -> float | None:
+    """Return the perplexity; None if it is not finite."""
     try:
-        after = _perplexity(adapter, batches, clock, "pruned perplexity")
+        found = _perplexity(adapter, batches, clock, "pruned perplexity")
     except NonFiniteLogits:
-        raise FbnPruneError(f"the pruned model outputs NaN or Inf: {remedy}") from None
-    if not math.isfinite(after):
-        raise FbnPruneError(f"the pruned model's perplexity is {after}: {remedy}")
-    return after
+        return None
+    return found if math.isfinite(found) else None
+
+
+def _not_kept(recovery: Recovery) -> str:
+    """Return one line on why a recovery is not kept, and what may help."""
+    cut, recovered = recovery.perplexity_cut, recovery.perplexity_recovered
+    if recovered is None:
+        return (
+            "the recovery ended in NaN or Inf, so the model is left as it was cut: compute in --dtype float32, or "
+            "recover on other text"
+        )
+    return (
+        f"the recovery raised the perplexity from {cut:.4g} to {recovered:.4g}, so the model is left as it was cut: "
+        "recover on more text (--tokens), or on text more like the held-out share"
+    )
 
 
 def _test_perplexity(on: OpenRun) -> float | None:
@@ -348,9 +366,9 @@ def _kept_networks(recipe: Recipe, order: list[int]) -> list[int]:
     """Return the networks to keep: `keep_networks` of them, or all if only the size of the result is given."""
     if recipe.stated_budget is not None and recipe.keep_networks is None:
         return order
-    if order and recipe.kept_networks_or_default > len(order):
+    if order and (recipe.keep_networks or 0) > len(order):
         raise InvalidInput(
-            f"keep_networks = {recipe.kept_networks_or_default}: only {len(order)} networks were found; "
+            f"keep_networks = {recipe.keep_networks}: only {len(order)} networks were found; "
             "keep fewer, or raise --networks"
         )
     return order[: recipe.kept_networks_or_default]

@@ -220,8 +220,6 @@ def prepared_for(
                 f"the model has {layers} layers of {have}: discover the networks of this model"
             )
         counts = {"task_networks": recipe.task_networks, "keep_networks": recipe.keep_networks}
-        if recipe.stated_budget is None:
-            counts["keep_networks"] = recipe.kept_networks_or_default
         for key, count in counts.items():
             if (count or 0) > len(networks.maps):
                 held = f"{recipe.networks_from} holds {counted(len(networks.maps), 'network')}"

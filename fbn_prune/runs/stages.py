@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 from fbn_prune.data.calibration import Batch, TokenBlocks
 from fbn_prune.errors import InvalidInput
 from fbn_prune.export.published import public_name
+from fbn_prune.model.non_finite import damage
+from fbn_prune.model.perplexity import NonFiniteLogits, exp_or_infinite
 from fbn_prune.networks.discovery import DiscoveryOptions, discover
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.networks.ranking import knockout_rise, output_energy, strongest_first
@@ -45,16 +48,18 @@ def find_networks(run: OpenRun, *, recurrence: bool = False) -> FunctionalNetwor
     options = DiscoveryOptions(
         recipe.networks, recipe.network_tokens, recipe.scope, recipe.seed, recurrence
     )
-    networks = discover(
-        adapter,
-        run.data.calibrating,
-        options,
-        tokenizer=run.tokenizer,
-        batch_tokens=prepared.batch_tokens,
-        keep=prepared.memory.keep_activations,
-        header=header,
-        clock=run.clock,
-    )
+    with measuring_dense(run, run.data.calibrating.batches(prepared.batch_tokens)):
+        networks = discover(
+            adapter,
+            run.data.calibrating,
+            options,
+            tokenizer=run.tokenizer,
+            batch_tokens=prepared.batch_tokens,
+            keep=prepared.memory.keep_activations,
+            header=header,
+            clock=run.clock,
+            on_dense=lambda loss: refuse_guessing(run, exp_or_infinite(loss)),
+        )
     return replace(networks, energy=output_energy(networks, adapter.down_weights()))
 
 
@@ -103,7 +108,14 @@ def rank_scores(
     for batch in run.data.calibrating.batches(prepared.batch_tokens):
         if sum(other.tokens for other in few) < KNOCKOUT_TOKENS:
             few.append(batch)
-    return knockout_rise(adapter, networks, few, run.clock)
+    with measuring_dense(run, few):
+        return knockout_rise(
+            adapter,
+            networks,
+            few,
+            run.clock,
+            on_dense=lambda loss: refuse_guessing(run, exp_or_infinite(loss)),
+        )
 
 
 def rank_networks(
@@ -113,6 +125,21 @@ def rank_networks(
     if networks is None:
         return []
     return strongest_first(rank_scores(run, networks, matched))
+
+
+@contextmanager
+def measuring_dense(run: OpenRun, batches: Sequence[Batch]) -> Iterator[None]:
+    """Turn NaN or Inf in the unpruned model's logits into a refusal that names the first layer that computes them.
+
+    Raises
+    ------
+    InvalidInput
+        A logit of the model on these batches is NaN or Inf.
+    """
+    try:
+        yield
+    except NonFiniteLogits:
+        raise damage(run.adapter, batches) from None
 
 
 def refuse_guessing(run: OpenRun, perplexity: float) -> None:
@@ -130,22 +157,31 @@ def refuse_guessing(run: OpenRun, perplexity: float) -> None:
         f"{run.prepared.recipe.model}: the unpruned model's perplexity is {perplexity:,.0f} with a vocabulary of "
         f"{vocabulary:,} tokens, no better than guessing. Most likely its tokenizer ({type(run.tokenizer).__name__}) "
         "is not the one that it was trained with; or the text is of a kind that it does not know. "
-        "allow_untrained: true goes on all the same"
+        "allow_untrained (--allow-untrained) goes on all the same"
     )
 
 
-def recover_model(
-    run: OpenRun, blocks: TokenBlocks, store: Store
-) -> tuple[dict[str, Tensor], Callable[[], None]]:
-    """Train the cut model in place to match the dense one.
+@dataclass(frozen=True)
+class Recovered:
+    """What a recovery ended in.
 
-    Returns
-    -------
-    dict
-        The trained weights by their names in the checkpoint.
-    callable
+    Attributes
+    ----------
+    trained
+        The trained weights by their names in the checkpoint; None if one of them is not finite.
+    restore
         Puts the cut model's weights back.
+    warnings
+        One line for each part of the training that was left out.
     """
+
+    trained: dict[str, Tensor] | None
+    restore: Callable[[], None]
+    warnings: list[str]
+
+
+def recover_model(run: OpenRun, blocks: TokenBlocks, store: Store) -> Recovered:
+    """Train the cut model in place to match the dense one."""
     from fbn_prune.pruning.recovery.healing import (  # peft is slow
         RecoveryOptions,
         heal,
@@ -159,8 +195,8 @@ def recover_model(
         dense = run.dense or prepared.load_model()
     options = RecoveryOptions(recipe.recover_passes, recipe.recover_rank, recipe.seed)
     restore = kept_weights(adapter, prepared.memory.scratch)
-    heal(adapter, dense, blocks, options, run.clock, store=store)
-    return healed_tensors(adapter, prepared.checkpoint), restore
+    warnings = heal(adapter, dense, blocks, options, run.clock, store=store)
+    return Recovered(healed_tensors(adapter, prepared.checkpoint), restore, warnings)
 
 
 def loss_roots_of(run: OpenRun, blocks: TokenBlocks, store: Store) -> list[Tensor] | None:

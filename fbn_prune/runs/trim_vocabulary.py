@@ -16,6 +16,7 @@ from fbn_prune.progress import Display, StageClock
 from fbn_prune.recipe import parse_size
 from fbn_prune.runs.opening import checkpoint_facts
 from fbn_prune.runs.result import tool_version
+from fbn_prune.runs.second_run import output_locked, refuse_second_run
 from fbn_prune.runs.vocabulary import VocabularyFigures, VocabularyRule, choose_vocabulary
 from fbn_prune.store import default_place, fingerprint, store_in
 
@@ -103,6 +104,7 @@ def trim_vocabulary(
         trust_remote_code=trust_remote_code,
     )
     if output is not None:
+        refuse_second_run(output)
         check_output(output, overwrite, source.path, needed_bytes=source.total_bytes)
     clock = StageClock(display)
     rule = VocabularyRule(tuple(texts), min_count, characters, tuple(held_out))
@@ -116,6 +118,7 @@ def trim_vocabulary(
         }
         about = {"model": model, "output": str(output.expanduser().resolve())}
         with (
+            output_locked(output),
             store_in(default_place(output), fingerprint(facts), about) as store,
             clock.stage("export", source.total_bytes - figures.bytes_removed, "bytes") as advance,
             atomic_directory(output, overwrite) as folder,

@@ -43,6 +43,9 @@ there."""
 KEEPING_SHARE = 0.05
 """Share of the time to spend on storing states, so that large states are stored less often."""
 
+MOST_LEFT_OUT = 5
+"""Steps in a row that may compute NaN or Inf; more are a model that will compute nothing else."""
+
 STATES = "distilled-"
 """Prefix of the names of stored states; the number of finished steps follows, so the last name is the latest state."""
 
@@ -86,8 +89,10 @@ def distil(
     clock: StageClock,
     *,
     store: Store | None = None,
-) -> None:
+) -> int:
     """Train adapters on `model` and merge them into it, in place.
+
+    A step whose gradient is NaN or Inf is left out. After :data:`MOST_LEFT_OUT` of them in a row the training ends.
 
     Parameters
     ----------
@@ -99,6 +104,11 @@ def distil(
         Text to train on.
     store
         Keeps states, including the final one, and provides the last state of an earlier run; None keeps nothing.
+
+    Returns
+    -------
+    int
+        Steps that were left out, with those after the training's end.
     """
     store = store or Store()
     training = _Training(model, dense, maps, blocks, options)
@@ -108,7 +118,7 @@ def distil(
     with clock.stage("distillation", blocks.tokens * options.passes, "tokens") as advance:
         kept, cost = time.perf_counter(), 0.0
         for done, step in enumerate(training.steps(), 1):
-            if done > training.done:
+            if done > training.done and not training.hopeless:
                 training.step(step)
                 start = time.perf_counter()
                 if done == training.total or (start - kept) * KEEPING_SHARE >= cost:
@@ -121,6 +131,7 @@ def distil(
                     cost = kept - start
             advance(step.tokens)
     training.merge()
+    return training.left_out + training.total - training.done
 
 
 class _Training:
@@ -148,7 +159,12 @@ class _Training:
         count = len(blocks.blocks)
         self._step_blocks = max(1, options.step_tokens * count // max(blocks.tokens, 1))
         self.total = options.passes * math.ceil(count / self._step_blocks)
-        self.done = 0
+        self.done, self.left_out, self._in_a_row = 0, 0, 0
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether so many steps in a row were left out that the training has ended."""
+        return self._in_a_row >= MOST_LEFT_OUT
 
     def steps(self) -> Iterator[TokenBlocks]:
         """Yield the blocks of each step, in an order that the seed and the number of the pass determine."""
@@ -163,8 +179,12 @@ class _Training:
             group["lr"] = self._options.learning_rate * _pace(self.done, self.total)
         for batch in blocks.batches(self._forward_tokens):
             self._accelerator.backward(self._divergence(batch) / blocks.tokens)
-        self._accelerator.clip_grad_norm_(self._parameters.values(), LONGEST_GRADIENT)
-        self._optimizer.step()
+        norm = self._accelerator.clip_grad_norm_(self._parameters.values(), LONGEST_GRADIENT)
+        if math.isfinite(norm):
+            self._optimizer.step()
+            self._in_a_row = 0
+        else:
+            self.left_out, self._in_a_row = self.left_out + 1, self._in_a_row + 1
         self._optimizer.zero_grad()
         self.done += 1
 
@@ -186,24 +206,24 @@ class _Training:
             parameter.requires_grad_(required)
 
     def state(self) -> dict[str, Tensor]:
-        """Number of finished steps, adapters and optimizer moments; the options determine everything else."""
-        state = {"steps": torch.tensor(self.done)}
+        """Numbers of steps, adapters and optimizer moments; the options determine everything else."""
+        state = {"steps": torch.tensor([self.done, self.left_out, self._in_a_row])}
         for name, parameter in self._parameters.items():
-            moments = self._optimizer.state[parameter]
+            moments = self._optimizer.state.get(parameter, {})  # none before the first step
             state |= {
                 name: parameter.detach(),
-                f"{name} first": moments["exp_avg"],
-                f"{name} second": moments["exp_avg_sq"],
+                f"{name} first": moments.get("exp_avg", torch.zeros_like(parameter)),
+                f"{name} second": moments.get("exp_avg_sq", torch.zeros_like(parameter)),
             }
         return state
 
     def go_on_from(self, state: dict[str, Tensor]) -> None:
         """Resume from a state of :meth:`state`."""
-        self.done = int(state["steps"])
+        self.done, self.left_out, self._in_a_row = state["steps"].tolist()
         for name, parameter in self._parameters.items():
             parameter.data.copy_(state[name])
             self._optimizer.state[parameter] = {
-                "step": torch.tensor(float(self.done)),
+                "step": torch.tensor(float(self.done - self.left_out)),
                 "exp_avg": state[f"{name} first"].to(parameter.device),
                 "exp_avg_sq": state[f"{name} second"].to(parameter.device),
             }

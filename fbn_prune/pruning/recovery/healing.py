@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fbn_prune.data.calibration import TokenBlocks
-from fbn_prune.errors import FbnPruneError
+from fbn_prune.errors import counted
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.spill import Spilled
@@ -44,7 +44,7 @@ def heal(
     clock: StageClock,
     *,
     store: Store | None = None,
-) -> None:
+) -> list[str]:
     """Train the cut model in place towards the dense model, on `blocks` only.
 
     Parameters
@@ -53,8 +53,14 @@ def heal(
         The cut model and the dense model from which it was cut, on one device.
     store
         Keeps the training's progress, and provides that of an earlier run; None keeps nothing.
+
+    Returns
+    -------
+    list
+        One line for each part of the training that was left out because it computed NaN or Inf.
     """
-    match_layers(
+    lines = []
+    left = match_layers(
         adapter,
         dense,
         blocks.batches(BATCH_TOKENS),
@@ -63,7 +69,11 @@ def heal(
         clock=clock,
         store=store,
     )
-    distil(
+    if left:
+        named = ", ".join(map(str, left))
+        layers = f"layer {named}" if len(left) == 1 else f"layers {named}"
+        lines.append(f"the recovery computed NaN or Inf while it fitted {layers}: left as cut")
+    steps = distil(
         adapter.model,
         dense.model,
         list(linear_maps(adapter)),
@@ -78,6 +88,11 @@ def heal(
         clock,
         store=store,
     )
+    if steps:
+        lines.append(
+            f"the recovery left out {counted(steps, 'step')} of its training that computed NaN or Inf"
+        )
+    return lines
 
 
 def linear_maps(adapter: ModelAdapter) -> dict[str, nn.Module]:
@@ -119,15 +134,10 @@ def _parameters(adapter: ModelAdapter) -> Iterator[Tensor]:
             yield parameter.detach()
 
 
-def healed_tensors(adapter: ModelAdapter, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Return the parameters of all linear maps by their names in the checkpoint.
+def healed_tensors(adapter: ModelAdapter, checkpoint: Checkpoint) -> dict[str, Tensor] | None:
+    """Return the parameters of all linear maps by their names in the checkpoint; None if a value is not finite there.
 
     The live parameters are rounded to the checkpoint's dtypes, so that the measured model equals the written one.
-
-    Raises
-    ------
-    FbnPruneError
-        A value is not finite in the checkpoint's dtype.
     """
     tensors: dict[str, Tensor] = {}
     for name, module in linear_maps(adapter).items():
@@ -136,10 +146,7 @@ def healed_tensors(adapter: ModelAdapter, checkpoint: Checkpoint) -> dict[str, T
         for part, parameter in module.named_parameters(recurse=False):
             rounded = parameter.detach().to(checkpoint.dtype(weight))
             if not bool(rounded.isfinite().all()):
-                raise FbnPruneError(
-                    f"{name}.{part} is not finite in {rounded.dtype} after recovery: leave out --recover, "
-                    "or compute in --dtype float32"
-                )
+                return None
             with torch.no_grad():
                 parameter.copy_(rounded)
             tensors[weight.removesuffix("weight") + part] = parameter.detach()

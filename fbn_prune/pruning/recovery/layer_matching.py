@@ -31,6 +31,9 @@ STEP = 0.04
 """Initial step of each weight, relative to the root mean square of its matrix, so that it suits models of every size;
 it falls to zero along a cosine."""
 
+_FITS = "fits"
+"""Name, among a stored layer's weights, of whether they were fitted."""
+
 
 def match_layers(
     adapter: ModelAdapter,
@@ -41,7 +44,7 @@ def match_layers(
     seed: int,
     clock: StageClock,
     store: Store | None = None,
-) -> None:
+) -> list[int]:
     """Fit the MLP weights of the cut model in place; all other weights stay the same.
 
     Parameters
@@ -54,8 +57,14 @@ def match_layers(
         Number of passes over the batches for each layer.
     store
         Keeps fitted layers, and provides those that an earlier run fitted; None keeps nothing.
+
+    Returns
+    -------
+    list
+        Layers that are left as they were, because their fit computed NaN or Inf.
     """
     store = store or Store()
+    left: list[int] = []
     layers = adapter.num_layers
     target = LayerwiseForward(dense, batches)
     stream = LayerwiseForward(adapter, batches)
@@ -74,17 +83,20 @@ def match_layers(
                 output = stream.run_with_gradients(index)
                 fit.step(_relative_error(output, target.hidden[index], batches[index]))
                 advance(batches[index].tokens)
-            fit.finish()
-            return _mlp_parameters(adapter, layer)
+            fits = fit.finish()
+            return {**_mlp_parameters(adapter, layer), _FITS: torch.tensor(fits)}
 
         for layer in range(layers):
             every = range(len(batches))
             order = [index for _ in range(passes) for index in draw.sample(every, len(every))]
             name = f"{MATCHED_LAYERS}{layer:05d}.safetensors"
             kept = store.kept(name, partial(fitted, layer, order), packed, load)
+            if not bool(kept[_FITS]):
+                left.append(layer)
             with torch.no_grad():
                 for name, parameter in _mlp_parameters(adapter, layer).items():
                     parameter.copy_(kept[name])
+    return left
 
 
 @contextmanager
@@ -114,6 +126,7 @@ class _LayerFit:
     def __init__(self, adapter: ModelAdapter, layer: int, steps: int) -> None:
         modules = [adapter.module(layer, p) for p in adapter.family.projections]
         self._parameters = [p for module in modules for p in module.parameters()]
+        self._before = [p.detach().clone() for p in self._parameters]
         self._copies = [p.detach().float().clone() for p in self._parameters]
         groups = [{"params": [copy], "lr": STEP * _scale(copy)} for copy in self._copies]
         self._optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
@@ -133,9 +146,15 @@ class _LayerFit:
             for copy, parameter in zip(self._copies, self._parameters, strict=True):
                 parameter.copy_(copy)
 
-    def finish(self) -> None:
+    def finish(self) -> bool:
+        """Return whether the fitted weights are finite; if they are not, the layer gets its weights back."""
         for parameter in self._parameters:
             parameter.requires_grad_(False)
+        if all(bool(parameter.isfinite().all()) for parameter in self._parameters):
+            return True
+        for parameter, before in zip(self._parameters, self._before, strict=True):
+            parameter.copy_(before)
+        return False
 
 
 def _scale(parameter: Tensor) -> float:
