@@ -43,6 +43,8 @@ WidthRule = Literal["networks", "loss", "members", "auto"]
 BUDGET_KEYS = ("sparsity", "target_params", "target_size")
 """Keys that set the size of the result, instead of `keep_networks`."""
 
+RECOVERY_STEPS = ("match", "distil")
+
 MODEL, CALIBRATION, CUT = "Model and output", "Calibration", "What to cut"
 QUALITY, MACHINE = "Quality", "Machine"
 
@@ -131,8 +133,19 @@ class PruningConfig(BaseModel):
     recover: bool = _key(QUALITY, False)
     """After pruning, train merged low-rank adapters on the calibration text to match the original model's layer
     outputs and then its predictions."""
-    recover_passes: int = _more(QUALITY, 2, ge=1)
-    """Passes over the calibration text in each of the two steps of --recover."""
+    recover_steps: str = _more(QUALITY, "match,distil")
+    """Steps of --recover, in order: match trains the MLPs of one layer after another to reproduce the dense layer's
+    output, distil trains adapters in all layers to predict what the dense model predicts."""
+    recover_text: tuple[str, ...] = _more(QUALITY, ())
+    """Text to train on, in the forms of --calibration. Repeat for several. Default: the calibration text."""
+    recover_tokens: int | None = _more(QUALITY, ge=1)
+    """Tokens to train on in each step, over as many passes as the text needs. Default: recover_passes passes."""
+    recover_passes: int | None = _more(QUALITY, ge=1)
+    """Passes over the text in each step, instead of recover_tokens. Default: 2."""
+    recover_minutes: float | None = _more(QUALITY, gt=0)
+    """Longest time of the step distil, whose learning rate then falls to zero by that time."""
+    recover_text_loss: float = _more(QUALITY, 0.0, ge=0, le=1)
+    """Weight, in the step distil, of the text's own loss; the rest is the divergence from the dense model."""
     recover_rank: int = _more(QUALITY, 32, ge=1)
     """Rank of the adapters of --recover."""
     damping: float = _more(QUALITY, 1e-2, gt=0)
@@ -159,6 +172,14 @@ class PruningConfig(BaseModel):
             _check(self)
 
     @property
+    def recover_steps_in_order(self) -> tuple[str, ...]:
+        return tuple(step.strip() for step in self.recover_steps.split(","))
+
+    @property
+    def recover_passes_or_default(self) -> int:
+        return self.recover_passes or 2
+
+    @property
     def kept_networks_or_default(self) -> int:
         """`keep_networks`, or the default: 10, or all where fewer are discovered."""
         if self.keep_networks is not None:
@@ -170,7 +191,12 @@ class PruningConfig(BaseModel):
     def task_networks_or_default(self) -> int:
         return self.task_networks or self.kept_networks_or_default
 
-    @field_validator("task", "task_test", "networks_from")
+    @field_validator("recover_text", mode="before")
+    @classmethod
+    def _one_text(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("task", "task_test", "networks_from", "recover_text")
     @classmethod
     def _file_names(cls, value: Any) -> Any:
         """Refuse strings that cannot be file names; the operating system's own error is not always clear."""
@@ -446,6 +472,21 @@ def _check_layout(recipe: PruningConfig) -> None:
         if recipe.head_sparsity is not None:
             why = "head_sparsity removes heads from every layer: give one of the two"
             refuse("keep_layers", why)
+    steps = recipe.recover_steps_in_order
+    if not steps or len(set(steps)) < len(steps) or not set(steps) <= set(RECOVERY_STEPS):
+        refuse(
+            "recover_steps",
+            f"give {' and '.join(RECOVERY_STEPS)}, or one of them, separated by commas",
+        )
+    if recipe.recover_tokens is not None and recipe.recover_passes is not None:
+        raise InvalidInput(
+            "recover_tokens and recover_passes both set the training's length: give one of them"
+        )
+    for key in ("recover_text", "recover_tokens", "recover_passes", "recover_minutes"):
+        if getattr(recipe, key) and not recipe.recover:
+            refuse(key, "add recover = true to train the model")
+    if recipe.recover_minutes is not None and "distil" not in steps:
+        refuse("recover_minutes", "only the step distil has a time limit")
     if recipe.loss_aware and recipe.criterion != "second-order":
         refuse("loss_aware", f"criterion {recipe.criterion} does not score output errors")
 

@@ -91,6 +91,104 @@ def test_distillation_brings_predictions_closer_and_leaves_no_adapter(name: str)
     assert all(p.requires_grad for p in cut.model.parameters())
 
 
+def training(text_loss: float = 0.0) -> _Training:
+    dense, cut = pair()
+    options = DistillationOptions(rank=4, passes=2, step_tokens=64, text_loss=text_loss)
+    maps = list(linear_maps(cut))
+    return _Training(cut.model, dense.model, maps, sample(), None, options)
+
+
+def test_the_text_has_its_own_loss_at_its_weight() -> None:
+    """Between the divergence and the cross-entropy that transformers computes from labels."""
+    found = training()
+    batch = sample().batches(64)[0]
+    with torch.no_grad():
+        labels = batch.input_ids.masked_fill(~batch.valid, -100)
+        model = found._adapted(batch.input_ids, labels=labels, use_cache=False)
+        tokens = int((labels[:, 1:] != -100).sum())
+        own = float(found._loss(batch, 1.0))
+        assert own == pytest.approx(float(model.loss) * tokens, rel=1e-4)
+        both = 0.7 * float(found._loss(batch, 0.0)) + 0.3 * own
+        assert float(found._loss(batch, 0.3)) == pytest.approx(both, rel=1e-4)
+
+
+@pytest.mark.parametrize("step", ["match", "distil"])
+def test_each_step_can_be_asked_for_alone(step: str) -> None:
+    dense, cut = pair()
+    before = parameters(cut)
+    heal(cut, dense, sample(), replace(OPTIONS, steps=(step,)), StageClock())
+    changed = {key for key, value in parameters(cut).items() if not torch.equal(value, before[key])}
+    trained = {f"{name}.weight" for name in linear_maps(cut)}
+    assert changed == {name for name in trained if step == "distil" or ".mlp." in name}
+
+
+def test_the_training_ends_with_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock goes ten seconds on with each look: each step takes ten, each check too."""
+    seconds = iter(range(0, 10**6, 10))
+    monkeypatch.setattr(distillation.time, "perf_counter", lambda: float(next(seconds)))
+    dense, cut = pair()
+    options = replace(OPTIONS, steps=("distil",), minutes=1.0, passes=100)
+    with interrupted_at(_Training, "step", 0) as steps:
+        curve = heal(cut, dense, sample(), options, StageClock()).curve
+    assert 1 < len(steps) <= 6
+    assert curve[0][0] == 0
+    assert [tokens for tokens, _ in curve] == sorted({tokens for tokens, _ in curve})
+    assert 0 < curve[-1][0] < sample().tokens * options.passes
+
+
+def test_the_best_state_is_kept_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that are far too long leave the weights with which the training began."""
+    largest = DistillationOptions(learning_rate=1e3)
+    monkeypatch.setattr(DistillationOptions, "for_width", lambda width: largest)
+    dense, cut = pair()
+    before = parameters(cut)
+    healed = heal(cut, dense, sample(), replace(OPTIONS, steps=("distil",)), StageClock())
+    divergences = [value for _, value in healed.curve]
+    assert divergences[0] == min(divergences) < divergences[-1]
+    for name, value in parameters(cut).items():
+        torch.testing.assert_close(value, before[name])
+
+
+def test_it_trains_on_the_text_and_tokens_that_are_asked_for(
+    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("".join(f"No. {i}: {i * 7} trees in {i % 5} rows. " for i in range(200)))
+    job = [*arguments(tiny, text), "--sparsity", "0.5", "--recover", "--recover-text", str(other)]
+    result = run_json(capsys, *job, "--recover-tokens", 600, "--output", tmp_path / "out")
+    recovery = result["recovery"]
+    assert 600 <= recovery["tokens"] < 700
+    assert recovery["passes"] == 1
+    assert recovery["curve"][0][0] == 0
+    assert "Divergence from the dense model" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--recover-text", "x.txt"], "add recover = true"),
+        (["--recover", "--recover-steps", "match,heal"], "give match and distil"),
+        (["--recover", "--recover-tokens", "9", "--recover-passes", "2"], "give one of them"),
+        (
+            ["--recover", "--recover-steps", "match", "--recover-minutes", "3"],
+            "only the step distil",
+        ),
+        (["--recover", "--recover-text", "missing.txt"], "missing.txt"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(
+    flags: list[str],
+    words: str,
+    tiny: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    job = [*arguments(tiny, text, tmp_path / "out"), "--sparsity", "0.5"]
+    assert _exit_code([*job, *flags]) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_nothing_but_the_linear_maps_of_the_layers_is_trained() -> None:
     dense, cut = pair()
     trained = {f"{name}.weight" for name in linear_maps(cut)}
@@ -221,13 +319,13 @@ def test_a_damaged_layer_and_a_damaged_state_are_made_anew(
 @contextmanager
 def computing_nan(steps: Sequence[int]) -> Iterator[None]:
     """Each of these steps of a distillation, from 1, computes NaN."""
-    whole = _Training._divergence
+    whole = _Training._loss
 
-    def spoiled(self: _Training, batch: Any) -> Tensor:
-        return whole(self, batch) * (float("nan") if self.done + 1 in steps else 1.0)
+    def spoiled(self: _Training, *args: Any) -> Tensor:
+        return whole(self, *args) * (float("nan") if self.done + 1 in steps else 1.0)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Training, "_divergence", spoiled)
+        patch.setattr(_Training, "_loss", spoiled)
         yield
 
 
@@ -239,7 +337,7 @@ def test_a_step_that_computes_nan_is_left_out_and_the_others_train(
     dense, cut = pair()
     error, healed = hidden_error(dense, cut), copy.deepcopy(cut)
     with computing_nan([1, 4]):
-        lines = heal(healed, dense, sample(), OPTIONS, StageClock())
+        lines = heal(healed, dense, sample(), OPTIONS, StageClock()).warnings
         assert lines == ["the recovery left out 2 steps of its training that computed NaN or Inf"]
         assert hidden_error(dense, healed) < error
         # Broken off after the first step, and after the second one left out, it ends in the same weights.
@@ -253,7 +351,7 @@ def test_a_training_that_computes_nothing_but_nan_ends_early_and_counts_what_is_
     _, whole = small_steps
     dense, cut = pair()
     with computing_nan(range(3, whole + 1)), interrupted_at(_Training, "step", 0) as steps:
-        lines = heal(cut, dense, sample(), OPTIONS, StageClock())
+        lines = heal(cut, dense, sample(), OPTIONS, StageClock()).warnings
     assert len(steps) == 2 + distillation.MOST_LEFT_OUT < whole
     assert f"left out {whole - 2} steps" in lines[0]
     assert all(bool(value.isfinite().all()) for value in parameters(cut).values())
@@ -279,6 +377,9 @@ def test_a_recovery_that_ends_in_nan_is_not_kept_and_the_cut_is_published(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(
+        distillation, "LARGEST_PART", 1000
+    )  # no state is measured, so the last one counts
     source = save_tiny(tmp_path / "dense", dtype=getattr(torch, dtype))
     job = [*arguments(source, text), "--sparsity", "0.5"]
     run_json(capsys, *job, "--output", tmp_path / "cut")
@@ -323,6 +424,7 @@ def test_what_is_written_is_what_was_healed_and_measured(
     measured = Recovery.measured
     kept = staticmethod(lambda *figures: replace(measured(*figures), kept=True))
     monkeypatch.setattr(Recovery, "measured", kept)  # random weights have no quality to regain
+    monkeypatch.setattr(distillation, "LARGEST_PART", 1000)  # nor a best state
     model = save_tiny(tmp_path / "model", name)
     out = tmp_path / "out"
     flags = ["--width-multiple", "1", "--sparsity", "0.55", *extra, "--recover"]

@@ -231,7 +231,7 @@ def calibration_data(
     reading = Reading(tokenizer, note)
     for index, (source, name) in enumerate(zip(sources, names, strict=True)):
         blocks = _source_blocks(source, tokenizer, characters, context, seed, reading)
-        _check_ids(blocks, vocabulary, name)
+        check_ids(blocks, vocabulary, name)
         available = sum(len(block) for block in blocks)
         if available < context or len(blocks) < 2:
             raise InvalidInput(
@@ -318,7 +318,8 @@ def _source_blocks(
     return blocks
 
 
-def _check_ids(blocks: Sequence[Tensor], vocabulary: int, source: str) -> None:
+def check_ids(blocks: Sequence[Tensor], vocabulary: int, source: str) -> None:
+    """Raise InvalidInput if a block of the source has an id that the model's vocabulary does not have."""
     highest = max(int(block.max()) for block in blocks)
     if highest >= vocabulary:
         raise InvalidInput(

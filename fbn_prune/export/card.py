@@ -42,6 +42,8 @@ class CardFacts:
         On the held-out text; None if not measured.
     perplexity_cut
         The same after cutting and before training; None without training.
+    trained_on, mlps_alone
+        The text that the cut model was trained on, in words, and whether only its MLPs were trained.
     warning
         The warning of the check after pruning; None without one.
     command
@@ -69,6 +71,8 @@ class CardFacts:
     perplexity_before: float | None = None
     perplexity_after: float | None = None
     perplexity_cut: float | None = None
+    trained_on: str = "the calibration text"
+    mlps_alone: bool = False
     warning: str | None = None
     license: dict[str, str] = field(default_factory=dict)
 
@@ -198,10 +202,11 @@ def _the_rest(facts: CardFacts) -> str:
         )
     if facts.perplexity_cut is None:
         return f"{heads}{_listed(unchanged).capitalize()} are unchanged.{vocabulary}"
-    if "attention" in unchanged:  # its linear layers were trained too
+    if "attention" in unchanged and not facts.mlps_alone:  # its linear layers were trained too
         unchanged.remove("attention")
+    trained = "MLPs" if facts.mlps_alone else "linear layers"
     return (
-        f"{heads}Then the linear layers were trained to reproduce the source model's outputs on the calibration text, "
+        f"{heads}Then the {trained} were trained to reproduce the source model's outputs on {facts.trained_on}, "
         f"which reduced the perplexity from {facts.perplexity_cut:.2f} to {facts.perplexity_after:.2f}; "
         f"{_listed(unchanged)} are unchanged.{vocabulary}"
     )

@@ -205,7 +205,8 @@ def token_passes(prepared: Prepared) -> tuple[float, float]:
         apart = max(2, min(MOST_TRIED_EVERY, recipe.tokens // TRIAL_TOKENS))
         passed += recipe.tokens // apart * (2 + rules * len(STRENGTHS))
     if recipe.recover:
-        passed += RECOVERY_PASSES * recipe.recover_passes * recipe.tokens
+        trained = recipe.recover_tokens or recipe.recover_passes_or_default * recipe.tokens
+        passed += RECOVERY_PASSES * trained
     return passed, more
 
 

@@ -36,7 +36,7 @@ def check_recipe(recipe: Recipe) -> None:
     if folder is not None:
         family_of(read_config(folder))
         total_bytes = sum(tensor.nbytes for tensor in read_stored(folder).values())
-    for source in (*recipe.calibration, *recipe.vocabulary_texts):
+    for source in (*recipe.calibration, *recipe.vocabulary_texts, *recipe.recover_text):
         require_source(source)
     task = recipe.task
     if task is not None and not task.startswith(("lm_eval:", "builtin:")):

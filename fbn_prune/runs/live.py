@@ -25,7 +25,7 @@ from fbn_prune.networks.interventions import amplified, masked, retained
 from fbn_prune.progress import StageClock
 from fbn_prune.recipe import PruningConfig, build_recipe
 from fbn_prune.runs.memory import possible_plans
-from fbn_prune.runs.opening import OpenRun, read_texts
+from fbn_prune.runs.opening import OpenRun, read_texts, read_training_text
 from fbn_prune.runs.prune import PruneRun
 from fbn_prune.runs.result import PruneResult
 from fbn_prune.runs.setup import MAX_CONTEXT, prepared_for, require_layout
@@ -144,9 +144,11 @@ def _opened(
     source = as_source(dataset, tokens=tokens, reading=Reading(tokenizer, clock.note))
     with clock.stage("calibration"):
         data, task = read_texts(prepared, tokenizer, [source], clock.note)
+        training = read_training_text(prepared, tokenizer, data, clock.note)
     with _evaluating(model):
         dense = ModelAdapter(copy.deepcopy(model)) if recipe.recover else None
-        yield OpenRun(prepared, tokenizer, data, task, ModelAdapter(model), clock, dense)
+        adapter = ModelAdapter(model)
+        yield OpenRun(prepared, tokenizer, data, task, adapter, clock, dense, training)
 
 
 def mask_networks(

@@ -7,6 +7,7 @@ decides the bytes of the result, so the same command finds the stages that an un
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,11 +17,19 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
-from fbn_prune.data.calibration import CalibrationData, calibration_data
+from fbn_prune.data.calibration import (
+    CalibrationData,
+    TokenBlocks,
+    calibration_data,
+    check_ids,
+    first_blocks,
+)
 from fbn_prune.data.forms import rendering_words
 from fbn_prune.data.given import GivenData
 from fbn_prune.distributed import is_first
+from fbn_prune.errors import InvalidInput
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.networks.task_matching import TaskCalibration, task_calibration
@@ -44,6 +53,8 @@ class OpenRun:
         Calibration blocks and held-out blocks, without those that contain a test question of the task.
     task
         The blocks of the task's examples and tests; None without a task.
+    training
+        The blocks to recover on; None for those of the calibration.
     dense
         A copy of the dense model as the target of the recovery; None if the recovery loads it itself.
     """
@@ -55,6 +66,7 @@ class OpenRun:
     adapter: ModelAdapter
     clock: StageClock
     dense: ModelAdapter | None = None
+    training: TokenBlocks | None = None
 
     @property
     def texts(self) -> str:
@@ -63,6 +75,8 @@ class OpenRun:
         if self.task is not None:
             blocks += [self.task.examples]
             blocks += [] if self.task.test is None else [self.task.test]
+        if self.training is not None:
+            blocks.append(self.training)
         prints = [each.fingerprint for each in blocks]
         if (vocabulary := self.prepared.vocabulary_cut) is not None:
             prints.append(vocabulary.fingerprint)
@@ -85,9 +99,10 @@ def open_run(prepared: Prepared, clock: StageClock, *, whole: bool = False) -> O
     tokenizer = prepared.checkpoint.load_tokenizer()
     with clock.stage("calibration"):
         data, task = read_texts(prepared, tokenizer, note=clock.note)
+        training = read_training_text(prepared, tokenizer, data, note=clock.note)
     with clock.stage("load"):
         adapter = prepared.load_whole_model() if whole else prepared.load_model()
-    return OpenRun(prepared, tokenizer, data, task, adapter, clock)
+    return OpenRun(prepared, tokenizer, data, task, adapter, clock, training=training)
 
 
 def read_texts(
@@ -125,6 +140,42 @@ def read_texts(
         prepared.task, data, tokenizer, context=prepared.context, vocabulary=vocabulary
     )
     return task.data, task
+
+
+def read_training_text(
+    prepared: Prepared,
+    tokenizer: Any,
+    data: CalibrationData,
+    note: Callable[[str], None] = lambda line: None,
+) -> TokenBlocks | None:
+    """Return the blocks of the recipe's `recover_text`, without those that are held out; None if it has no such text.
+
+    At most `recover_tokens` tokens are read, or as many as for the calibration, evenly from the sources.
+
+    Raises
+    ------
+    InvalidInput
+        If a text cannot be read, or has no block that is not held out.
+    """
+    recipe = prepared.recipe
+    if not recipe.recover_text:
+        return None
+    vocabulary = prepared.family.vocab_size(prepared.checkpoint.config)
+    held = {bytes(block.numpy()) for block in data.held_out.blocks}
+    share = math.ceil((recipe.recover_tokens or recipe.tokens) / len(recipe.recover_text))
+    blocks: list[Tensor] = []
+    for source in recipe.recover_text:
+        found = first_blocks(
+            source, tokenizer, prepared.context, tokens=share, seed=recipe.seed, note=note
+        )
+        check_ids(found.blocks, vocabulary, source)
+        unseen = [block for block in found.blocks if bytes(block.numpy()) not in held]
+        if not unseen:
+            raise InvalidInput(
+                f"recover_text {source!r} has no blocks that differ from the held-out ones: give other text"
+            )
+        blocks += unseen
+    return TokenBlocks(tuple(blocks), prepared.context, recipe.recover_text)
 
 
 @contextmanager

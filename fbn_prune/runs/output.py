@@ -143,6 +143,8 @@ def _card(
         perplexity_cut=result.recovery.perplexity_cut
         if result.recovery is not None and result.recovery.kept
         else None,
+        trained_on=", ".join(map(public_name, recipe.recover_text)) or "the calibration text",
+        mlps_alone=recipe.recover_steps_in_order == ("match",),
         warning=result.warning,
         license=source_license(prepared.checkpoint.folder / "README.md"),
     )

@@ -225,7 +225,7 @@ class PruneRun:
         ended = recover_model(self.on, self.blocks, self.store)
         recovered = None if ended.trained is None else self._pruned_perplexity("recovered")
         self.recovery = Recovery.measured(
-            self.before, self.after, recovered, self.recipe.recover_passes, self.blocks.tokens
+            self.before, self.after, recovered, ended.passes, ended.tokens, ended.curve
         )
         warnings = [*ended.warnings]
         if recovered is not None and self.recovery.kept:

@@ -283,7 +283,7 @@ def _vocabulary(
     if recipe.vocabulary is None:
         return None
     rule = VocabularyRule(
-        (*recipe.calibration, *recipe.vocabulary_texts),
+        (*recipe.calibration, *recipe.vocabulary_texts, *recipe.recover_text),
         recipe.vocabulary,
         recipe.vocabulary_chars,
     )

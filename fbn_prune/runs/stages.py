@@ -171,17 +171,22 @@ class Recovered:
         The trained weights by their names in the checkpoint; None if one of them is not finite.
     restore
         Puts the cut model's weights back.
-    warnings
-        One line for each part of the training that was left out.
+    warnings, curve
+        See :class:`fbn_prune.pruning.recovery.healing.Healed`.
+    passes, tokens
+        Passes over how many tokens each step took.
     """
 
     trained: dict[str, Tensor] | None
     restore: Callable[[], None]
     warnings: list[str]
+    curve: list[tuple[int, float]]
+    passes: int
+    tokens: int
 
 
 def recover_model(run: OpenRun, blocks: TokenBlocks, store: Store) -> Recovered:
-    """Train the cut model in place to match the dense one."""
+    """Train the cut model in place to match the dense one, on `blocks` unless the recipe names another text."""
     from fbn_prune.pruning.recovery.healing import (  # peft is slow
         RecoveryOptions,
         heal,
@@ -193,10 +198,23 @@ def recover_model(run: OpenRun, blocks: TokenBlocks, store: Store) -> Recovered:
     recipe = prepared.recipe
     with run.clock.stage("load"):
         dense = run.dense or prepared.load_model()
-    options = RecoveryOptions(recipe.recover_passes, recipe.recover_rank, recipe.seed)
+    blocks = blocks if run.training is None else run.training
+    passes = recipe.recover_passes_or_default
+    if (tokens := recipe.recover_tokens) is not None:
+        blocks = blocks.subset(tokens)
+        passes = max(1, round(tokens / blocks.tokens))
+    options = RecoveryOptions(
+        passes=passes,
+        rank=recipe.recover_rank,
+        seed=recipe.seed,
+        steps=recipe.recover_steps_in_order,
+        minutes=recipe.recover_minutes,
+        text_loss=recipe.recover_text_loss,
+    )
     restore = kept_weights(adapter, prepared.memory.scratch)
-    warnings = heal(adapter, dense, blocks, options, run.clock, store=store)
-    return Recovered(healed_tensors(adapter, prepared.checkpoint), restore, warnings)
+    healed = heal(adapter, dense, blocks, options, run.clock, store=store)
+    trained = healed_tensors(adapter, prepared.checkpoint)
+    return Recovered(trained, restore, healed.warnings, healed.curve, passes, blocks.tokens)
 
 
 def loss_roots_of(run: OpenRun, blocks: TokenBlocks, store: Store) -> list[Tensor] | None:

@@ -32,6 +32,7 @@ class Recovered(BaseModel):
     perplexity_cut: float
     gap_closed: float | None
     kept: bool = True
+    curve: list[tuple[int, float]] = []
 
 
 class Vocabulary(BaseModel):

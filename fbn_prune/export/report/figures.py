@@ -100,6 +100,16 @@ def dial_figure(members_kept: Sequence[int], neurons: int, kept: int | None) -> 
     return _svg(figure, "dial")
 
 
+def recovery_figure(curve: Sequence[tuple[int, float]]) -> str:
+    """Draw the divergence from the dense model, in nats a token, against the tokens that the recovery trained on."""
+    figure, axes = _figure(1.9)
+    tokens, divergence = zip(*curve, strict=True)
+    axes.plot([count / 1000 for count in tokens], divergence, "o-", color=KEPT)
+    axes.set(xlabel="tokens, thousands", ylabel="divergence, nats", ylim=(0, None))
+    axes.set_xlim(left=0)
+    return _svg(figure, "recovery")
+
+
 def quality_figure(
     comparison: Comparison, *, run: RunResult | None, networks: Sequence[float | None] | None = None
 ) -> str:

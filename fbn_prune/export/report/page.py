@@ -29,6 +29,7 @@ from fbn_prune.networks.cards import network_cards
 REPORT_NAME = "report.html"
 FIGURES = (
     "widths",
+    "recovery",
     "dial",
     "connectivity",
     "quality",
@@ -81,6 +82,8 @@ def _figures(facts: ReportFacts) -> dict[str, str]:
     result, networks = facts.result, facts.networks
     if result is not None:
         drawn["widths"] = figures.widths_figure(facts.widths_before, result.widths)
+        if result.recovery is not None and len(result.recovery.curve) > 1:
+            drawn["recovery"] = figures.recovery_figure(result.recovery.curve)
     members = facts.members_kept
     if networks is not None and len(members) > 1:
         kept = None if result is None or _has_own_budget(facts) else len(result.kept_networks)

@@ -2,7 +2,9 @@
 
 LoRA (arXiv 2106.09685) on every linear map of the decoder layers, through peft and accelerate. The loss is the
 Kullback-Leibler divergence of the cut model's next-token distribution from the dense model's (arXiv 1503.02531), so
-no labels are needed. The state between two steps can be stored; training resumed from it gives the same weights.
+no labels are needed; the text's own loss can be added at a weight. A few blocks are set aside: the divergence on them
+is measured as the training goes, and the adapters with which it was least are merged. The state between two steps can
+be stored; training resumed from it gives the same weights, unless a time limit sets its length.
 """
 
 from __future__ import annotations
@@ -46,6 +48,15 @@ KEEPING_SHARE = 0.05
 MOST_LEFT_OUT = 5
 """Steps in a row that may compute NaN or Inf; more are a model that will compute nothing else."""
 
+CHECKS = 10
+"""How often the training is measured."""
+
+CHECK_TOKENS = 1024
+"""Tokens to set aside for that; more take more time."""
+
+LARGEST_PART = 8
+"""At most one block in so many is set aside."""
+
 STATES = "distilled-"
 """Prefix of the names of stored states; the number of finished steps follows, so the last name is the latest state."""
 
@@ -66,6 +77,10 @@ class DistillationOptions:
         Highest learning rate; after the warm-up, it falls to zero along a cosine.
     seed
         Seed of the adapters' start and of the order of the blocks.
+    minutes
+        Longest time; the learning rate then falls to zero by that time. None sets no limit.
+    text_loss
+        Weight of the text's own loss, between 0 and 1; the divergence has the rest.
     """
 
     rank: int = 32
@@ -73,6 +88,8 @@ class DistillationOptions:
     step_tokens: int = 2048
     learning_rate: float = 2e-3
     seed: int = 0
+    minutes: float | None = None
+    text_loss: float = 0.0
 
     @classmethod
     def for_width(cls, hidden_size: int) -> DistillationOptions:
@@ -89,7 +106,7 @@ def distil(
     clock: StageClock,
     *,
     store: Store | None = None,
-) -> int:
+) -> Distilled:
     """Train adapters on `model` and merge them into it, in place.
 
     A step whose gradient is NaN or Inf is left out. After :data:`MOST_LEFT_OUT` of them in a row the training ends.
@@ -104,24 +121,21 @@ def distil(
         Text to train on.
     store
         Keeps states, including the final one, and provides the last state of an earlier run; None keeps nothing.
-
-    Returns
-    -------
-    int
-        Steps that were left out, with those after the training's end.
     """
     store = store or Store()
-    training = _Training(model, dense, maps, blocks, options)
+    blocks, aside = _set_aside(blocks)
+    training = _Training(model, dense, maps, blocks, aside, options)
     before = store.read_last(STATES)
     if before is not None:
         training.go_on_from(load(before))
     with clock.stage("distillation", blocks.tokens * options.passes, "tokens") as advance:
         kept, cost = time.perf_counter(), 0.0
         for done, step in enumerate(training.steps(), 1):
-            if done > training.done and not training.hopeless:
+            if done > training.done and not training.over:
                 training.step(step)
+                training.check()
                 start = time.perf_counter()
-                if done == training.total or (start - kept) * KEEPING_SHARE >= cost:
+                if training.over or (start - kept) * KEEPING_SHARE >= cost:
                     store.write(
                         f"{STATES}{done:08d}.safetensors",
                         lambda put: put(packed(training.state())),
@@ -131,7 +145,24 @@ def distil(
                     cost = kept - start
             advance(step.tokens)
     training.merge()
-    return training.left_out + training.total - training.done
+    unable = training.total - training.done if training.hopeless else 0
+    return Distilled(training.left_out + unable, training.curve)
+
+
+def _set_aside(blocks: TokenBlocks) -> tuple[TokenBlocks, TokenBlocks | None]:
+    """The blocks to train on, and those to measure on; None of fewer than eight blocks."""
+    if len(blocks.blocks) < LARGEST_PART:
+        return blocks, None
+    every = max(LARGEST_PART, blocks.tokens // CHECK_TOKENS)
+    return blocks.split(min(every, len(blocks.blocks)))
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """Steps that were left out, with those after an end by NaN or Inf; and tokens with the divergence, as measured."""
+
+    left_out: int
+    curve: list[tuple[int, float]]
 
 
 class _Training:
@@ -143,9 +174,11 @@ class _Training:
         dense: PreTrainedModel,
         maps: Sequence[str],
         blocks: TokenBlocks,
+        aside: TokenBlocks | None,
         options: DistillationOptions,
     ) -> None:
         self._blocks, self._options, self._dense = blocks, options, dense
+        self._aside = aside
         self._trained = [(p, p.requires_grad) for p in model.parameters()]
         vocabulary = int(model.config.vocab_size)
         self._forward_tokens = min(options.step_tokens, LOGIT_BYTES // (4 * vocabulary))
@@ -160,11 +193,46 @@ class _Training:
         self._step_blocks = max(1, options.step_tokens * count // max(blocks.tokens, 1))
         self.total = options.passes * math.ceil(count / self._step_blocks)
         self.done, self.left_out, self._in_a_row = 0, 0, 0
+        self.tokens, self._seconds = 0, 0.0
+        self._best: dict[str, Tensor] = {}
+        self.curve: list[tuple[int, float]] = []
 
     @property
     def hopeless(self) -> bool:
         """Whether so many steps in a row were left out that the training has ended."""
         return self._in_a_row >= MOST_LEFT_OUT
+
+    @property
+    def over(self) -> bool:
+        """Whether the training has ended: all steps are done, the time is up, or it is hopeless."""
+        return self.hopeless or self._progress >= 1
+
+    @property
+    def _progress(self) -> float:
+        """Share of the training that is done, in steps or, if that is more, in time."""
+        share = self.done / self.total
+        if self._options.minutes is None:
+            return share
+        return max(share, self._seconds / (60 * self._options.minutes))
+
+    def check(self) -> None:
+        """Measure the divergence on the blocks set aside if a check is due, and keep the best adapters."""
+        due = int(self._progress * CHECKS) >= len(self.curve)
+        if self._aside is None or not (due or self.over):
+            return
+        start = time.perf_counter()
+        with torch.no_grad():
+            total = sum(
+                float(self._loss(b, 0.0)) for b in self._aside.batches(self._forward_tokens)
+            )
+        self._record(total / self._aside.tokens)
+        self._seconds += time.perf_counter() - start
+
+    def _record(self, divergence: float) -> None:
+        best = min((value for _, value in self.curve), default=math.inf)
+        self.curve.append((self.tokens, divergence))
+        if not self._best or divergence < best:
+            self._best = {name: p.detach().clone() for name, p in self._parameters.items()}
 
     def steps(self) -> Iterator[TokenBlocks]:
         """Yield the blocks of each step, in an order that the seed and the number of the pass determine."""
@@ -175,10 +243,14 @@ class _Training:
                 yield self._blocks.chosen(order[first : first + self._step_blocks])
 
     def step(self, blocks: TokenBlocks) -> None:
+        if not self.curve:
+            self.check()
+        start = time.perf_counter()
         for group in self._optimizer.param_groups:
-            group["lr"] = self._options.learning_rate * _pace(self.done, self.total)
+            group["lr"] = self._options.learning_rate * self._pace()
         for batch in blocks.batches(self._forward_tokens):
-            self._accelerator.backward(self._divergence(batch) / blocks.tokens)
+            loss = self._loss(batch, self._options.text_loss)
+            self._accelerator.backward(loss / blocks.tokens)
         norm = self._accelerator.clip_grad_norm_(self._parameters.values(), LONGEST_GRADIENT)
         if math.isfinite(norm):
             self._optimizer.step()
@@ -186,28 +258,47 @@ class _Training:
         else:
             self.left_out, self._in_a_row = self.left_out + 1, self._in_a_row + 1
         self._optimizer.zero_grad()
-        self.done += 1
+        self.done, self.tokens = self.done + 1, self.tokens + blocks.tokens
+        self._seconds += time.perf_counter() - start
 
-    def _divergence(self, batch: Batch) -> Tensor:
-        """Divergence summed over the batch's tokens, in nats."""
+    def _loss(self, batch: Batch, text_loss: float) -> Tensor:
+        """Divergence and, at the weight `text_loss`, the text's own loss, summed over the batch's tokens, in nats."""
         ids = batch.input_ids.to(self._dense.device)
         valid = batch.valid.to(ids.device)
         with torch.no_grad():
             wanted = log_softmax(self._dense(ids, use_cache=False).logits[valid].float(), -1)
         found = log_softmax(self._adapted(ids, use_cache=False).logits[valid].float(), -1)
-        divergence = kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
+        loss = kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
+        if text_loss > 0:
+            following = ids.roll(-1, 1)
+            told = valid & valid.roll(-1, 1)  # the last token of a block has no next one
+            told[:, -1] = False
+            own = -found.gather(1, following[valid][:, None])[:, 0] * told[valid]
+            loss = (1 - text_loss) * loss + text_loss * own
         weights = batch.token_weights
-        return divergence.sum() if weights is None else (divergence * weights.to(found)).sum()
+        return loss.sum() if weights is None else (loss * weights.to(found)).sum()
+
+    def _pace(self) -> float:
+        """The learning rate of the next step as a share of the highest."""
+        warm_up = max(1, round(WARM_UP * self.total))
+        falling = 0.5 * (1 + math.cos(math.pi * min(self._progress, 1.0)))
+        return min((self.done + 1) / warm_up, falling)
 
     def merge(self) -> None:
-        """Merge the adapters into the weights, and restore which parameters require gradients."""
+        """Merge the best adapters into the weights, and restore which parameters require gradients."""
+        with torch.no_grad():
+            for name, values in self._best.items():
+                self._parameters[name].copy_(values)
         self._accelerator.unwrap_model(self._adapted).merge_and_unload()
         for parameter, required in self._trained:
             parameter.requires_grad_(required)
 
     def state(self) -> dict[str, Tensor]:
         """Numbers of steps, adapters and optimizer moments; the options determine everything else."""
-        state = {"steps": torch.tensor([self.done, self.left_out, self._in_a_row])}
+        numbers = [self.done, self.left_out, self._in_a_row, self.tokens]
+        state = {"steps": torch.tensor(numbers), "curve": torch.tensor(self.curve).double()}
+        state["seconds"] = torch.tensor(self._seconds, dtype=torch.float64)
+        state |= {f"{name} best": values for name, values in self._best.items()}
         for name, parameter in self._parameters.items():
             moments = self._optimizer.state.get(parameter, {})  # none before the first step
             state |= {
@@ -219,9 +310,13 @@ class _Training:
 
     def go_on_from(self, state: dict[str, Tensor]) -> None:
         """Resume from a state of :meth:`state`."""
-        self.done, self.left_out, self._in_a_row = state["steps"].tolist()
+        self.done, self.left_out, self._in_a_row, self.tokens = state["steps"].tolist()
+        self._seconds = float(state["seconds"])
+        self.curve = [(int(tokens), value) for tokens, value in state["curve"].tolist()]
         for name, parameter in self._parameters.items():
             parameter.data.copy_(state[name])
+            if f"{name} best" in state:
+                self._best[name] = state[f"{name} best"].to(parameter.device)
             self._optimizer.state[parameter] = {
                 "step": torch.tensor(float(self.done - self.left_out)),
                 "exp_avg": state[f"{name} first"].to(parameter.device),
@@ -244,9 +339,3 @@ def _adapted(
         adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
     return adapted
-
-
-def _pace(step: int, steps: int) -> float:
-    """The learning rate of a step as a share of the highest."""
-    warm_up = max(1, round(WARM_UP * steps))
-    return min((step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * step / steps)))

@@ -29,11 +29,45 @@ BATCH_TOKENS = 2048
 
 @dataclass(frozen=True)
 class RecoveryOptions:
-    """`passes` over the blocks in each of the two steps, `rank` of the adapters, `seed` of the order of the blocks."""
+    """How to train.
+
+    Attributes
+    ----------
+    passes
+        Passes over the blocks in each step.
+    rank
+        Rank of the adapters.
+    seed
+        Seed of the order of the blocks.
+    steps
+        "match" and "distil", in the order in which they run.
+    minutes, text_loss
+        See :class:`fbn_prune.pruning.recovery.distillation.DistillationOptions`.
+    """
 
     passes: int
     rank: int
     seed: int
+    steps: tuple[str, ...] = ("match", "distil")
+    minutes: float | None = None
+    text_loss: float = 0.0
+
+
+@dataclass(frozen=True)
+class Healed:
+    """What a training did.
+
+    Attributes
+    ----------
+    warnings
+        One line for each part that was left out because it computed NaN or Inf.
+    curve
+        Of the distillation: tokens trained on, and the divergence from the dense model on text set aside, in nats a
+        token; from before the first step to the end.
+    """
+
+    warnings: list[str]
+    curve: list[tuple[int, float]]
 
 
 def heal(
@@ -44,7 +78,7 @@ def heal(
     clock: StageClock,
     *,
     store: Store | None = None,
-) -> list[str]:
+) -> Healed:
     """Train the cut model in place towards the dense model, on `blocks` only.
 
     Parameters
@@ -53,13 +87,47 @@ def heal(
         The cut model and the dense model from which it was cut, on one device.
     store
         Keeps the training's progress, and provides that of an earlier run; None keeps nothing.
-
-    Returns
-    -------
-    list
-        One line for each part of the training that was left out because it computed NaN or Inf.
     """
-    lines = []
+    warnings: list[str] = []
+    curve: list[tuple[int, float]] = []
+    for step in options.steps:
+        if step == "match":
+            warnings += _match(adapter, dense, blocks, options, clock, store)
+            continue
+        trained = distil(
+            adapter.model,
+            dense.model,
+            list(linear_maps(adapter)),
+            blocks,
+            replace(
+                DistillationOptions.for_width(adapter.hidden_size),
+                rank=options.rank,
+                passes=options.passes,
+                step_tokens=BATCH_TOKENS,
+                seed=options.seed,
+                minutes=options.minutes,
+                text_loss=options.text_loss,
+            ),
+            clock,
+            store=store,
+        )
+        curve = trained.curve
+        if trained.left_out:
+            steps = counted(trained.left_out, "step")
+            warnings.append(
+                f"the recovery left out {steps} of its training that computed NaN or Inf"
+            )
+    return Healed(warnings, curve)
+
+
+def _match(
+    adapter: ModelAdapter,
+    dense: ModelAdapter,
+    blocks: TokenBlocks,
+    options: RecoveryOptions,
+    clock: StageClock,
+    store: Store | None,
+) -> list[str]:
     left = match_layers(
         adapter,
         dense,
@@ -69,30 +137,11 @@ def heal(
         clock=clock,
         store=store,
     )
-    if left:
-        named = ", ".join(map(str, left))
-        layers = f"layer {named}" if len(left) == 1 else f"layers {named}"
-        lines.append(f"the recovery computed NaN or Inf while it fitted {layers}: left as cut")
-    steps = distil(
-        adapter.model,
-        dense.model,
-        list(linear_maps(adapter)),
-        blocks,
-        replace(
-            DistillationOptions.for_width(adapter.hidden_size),
-            rank=options.rank,
-            passes=options.passes,
-            step_tokens=BATCH_TOKENS,
-            seed=options.seed,
-        ),
-        clock,
-        store=store,
-    )
-    if steps:
-        lines.append(
-            f"the recovery left out {counted(steps, 'step')} of its training that computed NaN or Inf"
-        )
-    return lines
+    if not left:
+        return []
+    named = ", ".join(map(str, left))
+    layers = f"layer {named}" if len(left) == 1 else f"layers {named}"
+    return [f"the recovery computed NaN or Inf while it fitted {layers}: left as cut"]
 
 
 def linear_maps(adapter: ModelAdapter) -> dict[str, nn.Module]:
