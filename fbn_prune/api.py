@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fbn_prune.errors import InvalidInput
 from fbn_prune.progress import Display, StageClock
 from fbn_prune.recipe import PruningConfig, Recipe, build_recipe
-from fbn_prune.runs.early_checks import check_models, check_recipe
+from fbn_prune.runs.early_checks import check_measured, check_models, check_recipe, check_results
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,9 +93,11 @@ __all__ = [
     "VocabularyResult",
     "ablate",
     "amplify_networks",
+    "check_measured",
     "check_models",
     "check_push",
     "check_recipe",
+    "check_results",
     "clean_runs",
     "compare",
     "convert",
@@ -354,6 +356,7 @@ def ablate(
         If tasks are given and lm-evaluation-harness is missing.
     """
     check_recipe(recipe)
+    check_measured(() if plan is None else plan.texts, tasks)
     from fbn_prune.runs.ablate import AblationPlan, run_ablation
     from fbn_prune.runs.evaluate import HarnessOptions, measure_on_tasks
 
@@ -391,6 +394,7 @@ def compare(
         If a criterion, a budget, the file or the recipe cannot be used, or the model does not fit into memory.
     """
     check_recipe(recipe)
+    check_results(path)
     from fbn_prune.runs.compare import run_comparison
 
     return run_comparison(recipe, criteria, kept, path, StageClock(display))

@@ -190,13 +190,18 @@ def test_a_comparison_on_a_disk_without_room_says_so_before_it_cuts(
 
 
 def test_another_comparisons_file_is_not_mixed_in(
-    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = tmp_path / "table.json"
     more = ["--kept", "0.5", "--criteria", "magnitude", "--output-path", str(path)]
     command = ["compare", *arguments(tiny, text, *more)]
     run_json(capsys, *command)
     content = path.read_text()
+    monkeypatch.setattr("fbn_prune.runs.stages.discover", None)  # refused before the work
     refused(capsys, [*command, "--seed", "1"], "another model, calibration or seed")
     assert path.read_text() == content
     path.write_text("[]")
@@ -214,9 +219,15 @@ def test_another_comparisons_file_is_not_mixed_in(
         (["--output-path", "/nowhere/at/all.json"], "no folder"),
     ],
 )
-def test_compare_refuses_in_one_line(
-    more: list[str], message: str, tiny: Path, text: Path, capsys: pytest.CaptureFixture[str]
+def test_compare_refuses_in_one_line_before_it_looks_for_networks(
+    more: list[str],
+    message: str,
+    tiny: Path,
+    text: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("fbn_prune.runs.stages.discover", None)
     refused(capsys, ["compare", *arguments(tiny, text), *more], message)
 
 

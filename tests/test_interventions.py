@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -234,12 +235,30 @@ def test_ablate_measures_tasks_of_the_harness_as_evaluate_does(
         (["--draws", "0"], "draws"),
         (["--action", "freeze"], "freeze"),
         (["--text", "nowhere.txt"], "nowhere.txt"),
+        (["--text", f"a={__file__}", "--text", f"a={__file__}"], "two texts are called 'a'"),
+        (["--text", "/dev/null"], "has no text"),
     ],
 )
-def test_ablate_refuses_in_one_line(
-    more: list[str], message: str, tiny: Path, text: Path, capsys: pytest.CaptureFixture[str]
+def test_ablate_refuses_in_one_line_before_it_looks_for_networks(
+    more: list[str],
+    message: str,
+    tiny: Path,
+    text: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("fbn_prune.runs.stages.discover", None)
     refused(capsys, ablate(tiny, text, *more), message)
+
+
+def test_a_text_may_lie_in_a_folder_with_an_equals_sign(
+    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "lr=0.1").mkdir()
+    shutil.copy(text, tmp_path / "lr=0.1" / "words.txt")
+    given = ["--text", str(tmp_path / "lr=0.1" / "words.txt"), "--draws", "1"]
+    shown = run_json(capsys, *ablate(tiny, text, *given))
+    assert set(shown["tokens"]) == {"words"}
 
 
 @pytest.mark.parametrize("rank", ["energy", "knockout"])

@@ -92,6 +92,7 @@ def command(
     from fbn_prune import api
 
     api.check_recipe(recipe)
+    api.check_measured(text or (), task_names(tasks))
     plan = api.AblationPlan(
         action=action,
         factor=factor,

@@ -75,6 +75,8 @@ def command(
 
     models = [recipe.model] if compare is None else [recipe.model, compare]
     api.check_models(models)
+    api.check_measured((), names)
+    api.check_results(output_path)
     # The harness ends its helper processes with this signal; our own handler would keep them alive.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     options = api.HarnessOptions(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -34,8 +33,10 @@ from fbn_prune.networks.intervention_effects import (
 from fbn_prune.networks.ranking import strongest_first
 from fbn_prune.progress import StageClock
 from fbn_prune.recipe import Recipe
+from fbn_prune.runs.early_checks import named_text
+from fbn_prune.runs.opening import OpenRun
 from fbn_prune.runs.stages import measuring_dense, rank_scores, refuse_guessing
-from fbn_prune.runs.study import Studied, study
+from fbn_prune.runs.study import Studied, network_count, open_study, with_networks
 
 MOMENT_TOKENS = 8192
 """Calibration tokens for the principal components."""
@@ -169,12 +170,15 @@ def run_ablation(
     """
     if plan.draws < 1:
         raise InvalidInput(f"draws = {plan.draws}: at least one random set is needed")
-    on = study(recipe, clock)
-    networks, count = on.networks, len(on.networks.maps)
-    check_sizes(plan.grow, count)
+    run = open_study(recipe, clock)
+    most = network_count(run.prepared)
+    check_sizes(plan.grow, most)
     for network in plan.networks:
-        networks.members(network)  # raises if it does not exist
-    texts = _texts(on, plan)
+        if not 0 <= network < most:
+            raise InvalidInput(f"there is no network {network}: give a number from 0 to {most - 1}")
+    texts = _texts(run, plan)
+    on = with_networks(run)
+    networks = on.networks
     scores = rank_scores(on, networks, on.matched)
     order = strongest_first(scores)
     chosen = [n for n in order if n in plan.networks] if plan.networks else order
@@ -255,7 +259,7 @@ def _components(on: Studied, clock: StageClock) -> Tensor:
     return control.maps[strongest_first(scores)]
 
 
-def _texts(on: Studied, plan: AblationPlan) -> dict[str, Sequence[Batch]]:
+def _texts(on: OpenRun, plan: AblationPlan) -> dict[str, Sequence[Batch]]:
     """Return the batches of each text to measure on."""
     prepared, batch_tokens = on.prepared, on.prepared.batch_tokens
     if not plan.texts:
@@ -265,8 +269,10 @@ def _texts(on: Studied, plan: AblationPlan) -> dict[str, Sequence[Batch]]:
         if text == "builtin":
             named |= {skill: str(path) for skill, path in builtin.held_out_files().items()}
         else:
-            name, separator, source = text.partition("=")
-            named[name if separator else Path(text).stem] = source if separator else text
+            name, source = named_text(text)
+            if name in named:
+                raise InvalidInput(f"two texts are called {name!r}: write NAME={source}")
+            named[name] = source
     return {
         name: first_blocks(
             source,

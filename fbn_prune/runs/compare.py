@@ -32,8 +32,10 @@ from fbn_prune.pruning.criteria import CRITERIA
 from fbn_prune.pruning.cutting import CutPlan, try_cuts
 from fbn_prune.pruning.evidence import CutOptions
 from fbn_prune.recipe import CRITERION_NAMES, Recipe
+from fbn_prune.runs.early_checks import check_results
+from fbn_prune.runs.opening import OpenRun
 from fbn_prune.runs.stages import measuring_dense, rank_networks, refuse_guessing
-from fbn_prune.runs.study import Studied, study
+from fbn_prune.runs.study import Studied, network_count, open_study, with_networks
 
 Cell = tuple[str, float]
 """A criterion and the share of neurons that it keeps."""
@@ -124,21 +126,26 @@ def run_comparison(
             raise InvalidInput(
                 f"kept = {share}: give a share of neurons between 0 and 1, or a whole number of networks"
             )
-    if path is not None and not path.resolve().parent.is_dir():
-        raise InvalidInput(f"{path}: there is no folder {path.resolve().parent}: make it first")
+    check_results(path)
     if path is not None and path == plot_path(path):
         raise InvalidInput(
             f"{path}: the plot is written under this name; give a .json file for the results"
         )
-    on = study(recipe, clock)
+    before = None if path is None or not path.exists() else _read(path)
+    run = open_study(recipe, clock)
+    most = network_count(run.prepared)
+    if before is not None:
+        _require_same(before, path, recipe.model, _facts(run, most))
+    for share in kept:
+        if share >= 1 and share > most:
+            raise InvalidInput(f"kept = {int(share)} networks: there are {most}, give at most that")
+    on = with_networks(run)
     order = rank_networks(on, on.networks, on.matched)
     budgets = {share: _budget(on, share, order) for share in kept}
-    comparison = _begin(on, budgets, path, clock)
+    comparison = _begin(on, budgets, before, path, clock)
     shares = [_share(on, share, budgets[share]) for share in kept]
     missing = [(n, s) for s in shares for n in names if (n, s) not in comparison.cells]
     if missing:
-        tried = ", ".join(map(_words, missing))
-        clock.note(f"comparison of {counted(len(missing), 'model')}: {tried}")
         scratch = on.prepared.memory.scratch if path is None else path.resolve().parent
         cuts = _cuts(on, missing, comparison, order, scratch, clock)
         held_out = on.data.held_out.batches(on.prepared.batch_tokens)
@@ -167,10 +174,6 @@ def _budget(on: Studied, kept: float, order: Sequence[int]) -> int:
     prepared = on.prepared
     if kept < 1:
         return budget_from_sparsity(prepared.neurons, 1 - kept)
-    if kept > len(order):
-        raise InvalidInput(
-            f"kept = {int(kept)} networks: there are {len(order)}, give at most that"
-        )
     return budget_from_networks(on.networks, order[: int(kept)])
 
 
@@ -186,28 +189,44 @@ def _widths(on: Studied, budget: int) -> list[int]:
     return ranked_widths(even_scores(full), budget, multiple)
 
 
+def _facts(run: OpenRun, networks: int) -> dict[str, Any]:
+    """Return what identifies the calibration, but for the text's fingerprint where a task changes that."""
+    recipe = run.prepared.recipe
+    facts: dict[str, Any] = {
+        "held_out_fingerprint": run.data.held_out.fingerprint,
+        "seed": recipe.seed,
+        "networks": networks,
+        "keep_networks": recipe.keep_networks,
+        "width_multiple": run.prepared.width_multiple,
+    }
+    if run.task is None:
+        facts["calibration_fingerprint"] = run.data.calibrating.fingerprint
+    return facts
+
+
+def _require_same(before: Comparison, path: Path | None, model: str, facts: dict[str, Any]) -> None:
+    same = all(before.facts.get(key) == value for key, value in facts.items())
+    if before.model != model or not same:
+        raise InvalidInput(
+            f"{path} holds a comparison of another model, calibration or seed; give another file"
+        )
+
+
 def _begin(
-    on: Studied, budgets: dict[float, int], path: Path | None, clock: StageClock
+    on: Studied,
+    budgets: dict[float, int],
+    before: Comparison | None,
+    path: Path | None,
+    clock: StageClock,
 ) -> Comparison:
-    """Return the comparison so far: from the file, or with the dense perplexity alone."""
+    """Return the comparison so far: the one before, or with the dense perplexity alone."""
     prepared = on.prepared
     blocks = on.data.calibrating if on.matched is None else on.matched.blocks
-    facts: dict[str, Any] = {
-        "calibration_fingerprint": blocks.fingerprint,
-        "held_out_fingerprint": on.data.held_out.fingerprint,
-        "seed": prepared.recipe.seed,
-        "networks": len(on.networks.maps),
-        "keep_networks": prepared.recipe.keep_networks,
-        "width_multiple": prepared.width_multiple,
-    }
+    facts = _facts(on, len(on.networks.maps)) | {"calibration_fingerprint": blocks.fingerprint}
     widths = {_share(on, kept, budget): _widths(on, budget) for kept, budget in budgets.items()}
     networks = {_share(on, k, budget): int(k) for k, budget in budgets.items() if k >= 1}
-    if path is not None and path.exists():
-        before = _read(path)
-        if (before.model, before.facts) != (prepared.recipe.model, facts):
-            raise InvalidInput(
-                f"{path} holds a comparison of another model, calibration or seed; give another file"
-            )
+    if before is not None:
+        _require_same(before, path, prepared.recipe.model, facts)
         before.widths |= widths
         before.networks |= networks
         return before
@@ -227,7 +246,7 @@ def _read(path: Path) -> Comparison:
         budgets = content["budgets"]
         return Comparison(
             content["model"],
-            content["facts"],
+            dict(content["facts"]),
             content["dense"],
             {entry["kept"]: entry["widths"] for entry in budgets},
             {(n, e["kept"]): v for e in budgets for n, v in e["perplexity"].items()},
@@ -264,6 +283,7 @@ def _cuts(
     column = prepared.family.hidden_size(prepared.checkpoint.config) * stored.itemsize
     room = sum(sum(comparison.widths[share]) for _, share in cells) * column
     check_room(scratch, room, "folder of temporary files")
+    clock.note(f"comparison of {counted(len(cells), 'model')}: {', '.join(map(_words, cells))}")
     counts = {share: comparison.networks.get(share, recipe.keep_networks) for _, share in cells}
     members = {
         count: member_scores(on.networks, order[: count or len(order)])

@@ -6,6 +6,7 @@ of safetensors; :func:`fbn_prune.runs.setup.prepare` calls the same functions, a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from fbn_prune.recipe import Recipe
 from fbn_prune.runs.second_run import refuse_second_run
 from fbn_prune.runs.unfinished import shard_bytes
 from fbn_prune.store import default_place
+
+TASK_SUFFIXES = (".jsonl", ".txt", ".yaml", ".yml")
+"""Suffixes of names of tasks that are files; all other names are those of the harness."""
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -68,6 +72,64 @@ def check_models(models: Sequence[str], texts: Sequence[str] = ()) -> None:
             read_config(folder)
     for source in texts:
         require_source(source)
+
+
+def check_measured(texts: Sequence[str], tasks: Sequence[str] = ()) -> None:
+    """Check the texts and the task files that a model is to be measured on.
+
+    Parameters
+    ----------
+    texts
+        `NAME=SOURCE` or `SOURCE`, as for :class:`fbn_prune.runs.ablate.AblationPlan`.
+    tasks
+        Files of tasks, or names that only the harness knows.
+
+    Raises
+    ------
+    InvalidInput
+        A source or a file does not exist.
+    """
+    for text in texts:
+        require_source(named_text(text)[1])
+    for task in tasks:
+        if Path(task).suffix in TASK_SUFFIXES and not Path(task).exists():
+            raise InvalidInput(f"task file {task} does not exist: give one that does")
+
+
+def named_text(text: str) -> tuple[str, str]:
+    """Return the name and the source of `NAME=SOURCE` or `SOURCE`; what exists is a source, with or without a "="."""
+    name, equals, source = text.partition("=")
+    if equals and not Path(text).exists():
+        return name, source
+    return Path(text).stem, text
+
+
+def check_bundle_tasks(tasks: Sequence[str]) -> None:
+    """Check that the files and folders of a bundle's tasks, `NAME=PATH` or `NAME=PATH:NETWORKS`, exist.
+
+    Raises
+    ------
+    InvalidInput
+        One does not.
+    """
+    for task in tasks:
+        place = re.sub(r"(?<=\.safetensors):[\d,]+$", "", task.partition("=")[2])
+        if place.endswith(".safetensors"):
+            _require_file(Path(place), "task")
+        elif place:
+            _local(place)
+
+
+def check_results(path: Path | None) -> None:
+    """Check that a file of results can be made: its folder exists.
+
+    Raises
+    ------
+    InvalidInput
+        It does not.
+    """
+    if path is not None and not path.expanduser().resolve().parent.is_dir():
+        raise InvalidInput(f"{path}: there is no folder {path.resolve().parent}: make it first")
 
 
 def check_places(recipe: Recipe, model: Path | None, total_bytes: int) -> None:

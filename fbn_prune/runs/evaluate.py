@@ -22,6 +22,7 @@ from fbn_prune.errors import FbnPruneError, InvalidInput, counted
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.networks.intervention_effects import TaskFigures
 from fbn_prune.recipe import DtypeName
+from fbn_prune.runs.early_checks import TASK_SUFFIXES
 from fbn_prune.runs.setup import chosen_device
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def resolve_tasks(names: Sequence[str]) -> list[str | TaskConfig]:
                 tasks.append(task_from_file(path) | {"task": f"{skill}_text"})
             for skill, path in builtin.question_files().items():
                 tasks.append(task_from_file(path) | {"task": f"{skill}_questions"})
-        elif Path(name).suffix in (".jsonl", ".txt", ".yaml", ".yml"):
+        elif Path(name).suffix in TASK_SUFFIXES:
             tasks.append(task_from_file(Path(name)))
         else:
             tasks.append(name)

@@ -14,7 +14,7 @@ from fbn_prune.progress import StageClock
 from fbn_prune.recipe import Recipe
 from fbn_prune.runs.memory import free_memory
 from fbn_prune.runs.opening import OpenRun, open_run
-from fbn_prune.runs.setup import prepare
+from fbn_prune.runs.setup import Prepared, prepare
 from fbn_prune.runs.stages import find_networks, match_to_task, rank_scores
 from fbn_prune.store import Store
 
@@ -68,8 +68,8 @@ class Ranking:
         }
 
 
-def study(recipe: Recipe, clock: StageClock) -> Studied:
-    """Load a recipe's model, load or discover its networks, and match the calibration text to the task, if any.
+def open_study(recipe: Recipe, clock: StageClock) -> OpenRun:
+    """Load a recipe's texts and its whole model.
 
     Raises
     ------
@@ -84,15 +84,33 @@ def study(recipe: Recipe, clock: StageClock) -> Studied:
             f"this command needs the whole model in memory: {recipe.model} takes {(sum(layers) + rest) / 1e9:.1f} GB "
             f"plus activations, {free / 1e9:.1f} GB are free (prune and discover can read it layer by layer)"
         )
-    run = open_run(prepared, clock, whole=True)
-    networks = prepared.networks or find_networks(run)
+    return open_run(prepared, clock, whole=True)
+
+
+def network_count(prepared: Prepared) -> int:
+    """Return how many networks a study will have: those of its file, or those to be discovered."""
+    if prepared.networks is not None:
+        return len(prepared.networks.maps)
+    solves = 1 if prepared.recipe.scope == "global" else prepared.layers
+    return solves * prepared.recipe.networks
+
+
+def with_networks(run: OpenRun) -> Studied:
+    """Load or discover the networks, and match the calibration text to the task, if there is one.
+
+    Raises
+    ------
+    InvalidInput
+        If the model cannot be used, see :func:`fbn_prune.runs.stages.find_networks`.
+    """
+    networks = run.prepared.networks or find_networks(run)
     matched = match_to_task(run, networks, Store())
     return Studied(**vars(run), networks=networks, matched=matched)
 
 
 def run_rank(recipe: Recipe, clock: StageClock) -> Ranking:
     """Score and sort the networks; see :func:`fbn_prune.api.rank`."""
-    on = study(recipe, clock)
+    on = with_networks(open_study(recipe, clock))
     scores = rank_scores(on, on.networks, on.matched)
     order = strongest_first(scores)
     return Ranking(recipe.model, recipe.rank_or_default, order, on.networks, scores.tolist())
