@@ -99,6 +99,13 @@ def test_without_tokens_set_aside_the_usual_share_is_taken() -> None:
     assert shares_of(weight, x, shortfall_of(x, parts, 0)).tolist() == [USUAL_SHARE, USUAL_SHARE]
 
 
+def test_tokens_that_count_for_nothing_are_no_ground_for_a_fit() -> None:
+    """Where the set-aside tokens have all the weight, the others tell nothing."""
+    weight, x, parts = lacking(noise=1.0)
+    found = shortfall_of(x[:200], parts[:, :200], 200)
+    assert shares_of(weight, x[:200], found).tolist() == [USUAL_SHARE, USUAL_SHARE]
+
+
 @pytest.mark.parametrize(
     ("lengths", "expected"), [([8], 0), ([8, 6], 6), ([8] * 8, 8), ([8] * 24, 24)]
 )

@@ -23,6 +23,9 @@ USUAL_SHARE = 0.35
 """Share of every part where too little text is given to set some aside; measured on a model of 135 M parameters, whose
 layers have 0.2 to 0.5."""
 
+LEAST_REST = 0.25
+"""The tokens that were not set aside must have this part of all weight, for a fit to them to tell anything."""
+
 
 @dataclass(frozen=True)
 class SetAside:
@@ -97,15 +100,14 @@ def best_shares(
         float64 [parts], each between 0 and 1.
     """
     aside = shortfall.aside
-    count = len(shortfall.cross)
-    if aside is None:
-        return weight.new_full((count,), USUAL_SHARE)
+    rest = tokens - (0.0 if aside is None else float(aside.weights.sum()))
+    if aside is None or rest < LEAST_REST * tokens:
+        return weight.new_full((len(shortfall.cross),), USUAL_SHARE)
     x, parts = aside.x, aside.parts
     if mean is not None:
         x = x - mean.float()
         parts = parts - shortfall.mean[:, None].float()
     weighted = x * aside.weights[:, None].float()
-    rest = tokens - float(aside.weights.sum())
     # Statistics of the tokens that were not set aside, for the kept neurons.
     others = (gram[:, kept] * tokens - (x.T @ weighted[:, kept]).double()) / rest
     missing = [
