@@ -171,6 +171,15 @@ class Family:
             }
         return changed
 
+    def needs_own_code(self, config: Config, widths: Sequence[int]) -> bool:
+        """Whether no stock class builds these widths, so that a checkpoint needs `modeling_ragged.py`."""
+        return len(set(widths)) > 1
+
+    def set_config_width(self, config: PretrainedConfig, widths: Sequence[int]) -> None:
+        """Set the widths, which stock classes can build, in a loaded config."""
+        config.per_layer_config = None
+        setattr(config, self.width_key, widths[0])
+
     def num_layers(self, config: Config) -> int:
         layers = _typed(config).num_hidden_layers
         try:
@@ -257,6 +266,10 @@ class Family:
         }
 
     # A checkpoint's tensors
+
+    def decoder_layer(self, layer: int) -> int:
+        """The number that the model gives a layer."""
+        return layer
 
     def layer_of(self, name: str) -> int | None:
         """The decoder layer that a tensor belongs to; None for tensors outside the layers."""

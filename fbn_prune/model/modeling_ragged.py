@@ -20,11 +20,19 @@ _AUTO = "AutoModelForCausalLM"
 
 
 def layer_widths(config: Any) -> list[int]:
-    """Return the number of neurons of each layer's MLP according to the config."""
-    fields = config.to_dict()
-    key = fields["ragged_mlp"]["width_key"]
+    """Return the number of neurons of each MLP according to the config."""
+    facts = config.to_dict()["ragged_mlp"]
+    text = _text_config(config, facts)
+    fields, key = text.to_dict(), facts["width_key"]
     own = {int(layer): values.get(key) for layer, values in fields["per_layer_config"].items()}
-    return [own.get(layer) or fields[key] for layer in range(config.num_hidden_layers)]
+    layers = facts.get("mlp_layers") or range(text.num_hidden_layers)
+    return [own.get(layer) or fields[key] for layer in layers]
+
+
+def _text_config(config: Any, facts: dict[str, Any]) -> Any:
+    """Return the config of the text model, which may be inside another."""
+    key = facts.get("text_key")
+    return getattr(config, key) if key and hasattr(config, key) else config
 
 
 class RaggedMlps:
@@ -34,16 +42,21 @@ class RaggedMlps:
         try:
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         except RuntimeError:  # the stock class needs one common width
-            different = config.to_dict()["per_layer_config"]
-            config.per_layer_config = None
+            facts = config.to_dict()["ragged_mlp"]
+            text = _text_config(config, facts)
+            different = text.to_dict()["per_layer_config"]
+            text.per_layer_config = _without(different, facts["width_key"])
             try:
                 super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
             finally:
-                config.per_layer_config = different
+                text.per_layer_config = different
         mlps = config.to_dict().get("ragged_mlp")
         if mlps is None:  # transformers may use this class for later, uniform models as well
             return
-        for layer, width in zip(self._layers(mlps["layers"]), layer_widths(config), strict=True):
+        layers = list(self._layers(mlps["layers"]))
+        if mlps.get("mlp_layers"):  # the others have none
+            layers = [layers[number] for number in mlps["mlp_layers"]]
+        for layer, width in zip(layers, layer_widths(config), strict=True):
             for projection in mlps["inputs"]:
                 _fit(layer, projection, width, reads=False)
             _fit(layer, mlps["output"], width, reads=True)
@@ -57,6 +70,15 @@ class RaggedMlps:
         """The decoder layers, whether this is the whole model or its base model."""
         root, _, rest = path.partition(".")
         return self.get_submodule(path if hasattr(self, root) else rest)  # type: ignore[attr-defined]
+
+
+def _without(per_layer_config: dict[str, Any], key: str) -> dict[str, Any] | None:
+    """Return a `per_layer_config` without one key; None if nothing is left."""
+    others = {
+        layer: {name: value for name, value in values.items() if name != key}
+        for layer, values in per_layer_config.items()
+    }
+    return {layer: values for layer, values in others.items() if values} or None
 
 
 def _fit(layer: nn.Module, projection: dict[str, Any], width: int, *, reads: bool) -> None:

@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from fbn_prune.errors import InvalidInput
-from fbn_prune.model.building import skeleton
+from fbn_prune.model.building import skeleton, stock_class
 from fbn_prune.model.family import Family, as_config
 from fbn_prune.model.shards import TensorInfo
 
@@ -89,7 +88,8 @@ def settle(
         elif stored_head is None:
             continue
         elif stored_embedding is None:  # the same tensor, stored once under the head's name
-            info = replace(found[stored_head], stored=stored_head)
+            info = found[stored_head]
+            info = replace(info, stored=info.stored or stored_head, saved_as=None)
             found = {
                 embedding if name == stored_head else name: info if name == stored_head else other
                 for name, other in found.items()
@@ -154,8 +154,7 @@ def disagreement(own_head: str | None, unused: Mapping[str, TensorInfo]) -> list
 
 def _tied_parameters(config: Mapping[str, Any]) -> dict[str, str]:
     """Return the parameters that a tied model shares: the name of the embedding by that of the head."""
-    stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(as_config(config))]
-    tied = stock._tied_weights_keys
+    tied = stock_class(as_config(config))._tied_weights_keys
     return dict(tied) if isinstance(tied, Mapping) else {}
 
 
@@ -198,7 +197,8 @@ def _equal(path: Path, tensors: Mapping[str, TensorInfo], one: str, other: str) 
         safe_open(path / first.file, framework="pt") as left,
         safe_open(path / second.file, framework="pt") as right,
     ):
-        mine, theirs = left.get_slice(one), right.get_slice(other)
+        mine = left.get_slice(first.stored or one)
+        theirs = right.get_slice(second.stored or other)
         return all(
             torch.equal(mine[start : start + rows], theirs[start : start + rows])
             for start in range(0, first.shape[0], rows)
