@@ -138,8 +138,7 @@ class FoundFamily(Family):
                     )
                 name = next((key for key in others if int(key) == layer), str(layer))
                 others[name] = {**others.get(name, {}), self.width_key: width}
-        fields.pop("per_layer_config", None)
-        if others:
+        if others or "per_layer_config" in fields:  # without one, Gemma 4 assumes its usual one
             fields["per_layer_config"] = others
         return changed
 
