@@ -21,10 +21,10 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fbn_prune.errors import InvalidInput
+from fbn_prune.model.decoder_layers import NotFound
 from fbn_prune.model.families import refuse_obstacles
 from fbn_prune.model.found_family import FoundFamily
 from fbn_prune.model.identities import failed_step
-from fbn_prune.model.mlp_search import NotFound
 from fbn_prune.model.structure import find_family
 from fbn_prune.model.tiny_copy import tiny_config
 
@@ -88,7 +88,9 @@ def outcome(model_type: str) -> Outcome:
     except InvalidInput as error:
         return Outcome(model_type, None, _short(str(error).partition("; supported")[0]))
     except Exception as error:  # a class whose defaults it does not accept itself
-        return Outcome(model_type, None, _short(f"has a config class without usable defaults: {error}"))
+        return Outcome(
+            model_type, None, _short(f"has a config class without usable defaults: {error}")
+        )
     try:
         family = find_family({**config.to_dict(), "model_type": model_type})
     except (NotFound, InvalidInput) as error:
@@ -111,9 +113,7 @@ def small_config(model_type: str) -> PretrainedConfig:
     refuse_obstacles({**config.to_dict(), "model_type": model_type})
     text = config.get_text_config(decoder=True)
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or [""]
-    whole = next(
-        count for count in range(1, len(kinds) + 1) if set(kinds[:count]) == set(kinds)
-    )
+    whole = next(count for count in range(1, len(kinds) + 1) if set(kinds[:count]) == set(kinds))
     return tiny_config(config, min(max(2, whole), _MOST_LAYERS))
 
 
@@ -121,7 +121,7 @@ def _short(reason: str | None) -> str | None:
     if reason is None:
         return None
     line = " ".join(reason.split()).replace("|", "/")
-    head, quote, rest = line.partition("' ")
+    head, _, rest = line.partition("' ")
     if head.startswith("model_type '"):
         line = rest
     return line if len(line) <= 160 else f"{line[:157]}..."
@@ -131,11 +131,13 @@ def page(outcomes: list[Outcome]) -> str:
     """Return the text of docs/model_types.md."""
     passing = sum(outcome.reason is None for outcome in outcomes)
     rows = "\n".join(outcome.row for outcome in outcomes)
-    return (PAGE.read_text(encoding="utf-8") if PAGE.exists() else _HEAD).partition("<!-- table")[
-        0
-    ] + f"<!-- table: eval/robustness/model_types.py --write -->\n\n{passing} of {len(outcomes)} types pass.\n\n" + (
-        "| model_type | layers: inputs -> output | width | result |\n|---|---|---|---|\n"
-    ) + rows + "\n"
+    return (
+        (PAGE.read_text(encoding="utf-8") if PAGE.exists() else _HEAD).partition("<!-- table")[0]
+        + f"<!-- table: eval/robustness/model_types.py --write -->\n\n{passing} of {len(outcomes)} types pass.\n\n"
+        + ("| model_type | layers: inputs -> output | width | result |\n|---|---|---|---|\n")
+        + rows
+        + "\n"
+    )
 
 
 _HEAD = "# Model types\n\n"

@@ -182,7 +182,7 @@ def family_of(config: Config) -> Family:
     refuse_obstacles({**fields, "model_type": model_type})
     assert isinstance(model_type, str)
     if model_type not in _BY_MODEL_TYPE:
-        from fbn_prune.model.mlp_search import NotFound  # these need torch
+        from fbn_prune.model.decoder_layers import NotFound  # these need torch
         from fbn_prune.model.structure import find_family
 
         try:

@@ -61,12 +61,15 @@ class FoundFamily(Family):
     settings
         Config values with which every layer has the width that the config's key says, where other values compute it
         differently.
+    up_first
+        Whether a fused input computes the up projection before the gate.
     """
 
     text_key: str | None = None
     mlp_layers: tuple[int, ...] = ()
     factor: Fraction = Fraction(1)
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    up_first: bool = False
 
     # The config
 
@@ -177,8 +180,11 @@ class FoundFamily(Family):
         return bool(getattr(self.text_config(config), self.biased))
 
     def activation(self, config: Config) -> str:
-        if not self.activation_keys:
-            raise InvalidInput(f"{self.name}: the config does not name the MLP's activation")
+        if not self.activation_keys or not self.mlp_modules or self.up_first:
+            raise InvalidInput(
+                f"{self.name} models are not served: the MLP is no module of its own, or it computes something else "
+                "than an activation that the config names"
+            )
         return Family.activation(self, self.text_config(config))
 
     def head_shape(self, config: Config) -> HeadShape:

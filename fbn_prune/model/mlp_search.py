@@ -16,19 +16,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from fbn_prune.model import decoder_layers as modules
+from fbn_prune.model.decoder_layers import LENGTH, NotFound
 from fbn_prune.model.family import Projection
-from fbn_prune.model.tiny_copy import VOCABULARY
 
-LENGTH = 6
-"""Tokens of the texts on which a copy is tried out."""
 _TOKEN = 2
 """The token for which channels are changed: others come before and after it."""
 _SAME = 1e-4
@@ -49,12 +47,21 @@ class Mlp:
         Number of neurons.
     biased
         Whether each of the maps has a bias.
+    up_first
+        Whether one fused map computes the up projection before the gate.
+    computed
+        What the inputs computed for a text, gate first, [1, tokens, width] each.
+    activation
+        What the output then read, [1, tokens, width].
     """
 
     inputs: tuple[Projection, ...]
     output: Projection
     width: int
     biased: tuple[bool, ...]
+    up_first: bool
+    computed: tuple[Tensor, ...] = field(compare=False, repr=False)
+    activation: Tensor = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -65,10 +72,6 @@ class Structure:
     mlps: tuple[tuple[Mlp, ...], ...]
 
 
-class NotFound(Exception):
-    """The reason why an architecture cannot be pruned, as a predicate that follows its model_type."""
-
-
 def find_structure(model: PreTrainedModel) -> Structure:
     """Find the MLPs of a tiny copy.
 
@@ -77,63 +80,13 @@ def find_structure(model: PreTrainedModel) -> Structure:
     NotFound
         It has no list of decoder layers, or no MLP that can be cut.
     """
-    ids = _text(0)
-    path, layers = _decoder_layers(model, ids)
+    ids = modules.text(0)
+    path, layers = modules.decoder_layers(model, ids)
     watched = _Watched(model, layers, ids)
     found = tuple(tuple(watched.mlps(layer)) for layer in range(len(layers)))
     if not any(found):
         raise NotFound("has no MLP of neurons that are independent of each other")
     return Structure(path, found)
-
-
-def _text(seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, VOCABULARY - 3, (1, LENGTH), generator=generator)
-
-
-def _run(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits
-
-
-def _decoder_layers(model: PreTrainedModel, ids: Tensor) -> tuple[str, list[nn.Module]]:
-    """Return the longest list of modules that a forward pass of text calls, and that hold linear maps."""
-    called: set[nn.Module] = set()
-    with ExitStack() as hooks:
-        for module in model.modules():
-            hook = module.register_forward_pre_hook(lambda module, args: called.add(module))
-            hooks.callback(hook.remove)
-        _run(model, ids)
-    lists: list[tuple[str, list[nn.Module]]] = []
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or any(
-            name.startswith(f"{outer}.") for outer, _ in lists
-        ):
-            continue
-        layers = list(module)
-        if layers and all(layer in called and list(_linears(layer)) for layer in layers):
-            lists.append((name, layers))
-    if not lists:
-        raise NotFound("has no list of decoder layers")
-    return max(lists, key=lambda each: len(each[1]))
-
-
-def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, each in module.named_modules():
-        weight = getattr(each, "weight", None)
-        if isinstance(each, nn.Linear | Conv1D) and weight is not None and weight.ndim == 2:
-            yield name, each
-
-
-def _neuron_axis(module: nn.Module, reads: bool) -> Literal[0, 1]:
-    """The axis of the weight along the map's output channels, or if `reads` along its input channels."""
-    return 1 if isinstance(module, Conv1D) is not reads else 0
-
-
-def _channels(module: nn.Module, reads: bool = False) -> int:
-    weight: Any = module.weight
-    return int(weight.shape[_neuron_axis(module, reads)])
 
 
 class _Watched:
@@ -144,7 +97,7 @@ class _Watched:
 
     def __init__(self, model: PreTrainedModel, layers: list[nn.Module], ids: Tensor) -> None:
         self._model, self._layers, self._ids = model, layers, ids
-        self._linears = [dict(_linears(layer)) for layer in layers]
+        self._linears = [dict(modules.linears(layer)) for layer in layers]
         shared: dict[nn.Module, int] = {}
         for index, linears in enumerate(self._linears):
             for module in linears.values():
@@ -170,12 +123,26 @@ class _Watched:
         linears = self._linears[layer]
         for name, inputs in self._found[layer].items():
             output = linears[name]
+            activation = self._reference[layer][name]
+            width = activation.shape[-1]
+            computed = [
+                block
+                for each in inputs
+                for block in self._results[layer][each.path].reshape(1, LENGTH, -1).split(width, -1)
+            ]
+            odd = [name in self._odd[operand][layer] for operand in ("first", "second")]
+            up_first = odd == [True, False] and len(computed) == 2
+            if up_first:
+                inputs, computed = inputs[::-1], computed[::-1]
             biased = [linears[each.path].bias is not None for each in inputs]
             yield Mlp(
-                self._gate_first(layer, name, inputs),
-                Projection(name, _neuron_axis(output, reads=True)),
-                _channels(output, reads=True),
+                inputs,
+                Projection(name, modules.neuron_axis(output, reads=True)),
+                width,
                 (*biased, output.bias is not None),
+                up_first and len(inputs) == 1,
+                tuple(computed),
+                activation,
             )
 
     def _first_run(self) -> list[dict[str, Tensor]]:
@@ -202,7 +169,7 @@ class _Watched:
                         self._results[index][name] = out.clone()
 
                     hooks.callback(module.register_forward_hook(keep).remove)
-            _run(self._model, self._ids)
+            modules.run(self._model, self._ids)
         return read
 
     def _candidates(self) -> dict[str, int]:
@@ -211,8 +178,10 @@ class _Watched:
         for linears, calls in zip(self._linears, self._calls, strict=True):
             once = [name for name in linears if calls[name] == 1]
             for name in once:
-                channels = _channels(linears[name])
-                reads = {_channels(linears[other], reads=True) for other in once if other != name}
+                channels = modules.channels(linears[name])
+                reads = {
+                    modules.channels(linears[other], reads=True) for other in once if other != name
+                }
                 if channels in reads or (channels % 2 == 0 and channels // 2 in reads):
                     found[name] = max(channels, found.get(name, 0))
         return found
@@ -268,7 +237,7 @@ class _Watched:
                         return out if changed is None else changed(index, out)
 
                     hooks.callback(module.register_forward_hook(watch).remove)
-            _run(self._model, (self._ids if ids is None else ids).expand(runs, -1))
+            modules.run(self._model, (self._ids if ids is None else ids).expand(runs, -1))
         return read
 
     def _same_input(self, index: int, runs: int) -> Callable[..., Any]:
@@ -292,7 +261,7 @@ class _Watched:
         for source, start in self._start.items():
             if source not in linears or self._calls[layer][source] != 1:
                 continue
-            rows = [*range(start, start + _channels(linears[source])), -1]
+            rows = [*range(start, start + modules.channels(linears[source])), -1]
             for name, read in self._read_changed[layer].items():
                 if name == source or self._calls[layer][name] != 1 or read.shape[1] != LENGTH:
                     continue
@@ -312,7 +281,7 @@ class _Watched:
 
     def _neuronwise(self, source: nn.Module, path: str, read: Tensor) -> Projection | None:
         """Return how the channels of a map belong to the channels that another map reads; None if they do not."""
-        channels, width = _channels(source), read.shape[-1]
+        channels, width = modules.channels(source), read.shape[-1]
         stacked = channels // width
         if channels % width or stacked > 2:
             return None
@@ -332,7 +301,7 @@ class _Watched:
             if not bool((hit & ~own).any()):
                 if interleaved and stacked > 1:
                     return None
-                return Projection(path, _neuron_axis(source, reads=False), stacked)
+                return Projection(path, modules.neuron_axis(source, reads=False), stacked)
         return None
 
     def _determined(
@@ -349,7 +318,7 @@ class _Watched:
                 return None
             return lambda index, out: self._results[index][name].reshape(out.shape)
 
-        read = self._read(1, hold, ids=_text(1))
+        read = self._read(1, hold, ids=modules.text(1))
         return [
             {
                 name: projections
@@ -392,17 +361,6 @@ class _Watched:
                 for index, layer in enumerate(self._found)
             ]
         return odd
-
-    def _gate_first(
-        self, layer: int, name: str, inputs: tuple[Projection, ...]
-    ) -> tuple[Projection, ...]:
-        """Put the gate before the up projection; a fused one says by itself which half is the gate."""
-        odd = [name in self._odd[operand][layer] for operand in ("first", "second")]
-        if odd != [True, False]:
-            return inputs
-        if len(inputs) == 2:
-            return inputs[::-1]
-        return inputs
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

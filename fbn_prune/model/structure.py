@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers.activations import ACT2FN
 
 from fbn_prune.model.building import build, quiet_transformers
+from fbn_prune.model.decoder_layers import NotFound
 from fbn_prune.model.experts import mixture
 from fbn_prune.model.family import as_config
 from fbn_prune.model.found_family import FoundFamily
 from fbn_prune.model.headers import one_line
-from fbn_prune.model.mlp_search import Mlp, NotFound, Structure, find_structure
+from fbn_prune.model.mlp_search import Mlp, Structure, find_structure
 from fbn_prune.model.tiny_copy import tiny_config, tiny_model
 
 
@@ -75,12 +77,15 @@ def _family(typed: PretrainedConfig, small: PretrainedConfig, structure: Structu
         output=first.output,
         width_key=found.key,
         biased=first.biased[-1],
-        activation_keys=_activation_keys(typed if text_key is None else getattr(typed, text_key)),
+        activation_keys=_activation_keys(
+            small if text_key is None else getattr(small, text_key), first
+        ),
         mlp_modules=_common_module(first),
         text_key=text_key,
         mlp_layers=layers,
         factor=found.factor,
         settings=found.settings,
+        up_first=first.up_first,
     )
 
 
@@ -107,15 +112,19 @@ def _common_module(mlp: Mlp) -> tuple[str, ...]:
     return (parent,) if parent and not parents else ()
 
 
-def _activation_keys(text: PretrainedConfig) -> tuple[str, ...]:
-    keys = (
-        "hidden_activation",
-        "hidden_act",
-        "activation_function",
-        "hidden_activation",
-        "activation",
-    )
-    return tuple(dict.fromkeys(key for key in keys if isinstance(getattr(text, key, None), str)))
+def _activation_keys(text: PretrainedConfig, mlp: Mlp) -> tuple[str, ...]:
+    """Return the config keys that name the function of the gate, or of the only input; none if the MLP does more."""
+    keys = ("hidden_activation", "hidden_act", "activation_function", "activation")
+    gate, *others = mlp.computed
+    found = []
+    for key in keys:
+        if (name := getattr(text, key, None)) in ACT2FN:
+            expected = ACT2FN[name](gate)
+            for other in others:
+                expected = expected * other
+            if torch.allclose(expected, mlp.activation, rtol=1e-3, atol=1e-4):
+                found.append(key)
+    return tuple(found)
 
 
 # The config key of the width
