@@ -98,8 +98,9 @@ def settle(
             del found[stored_head]
         else:
             config, own_head = {**config, TIED: False}, stored_head
-    parameters, leftovers = stored_parameters(config, family)
-    missing, used = False, set()
+    parameters, leftovers, buffers = stored_parameters(config, family)
+    missing = False
+    used = {stored for name in buffers if (stored := stored_name(family, found, name)) is not None}
     for name, shape in parameters.items():
         stored = stored_name(family, found, name)
         if stored is None:
@@ -160,7 +161,7 @@ def _tied_parameters(config: Mapping[str, Any]) -> dict[str, str]:
 
 def stored_parameters(
     config: Mapping[str, Any], family: Family
-) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...]]:
+) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...], tuple[str, ...]]:
     """Return what transformers' model of a `config.json` object loads, as built on the meta device.
 
     Returns
@@ -169,13 +170,16 @@ def stored_parameters(
         The shape of each parameter, without a tied head.
     skipped
         Patterns of stored buffers that transformers computes itself.
+    buffers
+        Names of the buffers that checkpoints hold.
     """
     return _parameters(family, json.dumps(config, sort_keys=True))
 
 
 @lru_cache(maxsize=8)
-def _parameters(family: Family, config: str) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...]]:
-    """Return the shapes of a model's stored parameters, and patterns of buffers that transformers skips on loading."""
+def _parameters(
+    family: Family, config: str
+) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...], tuple[str, ...]]:
     fields = json.loads(config)
     model = skeleton(fields, family, torch.float32)
     tied = _tied_parameters(fields) if model.config.tie_word_embeddings else {}
@@ -184,7 +188,9 @@ def _parameters(family: Family, config: str) -> tuple[dict[str, tuple[int, ...]]
         for name, parameter in model.named_parameters()
         if name not in tied
     }
-    return shapes, (*(model._keys_to_ignore_on_load_unexpected or ()), *_SKIPPED)
+    own = {name for name, _ in model.named_parameters()}
+    buffers = tuple(name for name in model.state_dict() if name not in own and name not in tied)
+    return shapes, (*(model._keys_to_ignore_on_load_unexpected or ()), *_SKIPPED), buffers
 
 
 def _equal(path: Path, tensors: Mapping[str, TensorInfo], one: str, other: str) -> bool:

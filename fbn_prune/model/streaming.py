@@ -243,9 +243,14 @@ class StreamedModel(ModelAdapter):
         for name in [name for name, _ in self.model.named_parameters()]:
             if not name.startswith(parts):
                 _set(self.model, name, self._value(name))
-        for module in self.model.modules():
+        for path, module in self.model.named_modules():
             for name, buffer in list(module.named_buffers(recurse=False)):
-                setattr(module, name, buffer.to(self._device))
+                stored = self._checkpoint.stored_name(f"{path}.{name}".removeprefix("."))
+                if stored is None or name in module._non_persistent_buffers_set:
+                    setattr(module, name, buffer.to(self._device))
+                    continue
+                dtype = self._dtype if buffer.is_floating_point() else buffer.dtype
+                setattr(module, name, self._checkpoint.read(stored, self._device, dtype))
 
     def _value(self, name: str) -> Tensor:
         """A parameter's values: as stored, or after the cut of its layer."""
