@@ -131,13 +131,18 @@ def test_a_found_family_is_pruned_saved_loaded_and_generates(
 
 def test_a_layer_without_an_mlp_is_left_alone(text: Path, tmp_path: Path) -> None:
     kinds = ["linear_attention", "mlp", "full_attention", "mlp"]
-    small = config("nemotron_h", 4, layers_block_type=kinds, n_routed_experts=0)
+    small = config("nemotron_h", 4, layers_block_type=kinds)
     model = tiny_model(copy.deepcopy(small))
     model.generation_config = GenerationConfig(**TOKENS)
     model.save_pretrained(tmp_path / "dense")
     make_tokenizer().save_pretrained(tmp_path / "dense")
     job = recipe(
-        tmp_path / "dense", text, tmp_path / "out", sparsity=0.5, width_multiple=2, allow_untrained=True
+        tmp_path / "dense",
+        text,
+        tmp_path / "out",
+        sparsity=0.5,
+        width_multiple=2,
+        allow_untrained=True,
     )
     assert len(prune_checkpoint(recipe=job).widths) == 2
     reloaded(tmp_path / "out")

@@ -36,13 +36,13 @@ VALUES: Mapping[str, Mapping[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 128},
     "ministral": {"head_dim": 128},
     "ministral3": {"head_dim": 128},
-    "nemotron": {"head_dim": 128},
+    "nemotron": {"head_dim": 128, "num_key_value_heads": 8},
     "xmod": {"default_language": "en_XX"},
     # The type has models with experts and models without: those without are tried out.
     "granitemoehybrid": {"num_local_experts": 0},
     # Gemma 3n's first ten layers keep only the largest activations, so that their neurons depend on each other. The
     # copy has fewer layers than that.
-    "gemma3n_text": {"activation_sparsity_pattern": None},
+    "gemma3n_text": {"activation_sparsity_pattern": [0.0] * 35},
 }
 """Config values that differ from the class's defaults."""
 

@@ -18,6 +18,11 @@ def mixture(fields: Mapping[str, Any]) -> str | None:
     fields
         The `config.json` object of a text model; a nested object that describes the MLPs counts too.
     """
+    lists = (fields.get(key) for key in ("layers_block_type", "mlp_layer_types"))
+    named = [kind for each in lists if isinstance(each, list) for kind in each]
+    kinds = {kind for kind in ("mlp", "dense", "moe", "sparse") if kind in named}
+    if kinds and not kinds & {"moe", "sparse"}:  # a count of experts that no layer has
+        return None
     for key, value in fields.items():
         if _COUNTS.fullmatch(key) and isinstance(value, int) and value > 0:
             return f"{key}={value}"

@@ -219,7 +219,7 @@ class _Watched:
                 if ids is None:
                     hooks.callback(
                         layer.register_forward_pre_hook(
-                            self._same_input(index, runs), with_kwargs=True
+                            self._same_input(index), with_kwargs=True
                         ).remove
                     )
                 for name, module in self._linears[index].items():
@@ -240,14 +240,14 @@ class _Watched:
             modules.run(self._model, (self._ids if ids is None else ids).expand(runs, -1))
         return read
 
-    def _same_input(self, index: int, runs: int) -> Callable[..., Any]:
+    def _same_input(self, index: int) -> Callable[..., Any]:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
             entered = self._entered[index]
             assert entered is not None
             now = _first_tensor(args, kwargs)
-            if now.shape[1:] != entered.shape[1:] or now.shape[0] != runs:
+            if now.ndim != entered.ndim:
                 return args, kwargs
-            value = entered.expand(runs, *entered.shape[1:]).clone()
+            value = entered.expand(now.shape).clone()  # the runs need not be the first axis
             if args:
                 return (value, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": value}

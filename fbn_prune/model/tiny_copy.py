@@ -145,14 +145,8 @@ def _plain_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
             key: _plain_rope(each) if isinstance(each, Mapping) else each
             for key, each in rope.items()
         }
-    kept = (
-        "rope_theta",
-        "partial_rotary_factor",
-        "rope_type",
-        "mrope_section",
-        "mrope_interleaved",
-    )
-    plain = {key: value for key, value in rope.items() if key in kept}
+    lists = ("mrope_section",)
+    plain = {k: value for k, value in rope.items() if k in lists or not isinstance(value, list)}
     plain["rope_type"] = "default"
     if isinstance(section := plain.get("mrope_section"), list):
         half = max(1, int(HEAD_SIZE * plain.get("partial_rotary_factor", 1.0)) // 2)
@@ -179,6 +173,8 @@ def _fit_together(old: Mapping[str, Any], small: dict[str, Any]) -> None:
     size, heads = old.get("attention_head_dim"), old.get("num_attention_heads")
     if type(size) is int and type(heads) is int and size * heads == 2 * old.get("hidden_size", 0):
         small["attention_head_dim"] = 2 * HEAD_SIZE
+    if "mamba_headdim" in old and type(old.get("n_mamba_heads")) is int:  # Zamba 2
+        small["n_mamba_heads"] = 2 * HIDDEN // HEAD_SIZE
     if "state_size" in old and "expand" in old and type(old.get("num_heads")) is int:  # Mamba 2
         small["num_heads"] = old["expand"] * HIDDEN // HEAD_SIZE
 
