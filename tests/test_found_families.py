@@ -56,9 +56,17 @@ KINDS: dict[str, Callable[[], PretrainedConfig]] = {
         use_double_wide_mlp=True,
     ),
     # Short convolutions beside attention; the config computes the width from several keys.
-    "lfm2": lambda: config("lfm2", 3, layer_types=["conv", "full_attention", "conv"]),
+    "lfm2": lambda: config(
+        "lfm2", 3, num_hidden_layers=3, layer_types=["conv", "full_attention", "conv"]
+    ),
     # Mamba beside attention, without experts.
-    "granitemoehybrid": lambda: config("granitemoehybrid", 2, num_local_experts=0),
+    "granitemoehybrid": lambda: config(
+        "granitemoehybrid",
+        2,
+        num_local_experts=0,
+        num_hidden_layers=2,
+        layer_types=["linear_attention", "full_attention"],
+    ),
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
 

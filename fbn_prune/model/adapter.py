@@ -355,8 +355,7 @@ class ModelAdapter:
                 if hasattr(self.config, own) and hasattr(self.config, key):
                     delattr(self.config, key)
         elif hasattr(self.config, own):  # a class of `modeling_ragged.py`, which builds any widths
-            fields = self.family.with_widths(self.config.to_dict(), widths)
-            self.config.per_layer_config = fields["per_layer_config"]
+            self.family.set_config_own_widths(self.config, widths)
 
     def _sync_config(self) -> None:
         self._sync_widths()

@@ -180,6 +180,11 @@ class Family:
         config.per_layer_config = None
         setattr(config, self.width_key, widths[0])
 
+    def set_config_own_widths(self, config: PretrainedConfig, widths: Sequence[int]) -> None:
+        """Set widths that only `modeling_ragged.py` builds in the loaded config of one of its models."""
+        fields = self.with_widths(config.to_dict(), widths)
+        config.per_layer_config = fields["per_layer_config"]
+
     def num_layers(self, config: Config) -> int:
         layers = _typed(config).num_hidden_layers
         try:
@@ -365,9 +370,18 @@ def as_config(config: Config) -> PretrainedConfig:
             )
     model_type = str(config.get("model_type"))
     try:
-        return CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(config)))
+        return CONFIG_MAPPING[model_type].from_dict(_decoded(config))
     except Exception as error:  # config classes raise many types of error on malformed values
         reason = " ".join(str(error).split())
         raise InvalidInput(
             f"the config is not a valid {model_type!r} config, correct it: {reason}"
         ) from error
+
+
+def _decoded(value: Any) -> Any:
+    """Return a copy of a value of `config.json`, with the numbers that transformers writes as {"__float__": NAME}."""
+    if isinstance(value, Mapping):
+        if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {key: _decoded(each) for key, each in value.items()}
+    return [_decoded(each) for each in value] if isinstance(value, list) else copy.deepcopy(value)

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,7 @@ from accelerate import init_empty_weights
 
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.building import build
-from fbn_prune.model.family import Family, _typed, as_config, per_layer
+from fbn_prune.model.family import Family, _typed, as_config
 from fbn_prune.model.heads import HeadShape, Part
 
 if TYPE_CHECKING:
@@ -32,6 +33,11 @@ if TYPE_CHECKING:
 
     from fbn_prune.model.family import Config
 
+WIDTHS = "mlp_widths"
+"""Config key of the width of each MLP where they differ, which :mod:`fbn_prune.model.modeling_ragged` reads.
+
+transformers' `per_layer_config` would be read by stock classes that refuse layers of one kind to differ.
+"""
 _LONGEST = 1_000_000
 """The context of a model whose config states none."""
 _CONTEXTS = (
@@ -98,6 +104,8 @@ class FoundFamily(Family):
         return max(self.widths(config))
 
     def widths(self, config: Config) -> list[int]:
+        if (own := self._own_widths(config)) is not None:
+            return own
         fields = self._fields(config)
         stated = fields.get(self.width_key)
         if isinstance(stated, list) and max(self.mlp_layers) < len(stated):
@@ -105,44 +113,41 @@ class FoundFamily(Family):
         settled = all(fields.get(key) == value for key, value in self.settings.items())
         if type(stated) is not int or not settled:
             return list(_measured(self, json.dumps(_as_fields(config), sort_keys=True)))
-        own = {int(i): v.get(self.width_key) for i, v in per_layer(fields).items()}
-        widths = [(own.get(layer) or stated) * self.factor for layer in self.mlp_layers]
-        return [int(width) for width in widths]
+        return [int(stated * self.factor)] * len(self.mlp_layers)
+
+    def _own_widths(self, config: Config) -> list[int] | None:
+        """The widths that this package wrote for layers that differ; None if the config has none."""
+        own = _as_fields(config).get(WIDTHS)
+        if own is None:
+            return None
+        if not isinstance(own, list) or not all(type(width) is int for width in own):
+            raise InvalidInput(
+                f"the config's {WIDTHS} must be a list of integers, found {own!r:.80}"
+            )
+        if len(own) != len(self.mlp_layers):
+            raise InvalidInput(
+                f"the config's {WIDTHS} has {len(own)} widths, the model has {len(self.mlp_layers)} MLPs: correct it"
+            )
+        return own
 
     def has_own_widths(self, config: Config) -> bool:
-        fields = self._fields(config)
-        own = [values.get(self.width_key) for values in per_layer(fields).values()]
-        return any(width and width != fields.get(self.width_key) for width in own)
+        return self._own_widths(config) is not None
 
     def with_widths(self, config: Mapping[str, Any], widths: Sequence[int]) -> dict[str, Any]:
-        changed = copy.deepcopy(dict(config))
+        changed = copy.deepcopy({key: value for key, value in config.items() if key != WIDTHS})
         fields = changed if self.text_key is None else changed.setdefault(self.text_key, {})
-        typed = self._fields(config)
-        others = {
-            layer: {key: value for key, value in values.items() if key != self.width_key}
-            for layer, values in per_layer(fields).items()
-        }
-        others = {layer: values for layer, values in others.items() if values}
         fields.update(self.settings)
-        if isinstance(stated := typed.get(self.width_key), list):
+        if isinstance(stated := self._fields(config).get(self.width_key), list):
             by_layer = dict(zip(self.mlp_layers, widths, strict=True))
             fields[self.width_key] = [
                 self._unit(by_layer[i]) if i in by_layer else old for i, old in enumerate(stated)
             ]
             return changed
-        common = max(widths)
-        fields[self.width_key] = self._unit(common)
-        for layer, width in zip(self.mlp_layers, widths, strict=True):
-            if width != common:
-                if self.factor != 1:
-                    raise InvalidInput(
-                        f"{self.name} computes its widths from {self.width_key}: its layers cannot differ; "
-                        "use --layout uniform"
-                    )
-                name = next((key for key in others if int(key) == layer), str(layer))
-                others[name] = {**others.get(name, {}), self.width_key: width}
-        if others or "per_layer_config" in fields:  # without one, Gemma 4 assumes its usual one
-            fields["per_layer_config"] = others
+        if self.needs_own_code(config, widths):
+            changed[WIDTHS] = list(widths)
+            fields[self.width_key] = ceil(max(widths) / self.factor)
+        else:
+            fields[self.width_key] = self._unit(widths[0])
         return changed
 
     def needs_own_code(self, config: Config, widths: Sequence[int]) -> bool:
@@ -151,6 +156,8 @@ class FoundFamily(Family):
 
     def set_config_width(self, config: PretrainedConfig, widths: Sequence[int]) -> None:
         text = self.text_config(config)
+        if hasattr(config, WIDTHS):
+            delattr(config, WIDTHS)
         for key, value in self.settings.items():
             setattr(text, key, value)
         stated = getattr(text, self.width_key)
@@ -159,6 +166,9 @@ class FoundFamily(Family):
                 stated[layer] = self._unit(width)
         else:
             setattr(text, self.width_key, self._unit(widths[0]))
+
+    def set_config_own_widths(self, config: PretrainedConfig, widths: Sequence[int]) -> None:
+        setattr(config, WIDTHS, list(widths))
 
     def _unit(self, width: int) -> int:
         """The config's value for a width."""
@@ -196,8 +206,7 @@ class FoundFamily(Family):
             return HeadShape(1, 1, self.hidden_size(config))
 
     def mlp_facts(self) -> dict[str, Any]:
-        facts = {**Family.mlp_facts(self), "mlp_layers": list(self.mlp_layers)}
-        return facts if self.text_key is None else {**facts, "text_key": self.text_key}
+        return {**Family.mlp_facts(self), "mlp_layers": list(self.mlp_layers)}
 
     # A checkpoint's tensors
 
@@ -217,6 +226,12 @@ class FoundFamily(Family):
             return 0, "", "weight"
         _, path, part = Family._place(self, name)
         return self.mlp_layers.index(int(match[1])), path, part
+
+
+def stock_form(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a `config.json` object without the layers' own widths that this package wrote: stock classes build it."""
+    own = (WIDTHS, "ragged_mlp", "auto_map") if WIDTHS in config else ()
+    return {key: value for key, value in config.items() if key not in own}
 
 
 def _as_fields(config: Config) -> Mapping[str, Any]:

@@ -23,7 +23,7 @@ from fbn_prune.errors import FbnPruneError
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.building import quiet_transformers
 from fbn_prune.model.family import as_config
-from fbn_prune.model.found_family import FoundFamily
+from fbn_prune.model.found_family import FoundFamily, stock_form
 from fbn_prune.model.headers import one_line
 from fbn_prune.model.layerwise import LayerwiseForward
 from fbn_prune.model.surgery import MlpCut
@@ -44,7 +44,9 @@ def failed_step(family: FoundFamily, config: PretrainedConfig) -> str | None:
         The config of the model.
     """
     return _failed(
-        family, json.dumps(config.to_dict(), sort_keys=True, default=str), config.model_type
+        family,
+        json.dumps(stock_form(config.to_dict()), sort_keys=True, default=str),
+        config.model_type,
     )
 
 

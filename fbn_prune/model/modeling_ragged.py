@@ -1,8 +1,9 @@
 """Load a causal language model whose layers have MLPs of different widths. Written by fbn-prune.
 
-This file is part of the checkpoint's folder and needs only transformers and torch. The config's `per_layer_config`
-gives the widths, its `ragged_mlp` says where the MLPs are. transformers builds the stock architecture, then each MLP is
-narrowed to its layer's width before the weights are loaded; widths that transformers builds itself stay as they are.
+This file is part of the checkpoint's folder and needs only transformers and torch. The config's `mlp_widths` or
+`per_layer_config` gives the widths, its `ragged_mlp` says where the MLPs are. transformers builds the stock
+architecture, then each MLP is narrowed to its layer's width before the weights are loaded; widths that transformers
+builds itself stay as they are.
 
 For every model class of transformers this module has a class of the same name with ragged MLPs, such as
 `LlamaForCausalLM`. The names are equal because transformers finds some settings by a class's name.
@@ -21,18 +22,12 @@ _AUTO = "AutoModelForCausalLM"
 
 def layer_widths(config: Any) -> list[int]:
     """Return the number of neurons of each MLP according to the config."""
-    facts = config.to_dict()["ragged_mlp"]
-    text = _text_config(config, facts)
-    fields, key = text.to_dict(), facts["width_key"]
+    fields = config.to_dict()
+    if fields.get("mlp_widths"):
+        return list(fields["mlp_widths"])
+    key = fields["ragged_mlp"]["width_key"]
     own = {int(layer): values.get(key) for layer, values in fields["per_layer_config"].items()}
-    layers = facts.get("mlp_layers") or range(text.num_hidden_layers)
-    return [own.get(layer) or fields[key] for layer in layers]
-
-
-def _text_config(config: Any, facts: dict[str, Any]) -> Any:
-    """Return the config of the text model, which may be inside another."""
-    key = facts.get("text_key")
-    return getattr(config, key) if key and hasattr(config, key) else config
+    return [own.get(layer) or fields[key] for layer in range(config.num_hidden_layers)]
 
 
 class RaggedMlps:
@@ -42,14 +37,12 @@ class RaggedMlps:
         try:
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         except RuntimeError:  # the stock class needs one common width
-            facts = config.to_dict()["ragged_mlp"]
-            text = _text_config(config, facts)
-            different = text.to_dict()["per_layer_config"]
-            text.per_layer_config = _without(different, facts["width_key"])
+            different = config.to_dict()["per_layer_config"]
+            config.per_layer_config = None
             try:
                 super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
             finally:
-                text.per_layer_config = different
+                config.per_layer_config = different
         mlps = config.to_dict().get("ragged_mlp")
         if mlps is None:  # transformers may use this class for later, uniform models as well
             return
@@ -70,15 +63,6 @@ class RaggedMlps:
         """The decoder layers, whether this is the whole model or its base model."""
         root, _, rest = path.partition(".")
         return self.get_submodule(path if hasattr(self, root) else rest)  # type: ignore[attr-defined]
-
-
-def _without(per_layer_config: dict[str, Any], key: str) -> dict[str, Any] | None:
-    """Return a `per_layer_config` without one key; None if nothing is left."""
-    others = {
-        layer: {name: value for name, value in values.items() if name != key}
-        for layer, values in per_layer_config.items()
-    }
-    return {layer: values for layer, values in others.items() if values} or None
 
 
 def _fit(layer: nn.Module, projection: dict[str, Any], width: int, *, reads: bool) -> None:

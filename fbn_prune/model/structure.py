@@ -22,7 +22,7 @@ from fbn_prune.model.building import build, quiet_transformers
 from fbn_prune.model.decoder_layers import NotFound
 from fbn_prune.model.experts import mixture
 from fbn_prune.model.family import as_config
-from fbn_prune.model.found_family import FoundFamily
+from fbn_prune.model.found_family import FoundFamily, stock_form
 from fbn_prune.model.headers import one_line
 from fbn_prune.model.mlp_search import Mlp, Structure, find_structure
 from fbn_prune.model.tiny_copy import tiny_config, tiny_model
@@ -38,7 +38,7 @@ def find_family(config: Mapping[str, Any]) -> FoundFamily:
     InvalidInput
         transformers rejects the config.
     """
-    return _find(json.dumps(config, sort_keys=True, default=str))
+    return _find(json.dumps(stock_form(config), sort_keys=True, default=str))
 
 
 @lru_cache(maxsize=32)

@@ -192,6 +192,10 @@ def with_own_code(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
     }
     # `transformers serve` uses a checkpoint's own code only under this name; otherwise it takes the stock class.
     stock["AutoModelForDecision"] = stock["AutoModelForCausalLM"]
+    if (
+        typed.get_text_config(decoder=True) is not typed
+    ):  # users load a model around a text model by this name
+        stock["AutoModelForImageTextToText"] = stock["AutoModelForCausalLM"]
     classes = {auto: model_class.__name__ for auto, model_class in stock.items()}
     file = modeling_ragged.__name__.rpartition(".")[2]
     return {
