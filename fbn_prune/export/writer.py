@@ -85,9 +85,15 @@ def write_checkpoint(
         config = vocabulary.config(config)
     plan = _plan(source, cuts, vocabulary) | (dict(source.unused) if keep_unused else {})
     produce = _producer(source, plan, cuts, trained or {}, vocabulary)
+    saved = {source.saved_name(name): name for name in plan}
     with disk_errors(directory):
         write_shards(
-            plan, produce, directory, max_shard_size=max_shard_size, progress=progress, store=store
+            {name: plan[own] for name, own in saved.items()},
+            lambda name: produce(saved[name]),
+            directory,
+            max_shard_size=max_shard_size,
+            progress=progress,
+            store=store,
         )
         write_json(directory / "config.json", config)
         copy_companions(source, directory)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,26 @@ from fbn_prune.model.family import Family, Projection
 from fbn_prune.model.heads import HeadProjection
 from fbn_prune.model.spill import Spilled
 from fbn_prune.model.surgery import MlpCut, cut_tensor, require_bias
+
+
+@dataclass(frozen=True)
+class Calling:
+    """How a model and its decoder layers call each other.
+
+    Attributes
+    ----------
+    items
+        Length of the tuple that a layer returns, hidden states first; 0 if it returns a tensor.
+    needs_ids
+        Whether the model must be given token ids, because it makes inputs of the layers from them.
+    """
+
+    items: int
+    needs_ids: bool
+
+    def output(self, hidden: Tensor) -> Any:
+        """Return hidden states as a layer would."""
+        return (hidden, *[None] * (self.items - 1)) if self.items else hidden
 
 
 class ModelAdapter:
@@ -41,8 +61,8 @@ class ModelAdapter:
     ----------
     cuts
         The cuts applied so far, one for each layer from the first on.
-    returns_tuple
-        Whether a decoder layer returns a tuple; None until the first layer-by-layer forward pass.
+    calling
+        How the model calls its layers; None until the first layer-by-layer forward pass.
 
     Raises
     ------
@@ -54,7 +74,7 @@ class ModelAdapter:
         self.model = model
         self.family = family or family_of(model.config)
         self.cuts: MutableSequence[MlpCut] = []
-        self.returns_tuple: bool | None = None
+        self.calling: Calling | None = None
 
     # Sizes
 
@@ -120,12 +140,26 @@ class ModelAdapter:
 
     @property
     def layers(self) -> nn.ModuleList:
-        """The decoder layers."""
-        return self.model.get_submodule(self.family.layers)  # type: ignore[return-value]
+        """The decoder layers with an MLP: one for each layer of this interface."""
+        found: Any = self.model.get_submodule(self.family.layers)
+        numbers = map(self.family.decoder_layer, range(self.num_layers))
+        return nn.ModuleList(found[number] for number in numbers)
+
+    @property
+    def decoder_layers(self) -> list[tuple[nn.Module, ...]]:
+        """For each layer the decoder layers that run for it in turn: those without an MLP run with the next one."""
+        found: Any = self.model.get_submodule(self.family.layers)
+        groups: list[list[nn.Module]] = [[] for _ in range(self.num_layers)]
+        for number, module in enumerate(found):
+            layer = self.family.layer_of(f"{self.family.layers}.{number}.")
+            assert layer is not None
+            groups[layer].append(module)
+        return [tuple(group) for group in groups]
 
     def module(self, layer: int, projection: Projection | HeadProjection) -> nn.Linear:
         """Return a projection's live module: a Linear, or in GPT-2 a Conv1D (weight [in, out])."""
-        module: Any = self.layers[layer].get_submodule(projection.path)
+        number = self.family.decoder_layer(layer)
+        module: Any = self.model.get_submodule(f"{self.family.layers}.{number}.{projection.path}")
         return module
 
     def output_module(self, layer: int) -> nn.Linear:
@@ -297,7 +331,8 @@ class ModelAdapter:
         for projection in projections:
             module = self.module(layer, projection)
             for part, old in list(module.named_parameters(recurse=False)):
-                name = f"{self.family.layers}.{layer}.{projection.path}.{part}"
+                number = self.family.decoder_layer(layer)
+                name = f"{self.family.layers}.{number}.{projection.path}.{part}"
                 values = cut_tensor(
                     self.family, self.config, name, old.detach(), cut, dtype=round_to or old.dtype
                 )
@@ -314,15 +349,13 @@ class ModelAdapter:
 
     def _sync_widths(self) -> None:
         widths, own = self.widths, "ragged_mlp"
-        if len(set(widths)) == 1:
-            self.config.per_layer_config = None
+        if not self.family.needs_own_code(self.config, widths):
+            self.family.set_config_width(self.config, widths)
             for key in (own, "auto_map"):
                 if hasattr(self.config, own) and hasattr(self.config, key):
                     delattr(self.config, key)
-            setattr(self.config, self.family.width_key, widths[0])
         elif hasattr(self.config, own):  # a class of `modeling_ragged.py`, which builds any widths
-            fields = self.family.with_widths(self.config.to_dict(), widths)
-            self.config.per_layer_config = fields["per_layer_config"]
+            self.family.set_config_own_widths(self.config, widths)
 
     def _sync_config(self) -> None:
         self._sync_widths()

@@ -12,7 +12,12 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from fbn_prune.errors import FbnPruneError, InvalidInput
@@ -127,18 +132,42 @@ def check_companions(path: Path) -> None:
             )
 
 
+def stock_class(config: PretrainedConfig) -> Any:
+    """Return transformers' class of a config's model: a causal one, or that of the model around a text model.
+
+    Some types with a text model inside have both. The whole model is taken then, so that nothing of it is lost.
+
+    Raises
+    ------
+    InvalidInput
+        transformers has no causal model class for the type.
+    """
+    kind = type(config)
+    around = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if config.get_text_config(decoder=True) is not config and kind in around:
+        return around[kind]
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[kind]
+    raise InvalidInput(
+        f"transformers has no causal language model of model_type {config.model_type!r}"
+    )
+
+
+def build(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the stock model of a typed config with random weights, on the current device."""
+    model: PreTrainedModel = stock_class(config)._from_config(config, dtype=dtype)
+    return model
+
+
 def skeleton(config: Mapping[str, Any], family: Family, dtype: torch.dtype) -> PreTrainedModel:
     """Return the model of a `config.json` object on the meta device, without reading weights."""
     model: PreTrainedModel
     with init_empty_weights(include_buffers=False):
         if family.has_own_widths(config):
             typed = as_config({**config, "ragged_mlp": family.mlp_facts()})
-            stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(typed)]
-            model = ragged_class(stock)(typed)
+            model = ragged_class(stock_class(typed))(typed)
         else:
-            model = AutoModelForCausalLM.from_config(
-                as_config(config), dtype=dtype, trust_remote_code=False
-            )
+            model = build(as_config(config), dtype)
     return model
 
 

@@ -17,8 +17,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -33,27 +31,27 @@ from fbn_prune.model.building import (
     named,
     quiet_transformers,
     repaired,
+    skeleton,
+    stock_class,
 )
 from fbn_prune.model.config_checks import ConfigWarning, oddities
-from fbn_prune.model.families import family_of
+from fbn_prune.model.families import family_of, refusal
 from fbn_prune.model.family import Family, as_config
-from fbn_prune.model.folder import VOCABULARY_FILES, find_folder, read_config
+from fbn_prune.model.folder import find_folder, read_config
+from fbn_prune.model.found_family import FoundFamily
 from fbn_prune.model.gguf_file import GgufFile, load_model, open_gguf
 from fbn_prune.model.gguf_parts import find_gguf
 from fbn_prune.model.header_checks import check_mlps, refuse_quantized, widths_by_tensors
 from fbn_prune.model.headers import one_line
+from fbn_prune.model.identities import failed_step
 from fbn_prune.model.modeling_ragged import ragged_class
+from fbn_prune.model.module_names import by_module_name
 from fbn_prune.model.shards import TensorInfo, read_headers
 from fbn_prune.model.stored_tensors import disagreement, settle, stored_name, stored_parameters
+from fbn_prune.model.tokenizer_checks import ENDLESS, check_tokenizer
 
 SLICE_BYTES = 32 * 2**20
 """A tensor whose dtype or device changes on reading is converted in slices of this size."""
-
-_ENDLESS = (
-    "the tokenizer looks for its unknown token without end: unk_token may be empty in tokenizer_config.json or "
-    'special_tokens_map.json; the first LLaMA tokenizers need "<unk>" there'
-)
-_PROBE = "The quick brown fox jumps over 13 lazy dogs.\n"
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +120,9 @@ class Checkpoint:
             config, repairs = repaired(read_config(path))
             tensors = read_headers(path)
             family = family_of(config)
+            if isinstance(family, FoundFamily):
+                with building(path):
+                    tensors = by_module_name(skeleton(config, family, torch.float32), tensors)
             config, other = widths_by_tensors(family, config, tensors)
             made = (*repairs, *([] if other is None else [other]))
             checkpoint = cls(path, config, family, tensors, hub_id, trust_remote_code, made)
@@ -170,11 +171,26 @@ class Checkpoint:
             The weights are quantized, the MLP tensors do not match the config, the config describes no model, or the
             tokenizer is unusable.
         """
+        self.check_architecture()
         self.check_weights()
         check_companions(self.path)
         with building(self.path):
             stored_parameters(self.config, self.family)
-        _check_tokenizer(self)
+        vocabulary = self.family.vocab_size(self.config)
+        check_tokenizer(self.path, self.folder, self.load_tokenizer, vocabulary)
+
+    def check_architecture(self) -> None:
+        """Try out on a tiny random copy what was found of the architecture; a declared one is known to be right.
+
+        Raises
+        ------
+        InvalidInput
+            A step fails; it is named.
+        """
+        if isinstance(self.family, FoundFamily):
+            reason = failed_step(self.family, as_config(self.config))
+            if reason is not None:
+                raise refusal(self.family.name, reason)
 
     def check_weights(self) -> None:
         """Check that the weights are plain and that the MLPs are those that the config implies.
@@ -235,6 +251,16 @@ class Checkpoint:
         """Return the checkpoint's name for a parameter of the live model; None if the checkpoint does not have it."""
         return stored_name(self.family, self.tensors, parameter)
 
+    def saved_name(self, name: str) -> str:
+        """Return the name that a tensor, or a bias that is added to one, has in a written checkpoint."""
+        if name in self.tensors or name in self.unused:
+            info = self.tensors[name] if name in self.tensors else self.unused[name]
+            return info.saved_as or name
+        weight = self.tensors.get(f"{name.removesuffix('bias')}weight")
+        if weight is None or weight.saved_as is None:
+            return name
+        return f"{weight.saved_as.removesuffix('weight')}bias"
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self.tensors[name].shape
 
@@ -292,7 +318,7 @@ class Checkpoint:
             model = load_model(self.gguf, self.tensor, torch.device(device), dtype, device_map)
             model.config.use_cache = False
             return model
-        model_class: Any = AutoModelForCausalLM
+        model_class: Any = stock_class(as_config(self.config))
         extra: dict[str, Any] = {}
         places: Any = "meta" if torch.device(device).type == "meta" else None
         if device_map is not None:
@@ -300,8 +326,7 @@ class Checkpoint:
         if self.family.has_own_widths(self.config):
             facts = {"ragged_mlp": self.family.mlp_facts()}
             extra["config"] = as_config(self.config | facts)
-            stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(extra["config"])]
-            model_class = ragged_class(stock)
+            model_class = ragged_class(stock_class(extra["config"]))
         with (
             quiet_transformers(),
             building(self.path),
@@ -313,7 +338,6 @@ class Checkpoint:
                 dtype=dtype,
                 device_map=places,
                 use_safetensors=True,
-                trust_remote_code=False,
                 local_files_only=True,
                 ignore_mismatched_sizes=True,  # refused below, with the tensor's name
                 output_loading_info=True,
@@ -350,7 +374,7 @@ class Checkpoint:
             )
         except Exception as error:  # the tokenizers library raises bare Exceptions
             if isinstance(error, RecursionError):
-                raise InvalidInput(f"{self.path}: {_ENDLESS}") from error
+                raise InvalidInput(f"{self.path}: {ENDLESS}") from error
             if "custom code" in str(error) and not self.trust_remote_code:
                 raise InvalidInput(
                     f"{self.path}: the tokenizer needs code from the checkpoint: allow it with --trust-remote-code"
@@ -359,37 +383,3 @@ class Checkpoint:
                 f"{self.path}: the tokenizer cannot be loaded ({one_line(error)}); "
                 "copy its files from the original model"
             ) from error
-
-
-def _check_tokenizer(checkpoint: Checkpoint) -> None:
-    """Refuse a tokenizer that returns no tokens, or ids that the model has no embedding for."""
-    path = checkpoint.path
-    if not any(file for pattern in VOCABULARY_FILES for file in checkpoint.folder.glob(pattern)):
-        raise InvalidInput(
-            f"{path} has no tokenizer: copy tokenizer.json and tokenizer_config.json from the original model"
-        )
-    remedies.refuse_sentencepiece_without_library(checkpoint.folder)
-    tokenizer = checkpoint.load_tokenizer()
-    try:
-        ids, unknown = (
-            tokenizer(_PROBE, add_special_tokens=False)["input_ids"],
-            tokenizer.unk_token_id,
-        )
-    except RecursionError as error:
-        raise InvalidInput(f"{path}: {_ENDLESS}") from error
-    except Exception as error:  # as in load_tokenizer
-        raise InvalidInput(
-            f"{path}: the tokenizer fails on text, replace its files: {one_line(error)}"
-        ) from error
-    if not ids or set(ids) == {unknown}:
-        got = "no tokens" if not ids else "only the unknown token"
-        raise InvalidInput(
-            f"{path}: the tokenizer ({type(tokenizer).__name__}) returns {got} for a test sentence; "
-            "copy the tokenizer's files from the original model"
-        )
-    vocabulary = checkpoint.family.vocab_size(checkpoint.config)
-    if max(ids) >= vocabulary:
-        raise InvalidInput(
-            f"{path}: the tokenizer returns the id {max(ids)}, but the model has only {vocabulary} embeddings; "
-            "copy the tokenizer's files from the original model"
-        )

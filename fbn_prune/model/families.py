@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fbn_prune.errors import InvalidInput
+from fbn_prune.model.experts import mixture
 from fbn_prune.model.family import Family, Projection, per_layer
 from fbn_prune.model.gguf_facts import Gguf
 from fbn_prune.model.heads import Attention, HeadProjection
@@ -173,36 +174,70 @@ def family_of(config: Config) -> Family:
     Raises
     ------
     InvalidInput
-        The model cannot be pruned: it is a mixture of experts, encoder-decoder, multimodal or quantized, its layers
-        differ in more than their width, or its architecture has no entry in `FAMILIES`.
+        The model cannot be pruned: it is a mixture of experts, encoder-decoder or quantized, its layers differ in more
+        than their width, or its architecture has no entry in `FAMILIES` and no MLPs are found in it.
     """
     fields = config if isinstance(config, Mapping) else config.to_dict()
     model_type = fields.get("model_type") or getattr(config, "model_type", None)
-    supported = f"supported: {', '.join(_BY_MODEL_TYPE)}"
-    if not isinstance(model_type, str):
-        raise InvalidInput(f"no model_type in the config ({model_type!r}); {supported}")
-    if obstacle := _obstacle(fields):
-        raise InvalidInput(f"model_type {model_type!r} {obstacle}; {supported}")
+    refuse_obstacles({**fields, "model_type": model_type})
+    assert isinstance(model_type, str)
     if model_type not in _BY_MODEL_TYPE:
-        raise InvalidInput(f"model_type {model_type!r} is not known; {supported}")
+        from fbn_prune.model.decoder_layers import NotFound  # these need torch
+        from fbn_prune.model.structure import find_family
+
+        try:
+            return find_family({**fields, "model_type": model_type})
+        except NotFound as reason:
+            raise refusal(model_type, str(reason)) from reason
     family = _BY_MODEL_TYPE[model_type]
     for key, value in _own_values(fields):
         if key != family.width_key and value != fields.get(key):
             raise InvalidInput(
                 f"the config's per_layer_config gives layers their own {key}: only {family.width_key} may differ; "
-                f"{supported}"
+                f"{_supported()}"
             )
     return family
 
 
-def _obstacle(fields: Mapping[str, Any]) -> str | None:
+def refuse_obstacles(fields: Mapping[str, Any]) -> None:
+    """Refuse a `config.json` object that says by itself that its model cannot be pruned; needs no torch.
+
+    Raises
+    ------
+    InvalidInput
+        It names no type, is a mixture of experts, an encoder-decoder or quantized, or has a declared text model's type
+        and another model around it.
+    """
+    model_type = fields.get("model_type")
+    if not isinstance(model_type, str):
+        raise InvalidInput(f"no model_type in the config ({model_type!r}); {_supported()}")
+    if obstacle := _obstacle(fields, declared=model_type in _BY_MODEL_TYPE):
+        raise refusal(model_type, obstacle)
+
+
+def refusal(model_type: str, reason: str) -> InvalidInput:
+    """Return the error for an architecture that cannot be pruned; `reason` is a predicate."""
+    return InvalidInput(f"model_type {model_type!r} {reason}; {_supported()}")
+
+
+def _supported() -> str:
+    return (
+        f"supported: {', '.join(_BY_MODEL_TYPE)}, and every causal model of transformers whose MLPs are found by "
+        "structure"
+    )
+
+
+def _obstacle(fields: Mapping[str, Any], declared: bool) -> str | None:
     """Why a model of this config cannot be pruned, as a predicate that follows the model_type; None if it can."""
-    for key in ("text_config", "vision_config", "audio_config"):
-        if fields.get(key):
-            return f"is multimodal or nested ({key})"
-    for key, value in fields.items():
-        if "expert" in key and value:
-            return f"is a mixture of experts ({key}={value})"
+    if declared:
+        for key in ("text_config", "vision_config", "audio_config"):
+            if fields.get(key):
+                return f"is multimodal or nested ({key})"
+        for key, value in fields.items():
+            if "expert" in key and value:
+                return f"is a mixture of experts ({key}={value})"
+    elif experts := mixture(fields):
+        return f"is a mixture of experts ({experts})"
     for key in ("is_encoder_decoder", "add_cross_attention"):
         if fields.get(key):
             return f"is an encoder-decoder ({key}=true)"

@@ -171,6 +171,20 @@ class Family:
             }
         return changed
 
+    def needs_own_code(self, config: Config, widths: Sequence[int]) -> bool:
+        """Whether no stock class builds these widths, so that a checkpoint needs `modeling_ragged.py`."""
+        return len(set(widths)) > 1
+
+    def set_config_width(self, config: PretrainedConfig, widths: Sequence[int]) -> None:
+        """Set the widths, which stock classes can build, in a loaded config."""
+        config.per_layer_config = None
+        setattr(config, self.width_key, widths[0])
+
+    def set_config_own_widths(self, config: PretrainedConfig, widths: Sequence[int]) -> None:
+        """Set widths that only `modeling_ragged.py` builds in the loaded config of one of its models."""
+        fields = self.with_widths(config.to_dict(), widths)
+        config.per_layer_config = fields["per_layer_config"]
+
     def num_layers(self, config: Config) -> int:
         layers = _typed(config).num_hidden_layers
         try:
@@ -257,6 +271,10 @@ class Family:
         }
 
     # A checkpoint's tensors
+
+    def decoder_layer(self, layer: int) -> int:
+        """The number that the model gives a layer."""
+        return layer
 
     def layer_of(self, name: str) -> int | None:
         """The decoder layer that a tensor belongs to; None for tensors outside the layers."""
@@ -352,9 +370,18 @@ def as_config(config: Config) -> PretrainedConfig:
             )
     model_type = str(config.get("model_type"))
     try:
-        return CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(config)))
+        return CONFIG_MAPPING[model_type].from_dict(_decoded(config))
     except Exception as error:  # config classes raise many types of error on malformed values
         reason = " ".join(str(error).split())
         raise InvalidInput(
             f"the config is not a valid {model_type!r} config, correct it: {reason}"
         ) from error
+
+
+def _decoded(value: Any) -> Any:
+    """Return a copy of a value of `config.json`, with the numbers that transformers writes as {"__float__": NAME}."""
+    if isinstance(value, Mapping):
+        if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {key: _decoded(each) for key, each in value.items()}
+    return [_decoded(each) for each in value] if isinstance(value, list) else copy.deepcopy(value)

@@ -108,6 +108,6 @@ def check_mlps(
             for part in ("weight", "bias") if biased else ("weight",):
                 if (layer, projection.path, part) not in found:
                     raise InvalidInput(
-                        f"{path}: no tensor {family.layers}.{layer}.{projection.path}.{part}, "
+                        f"{path}: no tensor {family.layers}.{family.decoder_layer(layer)}.{projection.path}.{part}, "
                         f"though config.json says {layers} layers{remedies.missing_tensor(tensors)}"
                     )

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fbn_prune.data.calibration import Batch
-from fbn_prune.model.adapter import ModelAdapter
+from fbn_prune.model.adapter import Calling, ModelAdapter
 
 PROBE_TOKENS = 8
 """Tokens of a probe of how a layer uses its MLP's output."""
@@ -60,27 +60,27 @@ class LayerwiseForward:
     """
 
     def __init__(self, adapter: ModelAdapter, batches: Sequence[Batch]) -> None:
-        self._adapter, self._model, self._layers = adapter, adapter.model, adapter.layers
+        self._adapter, self._model = adapter, adapter.model
+        self._groups = adapter.decoder_layers
+        self._layers = [module for group in self._groups for module in group]
         self._device = adapter.device
         self._devices = {adapter.layer_device(layer) for layer in range(adapter.num_layers)}
         self._devices.add(self._device)
         self._valid = [batch.valid.to(self._device) for batch in batches]
-        self._calls: dict[torch.Size, list[_LayerCall]] = {}
-        self._shapes = [batch.input_ids.shape for batch in batches]
+        self._calls: list[list[tuple[_LayerCall, ...]]] = []
+        self._first_calls: dict[torch.Size, list[_LayerCall]] = {}
         self.next_layer = 0
         self.forward_seconds = 0.0
         with torch.inference_mode():
-            if adapter.returns_tuple is None:  # cached: a streamed model must read a layer for it
-                adapter.returns_tuple = self._probe()
-            self._returns_tuple = adapter.returns_tuple
+            if adapter.calling is None:  # cached: a streamed model must read a layer for it
+                adapter.calling = self._probe()
+            self._calling = adapter.calling
             start = self._now()
             self.hidden = adapter.hidden_states()
             for batch in batches:
                 self.hidden.append(self._embed(batch.input_ids.to(self._device)))
             for batch in batches[:1]:
-                few = batch.input_ids[:1, :PROBE_TOKENS].to(self._device)
-                self._probe_shape = few.shape
-                self._embed(few)
+                self._embed(batch.input_ids[:1, :PROBE_TOKENS].to(self._device))
             self.forward_seconds += self._now() - start
 
     def advance(
@@ -111,7 +111,6 @@ class LayerwiseForward:
         self, index: int, observe: Observe | None = None, observe_heads: Observe | None = None
     ) -> Tensor:
         """Return the output of the next layer for batch `index`, [blocks, length, d], without changing `hidden`."""
-        call = self._calls[self._shapes[index]][self.next_layer]
         observer_seconds = 0.0
 
         def hook(observer: Observe) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -134,14 +133,12 @@ class LayerwiseForward:
         start = self._now()
         try:
             with torch.inference_mode():
-                output = self._layers[self.next_layer](
-                    self.hidden[index], *call.args, **call.kwargs
-                )
+                output = self._through(self.hidden[index], index)
         finally:
             for handle in handles:
                 handle.remove()
         self.forward_seconds += self._now() - start - observer_seconds
-        return output[0] if isinstance(output, tuple) else output
+        return output
 
     @torch.inference_mode()
     def output_scale(self) -> float | None:
@@ -152,13 +149,10 @@ class LayerwiseForward:
         """
         if not len(self.hidden):
             return None
-        call = self._calls[self._probe_shape][self.next_layer]
-        hidden = self.hidden[0][:1, : self._probe_shape[1]]
-        layer = self._layers[self.next_layer]
+        hidden = self.hidden[0][:1, :PROBE_TOKENS]
 
         def output() -> Tensor:
-            found = layer(hidden, *call.args, **call.kwargs)
-            return (found[0] if isinstance(found, tuple) else found).float()
+            return self._through(hidden, -1).float()  # the probe's calls were recorded last
 
         plain = output()
         generator = torch.Generator().manual_seed(0)
@@ -178,19 +172,32 @@ class LayerwiseForward:
 
     def run_with_gradients(self, index: int) -> Tensor:
         """Return the same output as :meth:`run`, with gradients for those of the layer's weights that require them."""
-        call = self._calls[self._shapes[index]][self.next_layer]
         hidden = self.hidden[index].clone()  # autograd rejects tensors made in inference mode
-        output = self._layers[self.next_layer](hidden, *call.args, **call.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        return self._through(hidden, index)
+
+    def _through(self, hidden: Tensor, index: int) -> Tensor:
+        """Return what the decoder layers of the next layer make of hidden states of batch `index`, -1 for the probe."""
+        modules, calls = self._groups[self.next_layer], self._calls[index][self.next_layer]
+        for module, call in zip(modules, calls, strict=True):
+            output = module(hidden, *call.args, **call.kwargs)
+            hidden = output[0] if isinstance(output, tuple) else output
+        return hidden
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits [blocks, length, vocabulary] for outputs of the last layer, [blocks, length, d]."""
-        size = int(self._model.get_input_embeddings().weight.shape[1])  # type: ignore[index]
-        embedded = hidden.new_zeros(*hidden.shape[:2], size)
-        output = (hidden,) if self._returns_tuple else hidden
+        output = self._calling.output(hidden)
         with _forward_replaced(self._layers, lambda *args, **kwargs: output):
-            return self._model(inputs_embeds=embedded, use_cache=False).logits
+            return self._model(**self._nothing(hidden), use_cache=False).logits
+
+    def _nothing(self, hidden: Tensor) -> dict[str, Tensor]:
+        """Return an input of the right shape for a forward pass in which no layer reads it."""
+        if self._calling.needs_ids:
+            return {
+                "input_ids": torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self._device)
+            }
+        size = int(self._model.get_input_embeddings().weight.shape[1])  # type: ignore[index]
+        return {"inputs_embeds": hidden.new_zeros(*hidden.shape[:2], size)}
 
     def _now(self) -> float:
         for device in self._devices:
@@ -198,8 +205,8 @@ class LayerwiseForward:
                 torch.cuda.synchronize(device)
         return time.perf_counter()
 
-    def _probe(self) -> bool:
-        """Whether a layer returns a tuple; the recorder must do the same."""
+    def _probe(self) -> Calling:
+        """Find out what a layer returns, which the recorder must do too, and what the model must be given."""
         found: list[Any] = []
         handle = self._layers[0].register_forward_hook(
             lambda module, args, output: found.append(output)
@@ -210,7 +217,19 @@ class LayerwiseForward:
                 self._model.base_model(input_ids=ids, use_cache=False)
         finally:
             handle.remove()
-        return isinstance(found[0], tuple)
+        items = len(found[0]) if isinstance(found[0], tuple) else 0
+        self._calling = Calling(items, needs_ids=False)
+        hidden = found[0][0] if items else found[0]
+        try:
+            with _forward_replaced(self._layers, lambda *args, **kwargs: found[0]):
+                self._model.base_model(**self._nothing(hidden), use_cache=False)
+        except (
+            RuntimeError,
+            ValueError,
+            TypeError,
+        ):  # inputs of the layers are made from the tokens
+            return Calling(items, needs_ids=True)
+        return self._calling
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         entered: list[Tensor] = []
@@ -224,12 +243,46 @@ class LayerwiseForward:
                 hidden = kwargs.pop("hidden_states")
             entered.append(hidden)
             calls.append(_LayerCall(args, kwargs))
-            return (hidden,) if self._returns_tuple else hidden
+            return self._calling.output(hidden)
 
         with _forward_replaced(self._layers, record):
             self._model.base_model(input_ids=input_ids, use_cache=False)
-        self._calls.setdefault(input_ids.shape, calls)
+        calls = _told_apart(calls, self._first_calls.setdefault(input_ids.shape, calls))
+        ordered = iter(calls)
+        self._calls.append([tuple(next(ordered) for _ in group) for group in self._groups])
         return entered[0]
+
+
+def _told_apart(calls: list[_LayerCall], first: list[_LayerCall]) -> list[_LayerCall]:
+    """Return a batch's calls with the tensors of the first batch of its shape wherever they are equal.
+
+    Masks and positions are the same for all batches of a shape and need memory once. What depends on the tokens, such
+    as inputs of the layers beside the hidden states, and what layers write into stay the batch's own.
+    """
+    known: dict[tuple[int, int], Any] = {}
+
+    def one(value: Any, before: Any) -> Any:
+        if value is before or type(value) is not type(before):
+            return value
+        if isinstance(value, tuple) and len(value) == len(before):
+            return tuple(map(one, value, before))
+        if not isinstance(value, Tensor):
+            return value
+        key = (id(value), id(before))
+        if key not in known:
+            equal = value.shape == before.shape and torch.equal(value, before)
+            known[key] = before if equal else value
+        return known[key]
+
+    if calls is first:
+        return calls
+    return [
+        _LayerCall(
+            one(call.args, before.args),
+            {key: one(value, before.kwargs.get(key)) for key, value in call.kwargs.items()},
+        )
+        for call, before in zip(calls, first, strict=True)
+    ]
 
 
 @contextmanager

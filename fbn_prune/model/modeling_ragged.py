@@ -1,8 +1,9 @@
 """Load a causal language model whose layers have MLPs of different widths. Written by fbn-prune.
 
-This file is part of the checkpoint's folder and needs only transformers and torch. The config's `per_layer_config`
-gives the widths, its `ragged_mlp` says where the MLPs are. transformers builds the stock architecture, then each MLP is
-narrowed to its layer's width before the weights are loaded; widths that transformers builds itself stay as they are.
+This file is part of the checkpoint's folder and needs only transformers and torch. The config's `mlp_widths` or
+`per_layer_config` gives the widths, its `ragged_mlp` says where the MLPs are. transformers builds the stock
+architecture, then each MLP is narrowed to its layer's width before the weights are loaded; widths that transformers
+builds itself stay as they are.
 
 For every model class of transformers this module has a class of the same name with ragged MLPs, such as
 `LlamaForCausalLM`. The names are equal because transformers finds some settings by a class's name.
@@ -20,8 +21,10 @@ _AUTO = "AutoModelForCausalLM"
 
 
 def layer_widths(config: Any) -> list[int]:
-    """Return the number of neurons of each layer's MLP according to the config."""
+    """Return the number of neurons of each MLP according to the config."""
     fields = config.to_dict()
+    if fields.get("mlp_widths"):
+        return list(fields["mlp_widths"])
     key = fields["ragged_mlp"]["width_key"]
     own = {int(layer): values.get(key) for layer, values in fields["per_layer_config"].items()}
     return [own.get(layer) or fields[key] for layer in range(config.num_hidden_layers)]
@@ -43,7 +46,10 @@ class RaggedMlps:
         mlps = config.to_dict().get("ragged_mlp")
         if mlps is None:  # transformers may use this class for later, uniform models as well
             return
-        for layer, width in zip(self._layers(mlps["layers"]), layer_widths(config), strict=True):
+        layers = list(self._layers(mlps["layers"]))
+        if mlps.get("mlp_layers"):  # the others have none
+            layers = [layers[number] for number in mlps["mlp_layers"]]
+        for layer, width in zip(layers, layer_widths(config), strict=True):
             for projection in mlps["inputs"]:
                 _fit(layer, projection, width, reads=False)
             _fit(layer, mlps["output"], width, reads=True)

@@ -89,7 +89,11 @@ def device_map(
     first
         The device of all other modules.
     """
-    places = {f"{family.layers}.{layer}": str(device) for layer, device in enumerate(layers)}
+    places = {}
+    for number, _ in enumerate(model.get_submodule(family.layers).children()):
+        layer = family.layer_of(f"{family.layers}.{number}.")
+        assert layer is not None
+        places[f"{family.layers}.{number}"] = str(layers[layer])
 
     def walk(module: nn.Module, name: str) -> None:
         for child_name, child in module.named_children():

@@ -50,12 +50,23 @@ def save_tensors(
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """File, shape and dtype of a tensor, from its shard's header; its name there, where it goes by another."""
+    """A tensor, by its shard's header.
+
+    Attributes
+    ----------
+    file, shape, dtype
+        The tensor's.
+    stored
+        Its name in the file, where it goes by another.
+    saved_as
+        Its name in a checkpoint that is written, where it goes by another.
+    """
 
     file: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     stored: str | None = None
+    saved_as: str | None = None
 
     @property
     def parameters(self) -> int:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
+from fbn_prune.model.building import stock_class
 from fbn_prune.model.family import as_config
 
 
@@ -17,7 +16,7 @@ def with_stock_names(config: Mapping[str, Any]) -> dict[str, Any]:
     `architectures` does not name the stock class, it does so afterwards: loaders such as vLLM choose their code by it.
     """
     named = {key: value for key, value in config.items() if key != "auto_map"}
-    stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(as_config(config))]
+    stock = stock_class(as_config(config))
     architectures = named.get("architectures")
     if not isinstance(architectures, list) or stock.__name__ not in architectures:
         named["architectures"] = [stock.__name__]

@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from fbn_prune.errors import InvalidInput
-from fbn_prune.model.building import skeleton
+from fbn_prune.model.building import skeleton, stock_class
 from fbn_prune.model.family import Family, as_config
 from fbn_prune.model.remedies import wrapped
 from fbn_prune.model.shards import TensorInfo
@@ -96,7 +95,8 @@ def settle(
         elif stored_head is None:
             continue
         elif stored_embedding is None:  # the same tensor, stored once under the head's name
-            info = replace(found[stored_head], stored=stored_head)
+            info = found[stored_head]
+            info = replace(info, stored=info.stored or stored_head, saved_as=None)
             found = {
                 embedding if name == stored_head else name: info if name == stored_head else other
                 for name, other in found.items()
@@ -109,8 +109,9 @@ def settle(
             del found[stored_head]
         else:
             config, own_head = {**config, TIED: False}, stored_head
-    parameters, leftovers = stored_parameters(config, family)
-    missing, used = False, set()
+    parameters, leftovers, buffers = stored_parameters(config, family)
+    missing = False
+    used = {stored for name in buffers if (stored := stored_name(family, found, name)) is not None}
     for name, shape in parameters.items():
         stored = stored_name(family, found, name)
         if stored is None:
@@ -169,14 +170,13 @@ def disagreement(own_head: str | None, unused: Mapping[str, TensorInfo]) -> list
 
 def _tied_parameters(config: Mapping[str, Any]) -> dict[str, str]:
     """Return the parameters that a tied model shares: the name of the embedding by that of the head."""
-    stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(as_config(config))]
-    tied = stock._tied_weights_keys
+    tied = stock_class(as_config(config))._tied_weights_keys
     return dict(tied) if isinstance(tied, Mapping) else {}
 
 
 def stored_parameters(
     config: Mapping[str, Any], family: Family
-) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...]]:
+) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...], tuple[str, ...]]:
     """Return what transformers' model of a `config.json` object loads, as built on the meta device.
 
     Returns
@@ -185,13 +185,16 @@ def stored_parameters(
         The shape of each parameter, without a tied head.
     skipped
         Patterns of stored buffers that transformers computes itself.
+    buffers
+        Names of the buffers that checkpoints hold.
     """
     return _parameters(family, json.dumps(config, sort_keys=True))
 
 
 @lru_cache(maxsize=8)
-def _parameters(family: Family, config: str) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...]]:
-    """Return the shapes of a model's stored parameters, and patterns of buffers that transformers skips on loading."""
+def _parameters(
+    family: Family, config: str
+) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...], tuple[str, ...]]:
     fields = json.loads(config)
     model = skeleton(fields, family, torch.float32)
     tied = _tied_parameters(fields) if model.config.tie_word_embeddings else {}
@@ -200,7 +203,9 @@ def _parameters(family: Family, config: str) -> tuple[dict[str, tuple[int, ...]]
         for name, parameter in model.named_parameters()
         if name not in tied
     }
-    return shapes, (*(model._keys_to_ignore_on_load_unexpected or ()), *_SKIPPED)
+    own = {name for name, _ in model.named_parameters()}
+    buffers = tuple(name for name in model.state_dict() if name not in own and name not in tied)
+    return shapes, (*(model._keys_to_ignore_on_load_unexpected or ()), *_SKIPPED), buffers
 
 
 def _equal(path: Path, tensors: Mapping[str, TensorInfo], one: str, other: str) -> bool:
@@ -213,7 +218,8 @@ def _equal(path: Path, tensors: Mapping[str, TensorInfo], one: str, other: str) 
         safe_open(path / first.file, framework="pt") as left,
         safe_open(path / second.file, framework="pt") as right,
     ):
-        mine, theirs = left.get_slice(one), right.get_slice(other)
+        mine = left.get_slice(first.stored or one)
+        theirs = right.get_slice(second.stored or other)
         return all(
             torch.equal(mine[start : start + rows], theirs[start : start + rows])
             for start in range(0, first.shape[0], rows)

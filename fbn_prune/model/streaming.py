@@ -26,6 +26,7 @@ from fbn_prune.errors import InvalidInput
 from fbn_prune.model import building, remedies
 from fbn_prune.model.adapter import ModelAdapter, set_features
 from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.family import MOST_LAYERS
 from fbn_prune.model.layerwise import LayerwiseForward
 from fbn_prune.model.spill import Spilled
 from fbn_prune.model.surgery import MlpCut, cut_of, cut_of_parts, cut_parts, cut_tensor, rounded_cut
@@ -108,13 +109,17 @@ class StreamedModel(ModelAdapter):
         self._trial: Sequence[MlpCut] | None = None
         self._loaded: Part | None = None
         self._checkpoint = checkpoint
-        self._modules: dict[Part, nn.Module] = dict(enumerate(self.layers))
-        self._prefixes: dict[Part, str] = {i: f"{self.family.layers}.{i}." for i in self._modules}
+        self._modules: dict[Part, dict[str, nn.Module]] = {}
+        numbers = iter(range(MOST_LAYERS))
+        for layer, group in enumerate(self.decoder_layers):
+            self._modules[layer] = {
+                f"{self.family.layers}.{next(numbers)}.": module for module in group
+            }
         self._input = self._add(model.get_input_embeddings())
         self._output = self._add(model.get_output_embeddings())
         check_tensors(checkpoint)
-        for part, module in self._modules.items():
-            for inner in module.modules():
+        for part, modules in self._modules.items():
+            for inner in (inner for module in modules.values() for inner in module.modules()):
                 if list(inner.parameters(recurse=False)):
                     inner.register_forward_pre_hook(self._hook(part))
         self._load_the_rest()
@@ -145,7 +150,8 @@ class StreamedModel(ModelAdapter):
         """Yield each layer's output weights, [hidden, neurons], without reading the rest of the layer."""
         self.release()
         for layer in range(self.num_layers):
-            weight = self._value(f"{self._prefixes[layer]}{self.family.output.path}.weight")
+            place = f"{self.family.layers}.{self.family.decoder_layer(layer)}"
+            weight = self._value(f"{place}.{self.family.output.path}.weight")
             yield weight if self.family.output.neuron_axis == 1 else weight.T
 
     def logits(
@@ -170,9 +176,10 @@ class StreamedModel(ModelAdapter):
         """Free the weights of the loaded part, if there is one."""
         if self._loaded is None:
             return
-        module, self._loaded = self._modules[self._loaded], None
-        for name, parameter in list(module.named_parameters()):
-            _set(module, name, torch.empty_like(parameter, device="meta"))
+        modules, self._loaded = self._modules[self._loaded], None
+        for module in modules.values():
+            for name, parameter in list(module.named_parameters()):
+                _set(module, name, torch.empty_like(parameter, device="meta"))
         _give_back_freed_memory()
 
     def cut(self, layer: int, cut: MlpCut, *, round_to: torch.dtype | None = None) -> None:
@@ -202,9 +209,9 @@ class StreamedModel(ModelAdapter):
             return
         self.release()
         self._loaded = part
-        prefix = self._prefixes[part]
-        for name in [name for name, _ in self._modules[part].named_parameters()]:
-            _set(self._modules[part], name, self._value(prefix + name))
+        for prefix, module in self._modules[part].items():
+            for name in [name for name, _ in module.named_parameters()]:
+                _set(module, name, self._value(prefix + name))
         if isinstance(part, int):
             self._set_sizes(part)
 
@@ -222,7 +229,7 @@ class StreamedModel(ModelAdapter):
 
     def _add(self, module: nn.Module) -> str:
         name = next(name for name, other in self.model.named_modules() if other is module)
-        self._modules[name], self._prefixes[name] = module, f"{name}."
+        self._modules[name] = {f"{name}.": module}
         return name
 
     def _hook(self, part: Part) -> Any:
@@ -232,19 +239,25 @@ class StreamedModel(ModelAdapter):
         return bring
 
     def _load_the_rest(self) -> None:
+        parts = tuple(prefix for modules in self._modules.values() for prefix in modules)
         for name in [name for name, _ in self.model.named_parameters()]:
-            if not name.startswith(tuple(self._prefixes.values())):
+            if not name.startswith(parts):
                 _set(self.model, name, self._value(name))
-        for module in self.model.modules():
+        for path, module in self.model.named_modules():
             for name, buffer in list(module.named_buffers(recurse=False)):
-                setattr(module, name, buffer.to(self._device))
+                stored = self._checkpoint.stored_name(f"{path}.{name}".removeprefix("."))
+                if stored is None or name in module._non_persistent_buffers_set:
+                    setattr(module, name, buffer.to(self._device))
+                    continue
+                dtype = self._dtype if buffer.is_floating_point() else buffer.dtype
+                setattr(module, name, self._checkpoint.read(stored, self._device, dtype))
 
     def _value(self, name: str) -> Tensor:
         """A parameter's values: as stored, or after the cut of its layer."""
         checkpoint, family = self._checkpoint, self.family
         stored = checkpoint.stored_name(name)
-        if stored is None and name.startswith(self._prefixes[self._output]):  # tied
-            stored = checkpoint.stored_name(f"{self._prefixes[self._input]}weight")
+        if stored is None and name.startswith(f"{self._output}."):  # tied
+            stored = checkpoint.stored_name(f"{self._input}.weight")
         cut = cut_of(family, name, self._cuts if self._trial is None else self._trial)
         if stored is not None and cut is None:
             return checkpoint.read(stored, self._device, self._dtype)

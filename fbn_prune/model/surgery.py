@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers import MODEL_MAPPING
 
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model import modeling_ragged
+from fbn_prune.model.building import stock_class
 from fbn_prune.model.family import Family, Projection, as_config
 from fbn_prune.model.heads import HeadCut, cut_heads, head_tensor_shape, rounded
 from fbn_prune.model.stock_names import with_stock_names
@@ -179,18 +180,22 @@ def cut_config(config: Mapping[str, Any], family: Family, cuts: Sequence[MlpCut]
         require_bias(family, config)
         assert family.bias_key is not None
         pruned[family.bias_key] = True
-    return with_own_code(pruned, family) if len(set(widths)) > 1 else pruned
+    return with_own_code(pruned, family) if family.needs_own_code(config, widths) else pruned
 
 
 def with_own_code(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """Return the `config.json` object of a model with layers of different widths, naming the code that builds it."""
-    typed = type(as_config(config))
+    typed = as_config(config)
     stock: dict[str, Any] = {
-        "AutoModel": MODEL_MAPPING[typed],
-        "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING[typed],
+        "AutoModel": MODEL_MAPPING[type(typed)],
+        "AutoModelForCausalLM": stock_class(typed),
     }
     # `transformers serve` uses a checkpoint's own code only under this name; otherwise it takes the stock class.
     stock["AutoModelForDecision"] = stock["AutoModelForCausalLM"]
+    if (
+        typed.get_text_config(decoder=True) is not typed
+    ):  # users load a model around a text model by this name
+        stock["AutoModelForImageTextToText"] = stock["AutoModelForCausalLM"]
     classes = {auto: model_class.__name__ for auto, model_class in stock.items()}
     file = modeling_ragged.__name__.rpartition(".")[2]
     return {

@@ -13,7 +13,7 @@ from pathlib import Path
 from fbn_prune.data.text_files import require_source
 from fbn_prune.errors import InvalidInput
 from fbn_prune.export.directory import check_output, check_room, on_one_disk
-from fbn_prune.model.families import family_of
+from fbn_prune.model.families import refuse_obstacles
 from fbn_prune.model.folder import local_folder, read_config
 from fbn_prune.model.gguf_parts import find_gguf
 from fbn_prune.model.headers import read_stored
@@ -38,7 +38,7 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.model != "builtin":
         folder = _local(recipe.model)
     if folder is not None:
-        family_of(read_config(folder))
+        refuse_obstacles(read_config(folder))
         total_bytes = sum(tensor.nbytes for tensor in read_stored(folder).values())
     for source in (*recipe.calibration, *recipe.vocabulary_texts, *recipe.recover_text):
         require_source(source)

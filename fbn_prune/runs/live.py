@@ -132,6 +132,7 @@ def _opened(
 ) -> Iterator[OpenRun]:
     """Yield a run that works on this model object; the model is in evaluation mode inside the context."""
     headers = Checkpoint.of_model(model)
+    headers.check_architecture()
     headers.check_weights()
     name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
     recipe = build_recipe({**config.model_dump(), "model": name}, where="config")
