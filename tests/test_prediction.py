@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fbn_prune.progress import SilentDisplay, StageClock
-from fbn_prune.pruning.prediction import GOOD, WORTH_A_WARNING, advice, likely_multiple
+from fbn_prune.pruning.prediction import GOOD, WORTH_A_WARNING, advice
 from fbn_prune.recipe import build_recipe
 from fbn_prune.runs.prune import run_prune
 
@@ -21,12 +20,6 @@ class Notes(SilentDisplay):
 
     def note(self, line: str) -> None:
         self.lines.append(line)
-
-
-def test_the_layers_that_are_not_cut_yet_are_taken_to_be_like_the_others() -> None:
-    assert likely_multiple([0.1, 0.3], 2) == pytest.approx(math.exp(0.4))
-    assert likely_multiple([0.1, 0.3], 10) == pytest.approx(math.exp(2.0))
-    assert math.isfinite(likely_multiple([1e6], 100))
 
 
 @given(st.floats(WORTH_A_WARNING, 1e6), st.floats(0.05, 0.99), st.booleans())
@@ -44,7 +37,7 @@ def test_a_small_rise_needs_no_advice() -> None:
     assert advice(0.9, 0.5, recovered=True) is None
 
 
-def test_a_bad_cut_is_foretold_and_said_on_terminal_and_card(
+def test_a_bad_cut_is_said_on_terminal_and_card(
     tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Random weights lose little: the limit is lowered for them."""
@@ -53,9 +46,7 @@ def test_a_bad_cut_is_foretold_and_said_on_terminal_and_card(
     values = {"model": str(tiny), "calibration": [str(text)], "sparsity": 0.6, "tokens": 2000}
     recipe = build_recipe(values | {"output": tmp_path / "out", "criterion": "magnitude"})
     result = run_prune(recipe, StageClock(notes))
-    foretold = [line for line in notes.lines if line.startswith("after 1 layer of 3")]
-    assert len(foretold) == 1
     worse = result.perplexity_after > result.perplexity_before
     card = (tmp_path / "out" / "README.md").read_text()
-    for words in (result.warning or "", card):
+    for words in (result.warning or "", card, " ".join(notes.lines)):
         assert ("times the dense model's" in words) == worse

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -79,7 +79,6 @@ def cut_layers(
     loss_roots: Sequence[Tensor] | None = None,
     clock: StageClock,
     store: Store | None = None,
-    on_error: Callable[[Sequence[float]], None] | None = None,
 ) -> CutModel:
     """Cut the layers of the model in place and return the cuts.
 
@@ -90,8 +89,6 @@ def cut_layers(
         errors alike.
     store
         Keeps finished layers, and provides those that an earlier run finished; None keeps nothing.
-    on_error
-        Called after each layer with the relative errors of the layers so far.
 
     Raises
     ------
@@ -106,8 +103,6 @@ def cut_layers(
 
     def apply(layer: int, finished: FinishedLayer) -> None:
         errors.append(finished.relative_error)
-        if on_error is not None:
-            on_error(errors)
         notes.add(layer, finished.notes)
         adapter.cut(layer, finished.cut, round_to=options.round_to)
 

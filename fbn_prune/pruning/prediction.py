@@ -87,26 +87,13 @@ def predicted_rise(errors: Sequence[float]) -> PredictedRise:
     return PredictedRise(-SLACK, MOST_RISE * sum(errors) + SLACK)
 
 
-def likely_multiple(errors: Sequence[float], layers: int) -> float:
-    """Return the likely multiple of the dense perplexity: exp of the relative errors of all layers, added up.
-
-    Parameters
-    ----------
-    errors
-        Relative errors of the layers that are cut so far, at least one.
-    layers
-        Number of layers of the model; the others are taken to be like the mean.
-    """
-    return math.exp(min(sum(errors) / len(errors) * layers, 600.0))
-
-
 def advice(multiple: float, removed: float, *, recovered: bool) -> str | None:
     """Return what to do about a perplexity of `multiple` times the dense one; None if it is below the warning's.
 
     Parameters
     ----------
     multiple
-        Of the perplexity, expected or measured.
+        Of the perplexity.
     removed
         The share of the neurons that was removed, between 0 and 1.
     recovered

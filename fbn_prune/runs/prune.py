@@ -31,7 +31,7 @@ from fbn_prune.pruning.layout import (
     choose_layout,
     trial_bytes,
 )
-from fbn_prune.pruning.prediction import advice, check_rise, likely_multiple, predicted_rise
+from fbn_prune.pruning.prediction import advice, check_rise, predicted_rise
 from fbn_prune.pruning.recovery.gain import Recovery
 from fbn_prune.recipe import Recipe
 from fbn_prune.runs.budget import Budget
@@ -50,9 +50,6 @@ from fbn_prune.runs.stages import (
     refuse_guessing,
 )
 from fbn_prune.store import Store
-
-FORECAST_AFTER = 4
-"""After one layer in so many, the run says what the cut is likely to cost."""
 
 
 def run_prune(recipe: Recipe, clock: StageClock) -> PruneResult:
@@ -180,20 +177,7 @@ class PruneRun:
             loss_roots=subject.loss_roots if self.recipe.loss_aware else None,
             clock=self.clock,
             store=self.store,
-            on_error=self._forecast,
         )
-
-    def _forecast(self, errors: Sequence[float]) -> None:
-        """Say after a quarter of the layers what the cut is likely to cost, while it can still be stopped."""
-        layers = self.adapter.num_layers
-        if len(errors) != math.ceil(layers / FORECAST_AFTER):
-            return
-        multiple = likely_multiple(errors, layers)
-        if (todo := advice(multiple, self._removed, recovered=self.recipe.recover)) is not None:
-            self.clock.note(
-                f"after {counted(len(errors), 'layer')} of {layers}: the perplexity is likely to become about "
-                f"{multiple:.2g} times the dense model's; {todo}"
-            )
 
     @property
     def _removed(self) -> float:
