@@ -13,7 +13,7 @@ from typing import Any
 from fbn_prune import distributed
 from fbn_prune.data.calibration import Batch, TokenBlocks
 from fbn_prune.distributed import is_first
-from fbn_prune.errors import FbnPruneError, InvalidInput, counted
+from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.export.directory import check_room
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.perplexity import NonFiniteLogits, perplexity
