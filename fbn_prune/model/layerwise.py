@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from fbn_prune.data.calibration import Batch
 from fbn_prune.model.adapter import ModelAdapter
+from fbn_prune.model.building import building
 
 Observe = Callable[[int, Tensor], None]
 """Callback with (batch index, activations x [valid tokens, neurons]) while a layer runs."""
@@ -187,6 +189,23 @@ class LayerwiseForward:
             self._model.base_model(input_ids=input_ids, use_cache=False)
         self._calls.setdefault(input_ids.shape, calls)
         return entered[0]
+
+
+def check_runs(adapter: ModelAdapter, path: Path) -> None:
+    """Run the first layer on two tokens, because some configs build a model that cannot compute.
+
+    Parameters
+    ----------
+    path
+        The checkpoint, for the message.
+
+    Raises
+    ------
+    InvalidInput
+        The model raises an error.
+    """
+    with building(path, "run"):
+        LayerwiseForward(adapter, [])  # asks the layer what it returns
 
 
 @contextmanager
