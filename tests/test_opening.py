@@ -12,6 +12,7 @@ from small_runs import arguments, refused, run_json
 from tiny_models import logits, save_tiny
 from transformers import AutoModelForCausalLM
 
+from fbn_prune.cli.main import _exit_code
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.config_checks import ConfigWarning
@@ -67,6 +68,26 @@ def test_every_command_refuses_in_one_line_and_so_does_the_dry_run(
     }
     for command in commands.values():
         refused(capsys, command, "KeyError: 'swiglu'")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_config_whose_model_is_built_but_cannot_run_is_refused_before_the_work(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0, "partial_rotary_factor": 0.5}
+    model = edited(save_tiny(tmp_path / "model"), rope_parameters=rope)  # Llama turns whole heads
+    job = arguments(model, text)
+    output = ["--output", str(tmp_path / "out")]
+    for command in (
+        [*job, *output],
+        [*job, *output, "--memory-budget", "800MB"],
+        ["discover", *job, *output],
+        ["rank", *job],
+        ["evaluate", "--model", str(model), "--tasks", str(text)],
+    ):
+        assert _exit_code(command) == 2, command
+        (line,) = [one for one in capsys.readouterr().err.splitlines() if "error:" in one]
+        assert "transformers cannot run the model that config.json describes: The size of" in line
     assert not (tmp_path / "out").exists()
 
 

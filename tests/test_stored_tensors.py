@@ -205,6 +205,21 @@ def test_rows_of_the_vocabulary_that_the_config_does_not_have_are_refused_with_w
     Checkpoint.open(folder)
 
 
+def test_layers_that_the_config_does_not_count_are_said(tmp_path: Path) -> None:
+    folder = changed(tmp_path / "in", lambda t: None, "llama", num_hidden_layers=2)
+    line = r"config\.json says 2 layers, but 3 are stored: correct it if they belong"
+    with pytest.warns(ConfigWarning, match=line):
+        Checkpoint.open(folder)
+
+
+def test_a_bias_that_only_the_config_has_is_refused_with_what_to_write(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = changed(tmp_path / "in", lambda t: None, "llama", mlp_bias=True)
+    words = 'config.json says "mlp_bias": true, but no MLP has a bias: write false there'
+    refused(capsys, ["--model", str(folder), "--sparsity", "0.5", "--dry-run"], words)
+
+
 def cut_under_an_old_config(folder: Path, name: str, widths: Sequence[int]) -> Path:
     """A cut checkpoint beside the config of the whole model, as other tools and hand-made cuts leave it."""
     source = Checkpoint.open(save_tiny(folder / "dense", name))

@@ -104,6 +104,15 @@ def test_records_are_read_by_what_the_file_holds(name: str, content: Any, tmp_pa
     assert ["in 'text'" in line for line in said] == ([] if default else [True])
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz"])
+def test_strings_are_documents(name: str, tmp_path: Path) -> None:
+    content = "\n".join(map(json.dumps, TEXTS)) if name == "a.jsonl" else json.dumps(TEXTS)
+    data = gzip.compress(content.encode()) if name.endswith(".gz") else content
+    found, said = documents(tmp_path / name, data)
+    assert found == TEXTS
+    assert said == [f"{tmp_path / name} (JSON): text in its strings"]
+
+
 def test_plain_text_stays_one_document(tmp_path: Path) -> None:
     assert documents(tmp_path / "a.txt", "\ufeffone\r\ntwo")[0] == ["one\ntwo"]
     assert documents(tmp_path / "b.txt.gz", gzip.compress(b"one"))[0] == ["one"]
@@ -221,6 +230,8 @@ def test_a_strict_template_gets_the_turns_it_wants(tmp_path: Path) -> None:
         ("a.txt", "wide".encode("utf-16"), "iconv -f UTF-16"),
         ("a.jsonl.gz", gzip.compress(LINES.encode())[:-9], "download it again"),
         ("a.zip", b"PK\x03\x04", "a zip archive: unpack it"),
+        ("a.docx", b"PK\x03\x04", "an office document: save its text in a .txt file"),
+        ("a.json", "[1, 2]", "no text field 'text' .found: no object."),
         ("a.parquet", b"text", "write it again"),
         ("a.parquet", b"PAR1" + b"\0" * 40 + b"PAR1", "not a readable parquet file"),
         ("a.json", '[{"text": "a"},\n{"text": oops}]', "line 2: not JSON"),

@@ -50,6 +50,8 @@ _NOT_TEXT = {
     b"SQLite format 3": "a database: export its text, for example as CSV",
     b"\x89HDF": "an HDF5 file: export its text, for example as JSON lines",
 }
+_OFFICE = (".docx", ".odt", ".epub", ".pptx", ".xlsx")
+"""Suffixes of zip archives of which the parts are no text."""
 _JSON_START = re.compile(r'\s*\[?\s*\{\s*"(?:[^"\\]|\\.)*"\s*:')
 _HEAD = 2**16
 
@@ -176,6 +178,8 @@ def _kind(path: Path, head: bytes, name: str) -> Kind:
                 return kind
         for magic, what in _NOT_TEXT.items():
             if head.startswith(magic):
+                if path.suffix.lower() in _OFFICE:
+                    what = "an office document: save its text in a .txt file first"
                 raise InvalidInput(f"{name} is {what}")
     if head[257:262] == b"ustar":
         raise InvalidInput(f"{name} is a tar archive: unpack it, and give the files or the folder")

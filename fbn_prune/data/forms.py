@@ -61,7 +61,8 @@ class Reading:
     def say_form(self, source: str, maker: DocumentMaker, document: Document) -> None:
         """Say which fields the documents of a source are taken from, and how conversations are rendered."""
         what = "text" if isinstance(document, str) else "conversations"
-        words = f"{what} in {' and '.join(map(repr, maker.form or ()))}"
+        fields = " and ".join(map(repr, maker.form or ()))
+        words = f"{what} in {fields or 'its strings'}"
         if isinstance(document, Chat):
             words += rendering_words(self.tokenizer)
         self.say(f"{source}: {words}")
@@ -94,7 +95,7 @@ class DocumentMaker:
         self.cure, self._noun = cure, noun
 
     def __call__(self, where: str, record: Any) -> Document | None:
-        """Return a record's document; None if its field is null.
+        """Return a record's document, which a string is itself; None if its field is null.
 
         Parameters
         ----------
@@ -109,6 +110,8 @@ class DocumentMaker:
             The record has no text in the source's form.
         """
         if self.form is None:
+            if isinstance(record, str):
+                return checked(record, where, "text")
             self.form = form_of(record)
         form = self.form or ("text",)
         if not isinstance(record, Mapping) or any(key not in record for key in form):

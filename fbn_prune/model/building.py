@@ -92,8 +92,8 @@ def _number(fields: dict[str, Any]) -> list[str]:
 
 
 @contextmanager
-def building(path: Path) -> Iterator[None]:
-    """Turn whatever transformers raises on a config that it cannot build or load a model from into one line.
+def building(path: Path, verb: str = "build") -> Iterator[None]:
+    """Turn whatever transformers raises on a config that it cannot build or run a model from into one line.
 
     Raises
     ------
@@ -102,14 +102,14 @@ def building(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (FbnPruneError, MemoryError):
+    except (FbnPruneError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # transformers raises any type on values that it does not expect
         line = one_line(error)
         kind = type(error).__name__
         what = line if isinstance(error, OSError | ValueError | RuntimeError) else f"{kind}: {line}"
         raise InvalidInput(
-            f"{path}: transformers cannot build the model that config.json describes: {what}"
+            f"{path}: transformers cannot {verb} the model that config.json describes: {what}"
         ) from error
 
 

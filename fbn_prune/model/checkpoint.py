@@ -208,7 +208,9 @@ class Checkpoint:
         """One line on config values that the model cannot use, and on tensors that it does not use; or None."""
         wrong = oddities(self.folder, self.config, self.family.vocab_size(self.config))
         lines = [*self.repairs, *([] if wrong is None else [wrong])]
-        return "; ".join([*lines, *disagreement(self.own_head, self.unused)]) or None
+        layers = self.family.num_layers(self.config)
+        lines += disagreement(self.own_head, self.unused, self.family, layers)
+        return "; ".join(lines) or None
 
     @property
     def folder(self) -> Path:

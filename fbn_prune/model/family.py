@@ -148,6 +148,7 @@ class Family:
             for name, shape in shapes.items()
             if (location := self.locate(name))
             and (location.projection, location.part) == (self.output, "weight")
+            and len(shape) == 2
         }
         return [found[layer] for layer in sorted(found)]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fbn_prune.errors import InvalidInput
+from fbn_prune.errors import InvalidInput, counted
 from fbn_prune.model import remedies
 from fbn_prune.model.family import Family, as_config
 from fbn_prune.model.shards import TensorInfo
@@ -67,7 +67,9 @@ def _bias_cure(family: Family) -> str:
 
 def _widths(widths: Sequence[int]) -> str:
     least, most = min(widths), max(widths)
-    return f"{least} neurons in each layer" if least == most else f"{least} to {most} neurons"
+    if least == most:
+        return f"{counted(least, 'neuron')} in each layer"
+    return f"{least:,} to {counted(most, 'neuron')}"
 
 
 def check_mlps(
@@ -102,6 +104,11 @@ def check_mlps(
     if layers < 1:
         raise InvalidInput(
             f"{path / 'config.json'} says {layers} layers: correct it, a model has at least one"
+        )
+    if biased and isinstance(family.biased, str) and not any(part == "bias" for *_, part in found):
+        raise InvalidInput(
+            f'{path}: config.json says "{family.biased}": true, but no MLP has a bias: write false there if the '
+            "weights are right"
         )
     for layer in range(layers):
         for projection in family.projections:

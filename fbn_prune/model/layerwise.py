@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from fbn_prune.data.calibration import Batch
 from fbn_prune.model.adapter import Calling, ModelAdapter
+from fbn_prune.model.building import building
 
 PROBE_TOKENS = 8
 """Tokens of a probe of how a layer uses its MLP's output."""
@@ -283,6 +285,23 @@ def _told_apart(calls: list[_LayerCall], first: list[_LayerCall]) -> list[_Layer
         )
         for call, before in zip(calls, first, strict=True)
     ]
+
+
+def check_runs(adapter: ModelAdapter, path: Path) -> None:
+    """Run the first layer on two tokens, because some configs build a model that cannot compute.
+
+    Parameters
+    ----------
+    path
+        The checkpoint, for the message.
+
+    Raises
+    ------
+    InvalidInput
+        The model raises an error.
+    """
+    with building(path, "run"):
+        LayerwiseForward(adapter, [])  # asks the layer what it returns
 
 
 @contextmanager

@@ -173,7 +173,7 @@ def _settled(checkpoint: QuantizedCheckpoint) -> QuantizedCheckpoint:
         return torch.equal(checkpoint.tensor(one), checkpoint.tensor(other))
 
     found = settle(checkpoint.path, checkpoint.config, checkpoint.family, checkpoint.tensors, equal)
-    for line in disagreement(found.own_head, {}):
+    for line in disagreement(found.own_head, {}, checkpoint.family, 0):
         warnings.warn(line, ConfigWarning, stacklevel=3)
     tensors = {**found.tensors, **found.unused}
     return replace(checkpoint, config=found.config, tensors=tensors, own_head=found.own_head)

@@ -72,7 +72,9 @@ def refuse_ungathered(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
 
 def missing_tensor(names: Collection[str]) -> str:
     """Return what to do about a missing tensor, judged by the names of those that are there; begins with "; "."""
-    return wrapped(names) or "; if the files are incomplete, download them again"
+    return wrapped(names) or (
+        "; if the files are incomplete, download them again, else take config.json and the weights from one model"
+    )
 
 
 def wrapped(names: Collection[str]) -> str | None:

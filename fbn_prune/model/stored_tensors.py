@@ -147,8 +147,10 @@ def stored_name(family: Family, names: Container[str], parameter: str) -> str | 
     return next((name for name in candidates if name in names), None)
 
 
-def disagreement(own_head: str | None, unused: Mapping[str, TensorInfo]) -> list[str]:
-    """Return one line for a head of its own, and one for unused tensors."""
+def disagreement(
+    own_head: str | None, unused: Mapping[str, TensorInfo], family: Family, layers: int
+) -> list[str]:
+    """Return one line for a head of its own, and one for unused tensors of a model with so many layers."""
     lines = []
     if own_head is not None:
         lines.append(
@@ -161,6 +163,12 @@ def disagreement(own_head: str | None, unused: Mapping[str, TensorInfo]) -> list
         merge = ""
         if any("lora_" in name for name in unused):
             merge = "; these are adapters: merge them into the model first if they should count"
+        stored = {family.layer_of(name) for name in unused}
+        if beyond := {layer for layer in stored if layer is not None and layer >= layers}:
+            merge = (
+                f"; config.json says {layers} layers, but {max(beyond) + 1} are stored: correct it if they belong to "
+                "the model"
+            )
         lines.append(
             f"{tensors} not part of the model, first {first}: not used, and left out of what is written "
             f"(a run's keep_unused_tensors: true keeps them){merge}"

@@ -19,7 +19,9 @@ from fbn_prune.data.examples import fingerprint, question_of, recorded_fingerpri
 from fbn_prune.data.harness_files import TaskConfig, task_from_file
 from fbn_prune.data.harness_tasks import document_question, load_tasks, task_manager
 from fbn_prune.errors import FbnPruneError, InvalidInput, counted
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.layerwise import check_runs
 from fbn_prune.networks.intervention_effects import TaskFigures
 from fbn_prune.recipe import DtypeName
 from fbn_prune.runs.early_checks import TASK_SUFFIXES
@@ -168,6 +170,7 @@ def _evaluate(model: str, tasks: Sequence[str | TaskConfig], options: HarnessOpt
     require_unseen_documents(checkpoint.path, seen, loaded["tasks"])
     dtype = torch.float32 if options.dtype == "auto" else getattr(torch, options.dtype)
     loaded_model = checkpoint.load_model(chosen_device(options.device), dtype)
+    check_runs(ModelAdapter(loaded_model, checkpoint.family), checkpoint.path)
     raw = _run(loaded_model, checkpoint.load_tokenizer(), _top_level(loaded), options)
     return Evaluation(model, _figures(raw), raw)
 

@@ -32,6 +32,7 @@ from fbn_prune.distributed import is_first
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.layerwise import check_runs
 from fbn_prune.networks.task_matching import TaskCalibration, task_calibration
 from fbn_prune.progress import StageClock
 from fbn_prune.runs.result import tool_version
@@ -94,7 +95,8 @@ def open_run(prepared: Prepared, clock: StageClock, *, whole: bool = False) -> O
     Raises
     ------
     InvalidInput
-        If a text cannot be read or is too short; see :func:`fbn_prune.data.calibration.calibration_data`.
+        If a text cannot be read or is too short (see :func:`fbn_prune.data.calibration.calibration_data`), or the
+        model cannot run.
     """
     tokenizer = prepared.checkpoint.load_tokenizer()
     with clock.stage("calibration"):
@@ -102,6 +104,7 @@ def open_run(prepared: Prepared, clock: StageClock, *, whole: bool = False) -> O
         training = read_training_text(prepared, tokenizer, data, note=clock.note)
     with clock.stage("load"):
         adapter = prepared.load_whole_model() if whole else prepared.load_model()
+        check_runs(adapter, prepared.checkpoint.path)
     return OpenRun(prepared, tokenizer, data, task, adapter, clock, training=training)
 
 
