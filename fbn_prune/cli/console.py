@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -24,7 +24,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from fbn_prune.cli.streams import say, write
+from fbn_prune.cli.streams import Muted, say, write
 from fbn_prune.distributed import is_first
 from fbn_prune.progress import Advance, Display, SilentDisplay
 
@@ -147,7 +147,9 @@ def print_table(table: Table) -> None:
 
     Where the terminal is too narrow for the numbers, each row is printed as a list of its values.
     """
-    console = _console(width=None if sys.stdout.isatty() else 120)
+    # Capturing writes nothing to the stream, but even that fails on a full device.
+    muted = cast(TextIO, Muted(sys.stdout))
+    console = _console(width=None if sys.stdout.isatty() else 120, file=muted)
     for column in table.columns:
         if column.justify == "left":
             column.overflow = "fold"
@@ -166,9 +168,10 @@ def print_line(line: str) -> None:
     write(line + "\n")
 
 
-def _console(*, stderr: bool = False, width: int | None = None) -> Console:
+def _console(*, stderr: bool = False, width: int | None = None, **more: Any) -> Console:
     """Return a console that prints text as it is: a name such as `exp [final]` is no markup, `:cat:` no emoji."""
-    return Console(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
+    plain: Any = {"markup": False, "emoji": False, "highlight": False}
+    return Console(stderr=stderr, width=width, **plain, **more)
 
 
 def _fits(table: Table, console: Console) -> bool:

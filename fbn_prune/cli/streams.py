@@ -63,6 +63,22 @@ class Outlet:
                 raise
 
 
+class Muted:
+    """Looks like a text stream to whoever asks for its encoding and terminal, and drops all that is written."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None:
+        return None
+
+
 def open_streams() -> None:
     """Make stdout and stderr usable whatever this process was started with.
 
