@@ -71,7 +71,6 @@ def test_what_needs_no_torch_is_refused_before_it_is_imported(tiny: Path, tmp_pa
         ["evaluate", "--model", str(tiny), "--tasks", "nowhere.jsonl"],
         ["evaluate", "--model", str(tiny), "--output-path", f"{nowhere}/results.json"],
         ["compare", "--model", str(tiny), "--output-path", f"{nowhere}/results.json"],
-        ["convert", "--model", str(tiny), "--output", f"{nowhere}/model.gguf"],
         ["bundle", f"a={nowhere}", "--model", str(tiny), "--output", new],
         ["bundle", f"a={nowhere}.safetensors:1,2", "--model", str(tiny), "--output", new],
         *(

@@ -25,6 +25,7 @@ from fbn_prune.networks.sampling import SampledActivations
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.prediction import PredictedRise
 from fbn_prune.pruning.recovery import healing
+from fbn_prune.pruning.recovery.distillation import Distilled
 from fbn_prune.runs.prune import run_prune
 
 
@@ -154,10 +155,11 @@ def test_a_recovery_that_makes_the_model_worse_is_not_kept(
 
     def spoil(
         model: torch.nn.Module, dense: object, maps: list[str], *about: object, **how: object
-    ) -> None:
+    ) -> Distilled:
         with torch.no_grad():
             for name in maps:
                 model.get_submodule(name).weight.mul_(9)
+        return Distilled(0, [])
 
     monkeypatch.setattr(healing, "distil", spoil)
     healed = recipe(model, text, tmp_path / "out", recover=True, recover_passes=1, **small)

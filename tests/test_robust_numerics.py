@@ -51,7 +51,7 @@ def cut_error(weight: Tensor, x: Tensor, keep: int = 24) -> float:
 
 
 def evidence(weight: Tensor, x: Tensor, **changes: object) -> LayerEvidence:
-    unknown = dict.fromkeys(("bias", "cross", "target_mean", "membership", "loss_root"))
+    unknown = dict.fromkeys(("bias", "shortfall", "membership", "loss_root"))
     options = {"can_have_bias": False, "damping": 1e-2, "refit_damping": 1e-3, "seed": 0}
     known: dict[str, object] = {
         "layer": 0,

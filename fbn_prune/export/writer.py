@@ -17,7 +17,8 @@ from fbn_prune.export.shards import write_json, write_shards
 from fbn_prune.model import modeling_ragged
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.family import Family, Location
-from fbn_prune.model.folder import COMPANION_FILES, TOKENIZER_FILES, VOCABULARY_FILES
+from fbn_prune.model.folder import COMPANION_FILES, TOKENIZER_FILES, VOCABULARY_FILES, read_config
+from fbn_prune.model.header_checks import widths_by_tensors
 from fbn_prune.model.headers import read_object
 from fbn_prune.model.shards import TensorInfo
 from fbn_prune.model.stock_names import with_stock_names
@@ -156,6 +157,9 @@ def verify_export(directory: Path) -> None:
     try:
         written = Checkpoint.open(directory)
         check_tensors(written)
+        _, other = widths_by_tensors(written.family, read_config(directory), written.tensors)
+        if other is not None:  # which opening corrects, but other loaders do not
+            raise InvalidInput(other)
     except InvalidInput as error:
         raise FbnPruneError(f"the written checkpoint does not load: {error}") from error
 

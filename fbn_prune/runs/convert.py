@@ -15,7 +15,7 @@ from fbn_prune.errors import InvalidInput
 from fbn_prune.export.directory import atomic_directory, check_output
 from fbn_prune.progress import Display, StageClock
 from fbn_prune.recipe import parse_size
-from fbn_prune.runs.early_checks import check_bundle_tasks, check_models, check_results
+from fbn_prune.runs.early_checks import check_bundle_tasks, check_models
 
 if TYPE_CHECKING:
     from fbn_prune.serving.tasks import Refit
@@ -73,7 +73,6 @@ def convert(
         known = ", ".join(name[3:] for name in formats if name.startswith("to_"))
         raise InvalidInput(f"--to {to}: no such format; known: {known}")
     check_models([model])
-    check_results(output)
     from fbn_prune.model.checkpoint import Checkpoint  # loads torch
 
     write = import_module(f"{export.__name__}.to_{to}").write
