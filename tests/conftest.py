@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,25 @@ def random_weights_are_no_fault(request: pytest.FixtureRequest) -> Iterator[None
     with pytest.MonkeyPatch.context() as patch:
         if any("kernels" not in item.path.parts for item in request.session.items):
             patch.setattr("fbn_prune.runs.stages.GUESSING", float("inf"))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def figures_are_data(request: pytest.FixtureRequest) -> Iterator[None]:
+    with ExitStack() as stack:
+        if any("kernels" not in item.path.parts for item in request.session.items):
+            from figures_as_data import not_drawn
+
+            stack.enter_context(not_drawn())
+        yield
+
+
+@pytest.fixture
+def drawn() -> Iterator[None]:
+    """Figures are drawn, as users get them."""
+    import figures_as_data
+
+    with figures_as_data.drawn():
         yield
 
 

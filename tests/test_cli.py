@@ -31,6 +31,7 @@ def arguments(model: Path, text: Path, output: Path, *more: str) -> list[str]:
     return small_runs.arguments(model, text, output, "--keep-networks", "2", *more)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_main_job_keeps_its_contract(
     tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -54,6 +55,7 @@ def test_the_main_job_keeps_its_contract(
     assert {p.name: p.read_bytes() for p in tiny.iterdir()} == before
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_written_recipe_makes_the_same_bytes_again(
     tiny: Path, text: Path, tmp_path: Path
 ) -> None:
