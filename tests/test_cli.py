@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_runs import refused, run_json
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from warm_python import WARM
 
 from fbn_prune.cli.app import EXAMPLES
 from fbn_prune.cli.main import _exit_code
@@ -295,7 +296,7 @@ def test_a_run_that_is_stopped_leaves_nothing(
     pipe = tmp_path / "text.txt"
     os.mkfifo(pipe)  # the run waits at it, and is stopped in the middle whatever the load
     process = subprocess.Popen(
-        [sys.executable, "-m", "fbn_prune", *arguments(tiny, pipe, tmp_path / "out")],
+        [*WARM, "-m", "fbn_prune", *arguments(tiny, pipe, tmp_path / "out")],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
