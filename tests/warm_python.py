@@ -29,17 +29,23 @@ ADDRESS = "FBN_PRUNE_WARM_PYTHON"
 """The variable that names the server's socket."""
 
 SLOW = (
+    "jinja2",
     "matplotlib.backends.backend_svg",
     "pyarrow.dataset",
+    "pydantic",
+    "safetensors.torch",
     "scipy.optimize",
     "scipy.stats",
     "sklearn.metrics",
+    "tokenizers",
     "torch._dynamo.aot_compile",
     "torch._inductor.standalone_compile",
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
-    "torch.distributed.run",
+    "torch.distributed.launcher.api",
     "torch.distributed.tensor",
+    "typer.main",
+    "yaml",
 )
 NO_THREADS = {  # a fork would have none of them
     "OMP_NUM_THREADS": "1",
