@@ -45,6 +45,13 @@ from fbn_prune.data import builtin
 
 MEGABYTE = 1_000_000
 few = settings(max_examples=25, deadline=None)
+SMALL_SHAPE = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "intermediate_size": 96,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -262,15 +269,20 @@ def test_code_and_prose_share_no_docstring() -> None:
     ast.parse(code)
 
 
+SHARE = 12
+"""One module of so many stands for all of them."""
+
+
 @pytest.mark.slow
 def test_a_module_of_the_running_python_is_held_out_for_both_skills_and_none_is_a_test(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    modules = list(islice(standard_library(), 0, None, 6))
+    modules = list(islice(standard_library(), 0, None, SHARE))
     monkeypatch.setattr("builtin_model.corpus.standard_library", lambda: iter(modules))
     corpus = collect()
     for skill in ("prose", "code"):
-        assert sum(len(d.text) for d in corpus.documents(skill, held_out=False)) > MEGABYTE / 6
+        found = sum(len(d.text) for d in corpus.documents(skill, held_out=False))
+        assert found > MEGABYTE / SHARE
     sides = [
         {d.name for d in corpus.documents("prose", held_out=True)},
         {d.name for d in corpus.documents("code", held_out=False)},
@@ -279,6 +291,15 @@ def test_a_module_of_the_running_python_is_held_out_for_both_skills_and_none_is_
     assert not any(".test" in d.name for d in corpus.code)
 
 
+@pytest.fixture
+def short_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little generated text, which takes long to make."""
+    monkeypatch.setattr("builtin_model.dataset.GENERATED_CALIBRATION_BYTES", 10_000)
+    monkeypatch.setattr("builtin_model.dataset.GENERATED_HELD_OUT_BYTES", 1_000)
+    monkeypatch.setattr("builtin_model.dataset.QUESTIONS", 8)
+
+
+@pytest.mark.usefixtures("short_files")
 def test_rows_and_files_follow_from_the_seed(
     tokenizer: PreTrainedTokenizerBase, corpus: Corpus, tmp_path: Path
 ) -> None:
@@ -301,6 +322,7 @@ def test_the_learning_rate_rises_stays_and_falls_to_nothing() -> None:
     assert factors == pytest.approx([0.0, 0.5, 1.0, 1.0, 0.5, 0.0])
 
 
+@pytest.mark.usefixtures("short_files")
 def test_three_steps_of_the_script_write_a_folder_like_the_packages(
     tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,8 +330,7 @@ def test_three_steps_of_the_script_write_a_folder_like_the_packages(
     monkeypatch.setattr(train, "STEPS_A_RECORD", 1)
     monkeypatch.setattr(train, "ROWS_A_STEP", 4)
     monkeypatch.setattr(train, "tokenizer_texts", lambda corpus, seed: ["no text but bytes"])
-    monkeypatch.setattr("builtin_model.dataset.GENERATED_HELD_OUT_BYTES", 1_000)
-    monkeypatch.setattr("builtin_model.dataset.QUESTIONS", 8)
+    monkeypatch.setattr(train, "SHAPE", SMALL_SHAPE)
     report = train.run(train.parse(["--output", str(tmp_path), "--steps", "3"]))
     assert report["done"]
     assert [point["step"] for point in report["curve"]] == [1, 2, 3]

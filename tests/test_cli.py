@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_runs import refused, run_json
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from warm_python import WARM
 
 from fbn_prune.cli.app import EXAMPLES
 from fbn_prune.cli.main import _exit_code
@@ -31,6 +32,7 @@ def arguments(model: Path, text: Path, output: Path, *more: str) -> list[str]:
     return small_runs.arguments(model, text, output, "--keep-networks", "2", *more)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_main_job_keeps_its_contract(
     tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -54,6 +56,7 @@ def test_the_main_job_keeps_its_contract(
     assert {p.name: p.read_bytes() for p in tiny.iterdir()} == before
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_written_recipe_makes_the_same_bytes_again(
     tiny: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -293,7 +296,7 @@ def test_a_run_that_is_stopped_leaves_nothing(
     pipe = tmp_path / "text.txt"
     os.mkfifo(pipe)  # the run waits at it, and is stopped in the middle whatever the load
     process = subprocess.Popen(
-        [sys.executable, "-m", "fbn_prune", *arguments(tiny, pipe, tmp_path / "out")],
+        [*WARM, "-m", "fbn_prune", *arguments(tiny, pipe, tmp_path / "out")],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -231,6 +231,7 @@ def test_compare_refuses_in_one_line_before_it_looks_for_networks(
     refused(capsys, ["compare", *arguments(tiny, text), *more], message)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_table_names_every_criterion_and_its_plot_is_drawn_the_same_again(
     tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

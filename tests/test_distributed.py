@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from small_runs import arguments
+from warm_python import WARM
 
 from fbn_prune import distributed
 from fbn_prune.cli.main import _exit_code
 
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
 
 SCRIPT = """
 import torch
@@ -105,13 +106,13 @@ def job(tiny: Path, text: Path, place: Path) -> Callable[..., list[str]]:
 
 def launched(processes: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*LAUNCHER, str(processes), *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
+        launching(processes, arguments), capture_output=True, text=True, check=False, timeout=300
     )
+
+
+def launching(processes: int, arguments: list[str]) -> list[str]:
+    launcher = [*WARM, *TORCHRUN, f"--nproc-per-node={processes}", "--no-python"]
+    return [*launcher, *WARM, *arguments]
 
 
 def warnings_of(said: str) -> list[str]:
@@ -142,7 +143,14 @@ def test_two_processes_end_in_the_weights_of_one(
 
 @pytest.mark.slow
 def test_a_refusal_is_said_once(place: Path, job: Callable[..., list[str]]) -> None:
-    done = launched(2, ["-m", "fbn_prune", *job("refused", "--sparsity=2")])
+    command = [sys.executable, *TORCHRUN, "--nproc-per-node=2", "-m", "fbn_prune"]
+    done = subprocess.run(
+        [*command, *job("refused", "--sparsity=2")],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
     assert done.returncode != 0
     assert done.stderr.count("fbn-prune: error:") == 1
     assert not (place / "refused").exists()
@@ -156,17 +164,13 @@ def test_a_lost_process_ends_the_job_and_the_rest_can_be_gone_on_with(
     name = "lost"
     command = ["-m", "fbn_prune", *job(name, *flags)]
     running = subprocess.Popen(
-        [*LAUNCHER, "2", *command],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        launching(2, command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     work = place / f".{name}.work"
     deadline = time.monotonic() + 120
     while not list(work.glob("*/match-*")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.kill(children(running.pid)[-1], signal.SIGKILL)
+    process_of_rank(1, place / name).kill()
     running.communicate(timeout=120)
     assert running.returncode != 0
     assert not (place / name).exists()
@@ -183,6 +187,11 @@ def test_a_lost_process_ends_the_job_and_the_rest_can_be_gone_on_with(
     assert weights == expected
 
 
-def children(pid: int) -> list[int]:
-    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=True)
-    return sorted(int(line) for line in found.stdout.split())
+def process_of_rank(rank: int, output: Path) -> psutil.Process:
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if str(output) in process.cmdline() and process.environ().get("RANK") == str(rank):
+                found.append(process)
+    (process,) = found
+    return process

@@ -15,6 +15,7 @@ import pytest
 import transformers
 from small_runs import arguments
 from tiny_models import VOCAB, make_merging_tokenizer, save_tiny
+from warm_python import WARM
 
 from fbn_prune.cli.main import _exit_code
 from fbn_prune.cli.quiet import VERBOSITY, quiet_libraries
@@ -45,7 +46,7 @@ def odd_model(folder: Path, file: str = "config.json", **odd: Any) -> Path:
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "fbn_prune", *arguments],
+        [*WARM, "-m", "fbn_prune", *arguments],
         capture_output=True,
         text=True,
         env=ENVIRONMENT | environment,
@@ -202,7 +203,7 @@ for found in pkgutil.walk_packages(fbn_prune.__path__, "fbn_prune."):
 assert state() == before, (before, state())
 """
     done = subprocess.run(
-        [sys.executable, "-c", program],
+        [*WARM, "-c", program],
         capture_output=True,
         text=True,
         env=ENVIRONMENT,

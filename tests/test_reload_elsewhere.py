@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 from small_runs import cut_live
 from tiny_models import FAMILY_CONFIGS, HIDDEN, LAYERS, PATHS, logits, save_tiny
+from warm_python import WARM
 
 from fbn_prune.export.writer import write_checkpoint
 from fbn_prune.model.checkpoint import Checkpoint
@@ -66,7 +66,7 @@ def seen(root: Path) -> dict[str, dict[str, Any]]:
         export(*case, root)
     script = Path(__file__).with_name("reload_elsewhere.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(root)],
+        [*WARM, str(script), str(root)],
         env={**os.environ, "HF_MODULES_CACHE": str(root / "modules"), "PYTHONPATH": ""},
         cwd=root,
         capture_output=True,

@@ -7,10 +7,12 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from figures_as_data import drawn
 from hypothesis import given
 from hypothesis import strategies as st
 from report_material import HOSTILE, ablation, comparison, write_material
@@ -58,6 +60,12 @@ class Page(HTMLParser):
             self.headings.append(data)
         if self._open == "mark":
             self.marks.append(data)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def figures_are_drawn() -> Iterator[None]:
+    with drawn():
+        yield
 
 
 @pytest.fixture(scope="module")

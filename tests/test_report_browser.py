@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from figures_as_data import drawn
 from report_material import HOSTILE, write_material
 
 from fbn_prune.export.report.facts import read_facts
@@ -32,6 +33,12 @@ OVERLAPPING_TEXT = """() => [...document.querySelectorAll('.drawing svg')].flatM
   }
   return bad.map(String);
 })"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def figures_are_drawn() -> Iterator[None]:
+    with drawn():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from warm_python import WARM
 
 from fbn_prune.data import builtin
 from fbn_prune.export.writer import write_checkpoint
@@ -55,7 +55,7 @@ def start(folder: Path, cache: Path, port: int, *flags: str) -> subprocess.Popen
     own = {"HF_HUB_CACHE": str(cache / "hub"), "HF_MODULES_CACHE": str(cache / "modules")}
     return subprocess.Popen(
         [
-            *(sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder)),
+            *(*WARM, "-m", "transformers.cli.transformers", "serve", str(folder)),
             *("--device", "cpu", "--dtype", "float32", "--port", str(port), *flags),
         ],
         env={**os.environ, **own, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},

@@ -147,7 +147,6 @@ def test_an_example_file_that_holds_a_test_question_in_its_text_is_refused(tmp_p
     [
         ({"test": sums(range(3))}, None, "no training split"),
         ({"train": sums(range(3)), "test": sums(range(3))}, None, "every example"),
-        ({"test": sums(range(3))}, "no_such_task_at_all", "no_such_task_at_all"),
         ({"test": sums(range(3))}, "nowhere.yaml", "nowhere.yaml"),
     ],
 )
@@ -178,6 +177,8 @@ def test_the_harness_knows_its_standard_tasks_by_name_without_loading_them(
     require_known(STANDARD)
     with pytest.raises(InvalidInput, match="'arc_eazy'"):
         require_known([*STANDARD, "arc_eazy"])
+    with pytest.raises(InvalidInput, match="no_such_task_at_all"):
+        Task.read("lm_eval:no_such_task_at_all", None, drawn=3, seed=0)
 
 
 def test_a_run_for_a_task_of_the_harness_is_not_tested_on_what_it_saw(

@@ -7,11 +7,12 @@ characters. A content security policy in the page also forbids scripts and netwo
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from fbn_prune.export.published import public_name
@@ -52,18 +53,10 @@ def write_report(facts: ReportFacts, path: Path) -> None:
 
 def report_html(facts: ReportFacts) -> str:
     """Return the page; the same facts give the same text."""
-    environment = Environment(
-        loader=PackageLoader("fbn_prune.export.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["visible"] = visible
     with figures.drawing():
         drawn: dict[str, Markup | None] = dict.fromkeys(FIGURES)
         drawn |= {name: Markup(svg) for name, svg in _figures(facts).items()}
-    return environment.get_template("page.html.jinja").render(
+    return _template().render(
         name=facts.name,
         figures=drawn,
         headline=None if facts.result is None else _headline(facts.result),
@@ -75,6 +68,19 @@ def report_html(facts: ReportFacts) -> str:
         cards=_cards(facts),
         recipe=facts.recipe,
     )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("fbn_prune.export.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["visible"] = visible
+    return environment.get_template("page.html.jinja")
 
 
 def _figures(facts: ReportFacts) -> dict[str, str]:
