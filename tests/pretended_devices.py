@@ -8,15 +8,15 @@ numbers, so that nothing that looks at a value, as a perplexity or a cut does, c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 _aten = torch.ops.aten
 _ACROSS = {_aten.copy_.default, _aten._to_copy.default}
@@ -103,15 +103,20 @@ def on_host(tensor: Tensor) -> Tensor:
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+    if _is_composite(func):
         with _Devices():  # in inference mode nothing has taken it apart yet, `to` among others
             return func.decompose(*args, **kwargs)
-    flat, form = tree_flatten((args, kwargs))
+    tensors: list[Tensor] = []
+
+    def bare(tensor: Tensor) -> Tensor:
+        tensors.append(tensor)
+        return tensor.held if isinstance(tensor, Placed) else tensor
+
+    bare_args = _changed(args, bare)
+    bare_kwargs = {key: _changed(value, bare) for key, value in kwargs.items()}
     wanted = kwargs.get("device")
-    device = _common_device(func, args, flat) if wanted is None else torch.device(wanted)
-    own = {id(each.held): each for each in flat if isinstance(each, Placed)}
-    bare = [each.held if isinstance(each, Placed) else each for each in flat]
-    bare_args, bare_kwargs = tree_unflatten(bare, form)
+    device = _common_device(func, args, tensors) if wanted is None else torch.device(wanted)
+    own = {id(each.held): each for each in tensors if isinstance(each, Placed)}
     if wanted is not None and device.index is not None:
         bare_kwargs["device"] = torch.device("cpu")
     result = func(*bare_args, **bare_kwargs)
@@ -122,18 +127,33 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return tensor if device.index is None else Placed(tensor, device)
 
     # A view can be written to outside inference mode if what it is a view of can.
-    inference = flat[0].is_inference() if _is_view(func) else torch.is_inference_mode_enabled()
+    inference = tensors[0].is_inference() if _is_view(func) else torch.is_inference_mode_enabled()
     with torch.inference_mode(inference):
-        return tree_map_only(Tensor, placed, result)
+        return _changed(result, placed)
 
 
+def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Change tensors, in lists and tuples too; torch's own `tree_map` takes any structure, and far longer."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)([_changed(each, change) for each in value])
+    return value
+
+
+@cache
+def _is_composite(func: Any) -> bool:
+    key = "CompositeImplicitAutograd"
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
+
+
+@cache
 def _is_view(func: Any) -> bool:
     aliases = [each.alias_info for each in func._schema.returns]
     return any(each is not None and not each.is_write for each in aliases)
 
 
-def _common_device(func: Any, args: Any, flat: list[Any]) -> torch.device:
-    tensors = [each for each in flat if isinstance(each, Tensor)]
+def _common_device(func: Any, args: Any, tensors: list[Tensor]) -> torch.device:
     if func in _ACROSS:
         return args[0].device
     devices = {each.device for each in tensors if isinstance(each, Placed) or each.ndim > 0}

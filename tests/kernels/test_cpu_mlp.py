@@ -157,8 +157,10 @@ def test_the_default_compiler_gives_the_same_numbers_and_gradients() -> None:
         return gathered_mlp(one, mlp.up, mlp.down_t, batch, gate=mlp.gate) * 2
 
     compiled = torch.compile(call, fullgraph=True)
-    torch.testing.assert_close(compiled(x), call(x))
-    grads = [torch.autograd.grad(run(x).square().sum(), mlp.up)[0] for run in (compiled, call)]
+    # It would compile a program to see whether the processor can do what it says it can.
+    with torch._inductor.config.patch({"cpp.vec_isa_ok": True}):
+        torch.testing.assert_close(compiled(x), call(x))
+        grads = [torch.autograd.grad(run(x).square().sum(), mlp.up)[0] for run in (compiled, call)]
     torch.testing.assert_close(*grads)
 
 

@@ -14,9 +14,13 @@ pytest.importorskip("triton")
 HERE = Path(__file__).parent
 
 
-def run_interpreted(marker: str) -> None:
+def test_the_kernels_equal_the_reference(request: pytest.FixtureRequest) -> None:
+    """With every tile, unless slow tests are left out."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", marker, "-p", "no:cacheprovider", str(HERE)],
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+            *("-m", request.config.option.markexpr, str(HERE)),
+        ],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=HERE.parents[1],
         capture_output=True,
@@ -24,12 +28,3 @@ def run_interpreted(marker: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_the_kernels_equal_the_reference() -> None:
-    run_interpreted("not slow")
-
-
-@pytest.mark.slow
-def test_the_kernels_equal_the_reference_with_every_tile() -> None:
-    run_interpreted("slow")
