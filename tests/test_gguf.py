@@ -191,3 +191,14 @@ def test_the_command_writes_a_file_once_and_says_what_it_is(
     assert _exit_code([*args, "--overwrite"]) == 0
     assert (tmp_path / "m.gguf").read_bytes() == first
     assert {path.name for path in tmp_path.iterdir()} == {"in", "m.gguf"}
+
+
+def test_the_embedded_model_is_converted_by_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = run_json(
+        capsys, "convert", "--model", "builtin", "--no-verify", "--output", tmp_path / "m.gguf"
+    )
+    assert shown["architecture"] == "llama"
+    command = ["dequantize", "--model", "builtin", "--output", str(tmp_path / "d")]
+    refused(capsys, command, "names no quantization: there is nothing to dequantize")

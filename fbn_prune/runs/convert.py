@@ -81,7 +81,7 @@ def convert(
         how["verify"] = verify
     elif verify:
         raise InvalidInput(f"--verify: files of the format {to} cannot be compared")
-    source, notes = Checkpoint.open(model), list[str]()
+    source, notes = Checkpoint.open(builtin.path_or_id(model)), list[str]()
     with StageClock(display).stage("convert", source.total_bytes, "bytes") as advance:
         architecture = write(source, output, progress=advance, note=notes.append, **how)
     return {
@@ -135,7 +135,9 @@ def dequantize(
     from fbn_prune.export.dequantized import write_dequantized  # loads torch
     from fbn_prune.model.quantized import PLAIN_DTYPES, open_quantized
 
-    source = open_quantized(model, None if dtype is None else PLAIN_DTYPES[dtype])
+    source = open_quantized(
+        builtin.path_or_id(model), None if dtype is None else PLAIN_DTYPES[dtype]
+    )
     check_output(output, overwrite, source.path, needed_bytes=source.total_bytes)
     with (
         StageClock(display).stage("dequantize", source.total_bytes, "bytes") as advance,
@@ -199,7 +201,7 @@ def write_bundle(
     from fbn_prune.serving import bundle  # loads torch and the kernels
 
     sources = [bundle.TaskSource.parse(task) for task in tasks]
-    base = Checkpoint.open(str(builtin.model_path()) if model == "builtin" else model)
+    base = Checkpoint.open(builtin.path_or_id(model))
     check_output(output, overwrite, base.path, needed_bytes=0 if link else base.total_bytes)
     total = base.total_bytes * len(sources)
     with StageClock(display).stage("bundle", total, "bytes") as advance:

@@ -163,7 +163,7 @@ def evaluate(
 
 
 def _evaluate(model: str, tasks: Sequence[str | TaskConfig], options: HarnessOptions) -> Evaluation:
-    checkpoint = Checkpoint.open(str(builtin.model_path()) if model == "builtin" else model)
+    checkpoint = Checkpoint.open(builtin.path_or_id(model))
     seen = recorded_fingerprints(checkpoint.path)
     require_unseen_lines(checkpoint.path, seen, tasks)
     loaded = load_tasks(tasks)

@@ -156,7 +156,7 @@ def prepare(recipe: Recipe, clock: StageClock | None = None) -> Prepared:
     InvalidInput
         If the checkpoint, the output, the device, the context, the networks, the budget or the task cannot be used.
     """
-    source = str(builtin.model_path()) if recipe.model == "builtin" else recipe.model
+    source = builtin.path_or_id(recipe.model)
     checkpoint = Checkpoint.open(source, trust_remote_code=recipe.trust_remote_code)
     check_places(recipe, checkpoint.path, checkpoint.total_bytes)
     device = chosen_device(recipe.device)

@@ -100,7 +100,7 @@ def trim_vocabulary(
         raise InvalidInput(f"min_count = {min_count}: a token must be used at least once")
     shard_bytes = parse_size(max_shard_size, "max_shard_size")
     source = Checkpoint.open(
-        str(builtin.model_path()) if model == "builtin" else model,
+        builtin.path_or_id(model),
         trust_remote_code=trust_remote_code,
     )
     if output is not None:

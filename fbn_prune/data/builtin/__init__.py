@@ -22,6 +22,11 @@ def model_path() -> Path:
     return _ROOT / "model"
 
 
+def path_or_id(model: str) -> str:
+    """Return where a model is: for `builtin` the checkpoint's folder, for any other name the name itself."""
+    return str(model_path()) if model == "builtin" else model
+
+
 def calibration_files() -> dict[str, Path]:
     """Return for each skill a file of text the model was trained on: JSON lines `{"text": ...}`."""
     return {skill: _ROOT / "text" / "calibration" / f"{skill}.jsonl" for skill in SKILLS}
