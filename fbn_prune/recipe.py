@@ -38,7 +38,7 @@ Scope = Literal["global", "layer"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 LayoutName = Literal["uniform", "ragged", "auto"]
-WidthRule = Literal["networks", "loss", "members", "auto"]
+WidthRule = Literal["networks", "search", "loss", "members", "auto"]
 
 BUDGET_KEYS = ("sparsity", "target_params", "target_size")
 """Keys that set the size of the result, instead of `keep_networks`."""
@@ -120,8 +120,9 @@ class PruningConfig(BaseModel):
     """One width for all layers (uniform: every loader accepts it), a width per layer (ragged: lower loss, needs
     trust_remote_code to load), or ragged only if a trial shows enough gain (auto)."""
     widths: WidthRule = _more(CUT, "networks")
-    """Rule for ragged widths: all networks, how the loss rises as neurons are removed (loss), membership in the
-    kept networks (members), or the best of networks, loss and equal widths in a trial (auto)."""
+    """Rule for ragged widths: all networks, the divergence from the dense model that each layer's widths cost
+    (search), how the loss rises as neurons are removed (loss), membership in the kept networks (members), or the best
+    of networks, loss and equal widths in a trial (auto)."""
     loss_aware: bool = _key(QUALITY, False)
     """Weigh output errors by their effect on the loss (needs a backward pass)."""
     keep_layers: str | None = _more(CUT)
@@ -236,7 +237,7 @@ class PruningConfig(BaseModel):
             or self.task is not None
             or self.stated_budget is None
             or self._cuts_by_kept_networks
-            or (self.layout != "uniform" and self.widths != "loss")
+            or (self.layout != "uniform" and self.widths not in ("loss", "search"))
         )
 
     @property

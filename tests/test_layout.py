@@ -20,7 +20,7 @@ from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.streaming import SpilledCuts
 from fbn_prune.model.surgery import MlpCut
-from fbn_prune.pruning.layout import _surely_less, _tried_every
+from fbn_prune.pruning.layout import _surely_less, tried_every
 from fbn_prune.recipe import parse_count, parse_size
 from fbn_prune.runs import prune
 from fbn_prune.runs.budget import ModelSize
@@ -306,7 +306,7 @@ def test_a_rule_must_surely_beat_the_even_split() -> None:
 
 @pytest.mark.parametrize(("tokens", "every"), [(100, 2), (24_576, 3), (131_072, 8), (10**7, 8)])
 def test_of_little_text_a_larger_share_is_tried_on(tokens: int, every: int) -> None:
-    assert _tried_every(tokens) == every
+    assert tried_every(tokens) == every
 
 
 def test_a_trial_without_the_room_for_it_is_refused(

@@ -248,7 +248,11 @@ class ModelAdapter:
             self._sync_config()
 
     def trying(
-        self, cuts: Sequence[MlpCut], *, round_to: torch.dtype | None = None
+        self,
+        cuts: Sequence[MlpCut],
+        *,
+        alone: int | None = None,
+        round_to: torch.dtype | None = None,
     ) -> AbstractContextManager[None]:
         """Return a context in which the model computes with cut MLPs; on exit it is unchanged.
 
@@ -259,6 +263,8 @@ class ModelAdapter:
         ----------
         cuts
             One cut for each layer, read whenever the layer is called; attention heads stay whole.
+        alone
+            Cut this layer only. Default: all.
         round_to
             See :meth:`cut`.
 
@@ -267,10 +273,12 @@ class ModelAdapter:
         InvalidInput, FbnPruneError
             As :meth:`cut`, but during the model's forward pass.
         """
-        return self._trying(cuts, round_to)
+        return self._trying(cuts, alone, round_to)
 
     @contextmanager
-    def _trying(self, cuts: Sequence[MlpCut], round_to: torch.dtype | None) -> Iterator[None]:
+    def _trying(
+        self, cuts: Sequence[MlpCut], alone: int | None, round_to: torch.dtype | None
+    ) -> Iterator[None]:
         originals: list[tuple[nn.Linear, dict[str, nn.Parameter | None]]] = []
 
         def cut(layer: int) -> None:
@@ -292,6 +300,8 @@ class ModelAdapter:
         with ExitStack() as hooks:
             hooks.callback(restore)
             for layer, module in enumerate(self.layers):
+                if alone not in (None, layer):
+                    continue
                 before = module.register_forward_pre_hook(lambda _, args, layer=layer: cut(layer))
                 hooks.callback(before.remove)
                 after = module.register_forward_hook(lambda _, args, output: restore())

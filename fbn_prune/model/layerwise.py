@@ -135,7 +135,7 @@ class LayerwiseForward:
         start = self._now()
         try:
             with torch.inference_mode():
-                output = self._through(self.hidden[index], index)
+                output = self.through(self.next_layer, self.hidden[index], index)
         finally:
             for handle in handles:
                 handle.remove()
@@ -154,7 +154,8 @@ class LayerwiseForward:
         hidden = self.hidden[0][:1, :PROBE_TOKENS]
 
         def output() -> Tensor:
-            return self._through(hidden, -1).float()  # the probe's calls were recorded last
+            # The probe's calls were recorded last.
+            return self.through(self.next_layer, hidden, -1).float()
 
         plain = output()
         generator = torch.Generator().manual_seed(0)
@@ -175,11 +176,11 @@ class LayerwiseForward:
     def run_with_gradients(self, index: int) -> Tensor:
         """Return the same output as :meth:`run`, with gradients for those of the layer's weights that require them."""
         hidden = self.hidden[index].clone()  # autograd rejects tensors made in inference mode
-        return self._through(hidden, index)
+        return self.through(self.next_layer, hidden, index)
 
-    def _through(self, hidden: Tensor, index: int) -> Tensor:
-        """Return what the decoder layers of the next layer make of hidden states of batch `index`, -1 for the probe."""
-        modules, calls = self._groups[self.next_layer], self._calls[index][self.next_layer]
+    def through(self, layer: int, hidden: Tensor, index: int) -> Tensor:
+        """Return what a layer makes of hidden states of batch `index`, without changing `hidden`."""
+        modules, calls = self._groups[layer], self._calls[index][layer]
         for module, call in zip(modules, calls, strict=True):
             output = module(hidden, *call.args, **call.kwargs)
             hidden = output[0] if isinstance(output, tuple) else output

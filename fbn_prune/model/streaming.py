@@ -107,6 +107,7 @@ class StreamedModel(ModelAdapter):
         self.cuts = self._cuts  # type: ignore[assignment]
         self._cuts_heads = False
         self._trial: Sequence[MlpCut] | None = None
+        self._alone: int | None = None
         self._loaded: Part | None = None
         self._checkpoint = checkpoint
         self._modules: dict[Part, dict[str, nn.Module]] = {}
@@ -193,14 +194,16 @@ class StreamedModel(ModelAdapter):
         self._cuts.append(rounded_cut(cut, self._checkpoint.storage_dtype))
 
     @contextmanager
-    def _trying(self, cuts: Sequence[MlpCut], round_to: torch.dtype | None) -> Iterator[None]:
+    def _trying(
+        self, cuts: Sequence[MlpCut], alone: int | None, round_to: torch.dtype | None
+    ) -> Iterator[None]:
         self.release()
-        self.make_place_for_bias(cuts)
-        self._trial = cuts
+        self.make_place_for_bias(cuts if alone is None else [cuts[alone]])
+        self._trial, self._alone = cuts, alone
         try:
             yield
         finally:
-            self._trial = None
+            self._trial = self._alone = None
             self.release()
 
     def _bring(self, part: Part) -> None:
@@ -259,6 +262,8 @@ class StreamedModel(ModelAdapter):
         if stored is None and name.startswith(f"{self._output}."):  # tied
             stored = checkpoint.stored_name(f"{self._input}.weight")
         cut = cut_of(family, name, self._cuts if self._trial is None else self._trial)
+        if self._trial is not None and self._alone not in (None, family.layer_of(name)):
+            cut = None
         if stored is not None and cut is None:
             return checkpoint.read(stored, self._device, self._dtype)
         if stored is None:  # a bias that the cuts add

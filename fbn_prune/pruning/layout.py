@@ -130,7 +130,7 @@ def choose_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -
         return Layout(_uniform(request), UNIFORM)
     if request.layout == "ragged" and rules == ["members"]:  # the published rule has no trial
         return Layout(_ranked(subject, request, "members", clock), "members")
-    shaping, trying = subject.blocks.split(_tried_every(subject.blocks.tokens))
+    shaping, trying = subject.blocks.split(tried_every(subject.blocks.tokens))
     if not shaping.blocks:
         raise InvalidInput(
             "a trial of widths needs at least two blocks of calibration text: give more text, or use --layout uniform"
@@ -157,7 +157,7 @@ def _strengths(rule: str) -> tuple[float, ...]:
     return (1.0,) if rule == "members" else STRENGTHS
 
 
-def _tried_every(tokens: int) -> int:
+def tried_every(tokens: int) -> int:
     """Set every n-th block aside for the trial; n is smaller for short texts, but at least 2."""
     return max(2, min(MOST_TRIED_EVERY, tokens // TRIAL_TOKENS))
 
@@ -166,7 +166,7 @@ def _candidates(
     subject: Subject, request: LayoutRequest, rules: Sequence[str], clock: StageClock
 ) -> dict[str, list[int]]:
     """Candidate widths by name; all keep the same number of neurons."""
-    even = _even(request)
+    even = even_layout(request)
     candidates = {UNIFORM: even}
     for rule in rules:
         ranked = _ranked(subject, request, rule, clock)
@@ -193,12 +193,18 @@ def _uniform(request: LayoutRequest) -> list[int]:
     return uniform_widths(budget, request.full, request.multiple)
 
 
-def _even(request: LayoutRequest) -> list[int]:
+def even_layout(request: LayoutRequest) -> list[int]:
+    """Return the even widths: one width for all layers, or the same share of each where layers may differ."""
     if request.layout == "auto":
         return _uniform(request)
     scores = even_scores(request.full)
     widths = ranked_widths(scores, request.budget, request.multiple, request.whole)
     return _within(request, widths)
+
+
+def widths_by_networks(subject: Subject, request: LayoutRequest) -> list[int]:
+    """Return the widths by the rule `networks`; the subject has networks."""
+    return _ranked(subject, request, "networks", StageClock())
 
 
 def _ranked(subject: Subject, request: LayoutRequest, rule: str, clock: StageClock) -> list[int]:

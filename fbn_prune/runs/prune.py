@@ -33,6 +33,7 @@ from fbn_prune.pruning.layout import (
 )
 from fbn_prune.pruning.prediction import advice, check_rise, predicted_rise
 from fbn_prune.pruning.recovery.gain import Recovery
+from fbn_prune.pruning.search import SEARCH, library_bytes, search_layout
 from fbn_prune.recipe import Recipe
 from fbn_prune.runs.budget import Budget
 from fbn_prune.runs.kept import artifact, numbers
@@ -380,9 +381,10 @@ def _chosen_layout(
     prepared: Prepared, subject: Subject, request: LayoutRequest, clock: StageClock
 ) -> Layout:
     hidden = prepared.family.hidden_size(prepared.checkpoint.config)
-    needed = trial_bytes(request, hidden, prepared.dtype.itemsize)
+    searched = request.rule == SEARCH and request.layout != UNIFORM
+    needed = (library_bytes if searched else trial_bytes)(request, hidden, prepared.dtype.itemsize)
     check_room(subject.scratch, needed, "folder of temporary files")
-    return choose_layout(subject, request, clock)
+    return (search_layout if searched else choose_layout)(subject, request, clock)
 
 
 def _verdict(layout: Layout) -> str:

@@ -1,0 +1,351 @@
+"""Search the layers' widths by what each width costs: the rule `search` for ragged layouts.
+
+1. *Library.* One pass over the calibration text gives every layer's cut to each width of a grid: removing all neurons
+   once, in order of cost, gives all widths, and each gets its own refit.
+2. *Costs.* The cost of a width is the divergence from the dense model when this layer alone is cut to it, on a few
+   tokens set aside (:mod:`fbn_prune.model.divergence`). It is measured at three widths of each layer; between them, its
+   logarithm is taken to be linear in that of the share of removed neurons.
+3. *Solver.* The widths with the least sum of costs within the budget (:mod:`fbn_prune.pruning.solver`).
+4. *Correction.* Costs are not additive: what a layer adds depends on the damage below it. So the divergence of whole
+   candidates is measured, with the library's cuts: even widths, the solver's, and the solver's with the costs of the
+   lower, middle or upper layers scaled, as long as that helps.
+
+A library of cuts with measured costs under one budget follows Puzzle (arXiv 2411.19146) and DarwinLM (arXiv
+2502.07780); their entries are trained or scored by sampled loss.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import overload
+
+from fbn_prune import distributed
+from fbn_prune.data.calibration import Batch
+from fbn_prune.errors import InvalidInput, counted
+from fbn_prune.model.divergence import DenseReference
+from fbn_prune.model.surgery import MlpCut
+from fbn_prune.progress import StageClock
+from fbn_prune.pruning.allocation import member_scores
+from fbn_prune.pruning.cutting import CutPlan, try_cuts
+from fbn_prune.pruning.layout import (
+    RAGGED_GAIN,
+    UNIFORM,
+    Layout,
+    LayoutRequest,
+    Subject,
+    even_layout,
+    tried_every,
+    widths_by_networks,
+)
+from fbn_prune.pruning.solver import cheapest
+
+SEARCH = "search"
+
+LEVELS = 16
+"""Widths of each layer in the library, evenly spaced."""
+
+COST_TOKENS = 2048
+"""Tokens on which divergences are measured. On a model of 135 M parameters the widths found with 1024 and with 4096
+tokens are as good."""
+
+REGIONS = 3
+"""The layers whose costs a correction scales together: the lower, middle and upper ones."""
+
+SCALES = (2 / 3, 3 / 2)
+"""Factors that a correction tries for the costs of a region."""
+
+PLACES = 3
+"""Widths of each layer at which the cost is measured."""
+
+HOPELESS = 1e6
+"""The cost of a cut whose outputs are not finite."""
+
+MOST_LOG = 50.0
+"""The largest logarithm of an extrapolated cost."""
+
+NO_LESS = 1e-9
+"""The least divergence, in nats: a smaller one is rounding."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """Cuts of every layer to a grid of widths.
+
+    Attributes
+    ----------
+    widths
+        For each layer the grid, ascending.
+    cuts
+        For each level of the grid, one cut for each layer; a layer with fewer widths repeats its last one.
+    """
+
+    widths: list[list[int]]
+    cuts: list[Sequence[MlpCut]] = field(default_factory=list)
+
+    def chosen(self, levels: Sequence[int]) -> Sequence[MlpCut]:
+        """Return the cuts of a model whose layers have these levels."""
+        return _Chosen(self.cuts, levels)
+
+
+class _Chosen(Sequence[MlpCut]):
+    """One cut for each layer, read when it is needed."""
+
+    def __init__(self, cuts: Sequence[Sequence[MlpCut]], levels: Sequence[int]) -> None:
+        self._cuts, self._levels = cuts, levels
+
+    def __len__(self) -> int:
+        return len(self._levels)
+
+    @overload
+    def __getitem__(self, index: int) -> MlpCut: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[MlpCut]: ...
+    def __getitem__(self, index: int | slice) -> MlpCut | Sequence[MlpCut]:
+        if isinstance(index, slice):
+            return [self[layer] for layer in range(*index.indices(len(self)))]
+        return self._cuts[self._levels[index]][index]
+
+
+def library_bytes(request: LayoutRequest, hidden: int, itemsize: int) -> int:
+    """Return the bytes on disk that a library takes, with `hidden` output weights per neuron."""
+    return sum(sum(layer) for layer in grid(request)) * hidden * itemsize
+
+
+def grid(request: LayoutRequest) -> list[list[int]]:
+    """Return for each layer the widths of its cuts, ascending, with its even width and its full one."""
+    even = even_layout(request)
+    found: list[list[int]] = []
+    for layer, full in enumerate(request.full):
+        if layer in request.whole:
+            found.append([full])
+            continue
+        step = full / LEVELS
+        steps = (
+            round(step * level / request.multiple) * request.multiple for level in range(1, LEVELS)
+        )
+        widths = {min(max(width, request.multiple), full) for width in steps}
+        found.append(sorted(widths | {even[layer], full}))
+    return found
+
+
+def search_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -> Layout:
+    """Choose the widths of a request by the divergence that they cost.
+
+    The trials of the result are divergences from the dense model in nats a token. The even widths are kept unless
+    others are better; with the layout `auto`, by a tenth at least.
+
+    Raises
+    ------
+    InvalidInput
+        The calibration text is a single block.
+    """
+    shaping, trying = subject.blocks.split(tried_every(subject.blocks.tokens))
+    if not shaping.blocks:
+        raise InvalidInput(
+            "a search of widths needs at least two blocks of calibration text: give more text, or use --layout uniform"
+        )
+    library = _library(subject, shaping.batches(subject.batch_tokens), request, clock)
+    few = trying.subset(COST_TOKENS).batches(1)  # single blocks, which several processes can share
+    with clock.stage("dense outputs"):
+        reference = DenseReference(subject.adapter, few, subject.options.round_to)
+    tokens = sum(batch.tokens for batch in distributed.share(few))
+    costs = _measured_costs(library, reference, request, tokens, clock)
+    tried = _corrected(subject, request, library, costs, reference, tokens, clock)
+    best = min(tried, key=lambda name: tried[name].divergence)
+    needed = 1 - RAGGED_GAIN if request.layout == "auto" else 1.0
+    if tried[best].divergence >= needed * tried[UNIFORM].divergence:
+        best = UNIFORM
+    widths = [grid[level] for grid, level in zip(library.widths, tried[best].levels, strict=True)]
+    return Layout(
+        widths,
+        UNIFORM if best == UNIFORM else SEARCH,
+        {name: each.divergence for name, each in tried.items()},
+    )
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A candidate: a level for each layer, and the divergence of the model cut so."""
+
+    levels: list[int]
+    divergence: float
+
+
+def _library(
+    subject: Subject, batches: Sequence[Batch], request: LayoutRequest, clock: StageClock
+) -> Library:
+    widths = grid(request)
+    levels = range(max(map(len, widths)))
+    members = None
+    if subject.networks is not None:
+        members = member_scores(subject.networks, subject.kept)
+    plans = {
+        level: CutPlan(
+            subject.criterion, [layer[min(level, len(layer) - 1)] for layer in widths], members
+        )
+        for level in levels
+    }
+    cuts, _ = try_cuts(  # the final cut reports the same changes of damping
+        subject.adapter,
+        batches,
+        plans,
+        subject.options,
+        loss_roots=subject.loss_roots if subject.options.loss_aware else None,
+        scratch=subject.scratch,
+        clock=clock,
+        stage="library",
+    )
+    return Library(widths, [cuts[level] for level in levels])
+
+
+def _measured_costs(
+    library: Library,
+    reference: DenseReference,
+    request: LayoutRequest,
+    tokens: int,
+    clock: StageClock,
+) -> list[list[float]]:
+    """The cost of each width of each layer, measured at a few widths and interpolated between them."""
+    share = request.budget / sum(request.full)
+    levels = [_levels_near(layer, share) for layer in library.widths]
+    entries = [library.chosen([each[place] for each in levels]) for place in range(PLACES)]
+    costs: list[list[float]] = []
+    layers = len(library.widths)
+    with clock.stage("costs of widths", PLACES * layers * tokens, "tokens") as advance:
+        for layer, found in enumerate(reference.alone(entries, advance)):
+            measured = dict(zip(levels[layer], found, strict=True))
+            costs.append(_interpolated(library.widths[layer], measured))
+    return costs
+
+
+def _levels_near(widths: Sequence[int], share: float) -> list[int]:
+    """The levels of a layer to measure: near the budget's share of its neurons, and on both sides of it."""
+    full = widths[-1]
+    wanted = (share / 2, share, (1 + share) / 2)
+    return [
+        min(range(len(widths)), key=lambda level: abs(widths[level] - goal * full))
+        for goal in wanted
+    ]
+
+
+def _interpolated(widths: Sequence[int], measured: Mapping[int, float]) -> list[float]:
+    """The cost of each width; it falls as the width grows, and the full width costs nothing.
+
+    Parameters
+    ----------
+    widths
+        Ascending.
+    measured
+        The cost of some of them, by their places.
+    """
+    full = widths[-1]
+    known = sorted((place, cost) for place, cost in measured.items() if widths[place] < full)
+    if not known:
+        return [0.0] * len(widths)
+    places = [math.log(1 - widths[place] / full) for place, _ in known][::-1]
+    costs = [cost if math.isfinite(cost) else HOPELESS for _, cost in known][::-1]
+    for narrower in range(1, len(costs)):  # noise must not make a narrower layer cheaper
+        costs[narrower] = max(costs[narrower], costs[narrower - 1])
+    logs = [math.log(max(cost, NO_LESS)) for cost in costs]
+    found = [
+        math.exp(min(_on_line(places, logs, math.log(1 - width / full)), MOST_LOG))
+        for width in widths[:-1]
+    ]
+    return [*found, 0.0]
+
+
+def _on_line(places: Sequence[float], values: Sequence[float], at: float) -> float:
+    """The value at a place on the line through the two nearest known ones, or of slope 1 through a single one."""
+    if len(places) == 1:
+        return values[0] + (at - places[0])
+    after = min(max(bisect.bisect(places, at), 1), len(places) - 1)
+    if places[after] == places[after - 1]:
+        return values[after]
+    slope = (values[after] - values[after - 1]) / (places[after] - places[after - 1])
+    return values[after] + slope * (at - places[after])
+
+
+def _corrected(
+    subject: Subject,
+    request: LayoutRequest,
+    library: Library,
+    costs: Sequence[Sequence[float]],
+    reference: DenseReference,
+    tokens: int,
+    clock: StageClock,
+) -> dict[str, _Tried]:
+    """Measured candidates by name; the last ones scale the costs of regions of the best one before."""
+    candidates = _Candidates(request, library, costs)
+    tried: dict[str, _Tried] = {}
+    starts = {UNIFORM: candidates.even(), SEARCH: candidates.by_costs([1.0] * REGIONS)}
+    if subject.networks is not None:
+        ranked = widths_by_networks(subject, request)
+        starts["networks"] = candidates.nearest(ranked)
+    most = len(starts) + REGIONS * len(SCALES)
+    clock.note(f"search of widths: at most {counted(most, 'layout')} are measured")
+    with clock.stage("candidates", most * tokens, "tokens") as advance:
+
+        def measure(name: str, levels: list[int]) -> bool:
+            """Whether the candidate is new, and better than all before."""
+            known = [each.levels for each in tried.values()]
+            if levels in known:
+                return False
+            found = reference.divergence(library.chosen(levels), advance)
+            found = found if math.isfinite(found) else math.inf
+            better = all(found < each.divergence for each in tried.values())
+            tried[name] = _Tried(levels, found)
+            return better
+
+        for name, levels in starts.items():
+            measure(name, levels)
+        scales = [1.0] * REGIONS
+        for region in range(REGIONS):
+            for factor in SCALES:
+                scaled = [*scales]
+                scaled[region] *= factor
+                name = f"{SEARCH} {' '.join(format(scale, '.2g') for scale in scaled)}"
+                if measure(name, candidates.by_costs(scaled)):
+                    scales = scaled
+                    break
+    return tried
+
+
+class _Candidates:
+    """Levels of all layers within the budget of a request."""
+
+    def __init__(
+        self, request: LayoutRequest, library: Library, costs: Sequence[Sequence[float]]
+    ) -> None:
+        self._request, self._library, self._costs = request, library, costs
+        self._even = even_layout(request)
+        self._budget = sum(self._even)
+
+    def even(self) -> list[int]:
+        return self.nearest(self._even)
+
+    def nearest(self, widths: Sequence[int]) -> list[int]:
+        """The levels nearest to these widths, made to fit the budget."""
+        levels = [
+            min(range(len(grid)), key=lambda level: abs(grid[level] - width))
+            for grid, width in zip(self._library.widths, widths, strict=True)
+        ]
+        while self._size(levels) > self._budget:
+            wide = [layer for layer, level in enumerate(levels) if level > 0]
+            layer = max(wide, key=lambda each: self._library.widths[each][levels[each]])
+            levels[layer] -= 1
+        return levels
+
+    def by_costs(self, scales: Sequence[float]) -> list[int]:
+        """The solver's levels, with the costs of each region scaled."""
+        layers = len(self._costs)
+        scaled = [
+            [cost * scales[layer * len(scales) // layers] for cost in costs]
+            for layer, costs in enumerate(self._costs)
+        ]
+        return cheapest(self._library.widths, scaled, self._budget)
+
+    def _size(self, levels: Sequence[int]) -> int:
+        return sum(grid[level] for grid, level in zip(self._library.widths, levels, strict=True))
