@@ -43,6 +43,8 @@ WidthRule = Literal["networks", "search", "loss", "members", "auto"]
 BUDGET_KEYS = ("sparsity", "target_params", "target_size")
 """Keys that set the size of the result, instead of `keep_networks`."""
 
+STRUCTURES = ("neurons", "layers")
+
 RECOVERY_STEPS = ("match", "distil")
 
 MODEL, CALIBRATION, CUT = "Model and output", "Calibration", "What to cut"
@@ -123,6 +125,9 @@ class PruningConfig(BaseModel):
     """Rule for ragged widths: all networks, the divergence from the dense model that each layer's widths cost
     (search), how the loss rises as neurons are removed (loss), membership in the kept networks (members), or the best
     of networks, loss and equal widths in a trial (auto)."""
+    structures: str = _key(CUT, "neurons")
+    """What may be removed, separated by commas: neurons, or neurons,layers to leave out whole decoder layers as well
+    where that costs least. With layers, widths are searched and each layer is fitted on those already pruned."""
     loss_aware: bool = _key(QUALITY, False)
     """Weigh output errors by their effect on the loss (needs a backward pass)."""
     keep_layers: str | None = _more(CUT)
@@ -175,6 +180,21 @@ class PruningConfig(BaseModel):
     @property
     def recover_steps_in_order(self) -> tuple[str, ...]:
         return tuple(step.strip() for step in self.recover_steps.split(","))
+
+    @property
+    def leaves_out_layers(self) -> bool:
+        """Whether whole layers may be removed."""
+        return "layers" in self.structures
+
+    @property
+    def searches_widths(self) -> bool:
+        """Whether widths, and layers to leave out, are searched by the divergence that they cost."""
+        return self.leaves_out_layers or (self.layout != "uniform" and self.widths == "search")
+
+    @property
+    def fits_in_sequence(self) -> bool:
+        """Whether each layer is fitted on the output of those that are already pruned."""
+        return self.sequential or self.leaves_out_layers
 
     @property
     def recover_passes_or_default(self) -> int:
@@ -237,7 +257,7 @@ class PruningConfig(BaseModel):
             or self.task is not None
             or self.stated_budget is None
             or self._cuts_by_kept_networks
-            or (self.layout != "uniform" and self.widths not in ("loss", "search"))
+            or (self.layout != "uniform" and not self.searches_widths and self.widths != "loss")
         )
 
     @property
@@ -269,7 +289,7 @@ class PruningConfig(BaseModel):
     def needs_gradients(self) -> bool:
         """Whether the method needs a backward pass."""
         by_loss = self.layout != "uniform" and self.widths in ("loss", "auto")
-        return self.loss_aware or by_loss
+        return self.loss_aware or (by_loss and not self.searches_widths)
 
     @property
     def needs_whole_model(self) -> bool:
@@ -463,6 +483,7 @@ def _check_sizes(recipe: PruningConfig) -> None:
 
 def _check_layout(recipe: PruningConfig) -> None:
     refuse = partial(_refuse, recipe)
+    _check_structures(recipe)
     if recipe.layout == "uniform" and recipe.widths != "networks":
         why = "this rule is for ragged layers: add layout = ragged or auto"
         refuse("widths", why)
@@ -490,6 +511,18 @@ def _check_layout(recipe: PruningConfig) -> None:
         refuse("recover_minutes", "only the step distil has a time limit")
     if recipe.loss_aware and recipe.criterion != "second-order":
         refuse("loss_aware", f"criterion {recipe.criterion} does not score output errors")
+
+
+def _check_structures(recipe: PruningConfig) -> None:
+    refuse = partial(_refuse, recipe)
+    named = [part.strip() for part in recipe.structures.split(",")]
+    if "neurons" not in named or len(set(named)) < len(named) or not set(named) <= set(STRUCTURES):
+        refuse("structures", "give neurons, or neurons,layers")
+    if recipe.leaves_out_layers and recipe.widths not in ("networks", "search"):
+        why = "where layers can be left out, widths are searched: remove this key"
+        refuse("widths", why)
+    if recipe.leaves_out_layers and recipe.layout == "auto":
+        refuse("layout", "where layers can be left out, give uniform or ragged")
 
 
 def parse_count(text: str, name: str) -> int:

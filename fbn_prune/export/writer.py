@@ -16,6 +16,7 @@ from fbn_prune.export.directory import disk_errors
 from fbn_prune.export.shards import write_json, write_shards
 from fbn_prune.model import modeling_ragged
 from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.depth import Depth
 from fbn_prune.model.family import Family, Location
 from fbn_prune.model.folder import COMPANION_FILES, TOKENIZER_FILES, VOCABULARY_FILES, read_config
 from fbn_prune.model.header_checks import widths_by_tensors
@@ -43,6 +44,7 @@ def write_checkpoint(
     *,
     trained: Mapping[str, Tensor] | None = None,
     vocabulary: VocabularyCut | None = None,
+    depth: Depth | None = None,
     keep_unused: bool = False,
     max_shard_size: int | str = "5GB",
     progress: Callable[[int], None] | None = None,
@@ -61,6 +63,8 @@ def write_checkpoint(
         One cut for each layer; none at all if the layers stay as they are.
     vocabulary
         The tokens that are kept; all by default.
+    depth
+        The layers that are kept; all by default.
     trained
         Tensors, by their names in the checkpoint, that replace those of the source and the cuts.
     keep_unused
@@ -81,12 +85,16 @@ def write_checkpoint(
     FbnPruneError
         A new weight is too large for the stored dtype, or the disk cannot be written.
     """
-    config = cut_config(source.config, source.family, cuts) if cuts else _whole_config(source)
+    config = _config(source, cuts, depth)
     if vocabulary is not None:
         config = vocabulary.config(config)
-    plan = _plan(source, cuts, vocabulary) | (dict(source.unused) if keep_unused else {})
+    plan = _plan(source, cuts, vocabulary)
+    names = {name: name if depth is None else depth.name(source.family, name) for name in plan}
+    plan = {name: plan[name] for name, new in names.items() if new is not None}
+    if keep_unused:
+        plan |= source.unused
     produce = _producer(source, plan, cuts, trained or {}, vocabulary)
-    saved = {source.saved_name(name): name for name in plan}
+    saved = {source.saved_name(names.get(name) or name): name for name in plan}
     with disk_errors(directory):
         write_shards(
             {name: plan[own] for name, own in saved.items()},
@@ -192,6 +200,15 @@ def _producer(
         )
 
     return produce
+
+
+def _config(source: Checkpoint, cuts: Sequence[MlpCut], depth: Depth | None) -> dict[str, Any]:
+    if not cuts:
+        return _whole_config(source)
+    if depth is None:
+        return cut_config(source.config, source.family, cuts)
+    staying = [cuts[layer] for layer in depth.staying]
+    return cut_config(depth.config(source.config), source.family, staying)
 
 
 def _whole_config(source: Checkpoint) -> dict[str, Any]:

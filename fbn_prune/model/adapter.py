@@ -9,7 +9,7 @@ narrow adapter is SliceGPT's (`model_adapter.py`).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, MutableSequence, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -63,6 +63,8 @@ class ModelAdapter:
         The cuts applied so far, one for each layer from the first on.
     calling
         How the model calls its layers; None until the first layer-by-layer forward pass.
+    left_out
+        Layers that return their input, see :meth:`leave_out`.
 
     Raises
     ------
@@ -75,6 +77,7 @@ class ModelAdapter:
         self.family = family or family_of(model.config)
         self.cuts: MutableSequence[MlpCut] = []
         self.calling: Calling | None = None
+        self.left_out: set[int] = set()
 
     # Sizes
 
@@ -308,6 +311,34 @@ class ModelAdapter:
                 hooks.callback(after.remove)
             yield
 
+    def leave_out(self, layers: Iterable[int]) -> None:
+        """Let decoder layers return their input, as if they were not there; their modules and weights stay."""
+        for layer in layers:
+            for module in self.decoder_layers[layer]:
+                module.forward = self._passed
+            self.left_out.add(layer)
+
+    @contextmanager
+    def leaving_out(self, layers: Iterable[int]) -> Iterator[None]:
+        """Leave layers out within the context only."""
+        layers = set(layers) - self.left_out
+        self.leave_out(layers)
+        try:
+            yield
+        finally:
+            self.put_back(layers)
+
+    def put_back(self, layers: Iterable[int]) -> None:
+        """Let layers that were left out compute again."""
+        for layer in layers:
+            for module in self.decoder_layers[layer]:
+                del module.forward
+            self.left_out.discard(layer)
+
+    def _passed(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        assert self.calling is not None  # known once the model has run layer by layer
+        return self.calling.output(hidden_states)
+
     def make_place_for_bias(self, cuts: Sequence[MlpCut]) -> None:
         """Give all MLPs zero biases if a cut adds a bias and they have none.
 
@@ -358,7 +389,8 @@ class ModelAdapter:
             module.bias = nn.Parameter(zeros, requires_grad=module.weight.requires_grad)
 
     def _sync_widths(self) -> None:
-        widths, own = self.widths, "ragged_mlp"
+        widths = [width for layer, width in enumerate(self.widths) if layer not in self.left_out]
+        own = "ragged_mlp"
         if not self.family.needs_own_code(self.config, widths):
             self.family.set_config_width(self.config, widths)
             for key in (own, "auto_map"):
@@ -372,7 +404,7 @@ class ModelAdapter:
         if self.family.attention is None:
             return
         shape = self.family.head_shape(self.config)
-        layers = range(self.num_layers)
+        layers = set(range(self.num_layers)) - self.left_out
         channels = {self.attention_output(layer).weight.shape[1] for layer in layers}
         if len(channels) == 1 and (groups := channels.pop() // shape.width) != shape.groups:
             self.family.set_config_head_groups(self.config, groups)

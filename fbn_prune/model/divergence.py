@@ -7,7 +7,7 @@ To measure a change of one layer, only that layer and those above run: the dense
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -41,15 +41,27 @@ class DenseReference:
         self._forward = self._past_all_layers()
         self._dense = [self._forward.hidden[index] for index in range(len(self._batches))]
 
-    def divergence(self, cuts: Sequence[MlpCut], advance: Advance) -> float:
-        """Return the divergence of the model with all these cuts, one for each layer, in nats a token."""
-        with self._adapter.trying(cuts, round_to=self._round_to):
+    def divergence(
+        self, cuts: Sequence[MlpCut], advance: Advance, left_out: Collection[int] = ()
+    ) -> float:
+        """Return the divergence of the model with all these cuts, one for each layer, in nats a token.
+
+        The layers in `left_out` return their input instead.
+        """
+        with (
+            self._adapter.leaving_out(left_out),
+            self._adapter.trying(cuts, round_to=self._round_to),
+        ):
             forward = self._past_all_layers()
         advance(self._tokens)
         return self._mean([forward.hidden[index] for index in range(len(self._batches))])
 
-    def alone(self, entries: Sequence[Sequence[MlpCut]], advance: Advance) -> Iterator[list[float]]:
+    def alone(
+        self, entries: Sequence[Sequence[MlpCut]], advance: Advance, *, leave_out: bool = False
+    ) -> Iterator[list[float]]:
         """For each layer, the divergences of the model with this layer alone cut, one for each entry.
+
+        With `leave_out`, a last one is that of the model without the layer.
 
         Parameters
         ----------
@@ -66,6 +78,8 @@ class DenseReference:
             for cuts in entries:
                 with adapter.trying(cuts, alone=layer, round_to=self._round_to):
                     found.append([dense.run(index) for index in indices])
+            if leave_out:
+                found.append([dense.hidden[index] for index in indices])
             with torch.inference_mode():
                 for above in range(layer + 1, adapter.num_layers):
                     found = [

@@ -63,11 +63,14 @@ class CutPlan:
     membership
         For each layer, the largest abs z of its neurons over the kept networks, float64 [neurons]; None without
         networks.
+    left_out
+        Layers that the cut model does not have; their widths do not matter.
     """
 
     criterion: str
     widths: Sequence[int]
     membership: Sequence[Tensor] | None = None
+    left_out: frozenset[int] = frozenset()
 
 
 def cut_layers(
@@ -104,6 +107,8 @@ def cut_layers(
     def apply(layer: int, finished: FinishedLayer) -> None:
         errors.append(finished.relative_error)
         notes.add(layer, finished.notes)
+        if layer in plan.left_out:
+            adapter.leave_out([layer])
         adapter.cut(layer, finished.cut, round_to=options.round_to)
 
     def keep(layer: int, finished: FinishedLayer) -> None:
@@ -124,6 +129,8 @@ def cut_layers(
         clock=clock,
         done=_layers_done(store),
         again=again,
+        left_out=plan.left_out,
+        passed=lambda layer: keep(layer, FinishedLayer.left_out(adapter, layer)),
     )
     for layer, (finished,) in _finished_layers(evidence, adapter.num_layers, [plan], options):
         keep(layer, finished)
@@ -239,6 +246,15 @@ class FinishedLayer:
     cut: MlpCut
     relative_error: float
     notes: tuple[str, ...] = ()
+
+    @classmethod
+    def left_out(cls, adapter: ModelAdapter, layer: int) -> FinishedLayer:
+        """Return what stands for a layer that the cut model does not have: one neuron without an output.
+
+        Its relative error is that of an MLP and an attention that compute nothing.
+        """
+        nothing = torch.zeros(adapter.hidden_size, 1)
+        return cls(MlpCut(torch.zeros(1, dtype=torch.int64), nothing), 1 + HEAD_WEIGHT)
 
     def to_bytes(self) -> bytes:
         """Return the content of a safetensors file."""

@@ -8,7 +8,7 @@ uncut layer's outputs on the two streams, and the difference of the hidden state
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,11 @@ class EvidencePass:
         Number of leading layers that an earlier run has cut; they yield no evidence.
     again
         Repeats the cut of such a layer, once the dense stream has passed it.
+    left_out
+        Layers that the cut model does not have; they yield no evidence. The layer before such a layer is fitted to
+        what the hidden state lacks after it. Needs sequential mode.
+    passed
+        Called with each of them, once the dense stream has passed it.
 
     Attributes
     ----------
@@ -88,6 +93,8 @@ class EvidencePass:
         stage: str = "prune",
         done: int = 0,
         again: Callable[[int], None] = lambda layer: None,
+        left_out: Collection[int] = (),
+        passed: Callable[[int], None] = lambda layer: None,
     ) -> None:
         self._adapter = adapter
         self._batches: Sequence[Batch] = batches
@@ -96,6 +103,7 @@ class EvidencePass:
         self._options, self._clock = options, clock
         self._loss_roots, self._stage = loss_roots, stage
         self._done, self._again = done, again
+        self._left_out, self._passed = left_out, passed
         self.forward_seconds = 0.0
 
     def __iter__(self) -> Iterator[LayerEvidence]:
@@ -115,9 +123,10 @@ class EvidencePass:
         total = sum(batch.tokens for batch in self._own_batches) * layers * passes
         with self._clock.stage(self._stage, total, "tokens x layers") as advance:
             for layer in range(layers):
-                if layer < self._done:
-                    dense.advance(on_batch=advance)
-                    self._again(layer)
+                if layer < self._done or layer in self._left_out:
+                    if dense.next_layer <= layer:
+                        dense.advance(on_batch=advance)
+                    (self._again if layer < self._done else self._passed)(layer)
                 else:
                     yield self._evidence(layer, *self._watched(dense, pruned, layer, advance))
                 if pruned is not None:
@@ -174,10 +183,14 @@ class EvidencePass:
     ) -> None:
         """Add the pruned stream's activations, and what the outputs lack compared with the dense stream's."""
         scale = pruned.output_scale()
+        above = [*self._left_out_after(dense.next_layer)]
         for index in range(len(dense.hidden)):
             seen: list[list[Tensor]] = [[] for _ in sites]
             watching: list[Observe] = [lambda _, x, kept=kept: kept.append(x) for kept in seen]  # type: ignore[misc]
             output = dense.run(index, *watching)
+            for layer in above:
+                with torch.inference_mode():
+                    output = dense.through(layer, output, index)
             changed = pruned.run(index, *watching)
             valid = self._own_batches[index].valid.to(output.device)
             lacking: list[Tensor | None] = [None for _ in sites]
@@ -190,7 +203,12 @@ class EvidencePass:
                 weights = self._weights(index, x_pruned)
                 site.update_both(x_dense, x_pruned, more, self._set_aside[index], weights)
             advance(2 * tokens)
-        dense.next_layer += 1
+        dense.next_layer += 1 + len(above)
+
+    def _left_out_after(self, layer: int) -> Iterator[int]:
+        """The layers right above this one that are left out."""
+        while (layer := layer + 1) in self._left_out:
+            yield layer
 
     def _evidence(
         self, layer: int, neurons: _Statistics, heads: _Statistics | None

@@ -69,6 +69,9 @@ class LayoutRequest:
         Present number of neurons of each layer.
     multiple, whole
         See :func:`fbn_prune.pruning.allocation.ranked_widths`.
+    rest
+        For each layer, what is not in its MLP, in parameters of a neuron; leaving the layer out saves it as well. Empty
+        if no layer may be left out.
     """
 
     layout: str
@@ -78,19 +81,25 @@ class LayoutRequest:
     full: tuple[int, ...]
     multiple: int
     whole: Collection[int] = ()
+    rest: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Layout:
     """The chosen widths, the rule that gave them, and each tried candidate's loss rise over dense, in nats a token.
 
-    A rule's name with a number, as in "networks 0.5", is that part of the way from the even split to the rule's own
-    widths.
+    A layer of width 0 is left out of the model. A rule's name with a number, as in "networks 0.5", is that part of the
+    way from the even split to the rule's own widths.
     """
 
     widths: list[int]
     rule: str
     trials: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def left_out(self) -> frozenset[int]:
+        """The layers that are left out of the model."""
+        return frozenset(layer for layer, width in enumerate(self.widths) if width == 0)
 
 
 @dataclass(frozen=True)
@@ -200,11 +209,6 @@ def even_layout(request: LayoutRequest) -> list[int]:
     scores = even_scores(request.full)
     widths = ranked_widths(scores, request.budget, request.multiple, request.whole)
     return _within(request, widths)
-
-
-def widths_by_networks(subject: Subject, request: LayoutRequest) -> list[int]:
-    """Return the widths by the rule `networks`; the subject has networks."""
-    return _ranked(subject, request, "networks", StageClock())
 
 
 def _ranked(subject: Subject, request: LayoutRequest, rule: str, clock: StageClock) -> list[int]:

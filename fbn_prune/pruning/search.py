@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import overload
 
@@ -29,6 +30,7 @@ from fbn_prune.model.divergence import DenseReference
 from fbn_prune.model.surgery import MlpCut
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.allocation import member_scores
+from fbn_prune.pruning.candidates import Candidates, Costs
 from fbn_prune.pruning.cutting import CutPlan, try_cuts
 from fbn_prune.pruning.layout import (
     RAGGED_GAIN,
@@ -38,9 +40,7 @@ from fbn_prune.pruning.layout import (
     Subject,
     even_layout,
     tried_every,
-    widths_by_networks,
 )
-from fbn_prune.pruning.solver import cheapest
 
 SEARCH = "search"
 
@@ -66,6 +66,9 @@ HOPELESS = 1e6
 MOST_LOG = 50.0
 """The largest logarithm of an extrapolated cost."""
 
+MOST_DEPTHS = 8
+"""Most models of fewer layers that are measured."""
+
 NO_LESS = 1e-9
 """The least divergence, in nats: a smaller one is rounding."""
 
@@ -84,6 +87,13 @@ class Library:
 
     widths: list[list[int]]
     cuts: list[Sequence[MlpCut]] = field(default_factory=list)
+
+    def levels(self, widths: Sequence[int]) -> list[int]:
+        """Return for each layer the level whose width is nearest."""
+        return [
+            min(range(len(grid)), key=lambda level: abs(grid[level] - width))
+            for grid, width in zip(self.widths, widths, strict=True)
+        ]
 
     def chosen(self, levels: Sequence[int]) -> Sequence[MlpCut]:
         """Return the cuts of a model whose layers have these levels."""
@@ -153,25 +163,18 @@ def search_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -
         reference = DenseReference(subject.adapter, few, subject.options.round_to)
     tokens = sum(batch.tokens for batch in distributed.share(few))
     costs = _measured_costs(library, reference, request, tokens, clock)
-    tried = _corrected(subject, request, library, costs, reference, tokens, clock)
+    candidates = Candidates(request, library.widths, costs)
+    search = _search_equal if request.layout == UNIFORM else _search_ragged
+    tried = search(_Trial(library, reference, tokens, clock), candidates, subject)
     best = min(tried, key=lambda name: tried[name].divergence)
     needed = 1 - RAGGED_GAIN if request.layout == "auto" else 1.0
-    if tried[best].divergence >= needed * tried[UNIFORM].divergence:
+    if UNIFORM in tried and tried[best].divergence >= needed * tried[UNIFORM].divergence:
         best = UNIFORM
-    widths = [grid[level] for grid, level in zip(library.widths, tried[best].levels, strict=True)]
     return Layout(
-        widths,
+        tried[best].widths,
         UNIFORM if best == UNIFORM else SEARCH,
         {name: each.divergence for name, each in tried.items()},
     )
-
-
-@dataclass(frozen=True)
-class _Tried:
-    """A candidate: a level for each layer, and the divergence of the model cut so."""
-
-    levels: list[int]
-    divergence: float
 
 
 def _library(
@@ -207,17 +210,19 @@ def _measured_costs(
     request: LayoutRequest,
     tokens: int,
     clock: StageClock,
-) -> list[list[float]]:
-    """The cost of each width of each layer, measured at a few widths and interpolated between them."""
-    share = request.budget / sum(request.full)
+) -> list[Costs]:
+    """The costs of each layer, measured at a few widths and interpolated between them."""
+    share = max(request.budget, 0) / sum(request.full)
     levels = [_levels_near(layer, share) for layer in library.widths]
     entries = [library.chosen([each[place] for each in levels]) for place in range(PLACES)]
-    costs: list[list[float]] = []
-    layers = len(library.widths)
-    with clock.stage("costs of widths", PLACES * layers * tokens, "tokens") as advance:
-        for layer, found in enumerate(reference.alone(entries, advance)):
+    leave_out = bool(request.rest)
+    costs: list[Costs] = []
+    total = (PLACES + leave_out) * len(library.widths) * tokens
+    with clock.stage("costs of widths", total, "tokens") as advance:
+        for layer, found in enumerate(reference.alone(entries, advance, leave_out=leave_out)):
+            without = _finite(found.pop()) if leave_out else HOPELESS
             measured = dict(zip(levels[layer], found, strict=True))
-            costs.append(_interpolated(library.widths[layer], measured))
+            costs.append(Costs(_interpolated(library.widths[layer], measured), without))
     return costs
 
 
@@ -246,7 +251,7 @@ def _interpolated(widths: Sequence[int], measured: Mapping[int, float]) -> list[
     if not known:
         return [0.0] * len(widths)
     places = [math.log(1 - widths[place] / full) for place, _ in known][::-1]
-    costs = [cost if math.isfinite(cost) else HOPELESS for _, cost in known][::-1]
+    costs = [_finite(cost) for _, cost in known][::-1]
     for narrower in range(1, len(costs)):  # noise must not make a narrower layer cheaper
         costs[narrower] = max(costs[narrower], costs[narrower - 1])
     logs = [math.log(max(cost, NO_LESS)) for cost in costs]
@@ -268,39 +273,55 @@ def _on_line(places: Sequence[float], values: Sequence[float], at: float) -> flo
     return values[after] + slope * (at - places[after])
 
 
-def _corrected(
-    subject: Subject,
-    request: LayoutRequest,
-    library: Library,
-    costs: Sequence[Sequence[float]],
-    reference: DenseReference,
-    tokens: int,
-    clock: StageClock,
-) -> dict[str, _Tried]:
-    """Measured candidates by name; the last ones scale the costs of regions of the best one before."""
-    candidates = _Candidates(request, library, costs)
-    tried: dict[str, _Tried] = {}
-    starts = {UNIFORM: candidates.even(), SEARCH: candidates.by_costs([1.0] * REGIONS)}
-    if subject.networks is not None:
-        ranked = widths_by_networks(subject, request)
-        starts["networks"] = candidates.nearest(ranked)
-    most = len(starts) + REGIONS * len(SCALES)
-    clock.note(f"search of widths: at most {counted(most, 'layout')} are measured")
-    with clock.stage("candidates", most * tokens, "tokens") as advance:
+def _finite(cost: float) -> float:
+    return cost if math.isfinite(cost) else HOPELESS
 
-        def measure(name: str, levels: list[int]) -> bool:
-            """Whether the candidate is new, and better than all before."""
-            known = [each.levels for each in tried.values()]
-            if levels in known:
-                return False
-            found = reference.divergence(library.chosen(levels), advance)
-            found = found if math.isfinite(found) else math.inf
-            better = all(found < each.divergence for each in tried.values())
-            tried[name] = _Tried(levels, found)
-            return better
 
-        for name, levels in starts.items():
-            measure(name, levels)
+@dataclass(frozen=True)
+class _Tried:
+    """A candidate's widths, and the divergence of the model cut so."""
+
+    widths: list[int]
+    divergence: float
+
+
+class _Trial:
+    """Measures candidates, with the library's cuts of the nearest widths."""
+
+    def __init__(
+        self, library: Library, reference: DenseReference, tokens: int, clock: StageClock
+    ) -> None:
+        self._library, self._reference = library, reference
+        self._tokens, self._clock = tokens, clock
+        self.tried: dict[str, _Tried] = {}
+
+    @contextmanager
+    def measuring(self, most: int) -> Iterator[Callable[[str, list[int]], bool]]:
+        """Yield a function that measures a named candidate, and returns whether it is the best so far."""
+        self._clock.note(f"search of widths: at most {counted(most, 'layout')} are measured")
+        with self._clock.stage("candidates", most * self._tokens, "tokens") as advance:
+
+            def measure(name: str, widths: list[int]) -> bool:
+                if any(widths == each.widths for each in self.tried.values()):
+                    return False
+                left_out = {layer for layer, width in enumerate(widths) if width == 0}
+                cuts = self._library.chosen(self._library.levels(widths))
+                found = _finite(self._reference.divergence(cuts, advance, left_out))
+                best = all(found < each.divergence for each in self.tried.values())
+                self.tried[name] = _Tried(widths, found)
+                return best
+
+            yield measure
+
+
+def _search_ragged(trial: _Trial, candidates: Candidates, subject: Subject) -> dict[str, _Tried]:
+    """Measure even widths and the solver's, then the solver's with the costs of one region after another scaled."""
+    starts = {SEARCH: candidates.by_costs([1.0] * REGIONS)}
+    if (even := candidates.even()) is not None:
+        starts = {UNIFORM: even, **starts}
+    with trial.measuring(len(starts) + REGIONS * len(SCALES)) as measure:
+        for name, widths in starts.items():
+            measure(name, widths)
         scales = [1.0] * REGIONS
         for region in range(REGIONS):
             for factor in SCALES:
@@ -310,42 +331,29 @@ def _corrected(
                 if measure(name, candidates.by_costs(scaled)):
                     scales = scaled
                     break
-    return tried
+    return trial.tried
 
 
-class _Candidates:
-    """Levels of all layers within the budget of a request."""
+def _search_equal(trial: _Trial, candidates: Candidates, subject: Subject) -> dict[str, _Tried]:
+    """Measure models of equal widths with fewer and fewer layers, from the number that the costs predict."""
+    models = candidates.with_fewer_layers()
+    predicted = min(range(len(models)), key=lambda index: models[index].cost)
+    with trial.measuring(min(len(models), MOST_DEPTHS)) as measure:
+        left = MOST_DEPTHS
 
-    def __init__(
-        self, request: LayoutRequest, library: Library, costs: Sequence[Sequence[float]]
-    ) -> None:
-        self._request, self._library, self._costs = request, library, costs
-        self._even = even_layout(request)
-        self._budget = sum(self._even)
+        def known(index: int) -> float:
+            nonlocal left
+            model = models[index]
+            if model.name not in trial.tried:
+                measure(model.name, model.widths)
+                left -= 1
+            return trial.tried[model.name].divergence
 
-    def even(self) -> list[int]:
-        return self.nearest(self._even)
-
-    def nearest(self, widths: Sequence[int]) -> list[int]:
-        """The levels nearest to these widths, made to fit the budget."""
-        levels = [
-            min(range(len(grid)), key=lambda level: abs(grid[level] - width))
-            for grid, width in zip(self._library.widths, widths, strict=True)
-        ]
-        while self._size(levels) > self._budget:
-            wide = [layer for layer, level in enumerate(levels) if level > 0]
-            layer = max(wide, key=lambda each: self._library.widths[each][levels[each]])
-            levels[layer] -= 1
-        return levels
-
-    def by_costs(self, scales: Sequence[float]) -> list[int]:
-        """The solver's levels, with the costs of each region scaled."""
-        layers = len(self._costs)
-        scaled = [
-            [cost * scales[layer * len(scales) // layers] for cost in costs]
-            for layer, costs in enumerate(self._costs)
-        ]
-        return cheapest(self._library.widths, scaled, self._budget)
-
-    def _size(self, levels: Sequence[int]) -> int:
-        return sum(grid[level] for grid, level in zip(self._library.widths, levels, strict=True))
+        at = predicted
+        known(at)
+        for step in (-1, 1):
+            while left > 0 and 0 <= at + step < len(models) and known(at + step) < known(at):
+                at += step
+        if left > 0:
+            known(0)
+    return trial.tried

@@ -103,6 +103,32 @@ def _removed_heads(checkpoint: Checkpoint, groups: int | None) -> tuple[int, int
     return parameters, nbytes
 
 
+def other_parameters(
+    checkpoint: Checkpoint, head_groups: int | None, neuron_parameters: int
+) -> tuple[int, ...]:
+    """Return for each layer its parameters outside the MLP, in parameters of a neuron, rounded down.
+
+    Parameters
+    ----------
+    head_groups
+        As in :meth:`ModelSize.of`.
+    """
+    family, config = checkpoint.family, checkpoint.config
+    found = [0] * family.num_layers(config)
+    for name, info in checkpoint.tensors.items():
+        layer = family.layer_of(name)
+        if layer is None or layer >= len(found):
+            continue
+        location, heads = family.locate(name), family.locate_heads(name)
+        if location is not None and (location.part, location.projection) != ("bias", family.output):
+            continue
+        shape: tuple[int, ...] = info.shape
+        if heads is not None and head_groups is not None:
+            shape = head_tensor_shape(heads, shape, head_groups, family.head_shape(config))
+        found[layer] += math.prod(shape)
+    return tuple(parameters // neuron_parameters for parameters in found)
+
+
 def kept_head_groups(recipe: Recipe, checkpoint: Checkpoint) -> int | None:
     """Return the number of attention head groups that every layer keeps, or None if no heads are removed.
 
@@ -195,9 +221,15 @@ def stated_budget(
         raise InvalidInput(f"{stated}: the model has only {now}{once}; there is nothing to remove")
     if neurons < least:
         raise InvalidInput(
-            f"{stated}: attention, embeddings and the narrowest MLPs alone take {smallest}: give at least that"
+            f"{stated}: {_what_stays(recipe)} alone take {smallest}: give at least that"
         )
     return Budget(neurons, most=True)
+
+
+def _what_stays(recipe: Recipe) -> str:
+    if recipe.leaves_out_layers:
+        return "embeddings and the narrowest layer that stays"
+    return "attention, embeddings and the narrowest MLPs"
 
 
 def rounding_note(
@@ -212,7 +244,7 @@ def rounding_note(
     widths
         Present neurons of each layer.
     """
-    if budget is None or recipe.layout != "uniform":
+    if budget is None or recipe.layout != "uniform" or recipe.leaves_out_layers:
         return None
     total = sum(widths)
     neurons = at_most(budget.neurons, len(widths), multiple) if budget.most else budget.neurons

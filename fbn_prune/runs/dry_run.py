@@ -29,6 +29,7 @@ from fbn_prune.pruning.allocation import (
     uniform_widths,
 )
 from fbn_prune.pruning.layout import MOST_TRIED_EVERY, STRENGTHS, TRIAL_TOKENS
+from fbn_prune.pruning.search import COST_TOKENS, PLACES, REGIONS, SCALES
 from fbn_prune.pruning.sensitivity import GRADIENT_TOKENS
 from fbn_prune.runs.budget import Budget
 from fbn_prune.runs.memory import free_memory
@@ -122,6 +123,9 @@ def plan(prepared: Prepared) -> Plan:
         estimated.append("widths")
     size = prepared.size
     neurons = sum(widths)
+    if prepared.rest:  # the budget counts what left-out layers save beside their neurons as neurons
+        neurons = min(budget.neurons, total)
+        estimated += [name for name in sizes if name not in estimated]
     low, high = seconds_range(prepared) or (None, None)
     return Plan(
         parameters_before=checkpoint.total_parameters,
@@ -129,7 +133,7 @@ def plan(prepared: Prepared) -> Plan:
         bytes_before=checkpoint.total_bytes,
         bytes_after=size.bytes_with(neurons),
         neurons_total=total,
-        neurons_kept=neurons,
+        neurons_kept=max(neurons, 0),
         heads_total=prepared.heads_total,
         heads_kept=prepared.heads_kept,
         widths=widths,
@@ -184,11 +188,17 @@ def token_passes(prepared: Prepared) -> tuple[float, float]:
     recipe = prepared.recipe
     shaped = recipe.layout != "uniform"
     by_loss = shaped and recipe.widths in ("loss", "auto")
-    tried = recipe.layout == "auto" or (recipe.layout == "ragged" and recipe.widths != "members")
-    passed = recipe.tokens * ((3 if recipe.sequential else 1) + by_loss + tried)
+    searched = recipe.searches_widths
+    tried = not searched and (
+        recipe.layout == "auto" or (recipe.layout == "ragged" and recipe.widths != "members")
+    )
+    passed = recipe.tokens * ((3 if recipe.fits_in_sequence else 1) + by_loss + tried + searched)
     passed += 2 * round(recipe.tokens * recipe.held_out)
     width = prepared.neurons / prepared.layers
-    more = 2 * width * (1 + by_loss + tried)
+    more = 2 * width * (1 + by_loss + tried + searched)
+    if searched:  # each cost takes the layers above, half of them on average
+        measured = PLACES * prepared.layers // 2 + 2 + REGIONS * len(SCALES)
+        passed += min(recipe.tokens, COST_TOKENS) * measured
     if recipe.needs_networks and prepared.networks is None:
         sampled = min(recipe.network_tokens, recipe.tokens)
         once = prepared.memory.streamed or prepared.memory.keep_activations

@@ -19,6 +19,7 @@ from fbn_prune.data.given import Dataset, as_source
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.depth import Depth
 from fbn_prune.networks.activity import time_courses
 from fbn_prune.networks.functional_networks import HUB_Z, FunctionalNetworks
 from fbn_prune.networks.interventions import amplified, masked, retained
@@ -52,6 +53,12 @@ def prune_live(
             clock.note("the head is not tied to the embedding: the config now says so")
             model.config.tie_word_embeddings = False  # or loaders of what is saved would drop it
         result = PruneRun(run, Store()).run()
+        if result.layers_left_out:
+            adapter = run.adapter
+            adapter.put_back(result.layers_left_out)
+            Depth(run.prepared.layers, frozenset(result.layers_left_out)).apply(
+                model, adapter.family
+            )
     after = Checkpoint.of_model(model)
     warning = result.warning
     if len(set(result.widths)) > 1:

@@ -13,6 +13,7 @@ from fbn_prune.export.report.page import REPORT_NAME, write_report
 from fbn_prune.export.shards import write_json
 from fbn_prune.export.writer import verify_export, write_checkpoint
 from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.depth import Depth
 from fbn_prune.model.kept_neurons import KEPT_FILE, KeptNeurons
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.progress import StageClock
@@ -30,6 +31,7 @@ def publish(
     result: PruneResult,
     clock: StageClock,
     *,
+    depth: Depth | None = None,
     store: Store | None = None,
 ) -> None:
     """Write all files of the output; the folder appears at its path when it is complete.
@@ -38,6 +40,8 @@ def publish(
     ----------
     cut
         Kept neurons and new weights of every layer.
+    depth
+        The layers that stay; all by default.
     result
         Figures of the run; its sizes after pruning are filled in here.
     store
@@ -60,6 +64,7 @@ def publish(
             folder,
             trained=cut.trained,
             vocabulary=prepared.vocabulary_cut,
+            depth=depth,
             keep_unused=recipe.keep_unused_tensors,
             max_shard_size=parse_size(recipe.max_shard_size, "max_shard_size"),
             progress=advance,
@@ -71,8 +76,12 @@ def publish(
         result.bytes_after = written.total_bytes
         if networks is not None:
             networks.save(folder / "networks.safetensors")
-        full = prepared.family.widths(prepared.checkpoint.config)
-        KeptNeurons(tuple(full), tuple(one.kept.cpu() for one in cut.cuts)).save(folder / KEPT_FILE)
+        full = prepared.widths
+        staying = range(prepared.layers) if depth is None else depth.staying
+        KeptNeurons(
+            tuple(full[layer] for layer in staying),
+            tuple(cut.cuts[layer].kept.cpu() for layer in staying),
+        ).save(folder / KEPT_FILE)
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         if prepared.task is not None and result.task is not None:
             seen = record(

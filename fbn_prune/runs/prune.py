@@ -16,6 +16,7 @@ from fbn_prune.distributed import is_first
 from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.export.directory import check_room
 from fbn_prune.model.adapter import ModelAdapter
+from fbn_prune.model.depth import Depth
 from fbn_prune.model.perplexity import NonFiniteLogits, perplexity
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.networks.task_matching import MatchedCalibration
@@ -33,7 +34,7 @@ from fbn_prune.pruning.layout import (
 )
 from fbn_prune.pruning.prediction import advice, check_rise, predicted_rise
 from fbn_prune.pruning.recovery.gain import Recovery
-from fbn_prune.pruning.search import SEARCH, library_bytes, search_layout
+from fbn_prune.pruning.search import library_bytes, search_layout
 from fbn_prune.recipe import Recipe
 from fbn_prune.runs.budget import Budget
 from fbn_prune.runs.kept import artifact, numbers
@@ -138,7 +139,7 @@ class PruneRun:
         """Decide how many neurons each layer keeps."""
         prepared, recipe = self.prepared, self.recipe
         options = CutOptions(
-            sequential=recipe.sequential,
+            sequential=recipe.fits_in_sequence,
             damping=recipe.damping,
             refit_damping=recipe.refit_damping,
             seed=recipe.seed,
@@ -173,7 +174,7 @@ class PruneRun:
         self.pruned = cut_layers(
             self.adapter,
             self.blocks.batches(self.prepared.batch_tokens),
-            CutPlan(self.recipe.criterion, self.widths.widths, members),
+            CutPlan(self.recipe.criterion, self.widths.widths, members, self.widths.left_out),
             subject.options,
             loss_roots=subject.loss_roots if self.recipe.loss_aware else None,
             clock=self.clock,
@@ -234,10 +235,24 @@ class PruneRun:
         """Write the output if the recipe has one, and return the result."""
         result = self._result()
         if self.recipe.output is not None and is_first():
-            publish(self.prepared, self.pruned, self.networks, result, self.clock, store=self.store)
+            publish(
+                self.prepared,
+                self.pruned,
+                self.networks,
+                result,
+                self.clock,
+                depth=self._depth,
+                store=self.store,
+            )
         result.stages = dict(self.clock.seconds)
         result.peak_memory_bytes = peak_memory_bytes()
         return result
+
+    @property
+    def _depth(self) -> Depth | None:
+        """The layers that stay; None if all do."""
+        left_out = self.widths.left_out
+        return Depth(self.prepared.layers, left_out) if left_out else None
 
     def _pruned_perplexity(self, name: str) -> float | None:
         found: float | None = numbers(
@@ -264,7 +279,8 @@ class PruneRun:
             neurons_total=prepared.neurons,
             heads_kept=prepared.heads_kept,
             heads_total=prepared.heads_total,
-            widths=self.widths.widths,
+            widths=[width for width in self.widths.widths if width],
+            layers_left_out=sorted(self.widths.left_out),
             width_rule=self.widths.rule,
             layout_trials=self.widths.trials,
             kept_networks=self.kept,
@@ -374,6 +390,7 @@ def _layout_request(
         full=tuple(prepared.widths),
         multiple=prepared.width_multiple,
         whole=prepared.whole,
+        rest=prepared.rest,
     )
 
 
@@ -381,7 +398,7 @@ def _chosen_layout(
     prepared: Prepared, subject: Subject, request: LayoutRequest, clock: StageClock
 ) -> Layout:
     hidden = prepared.family.hidden_size(prepared.checkpoint.config)
-    searched = request.rule == SEARCH and request.layout != UNIFORM
+    searched = prepared.recipe.searches_widths
     needed = (library_bytes if searched else trial_bytes)(request, hidden, prepared.dtype.itemsize)
     check_room(subject.scratch, needed, "folder of temporary files")
     return (search_layout if searched else choose_layout)(subject, request, clock)

@@ -29,7 +29,10 @@ class PruneResult:
     heads_kept, heads_total
         Attention (query) heads of all layers.
     widths, width_rule, layout_trials
-        New width of each layer, the rule that set it, and the loss rise in nats of each rule that was tried.
+        New width of each layer, the rule that set it, and the loss rise in nats of each rule that was tried (of each
+        candidate of a search: the divergence from the dense model).
+    layers_left_out
+        Layers of the dense model that the pruned one does not have.
     kept_networks, ranked_networks
         Indices of the networks, strongest first.
     vocabulary
@@ -57,6 +60,7 @@ class PruneResult:
     heads_kept: int
     heads_total: int
     widths: list[int]
+    layers_left_out: list[int]
     width_rule: str
     layout_trials: dict[str, float]
     kept_networks: list[int]

@@ -12,6 +12,7 @@ from fbn_prune.data.tasks import Task
 from fbn_prune.errors import InvalidInput, counted
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.depth import require_depth
 from fbn_prune.model.family import Family
 from fbn_prune.model.placement import device_map
 from fbn_prune.model.streaming import StreamedModel, check_tensors, skeleton
@@ -25,6 +26,7 @@ from fbn_prune.runs.budget import (
     Budget,
     ModelSize,
     kept_head_groups,
+    other_parameters,
     rounding_note,
     stated_budget,
     whole_layers,
@@ -60,6 +62,8 @@ class Prepared:
     """Attention head groups that every layer keeps; None if no heads are removed."""
     vocabulary: tuple[VocabularyCut, VocabularyFigures] | None = None
     """The tokens that stay and the figures of that choice; None if all stay."""
+    rest: tuple[int, ...] = ()
+    """See :class:`fbn_prune.pruning.layout.LayoutRequest`."""
 
     @property
     def family(self) -> Family:
@@ -238,6 +242,15 @@ def prepared_for(
     )
     vocabulary = _vocabulary(recipe, checkpoint, task, clock or StageClock())
     kept = None if vocabulary is None else vocabulary[0]
+    rest: tuple[int, ...] = ()
+    if recipe.leaves_out_layers:
+        require_depth(family, checkpoint.config)
+        each = ModelSize.of(checkpoint).neuron_parameters
+        rest = other_parameters(checkpoint, head_groups, each)
+        # One layer stays, and all that the others have is room.
+        stays = whole | {0}
+        least = sum(widths[i] if i in whole else min(widths[i], multiple) for i in stays)
+        least -= sum(size for layer, size in enumerate(rest) if layer not in stays)
     budget = stated_budget(recipe, checkpoint, least, head_groups, kept)
     return Prepared(
         recipe,
@@ -253,6 +266,7 @@ def prepared_for(
         task,
         head_groups,
         vocabulary,
+        rest,
     )
 
 
@@ -265,7 +279,7 @@ def require_layout(prepared: Prepared) -> None:
         The model's layers differ in width, and an equal width for all does not reach the budget.
     """
     budget, widths, multiple = prepared.budget, prepared.widths, prepared.width_multiple
-    if prepared.recipe.layout == "ragged" or len(set(widths)) == 1:
+    if prepared.recipe.layout == "ragged" or len(set(widths)) == 1 or prepared.rest:
         return
     if budget is None:
         raise InvalidInput(

@@ -145,11 +145,16 @@ def _match(
 
 
 def linear_maps(adapter: ModelAdapter) -> dict[str, nn.Module]:
-    """Return every linear map of the decoder layers, which healing may change, by its name in the live model."""
+    """Return every linear map of the decoder layers, which healing may change, by its name in the live model.
+
+    Those of layers that are left out are not among them.
+    """
     return {
         name: module
         for name, module in adapter.model.named_modules()
-        if name.startswith(f"{adapter.family.layers}.") and isinstance(module, nn.Linear | Conv1D)
+        if name.startswith(f"{adapter.family.layers}.")
+        and isinstance(module, nn.Linear | Conv1D)
+        and adapter.family.layer_of(f"{name}.") not in adapter.left_out
     }
 
 

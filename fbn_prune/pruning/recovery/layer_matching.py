@@ -76,7 +76,8 @@ def match_layers(
             # Advance only now: layers that the store provided are in place by this time, so each runs only once.
             while stream.next_layer < layer:
                 stream.advance(on_batch=advance)
-            while target.next_layer <= layer:
+            # What a layer that is left out did is for the layer before it to make up for.
+            while target.next_layer <= layer or target.next_layer in adapter.left_out:
                 target.advance(on_batch=advance)
             fit = _LayerFit(adapter, layer, steps=passes * len(batches))
             for index in order:
@@ -87,6 +88,8 @@ def match_layers(
             return {**_mlp_parameters(adapter, layer), _FITS: torch.tensor(fits)}
 
         for layer in range(layers):
+            if layer in adapter.left_out:
+                continue
             every = range(len(batches))
             order = [index for _ in range(passes) for index in draw.sample(every, len(every))]
             name = f"{MATCHED_LAYERS}{layer:05d}.safetensors"
