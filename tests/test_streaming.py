@@ -73,6 +73,7 @@ def test_a_streamed_model_has_the_logits_of_the_whole_one(name: str, tmp_path: P
         ("llama", {"criterion": "flap", "sparsity": 0.5}),
         ("llama", {"layout": "auto"}),
         ("llama", {"layout": "ragged", "sparsity": 0.5}),
+        ("llama", {"layout": "ragged", "structures": "neurons,layers", "target_params": 10_600}),
         ("llama", {"scope": "layer", "networks": 3}),
     ],
     ids=str,

@@ -112,6 +112,8 @@ def _print_result(recipe: Recipe, result: PruneResult) -> None:
         console.print_line(console.vocabulary(asdict(result.vocabulary)))
         console.print_line("the perplexities are those before the vocabulary was trimmed")
     console.print_line(_widths(result.widths, result.width_rule))
+    if result.layers_left_out:
+        console.print_line(f"layers left out: {', '.join(map(str, result.layers_left_out))}")
     seconds = ", ".join(f"{name} {took:.1f} s" for name, took in result.stages.items())
     console.print_line(
         f"{seconds}; peak memory {console.size(result.peak_memory_bytes)}; "

@@ -27,7 +27,7 @@ class CardFacts:
     criterion
         How the neurons were chosen, in words.
     widths
-        Number of neurons kept, by layer.
+        Number of neurons kept, by layer that stays.
     widths_before
         Number of neurons in the source, by layer.
     heads_before, heads_after
@@ -170,9 +170,11 @@ def _what_was_cut(facts: CardFacts) -> str:
         networks = (
             f" {facts.kept_networks} of {facts.total_networks} functional networks set the budget."
         )
+    layers, before = len(facts.widths), len(facts.widths_before)
+    fewer = "" if layers == before else f" and {before - layers} of {before} layers"
     return (
-        f"Made from `{_base(facts)}` by removing {total - kept:,} of its {total:,} MLP neurons: each of the "
-        f"{len(facts.widths)} layers keeps {_span(facts.widths)} of {_span(facts.widths_before)}.{networks} "
+        f"Made from `{_base(facts)}` by removing {total - kept:,} of its {total:,} MLP neurons{fewer}: each of the "
+        f"{layers} layers keeps {_span(facts.widths)} of {_span(facts.widths_before)}.{networks} "
         f"Neurons were chosen by {facts.criterion}, on {facts.calibration}. {_the_rest(facts)}"
     )
 
@@ -224,6 +226,11 @@ def _table(facts: CardFacts) -> str:
             sum(facts.widths_before),
             sum(facts.widths),
             "{:,}",
+        ),
+        *(
+            [_row("layers", len(facts.widths_before), len(facts.widths), "{:,}")]
+            if len(facts.widths) < len(facts.widths_before)
+            else []
         ),
         *(
             [_row("attention heads", facts.heads_before, facts.heads_after, "{:,}")]

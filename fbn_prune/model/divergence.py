@@ -19,6 +19,9 @@ from fbn_prune.model.layerwise import LayerwiseForward
 from fbn_prune.model.surgery import MlpCut
 from fbn_prune.progress import Advance
 
+EVERY = 2
+"""Measure at every second token: neighbours tell nearly the same, and the logits cost as much as many layers."""
+
 
 class DenseReference:
     """The dense model's outputs on these batches, to compare changed models with.
@@ -54,7 +57,7 @@ class DenseReference:
         ):
             forward = self._past_all_layers()
         advance(self._tokens)
-        return self._mean([forward.hidden[index] for index in range(len(self._batches))])
+        return self._means([[forward.hidden[index] for index in range(len(self._batches))]])[0]
 
     def alone(
         self, entries: Sequence[Sequence[MlpCut]], advance: Advance, *, leave_out: bool = False
@@ -86,10 +89,8 @@ class DenseReference:
                         [dense.through(above, hidden[index], index) for index in indices]
                         for hidden in found
                     ]
-            measured = []
-            for hidden in found:
-                measured.append(self._mean(hidden))
-                advance(self._tokens)
+            measured = self._means(found)
+            advance(self._tokens * len(found))
             dense.advance()
             yield measured
 
@@ -104,17 +105,26 @@ class DenseReference:
         return forward
 
     @torch.inference_mode()
-    def _mean(self, hidden: Sequence[Tensor]) -> float:
-        """The mean divergence for outputs of the last layer, over the tokens of all processes."""
-        total, count = 0.0, 0
-        for dense, changed, batch in zip(self._dense, hidden, self._batches, strict=True):
+    def _means(self, changed: Sequence[Sequence[Tensor]]) -> list[float]:
+        """The mean divergence of each model, from its outputs of the last layer for each batch.
+
+        The dense model's logits are computed once for all models. The mean is over the tokens of all processes.
+        """
+        totals, count = [0.0] * len(changed), 0
+        for index, (dense, batch) in enumerate(zip(self._dense, self._batches, strict=True)):
             # One block at a time: the logits of a batch can be the largest tensor of the run.
-            for one, other, valid in zip(
-                dense.split(1), changed.split(1), batch.valid, strict=True
-            ):
-                expected = self._forward.logits(one)[0][valid].float().log_softmax(-1)
-                logits = self._forward.logits(other)[0][valid].float().log_softmax(-1)
-                apart = (expected.exp() * (expected - logits)).sum(-1)
-                total, count = total + float(apart.double().sum()), count + len(apart)
-        total, tokens = distributed.total(total, count)
-        return total / tokens
+            for block, valid in enumerate(batch.valid):
+                measured = valid.nonzero().flatten()[::EVERY].to(dense.device)
+                expected = self._predictions(dense, block, measured)
+                weights = expected.exp()
+                for model, outputs in enumerate(changed):
+                    apart = expected - self._predictions(outputs[index], block, measured)
+                    totals[model] += float((weights * apart).sum(-1).double().sum())
+                count += len(measured)
+        *totals, tokens = distributed.total(*totals, count)
+        return [total / tokens for total in totals]
+
+    def _predictions(self, hidden: Tensor, block: int, positions: Tensor) -> Tensor:
+        """The log-probabilities at some positions of a block, [positions, vocabulary], from [blocks, length, d]."""
+        chosen = hidden[block : block + 1, positions.to(hidden.device)]
+        return self._forward.logits(chosen)[0].float().log_softmax(-1)

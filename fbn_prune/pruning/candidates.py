@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from fbn_prune.errors import InvalidInput
@@ -64,8 +65,41 @@ class Candidates:
         fits = sum(self._even) + sum(self._request.rest) <= self._budget
         return self._even if fits else None
 
-    def by_costs(self, scales: Sequence[float]) -> list[int]:
-        """Return the cheapest widths, with the costs of as many regions of layers as there are scales multiplied."""
+    def summed(self, widths: Sequence[int]) -> float:
+        """Return the sum of the costs of these widths."""
+        return sum(
+            self._cost(layer, width) if width else self._costs[layer].left_out
+            for layer, width in enumerate(widths)
+        )
+
+    def share(self, widths: Sequence[int]) -> float:
+        """Return the share of the whole size that these widths keep."""
+        rest = self._request.rest or [0] * len(widths)
+        kept = sum(width + rest[layer] for layer, width in enumerate(widths) if width)
+        return kept / (sum(self._request.full) + sum(rest))
+
+    def curve(self, shares: Sequence[float]) -> list[tuple[float, float]]:
+        """Return the sum of costs of the best model for each of these shares of the whole size that can be reached."""
+        full = sum(self._request.full) + sum(self._request.rest)
+        found: list[tuple[float, float]] = []
+        for share in shares:
+            with suppress(InvalidInput):
+                if self._request.layout == "uniform":
+                    models = self.with_fewer_layers(round(share * full))
+                    found.append((share, min(model.cost for model in models)))
+                else:
+                    widths = self.by_costs([1.0], round(share * full))
+                    found.append((share, self.summed(widths)))
+        return found
+
+    def by_costs(self, scales: Sequence[float], budget: int | None = None) -> list[int]:
+        """Return the cheapest widths, with the costs of as many regions of layers as there are scales multiplied.
+
+        Parameters
+        ----------
+        budget
+            Neurons, and what layers have besides in neurons; default: that of the request.
+        """
         sizes: list[list[int]] = []
         prices: list[list[float]] = []
         layers = len(self._grid)
@@ -77,11 +111,18 @@ class Candidates:
             if self._can_go(layer):
                 sizes[-1].append(0)
                 prices[-1].append(scale * costs.left_out)
-        chosen = cheapest(sizes, prices, self._budget)
+        chosen = cheapest(sizes, prices, self._budget if budget is None else budget)
         return [[*grid, 0][index] for grid, index in zip(self._grid, chosen, strict=True)]
 
-    def with_fewer_layers(self) -> list[EqualWidths]:
-        """Return the models of equal widths, from that with all layers on, leaving out the cheapest layer each time."""
+    def with_fewer_layers(self, budget: int | None = None) -> list[EqualWidths]:
+        """Return the models of equal widths, from that with all layers on, leaving out the cheapest layer each time.
+
+        Parameters
+        ----------
+        budget
+            As in :meth:`by_costs`.
+        """
+        budget = self._budget if budget is None else budget
         request, rest = self._request, self._request.rest
         cheapest_first = sorted(
             filter(self._can_go, range(len(self._grid))),
@@ -91,7 +132,7 @@ class Candidates:
         for count in range(len(cheapest_first) + 1):
             gone = set(cheapest_first[:count])
             stay = [layer for layer in range(len(self._grid)) if layer not in gone]
-            room = (self._budget - sum(rest[layer] for layer in stay)) // len(stay)
+            room = (budget - sum(rest[layer] for layer in stay)) // len(stay)
             narrowest = min(request.full)
             width = min(room // request.multiple * request.multiple, narrowest)
             if width < min(request.multiple, narrowest):

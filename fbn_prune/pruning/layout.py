@@ -12,6 +12,7 @@ import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -89,12 +90,14 @@ class Layout:
     """The chosen widths, the rule that gave them, and each tried candidate's loss rise over dense, in nats a token.
 
     A layer of width 0 is left out of the model. A rule's name with a number, as in "networks 0.5", is that part of the
-    way from the even split to the rule's own widths.
+    way from the even split to the rule's own widths. `search` is what a search of
+    widths found.
     """
 
     widths: list[int]
     rule: str
     trials: dict[str, float] = field(default_factory=dict)
+    search: dict[str, Any] | None = None
 
     @property
     def left_out(self) -> frozenset[int]:

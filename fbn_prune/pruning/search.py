@@ -3,7 +3,7 @@
 1. *Library.* One pass over the calibration text gives every layer's cut to each width of a grid: removing all neurons
    once, in order of cost, gives all widths, and each gets its own refit.
 2. *Costs.* The cost of a width is the divergence from the dense model when this layer alone is cut to it, on a few
-   tokens set aside (:mod:`fbn_prune.model.divergence`). It is measured at three widths of each layer; between them, its
+   tokens set aside (:mod:`fbn_prune.model.divergence`). It is measured at two widths of each layer; between them, its
    logarithm is taken to be linear in that of the share of removed neurons.
 3. *Solver.* The widths with the least sum of costs within the budget (:mod:`fbn_prune.pruning.solver`).
 4. *Correction.* Costs are not additive: what a layer adds depends on the damage below it. So the divergence of whole
@@ -47,9 +47,11 @@ SEARCH = "search"
 LEVELS = 16
 """Widths of each layer in the library, evenly spaced."""
 
-COST_TOKENS = 2048
-"""Tokens on which divergences are measured. On a model of 135 M parameters the widths found with 1024 and with 4096
-tokens are as good."""
+COST_TOKENS = 1024
+"""Tokens on which divergences are measured; the same ones for all models, so few are enough to compare them."""
+
+NARROW = 0.6
+"""Costs are measured at this part of the budget's share, and halfway between that share and all neurons."""
 
 REGIONS = 3
 """The layers whose costs a correction scales together: the lower, middle and upper ones."""
@@ -57,7 +59,7 @@ REGIONS = 3
 SCALES = (2 / 3, 3 / 2)
 """Factors that a correction tries for the costs of a region."""
 
-PLACES = 3
+PLACES = 2
 """Widths of each layer at which the cost is measured."""
 
 HOPELESS = 1e6
@@ -65,6 +67,9 @@ HOPELESS = 1e6
 
 MOST_LOG = 50.0
 """The largest logarithm of an extrapolated cost."""
+
+CURVE_SHARES = tuple(tenth / 20 for tenth in range(4, 20))
+"""Shares of the size at which the curve of predicted divergence is known."""
 
 MOST_DEPTHS = 8
 """Most models of fewer layers that are measured."""
@@ -145,7 +150,10 @@ def search_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -
     """Choose the widths of a request by the divergence that they cost.
 
     The trials of the result are divergences from the dense model in nats a token. The even widths are kept unless
-    others are better; with the layout `auto`, by a tenth at least.
+    others are better; with the layout `auto`, by a tenth at least. `search` holds `predicted`, the divergence that the
+    sum of costs gives for the chosen widths, multiplied by how far that sum was off for the first candidate; `share`,
+    how much of the neurons (and of what layers have besides, in neurons) stays; and `curve`, pairs of such a share and
+    the divergence predicted for it.
 
     Raises
     ------
@@ -170,10 +178,18 @@ def search_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -
     needed = 1 - RAGGED_GAIN if request.layout == "auto" else 1.0
     if UNIFORM in tried and tried[best].divergence >= needed * tried[UNIFORM].divergence:
         best = UNIFORM
+    first = next(iter(tried.values()))
+    summed = candidates.summed(first.widths)
+    off = first.divergence / summed if summed > 0 else 1.0
     return Layout(
         tried[best].widths,
         UNIFORM if best == UNIFORM else SEARCH,
         {name: each.divergence for name, each in tried.items()},
+        {
+            "predicted": off * candidates.summed(tried[best].widths),
+            "share": candidates.share(tried[best].widths),
+            "curve": [(share, off * cost) for share, cost in candidates.curve(CURVE_SHARES)],
+        },
     )
 
 
@@ -227,9 +243,9 @@ def _measured_costs(
 
 
 def _levels_near(widths: Sequence[int], share: float) -> list[int]:
-    """The levels of a layer to measure: near the budget's share of its neurons, and on both sides of it."""
+    """The levels of a layer to measure: below and above the budget's share of its neurons."""
     full = widths[-1]
-    wanted = (share / 2, share, (1 + share) / 2)
+    wanted = (NARROW * share, (1 + share) / 2)
     return [
         min(range(len(widths)), key=lambda level: abs(widths[level] - goal * full))
         for goal in wanted

@@ -283,6 +283,7 @@ class PruneRun:
             layers_left_out=sorted(self.widths.left_out),
             width_rule=self.widths.rule,
             layout_trials=self.widths.trials,
+            search=self.widths.search,
             kept_networks=self.kept,
             ranked_networks=self.ranked,
             calibration_tokens=self.blocks.tokens,

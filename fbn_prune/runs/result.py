@@ -31,6 +31,8 @@ class PruneResult:
     widths, width_rule, layout_trials
         New width of each layer, the rule that set it, and the loss rise in nats of each rule that was tried (of each
         candidate of a search: the divergence from the dense model).
+    search
+        What a search of widths found, see :func:`fbn_prune.pruning.search.search_layout`; None without a search.
     layers_left_out
         Layers of the dense model that the pruned one does not have.
     kept_networks, ranked_networks
@@ -63,6 +65,7 @@ class PruneResult:
     layers_left_out: list[int]
     width_rule: str
     layout_trials: dict[str, float]
+    search: dict[str, Any] | None
     kept_networks: list[int]
     ranked_networks: list[int]
     calibration_tokens: int

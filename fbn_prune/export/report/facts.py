@@ -42,6 +42,14 @@ class Vocabulary(BaseModel):
     tokens_after: int
 
 
+class Search(BaseModel):
+    """What a search of widths found, see :func:`fbn_prune.pruning.search.search_layout`."""
+
+    predicted: float
+    share: float
+    curve: list[tuple[float, float]]
+
+
 class RunResult(BaseModel):
     """The content of `result.json`, the JSON form of :class:`fbn_prune.runs.result.PruneResult`."""
 
@@ -59,6 +67,9 @@ class RunResult(BaseModel):
     heads_total: int = 0
     widths: list[int] = Field(min_length=1)
     width_rule: str
+    layers_left_out: list[int] = []
+    layout_trials: dict[str, float] = {}
+    search: Search | None = None
     kept_networks: list[int]
     ranked_networks: list[int] = []
     calibration_tokens: int

@@ -100,6 +100,30 @@ def dial_figure(members_kept: Sequence[int], neurons: int, kept: int | None) -> 
     return _svg(figure, "dial")
 
 
+def search_figure(
+    curve: Sequence[tuple[float, float]], share: float, measured: Sequence[float], chosen: float
+) -> str:
+    """Draw the divergence that a search predicts against size, with the measured candidates.
+
+    Parameters
+    ----------
+    curve
+        Shares of the size, and the predicted divergence in nats a token.
+    share
+        The share that the run keeps.
+    measured, chosen
+        The divergence of every candidate, and of the chosen one.
+    """
+    figure, axes = _figure(1.9)
+    shares, divergence = zip(*curve, strict=True)
+    axes.plot([100 * each for each in shares], divergence, color=KEPT, label="predicted")
+    axes.plot([100 * share] * len(measured), measured, "o", color=PALE, label="measured")
+    axes.plot([100 * share], [chosen], "o", color=ALARM, markersize=6, label="chosen")
+    axes.set(xlabel="size, % of what can be cut", ylabel="divergence, nats", ylim=(0, None))
+    axes.legend(loc="upper right")
+    return _svg(figure, "search")
+
+
 def recovery_figure(curve: Sequence[tuple[int, float]]) -> str:
     """Draw the divergence from the dense model, in nats a token, against the tokens that the recovery trained on."""
     figure, axes = _figure(1.9)

@@ -30,6 +30,7 @@ from fbn_prune.networks.cards import network_cards
 REPORT_NAME = "report.html"
 FIGURES = (
     "widths",
+    "search",
     "recovery",
     "dial",
     "connectivity",
@@ -88,6 +89,11 @@ def _figures(facts: ReportFacts) -> dict[str, str]:
     result, networks = facts.result, facts.networks
     if result is not None:
         drawn["widths"] = figures.widths_figure(facts.widths_before, result.widths)
+        if result.search is not None and len(result.search.curve) > 1 and result.layout_trials:
+            measured = list(result.layout_trials.values())
+            drawn["search"] = figures.search_figure(
+                result.search.curve, result.search.share, measured, min(measured)
+            )
         if result.recovery is not None and len(result.recovery.curve) > 1:
             drawn["recovery"] = figures.recovery_figure(result.recovery.curve)
     members = facts.members_kept

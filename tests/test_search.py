@@ -1,0 +1,180 @@
+"""Claims about the search of widths: the solver is exact, costs are what they say, and every way of running agrees."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_runs import blocks, recipe, run_json
+from test_layout import five_of_each_layer, job
+from tiny_models import LAYERS, WIDTH, make_model, save_tiny
+
+from fbn_prune.errors import InvalidInput
+from fbn_prune.model.adapter import ModelAdapter
+from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.divergence import EVERY, DenseReference
+from fbn_prune.progress import StageClock
+from fbn_prune.pruning.candidates import Candidates, Costs
+from fbn_prune.pruning.layout import LayoutRequest
+from fbn_prune.pruning.search import _interpolated, grid
+from fbn_prune.pruning.solver import cheapest
+from fbn_prune.runs.prune import run_prune
+
+BATCHES = blocks(20, 33, 17).batches(1)
+
+
+def nothing(tokens: int) -> None:
+    pass
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_the_solver_finds_the_cheapest_choice(data: st.DataObject) -> None:
+    entry = st.tuples(st.integers(0, 9), st.integers(0, 50))
+    layers = data.draw(st.lists(st.lists(entry, min_size=1, max_size=4), min_size=1, max_size=4))
+    sizes = [[size for size, _ in layer] for layer in layers]
+    costs = [[float(cost) for _, cost in layer] for layer in layers]
+    budget = data.draw(st.integers(0, 30))
+    every = itertools.product(*(range(len(layer)) for layer in layers))
+
+    def summed(values: list[list[float]] | list[list[int]], choice: tuple[int, ...]) -> float:
+        return sum(layer[index] for layer, index in zip(values, choice, strict=True))
+
+    fitting = [choice for choice in every if summed(sizes, choice) <= budget]
+    if not fitting:
+        with pytest.raises(InvalidInput, match="smallest"):
+            cheapest(sizes, costs, budget)
+        return
+    chosen = tuple(cheapest(sizes, costs, budget))
+    assert summed(sizes, chosen) <= budget
+    assert summed(costs, chosen) == min(summed(costs, choice) for choice in fitting)
+
+
+@given(
+    st.lists(st.integers(1, 99), min_size=1, max_size=12, unique=True),
+    st.lists(st.floats(0, 50), min_size=3, max_size=3),
+    st.data(),
+)
+@settings(max_examples=60, deadline=None)
+def test_costs_between_measured_ones_fall_with_the_width(
+    narrow: list[int], found: list[float], data: st.DataObject
+) -> None:
+    widths = [*sorted(narrow), 100]
+    places = data.draw(
+        st.lists(st.integers(0, len(narrow) - 1), min_size=1, max_size=3, unique=True)
+    )
+    # As measured costs do, apart from noise, those here fall with the width.
+    measured = dict(zip(sorted(places), sorted(found[: len(places)], reverse=True), strict=True))
+    costs = _interpolated(widths, measured)
+    assert costs[-1] == 0
+    assert all(cost >= wider - 1e-12 for cost, wider in itertools.pairwise(costs))
+    for place, cost in measured.items():
+        assert costs[place] == pytest.approx(max(cost, 1e-9), rel=1e-6)
+
+
+def test_a_grid_has_the_even_width_and_the_full_one() -> None:
+    request = LayoutRequest("ragged", "search", 50, False, (24, 64, 24), 4, frozenset({2}))
+    first, second, whole = grid(request)
+    assert whole == [24]
+    assert first == sorted(set(first))
+    assert second == sorted(set(second))
+    assert (first[-1], second[-1]) == (24, 64)
+    for layer, even in zip(
+        (first, second), Candidates(request, grid(request), []).even() or [], strict=False
+    ):
+        assert even in layer
+    assert all(width % 4 == 0 for width in (*first, *second))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_cost_of_a_layer_is_the_divergence_of_the_model_with_it_alone_cut(name: str) -> None:
+    model = make_model(name)
+    adapter = ModelAdapter(model)
+    cuts = five_of_each_layer(adapter)
+    reference = DenseReference(adapter, BATCHES, torch.float32)
+    expected = [_predictions(model, batch.input_ids) for batch in BATCHES]
+
+    def measured() -> float:
+        apart = []
+        for dense, batch in zip(expected, BATCHES, strict=True):
+            changed = _predictions(model, batch.input_ids)
+            apart.append((dense.exp() * (dense - changed)).sum(-1)[batch.valid][::EVERY])
+        return float(torch.cat(apart).mean())
+
+    found = list(reference.alone([cuts], nothing, leave_out=True))
+    for layer, (cut, without) in enumerate(found):
+        with adapter.trying(cuts, alone=layer):
+            assert cut == pytest.approx(measured(), rel=1e-4)
+        with adapter.leaving_out([layer]):
+            assert without == pytest.approx(measured(), rel=1e-4)
+    with adapter.trying(cuts), adapter.leaving_out([1]):
+        both = measured()
+    assert reference.divergence(cuts, nothing, [1]) == pytest.approx(both, rel=1e-4)
+    assert measured() == 0
+
+
+@torch.no_grad()
+def _predictions(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    return model(ids, use_cache=False).logits.float().log_softmax(-1)
+
+
+def test_a_layer_that_does_nothing_pays_for_the_others(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_tiny(tmp_path / "model")
+    source = Checkpoint.open(model)
+    live = source.load_model("cpu", torch.float32)
+    with torch.no_grad():
+        live.model.layers[1].mlp.down_proj.weight.zero_()
+    live.save_pretrained(model)
+    extra = ["--layout", "ragged", "--widths", "search", "--sparsity", "0.3"]
+    result = run_json(capsys, *job(model, text, tmp_path / "out", *extra))
+    assert sum(result["widths"]) == pytest.approx(0.7 * LAYERS * WIDTH, abs=1)
+    assert result["widths"][0] == result["widths"][2] == WIDTH
+    trials = result["layout_trials"]
+    assert trials["search"] == pytest.approx(0, abs=1e-6)
+    assert trials["uniform"] > 0
+    assert result["width_rule"] == "search"
+
+
+def test_a_layer_that_is_to_stay_whole_stays_whole(
+    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extra = ["--layout", "ragged", "--widths", "search", "--keep-layers", "1", "--sparsity", "0.4"]
+    result = run_json(capsys, *job(tiny, text, tmp_path / "out", *extra))
+    assert result["widths"][1] == WIDTH
+    assert sum(result["widths"]) == pytest.approx(0.6 * LAYERS * WIDTH, abs=1)
+    assert min(result["layout_trials"].values()) == result["layout_trials"].get(
+        result["width_rule"], min(result["layout_trials"].values())
+    )
+
+
+def test_a_single_block_of_text_is_refused(tiny: Path, text: Path) -> None:
+    settings = {"layout": "ragged", "widths": "search", "sparsity": 0.5, "tokens": 40}
+    with pytest.raises(InvalidInput, match="at least two blocks"):
+        run_prune(recipe(tiny, text, **settings, keep_networks=None), StageClock())
+
+
+def test_the_result_does_not_depend_on_who_asks(tiny: Path, text: Path, tmp_path: Path) -> None:
+    settings = {"layout": "ragged", "widths": "search", "sparsity": 0.5, "keep_networks": None}
+    first = run_prune(recipe(tiny, text, tmp_path / "a", **settings), StageClock())
+    second = run_prune(recipe(tiny, text, tmp_path / "b", **settings), StageClock())
+    assert first.widths == second.widths
+    assert first.layout_trials == second.layout_trials
+
+
+def test_fewer_layers_are_predicted_by_their_costs() -> None:
+    request = LayoutRequest("uniform", "search", 40, False, (24,) * 4, 4, rest=(10,) * 4)
+    levels = [[4, 8, 12, 16, 20, 24]] * 4
+    costs = [Costs([6.0, 5, 4, 3, 2, 0], cost) for cost in (0.0, 1, 9, 0.5)]
+    models = Candidates(request, levels, costs).with_fewer_layers()
+    assert [model.widths for model in models] == [
+        [8, 8, 8, 8],
+        [16, 16, 16, 0],
+        [24, 0, 24, 0],
+    ]
+    assert [model.cost for model in models] == [20.0, 9.5, 1.5]
