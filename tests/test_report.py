@@ -26,6 +26,7 @@ from fbn_prune.export.report.text import visible
 
 HEADINGS = {
     "size": "Size",
+    "search": "Search of widths",
     "quality": "Quality against size",
     "ablation": "What the networks do",
     "evaluation": "Evaluation",
@@ -89,7 +90,7 @@ def _full(material: Path) -> str:
 def test_the_page_shows_all_that_is_known(full: str) -> None:
     page = Page(full)
     assert page.headings == list(HEADINGS.values())
-    assert sum(tag == "svg" for tag, _ in page.elements) == 8
+    assert sum(tag == "svg" for tag, _ in page.elements) == 9
     for words in (
         "18.820",
         "16.620",
@@ -99,6 +100,7 @@ def test_the_page_shows_all_that_is_known(full: str) -> None:
         "networks: 20",
         "0.310 ± 0.010",
         "55 %",
+        "Layers left out: 2.",
     ):
         assert words in page.text, words
     cards = [a["id"] for tag, a in page.elements if tag == "article"]
@@ -107,9 +109,14 @@ def test_the_page_shows_all_that_is_known(full: str) -> None:
 
 def test_what_is_not_known_is_left_out(material: Path, tmp_path: Path) -> None:
     alone = Page(report_html(read_facts(material / "out")))
-    assert alone.headings == [HEADINGS[key] for key in ("size", "connectivity", "cards", "recipe")]
+    assert alone.headings == [
+        HEADINGS[key] for key in ("size", "search", "connectivity", "cards", "recipe")
+    ]
     (tmp_path / "result.json").write_text((material / "out" / "result.json").read_text())
-    assert Page(report_html(read_facts(tmp_path))).headings == [HEADINGS["size"]]
+    assert Page(report_html(read_facts(tmp_path))).headings == [
+        HEADINGS["size"],
+        HEADINGS["search"],
+    ]
     found = tmp_path / "found"
     found.mkdir()
     artifact = (material / "out" / "networks.safetensors").read_bytes()
@@ -249,4 +256,4 @@ def test_the_real_commands_write_what_the_report_reads(
     flags = [f"--{n}={tmp_path / n}.json" for n in ("compare", "ablate", "evaluate")]
     assert _exit_code(["report", str(out), *flags, "--output", str(tmp_path / "all.html")]) == 0
     page = Page((tmp_path / "all.html").read_text(encoding="utf-8"))
-    assert page.headings == list(HEADINGS.values())
+    assert page.headings == [heading for key, heading in HEADINGS.items() if key != "search"]

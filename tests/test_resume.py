@@ -31,6 +31,12 @@ from fbn_prune.store import Store, locked, owned, store_in
 
 MODES: dict[str, dict[str, Any]] = {
     "sequential": {"sequential": True},
+    "searched": {
+        "structures": "neurons,layers",
+        "layout": "ragged",
+        "target_params": 10_600,
+        "sparsity": None,
+    },
     "loss-aware ragged": {"layout": "ragged", "widths": "loss", "loss_aware": True},
     "task": {"task": "task.jsonl", "rank": "task"},
     "streamed": {},
