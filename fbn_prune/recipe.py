@@ -43,7 +43,8 @@ WidthRule = Literal["networks", "search", "loss", "members", "auto"]
 BUDGET_KEYS = ("sparsity", "target_params", "target_size")
 """Keys that set the size of the result, instead of `keep_networks`."""
 
-STRUCTURES = ("neurons", "layers")
+STRUCTURES = ("neurons", "layers", "vocabulary")
+"""What may be removed to reach a size; attention heads have a share of their own."""
 
 RECOVERY_STEPS = ("match", "distil")
 
@@ -126,8 +127,9 @@ class PruningConfig(BaseModel):
     (search), how the loss rises as neurons are removed (loss), membership in the kept networks (members), or the best
     of networks, loss and equal widths in a trial (auto)."""
     structures: str = _key(CUT, "neurons")
-    """What may be removed, separated by commas: neurons, or neurons,layers to leave out whole decoder layers as well
-    where that costs least. With layers, widths are searched and each layer is fitted on those already pruned."""
+    """What may be removed, separated by commas: neurons, layers (whole decoder layers, where that costs least) and
+    vocabulary (as --vocabulary 1), or all. With layers, widths are searched and each layer is fitted on those already
+    pruned."""
     loss_aware: bool = _key(QUALITY, False)
     """Weigh output errors by their effect on the loss (needs a backward pass)."""
     keep_layers: str | None = _more(CUT)
@@ -184,7 +186,14 @@ class PruningConfig(BaseModel):
     @property
     def leaves_out_layers(self) -> bool:
         """Whether whole layers may be removed."""
-        return "layers" in self.structures
+        return "layers" in self.removable
+
+    @property
+    def removable(self) -> frozenset[str]:
+        """The names in `structures`."""
+        if self.structures.strip() == "all":
+            return frozenset(STRUCTURES)
+        return frozenset(part.strip() for part in self.structures.split(","))
 
     @property
     def searches_widths(self) -> bool:
@@ -345,6 +354,11 @@ class Recipe(PruningConfig):
     def _one_source(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
+    @property
+    def least_uses(self) -> int | None:
+        """How often a token must be used to stay; None if all stay."""
+        return 1 if self.vocabulary is None and "vocabulary" in self.removable else self.vocabulary
+
     def to_yaml(self) -> str:
         """Return the recipe as YAML, with the value of every key but `work_dir`."""
         values = self.model_dump(mode="json", exclude={"work_dir"})
@@ -460,7 +474,7 @@ def _check(recipe: PruningConfig) -> None:
         if not recipe.calibration:
             raise InvalidInput("calibration is empty: name at least one source of text")
         for key in ("vocabulary_texts", "vocabulary_chars"):
-            if getattr(recipe, key) and recipe.vocabulary is None:
+            if getattr(recipe, key) and recipe.least_uses is None:
                 refuse(key, "add vocabulary = 1 to trim the vocabulary")
     tokens = min(recipe.network_tokens, recipe.tokens)
     if recipe.needs_networks and recipe.networks >= tokens:
@@ -515,9 +529,13 @@ def _check_layout(recipe: PruningConfig) -> None:
 
 def _check_structures(recipe: PruningConfig) -> None:
     refuse = partial(_refuse, recipe)
-    named = [part.strip() for part in recipe.structures.split(",")]
-    if "neurons" not in named or len(set(named)) < len(named) or not set(named) <= set(STRUCTURES):
-        refuse("structures", "give neurons, or neurons,layers")
+    if not recipe.removable <= set(STRUCTURES) or recipe.removable == {"vocabulary"}:
+        alone = " (vocabulary alone is `fbn-prune trim-vocabulary`)"
+        refuse("structures", f"give {', '.join(STRUCTURES)}, several of them, or all{alone}")
+    if "neurons" not in recipe.removable and not recipe.leaves_out_layers:
+        refuse("structures", "give neurons or layers as well")
+    if "neurons" not in recipe.removable and recipe.layout == "ragged":
+        refuse("layout", "where no neurons go, the layers that stay are equal: use uniform")
     if recipe.leaves_out_layers and recipe.widths not in ("networks", "search"):
         why = "where layers can be left out, widths are searched: remove this key"
         refuse("widths", why)

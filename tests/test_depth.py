@@ -21,7 +21,7 @@ from fbn_prune import PruningConfig, prune
 from fbn_prune.export.writer import verify_export, write_checkpoint
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.model.depth import Depth
+from fbn_prune.model.depth import Depth, leave_out, leaving_out
 from fbn_prune.model.families import family_of
 from fbn_prune.model.layerwise import LayerwiseForward
 from fbn_prune.model.perplexity import perplexity
@@ -60,7 +60,7 @@ def test_a_written_model_with_fewer_layers_is_the_live_one_in_which_they_pass_th
     adapter = ModelAdapter(make_model(name))
     before = logits(adapter.model)
     LayerwiseForward(adapter, [])  # learns what its layers return
-    with adapter.leaving_out([1]):
+    with leaving_out(adapter, [1]):
         expected = logits(adapter.model)
     assert not torch.allclose(expected, before, atol=1e-2)
     assert torch.equal(logits(adapter.model), before)
@@ -111,7 +111,7 @@ def test_the_layer_before_makes_up_for_one_that_is_left_out() -> None:
             cut_layers(adapter, batches, plan, options, clock=StageClock())
         else:
             LayerwiseForward(adapter, [])
-            adapter.leave_out([1])
+            leave_out(adapter, [1])
         forward = LayerwiseForward(adapter, batches)
         for _ in range(LAYERS):
             forward.advance()
@@ -194,8 +194,9 @@ def test_a_live_model_gets_the_weights_of_the_written_one(text: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--structures", "layers"], "give neurons, or neurons,layers"),
-        (["--structures", "neurons,attics"], "give neurons, or neurons,layers"),
+        (["--structures", "vocabulary"], "vocabulary alone is `fbn-prune trim-vocabulary`"),
+        (["--structures", "neurons,attics"], "give neurons, layers, vocabulary"),
+        (["--structures", "layers", "--layout", "ragged"], "where no neurons go"),
         (["--structures", "neurons,layers", "--layout", "auto"], "give uniform or ragged"),
         (
             ["--structures", "neurons,layers", "--layout", "ragged", "--widths", "loss"],

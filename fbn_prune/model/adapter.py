@@ -9,7 +9,7 @@ narrow adapter is SliceGPT's (`model_adapter.py`).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -64,7 +64,7 @@ class ModelAdapter:
     calling
         How the model calls its layers; None until the first layer-by-layer forward pass.
     left_out
-        Layers that return their input, see :meth:`leave_out`.
+        Layers that return their input, see :func:`fbn_prune.model.depth.leave_out`.
 
     Raises
     ------
@@ -310,34 +310,6 @@ class ModelAdapter:
                 after = module.register_forward_hook(lambda _, args, output: restore())
                 hooks.callback(after.remove)
             yield
-
-    def leave_out(self, layers: Iterable[int]) -> None:
-        """Let decoder layers return their input, as if they were not there; their modules and weights stay."""
-        for layer in layers:
-            for module in self.decoder_layers[layer]:
-                module.forward = self._passed
-            self.left_out.add(layer)
-
-    @contextmanager
-    def leaving_out(self, layers: Iterable[int]) -> Iterator[None]:
-        """Leave layers out within the context only."""
-        layers = set(layers) - self.left_out
-        self.leave_out(layers)
-        try:
-            yield
-        finally:
-            self.put_back(layers)
-
-    def put_back(self, layers: Iterable[int]) -> None:
-        """Let layers that were left out compute again."""
-        for layer in layers:
-            for module in self.decoder_layers[layer]:
-                del module.forward
-            self.left_out.discard(layer)
-
-    def _passed(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        assert self.calling is not None  # known once the model has run layer by layer
-        return self.calling.output(hidden_states)
 
     def make_place_for_bias(self, cuts: Sequence[MlpCut]) -> None:
         """Give all MLPs zero biases if a cut adds a bias and they have none.

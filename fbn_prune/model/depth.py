@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.family import Family, as_config
+
+if TYPE_CHECKING:
+    from fbn_prune.model.adapter import ModelAdapter
 
 _NOT_PER_LAYER = re.compile(r"architectures|.*token_ids?|auto_map")
 """Config keys whose lists may have as many entries as the model has layers by accident only."""
@@ -97,6 +101,41 @@ class Depth:
             and len(values) == self.layers
             and not _NOT_PER_LAYER.fullmatch(key)
         }
+
+
+def leave_out(adapter: ModelAdapter, layers: Iterable[int]) -> None:
+    """Let layers of a live or streamed model return their input, as if they were not there; their weights stay.
+
+    The model must have run layer by layer before, so that it is known what its layers return.
+    """
+
+    def passed(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        assert adapter.calling is not None
+        return adapter.calling.output(hidden_states)
+
+    for layer in layers:
+        for module in adapter.decoder_layers[layer]:
+            module.forward = passed
+        adapter.left_out.add(layer)
+
+
+def put_back(adapter: ModelAdapter, layers: Iterable[int]) -> None:
+    """Let layers that were left out compute again."""
+    for layer in layers:
+        for module in adapter.decoder_layers[layer]:
+            del module.forward
+        adapter.left_out.discard(layer)
+
+
+@contextmanager
+def leaving_out(adapter: ModelAdapter, layers: Iterable[int]) -> Iterator[None]:
+    """Leave layers out within the context only."""
+    layers = set(layers) - adapter.left_out
+    leave_out(adapter, layers)
+    try:
+        yield
+    finally:
+        put_back(adapter, layers)
 
 
 def require_depth(family: Family, config: Any) -> None:

@@ -8,6 +8,7 @@ To measure a change of one layer, only that layer and those above run: the dense
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from fbn_prune import distributed
 from fbn_prune.data.calibration import Batch
 from fbn_prune.model.adapter import ModelAdapter
+from fbn_prune.model.depth import leaving_out
 from fbn_prune.model.layerwise import LayerwiseForward
 from fbn_prune.model.surgery import MlpCut
 from fbn_prune.progress import Advance
@@ -45,15 +47,17 @@ class DenseReference:
         self._dense = [self._forward.hidden[index] for index in range(len(self._batches))]
 
     def divergence(
-        self, cuts: Sequence[MlpCut], advance: Advance, left_out: Collection[int] = ()
+        self, cuts: Sequence[MlpCut] | None, advance: Advance, left_out: Collection[int] = ()
     ) -> float:
         """Return the divergence of the model with all these cuts, one for each layer, in nats a token.
+
+        Without cuts, the layers keep all neurons.
 
         The layers in `left_out` return their input instead.
         """
         with (
-            self._adapter.leaving_out(left_out),
-            self._adapter.trying(cuts, round_to=self._round_to),
+            leaving_out(self._adapter, left_out),
+            nullcontext() if cuts is None else self._adapter.trying(cuts, round_to=self._round_to),
         ):
             forward = self._past_all_layers()
         advance(self._tokens)

@@ -62,6 +62,8 @@ class Candidates:
 
     def even(self) -> list[int] | None:
         """Return the even widths; None if they exceed the budget."""
+        if not self._request.narrows:
+            return None
         fits = sum(self._even) + sum(self._request.rest) <= self._budget
         return self._even if fits else None
 
@@ -135,7 +137,8 @@ class Candidates:
             room = (budget - sum(rest[layer] for layer in stay)) // len(stay)
             narrowest = min(request.full)
             width = min(room // request.multiple * request.multiple, narrowest)
-            if width < min(request.multiple, narrowest):
+            least = min(request.multiple, narrowest) if request.narrows else narrowest
+            if width < least:
                 continue
             cost = sum(self._costs[layer].left_out for layer in gone)
             cost += sum(self._cost(layer, width) for layer in stay)

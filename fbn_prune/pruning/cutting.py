@@ -17,6 +17,7 @@ from fbn_prune import distributed
 from fbn_prune.data.calibration import Batch
 from fbn_prune.errors import FbnPruneError
 from fbn_prune.model.adapter import ModelAdapter
+from fbn_prune.model.depth import leave_out
 from fbn_prune.model.shards import packed
 from fbn_prune.model.streaming import SpilledCuts
 from fbn_prune.model.surgery import MlpCut, cut_of_parts, cut_parts, rounded_cut
@@ -108,7 +109,7 @@ def cut_layers(
         errors.append(finished.relative_error)
         notes.add(layer, finished.notes)
         if layer in plan.left_out:
-            adapter.leave_out([layer])
+            leave_out(adapter, [layer])
         adapter.cut(layer, finished.cut, round_to=options.round_to)
 
     def keep(layer: int, finished: FinishedLayer) -> None:

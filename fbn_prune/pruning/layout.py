@@ -73,6 +73,8 @@ class LayoutRequest:
     rest
         For each layer, what is not in its MLP, in parameters of a neuron; leaving the layer out saves it as well. Empty
         if no layer may be left out.
+    narrows
+        Whether layers may lose neurons, and not only go as a whole.
     """
 
     layout: str
@@ -83,6 +85,7 @@ class LayoutRequest:
     multiple: int
     whole: Collection[int] = ()
     rest: tuple[int, ...] = ()
+    narrows: bool = True
 
 
 @dataclass(frozen=True)

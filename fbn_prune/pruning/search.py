@@ -87,7 +87,8 @@ class Library:
     widths
         For each layer the grid, ascending.
     cuts
-        For each level of the grid, one cut for each layer; a layer with fewer widths repeats its last one.
+        For each level of the grid, one cut for each layer; a layer with fewer widths repeats its last one. Empty if
+        layers are full or left out.
     """
 
     widths: list[list[int]]
@@ -134,7 +135,7 @@ def grid(request: LayoutRequest) -> list[list[int]]:
     even = even_layout(request)
     found: list[list[int]] = []
     for layer, full in enumerate(request.full):
-        if layer in request.whole:
+        if layer in request.whole or not request.narrows:
             found.append([full])
             continue
         step = full / LEVELS
@@ -197,6 +198,8 @@ def _library(
     subject: Subject, batches: Sequence[Batch], request: LayoutRequest, clock: StageClock
 ) -> Library:
     widths = grid(request)
+    if not request.narrows:
+        return Library(widths)
     levels = range(max(map(len, widths)))
     members = None
     if subject.networks is not None:
@@ -232,12 +235,14 @@ def _measured_costs(
     levels = [_levels_near(layer, share) for layer in library.widths]
     entries = [library.chosen([each[place] for each in levels]) for place in range(PLACES)]
     leave_out = bool(request.rest)
+    if not library.cuts:
+        entries = []
     costs: list[Costs] = []
-    total = (PLACES + leave_out) * len(library.widths) * tokens
+    total = (len(entries) + leave_out) * len(library.widths) * tokens
     with clock.stage("costs of widths", total, "tokens") as advance:
         for layer, found in enumerate(reference.alone(entries, advance, leave_out=leave_out)):
             without = _finite(found.pop()) if leave_out else HOPELESS
-            measured = dict(zip(levels[layer], found, strict=True))
+            measured = dict(zip(levels[layer], found, strict=False))
             costs.append(Costs(_interpolated(library.widths[layer], measured), without))
     return costs
 
@@ -321,7 +326,9 @@ class _Trial:
                 if any(widths == each.widths for each in self.tried.values()):
                     return False
                 left_out = {layer for layer, width in enumerate(widths) if width == 0}
-                cuts = self._library.chosen(self._library.levels(widths))
+                cuts = None
+                if self._library.cuts:
+                    cuts = self._library.chosen(self._library.levels(widths))
                 found = _finite(self._reference.divergence(cuts, advance, left_out))
                 best = all(found < each.divergence for each in self.tried.values())
                 self.tried[name] = _Tried(widths, found)

@@ -19,7 +19,7 @@ from fbn_prune.data.given import Dataset, as_source
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.model.depth import Depth
+from fbn_prune.model.depth import Depth, put_back
 from fbn_prune.networks.activity import time_courses
 from fbn_prune.networks.functional_networks import HUB_Z, FunctionalNetworks
 from fbn_prune.networks.interventions import amplified, masked, retained
@@ -54,11 +54,9 @@ def prune_live(
             model.config.tie_word_embeddings = False  # or loaders of what is saved would drop it
         result = PruneRun(run, Store()).run()
         if result.layers_left_out:
-            adapter = run.adapter
-            adapter.put_back(result.layers_left_out)
-            Depth(run.prepared.layers, frozenset(result.layers_left_out)).apply(
-                model, adapter.family
-            )
+            put_back(run.adapter, result.layers_left_out)
+            depth = Depth(run.prepared.layers, frozenset(result.layers_left_out))
+            depth.apply(model, run.adapter.family)
     after = Checkpoint.of_model(model)
     warning = result.warning
     if len(set(result.widths)) > 1:

@@ -14,34 +14,25 @@ from fbn_prune import distributed
 from fbn_prune.data.calibration import Batch, TokenBlocks
 from fbn_prune.distributed import is_first
 from fbn_prune.errors import FbnPruneError, InvalidInput
-from fbn_prune.export.directory import check_room
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.depth import Depth
 from fbn_prune.model.perplexity import NonFiniteLogits, perplexity
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.networks.task_matching import MatchedCalibration
 from fbn_prune.progress import StageClock
-from fbn_prune.pruning.allocation import budget_from_networks, member_scores
+from fbn_prune.pruning.allocation import member_scores
 from fbn_prune.pruning.cutting import CutModel, CutPlan, cut_layers
 from fbn_prune.pruning.evidence import CutOptions
-from fbn_prune.pruning.layout import (
-    UNIFORM,
-    Layout,
-    LayoutRequest,
-    Subject,
-    choose_layout,
-    trial_bytes,
-)
+from fbn_prune.pruning.layout import Layout, Subject
 from fbn_prune.pruning.prediction import advice, check_rise, predicted_rise
 from fbn_prune.pruning.recovery.gain import Recovery
-from fbn_prune.pruning.search import library_bytes, search_layout
 from fbn_prune.recipe import Recipe
-from fbn_prune.runs.budget import Budget
 from fbn_prune.runs.kept import artifact, numbers
+from fbn_prune.runs.layout import chosen_layout, layout_request, verdict
 from fbn_prune.runs.opening import OpenRun, open_run, store_of
 from fbn_prune.runs.output import publish
 from fbn_prune.runs.result import PruneResult, peak_memory_bytes
-from fbn_prune.runs.setup import Prepared, prepare, require_layout
+from fbn_prune.runs.setup import prepare, require_layout
 from fbn_prune.runs.stages import (
     find_networks,
     loss_roots_of,
@@ -158,15 +149,15 @@ class PruneRun:
             loss_roots_of(self.on, self.blocks, self.store),
             prepared.memory.scratch,
         )
-        request = _layout_request(prepared, self.networks, self.kept)
+        request = layout_request(prepared, self.networks, self.kept)
         chosen = numbers(
             self.store,
             "layout",
-            lambda: asdict(_chosen_layout(prepared, self.subject, request, self.clock)),
+            lambda: asdict(chosen_layout(prepared, self.subject, request, self.clock)),
         )
         self.widths = Layout(**chosen)
         if recipe.layout == "auto":
-            self.clock.note(_verdict(self.widths))
+            self.clock.note(verdict(self.widths))
 
     def cut(self) -> None:
         networks, subject = self.networks, self.subject
@@ -374,45 +365,3 @@ def _kept_networks(recipe: Recipe, order: list[int]) -> list[int]:
             "keep fewer, or raise --networks"
         )
     return order[: recipe.kept_networks_or_default]
-
-
-def _layout_request(
-    prepared: Prepared, networks: FunctionalNetworks | None, kept: Sequence[int]
-) -> LayoutRequest:
-    recipe, budget = prepared.recipe, prepared.budget
-    if budget is None:
-        assert networks is not None
-        budget = Budget(budget_from_networks(networks, kept), most=False)
-    return LayoutRequest(
-        layout=recipe.layout,
-        rule=recipe.widths,
-        budget=budget.neurons,
-        most=budget.most,
-        full=tuple(prepared.widths),
-        multiple=prepared.width_multiple,
-        whole=prepared.whole,
-        rest=prepared.rest,
-    )
-
-
-def _chosen_layout(
-    prepared: Prepared, subject: Subject, request: LayoutRequest, clock: StageClock
-) -> Layout:
-    hidden = prepared.family.hidden_size(prepared.checkpoint.config)
-    searched = prepared.recipe.searches_widths
-    needed = (library_bytes if searched else trial_bytes)(request, hidden, prepared.dtype.itemsize)
-    check_room(subject.scratch, needed, "folder of temporary files")
-    return (search_layout if searched else choose_layout)(subject, request, clock)
-
-
-def _verdict(layout: Layout) -> str:
-    """Return one line on the trial of layouts: the gain of ragged widths, and the choice."""
-    ragged = min(rise for rule, rise in layout.trials.items() if rule != UNIFORM)
-    uniform = layout.trials[UNIFORM]
-    gain = 1 - ragged / uniform if uniform > 0 else 0.0
-    chosen = "uniform" if layout.rule == UNIFORM else f"ragged (widths by {layout.rule})"
-    return (
-        f"ragged widths avoid {gain:.0%} of the loss rise on held-back calibration text "
-        f"({uniform:.3f} nats with uniform widths, {ragged:.3f} ragged) but need trust_remote_code to load; "
-        f"chosen: {chosen}"
-    )

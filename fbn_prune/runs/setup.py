@@ -294,11 +294,11 @@ def _vocabulary(
     recipe: Recipe, checkpoint: Checkpoint, task: Task | None, clock: StageClock
 ) -> tuple[VocabularyCut, VocabularyFigures] | None:
     """Choose the tokens that stay, from the texts and the task's examples; None if all stay."""
-    if recipe.vocabulary is None:
+    if recipe.least_uses is None:
         return None
     rule = VocabularyRule(
         (*recipe.calibration, *recipe.vocabulary_texts, *recipe.recover_text),
-        recipe.vocabulary,
+        recipe.least_uses,
         recipe.vocabulary_chars,
     )
     more = () if task is None else [example.text for example in task.examples]

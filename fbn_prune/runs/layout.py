@@ -1,0 +1,67 @@
+"""What a run asks of the choice of widths, how it is chosen, and what a trial said."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fbn_prune.export.directory import check_room
+from fbn_prune.networks.functional_networks import FunctionalNetworks
+from fbn_prune.progress import StageClock
+from fbn_prune.pruning.allocation import budget_from_networks
+from fbn_prune.pruning.layout import (
+    UNIFORM,
+    Layout,
+    LayoutRequest,
+    Subject,
+    choose_layout,
+    trial_bytes,
+)
+from fbn_prune.pruning.search import library_bytes, search_layout
+from fbn_prune.runs.budget import Budget
+from fbn_prune.runs.setup import Prepared
+
+
+def layout_request(
+    prepared: Prepared, networks: FunctionalNetworks | None, kept: Sequence[int]
+) -> LayoutRequest:
+    """Return what the recipe asks; the kept networks set the budget if nothing else does."""
+    recipe, budget = prepared.recipe, prepared.budget
+    if budget is None:
+        assert networks is not None
+        budget = Budget(budget_from_networks(networks, kept), most=False)
+    return LayoutRequest(
+        layout=recipe.layout,
+        rule=recipe.widths,
+        budget=budget.neurons,
+        most=budget.most,
+        full=tuple(prepared.widths),
+        multiple=prepared.width_multiple,
+        whole=prepared.whole,
+        rest=prepared.rest,
+        narrows="neurons" in recipe.removable,
+    )
+
+
+def chosen_layout(
+    prepared: Prepared, subject: Subject, request: LayoutRequest, clock: StageClock
+) -> Layout:
+    """Choose the widths, if the disk has room for the cuts that are tried."""
+    hidden = prepared.family.hidden_size(prepared.checkpoint.config)
+    searched = prepared.recipe.searches_widths
+    needed = (library_bytes if searched else trial_bytes)(request, hidden, prepared.dtype.itemsize)
+    check_room(subject.scratch, needed, "folder of temporary files")
+    return (search_layout if searched else choose_layout)(subject, request, clock)
+
+
+def verdict(layout: Layout) -> str:
+    """Return one line on the trial of layouts: the gain of ragged widths, and the choice."""
+    ragged = min(rise for rule, rise in layout.trials.items() if rule != UNIFORM)
+    uniform = layout.trials[UNIFORM]
+    gain = 1 - ragged / uniform if uniform > 0 else 0.0
+    chosen = "uniform" if layout.rule == UNIFORM else f"ragged (widths by {layout.rule})"
+    what = "loss rise" if layout.search is None else "divergence from the dense model"
+    return (
+        f"ragged widths avoid {gain:.0%} of the {what} on held-back calibration text "
+        f"({uniform:.3f} nats with uniform widths, {ragged:.3f} ragged) but need trust_remote_code to load; "
+        f"chosen: {chosen}"
+    )
