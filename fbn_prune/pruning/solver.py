@@ -14,6 +14,11 @@ import numpy as np
 from fbn_prune.errors import InvalidInput
 
 
+MOST_UNITS = 2**17
+"""Sizes are counted in at most this many units. Models of many layers of any width would need more; there each layer's
+size is rounded up, so that the sum stays within the budget and misses it by less than one unit a layer."""
+
+
 def cheapest(
     sizes: Sequence[Sequence[int]], costs: Sequence[Sequence[float]], budget: int
 ) -> list[int]:
@@ -36,14 +41,17 @@ def cheapest(
     least = sum(min(entries) for entries in sizes)
     if least > budget:
         raise InvalidInput(f"the smallest choice has size {least}, more than {budget}")
+    most = min(budget, sum(max(entries) for entries in sizes))
     unit = math.gcd(*(size for entries in sizes for size in entries)) or 1
-    room = min(budget, sum(max(entries) for entries in sizes)) // unit
+    if most // unit > MOST_UNITS and most - least > most * len(sizes) // MOST_UNITS:
+        unit = -(-most // MOST_UNITS)
+    room = most // unit
     best = np.zeros(room + 1)
-    chosen = np.zeros((len(sizes), room + 1), dtype=np.int32)
+    chosen = np.zeros((len(sizes), room + 1), dtype=np.int16)
     for layer, (entries, prices) in enumerate(zip(sizes, costs, strict=True)):
         found = np.full(room + 1, np.inf)
         for index, (size, price) in enumerate(zip(entries, prices, strict=True)):
-            steps = size // unit
+            steps = -(-size // unit)
             if steps > room:
                 continue
             reached = np.full(room + 1, np.inf)
@@ -55,5 +63,5 @@ def cheapest(
     left = room
     for layer in range(len(sizes) - 1, -1, -1):
         choice.append(int(chosen[layer][left]))
-        left -= sizes[layer][choice[-1]] // unit
+        left -= -(-sizes[layer][choice[-1]] // unit)
     return choice[::-1]
