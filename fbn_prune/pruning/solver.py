@@ -13,7 +13,6 @@ import numpy as np
 
 from fbn_prune.errors import InvalidInput
 
-
 MOST_UNITS = 2**17
 """Sizes are counted in at most this many units. Models of many layers of any width would need more; there each layer's
 size is rounded up, so that the sum stays within the budget and misses it by less than one unit a layer."""
