@@ -67,6 +67,30 @@ class Candidates:
         fits = sum(self._even) + sum(self._request.rest) <= self._budget
         return self._even if fits else None
 
+    def halfway(self, widths: Sequence[int]) -> list[int]:
+        """Return the widths of the grid about halfway between these and the even ones; left-out layers stay so."""
+        levels: list[int] = []
+        for grid, width, even in zip(self._grid, widths, self._even, strict=True):
+            goal = (width + even) / 2
+            levels.append(min(range(len(grid)), key=lambda level: abs(grid[level] - goal)))
+        rest = self._request.rest or [0] * len(widths)
+        here = [layer for layer, width in enumerate(widths) if width]
+        room = self._budget - sum(rest[layer] for layer in here)
+        while sum(self._grid[layer][levels[layer]] for layer in here) > room:
+            wide = [layer for layer in here if levels[layer] > 0]
+            if not wide:
+                break
+            cheapest_step = min(wide, key=lambda layer: self._step(layer, levels[layer]))
+            levels[cheapest_step] -= 1
+        return [
+            self._grid[layer][levels[layer]] if width else 0 for layer, width in enumerate(widths)
+        ]
+
+    def _step(self, layer: int, level: int) -> float:
+        """What a layer's next narrower width costs more, for each neuron that it saves."""
+        costs, grid = self._costs[layer].of_widths, self._grid[layer]
+        return (costs[level - 1] - costs[level]) / (grid[level] - grid[level - 1])
+
     def summed(self, widths: Sequence[int]) -> float:
         """Return the sum of the costs of these widths."""
         return sum(

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import safetensors.torch
 import torch
@@ -25,7 +25,12 @@ from fbn_prune.progress import StageClock
 from fbn_prune.pruning.criteria import LayerEvidence
 from fbn_prune.pruning.evidence import CutOptions, EvidencePass
 from fbn_prune.pruning.fitting import DampingNotes, fitting_cuts, fitting_head_cut
-from fbn_prune.pruning.prediction import HEAD_WEIGHT, relative_error, relative_head_error
+from fbn_prune.pruning.prediction import (
+    HEAD_WEIGHT,
+    relative_error,
+    relative_head_error,
+    rough_errors,
+)
 from fbn_prune.store import LAYERS, Store
 
 Name = TypeVar("Name")
@@ -140,6 +145,24 @@ def cut_layers(
     return CutModel(adapter.cuts, evidence.forward_seconds, tuple(errors))
 
 
+@dataclass(frozen=True)
+class TriedCuts(Generic[Name]):
+    """The cuts of several plans, by the names of the plans.
+
+    Attributes
+    ----------
+    notes
+        One line for each change of damping.
+    errors
+        For each layer, about the relative error of its output (:func:`fbn_prune.pruning.prediction.rough_errors`); NaN
+        if they were not asked for.
+    """
+
+    cuts: Mapping[Name, SpilledCuts]
+    notes: list[str]
+    errors: Mapping[Name, list[float]]
+
+
 def try_cuts(
     adapter: ModelAdapter,
     batches: Sequence[Batch],
@@ -150,7 +173,8 @@ def try_cuts(
     scratch: Path,
     clock: StageClock,
     stage: str = "prune",
-) -> tuple[dict[Name, SpilledCuts], list[str]]:
+    errors: bool = False,
+) -> TriedCuts[Name]:
     """Make the cuts of several plans in one pass over the calibration data, without changing the model.
 
     Attention heads are not cut, and every layer is fitted to the dense model's activations.
@@ -159,13 +183,8 @@ def try_cuts(
     ----------
     scratch
         Folder for the cuts, since those of many plans are larger than the model.
-
-    Returns
-    -------
-    cuts
-        By the names of the plans.
-    notes
-        One line for each change of damping.
+    errors
+        Also compute the layers' errors.
     """
     options = replace(options, sequential=False, head_groups=None)
     evidence = EvidencePass(
@@ -174,15 +193,24 @@ def try_cuts(
     cuts = {name: SpilledCuts(scratch) for name in plans}
     notes = DampingNotes()
     wanted = list(plans.values())
-    for layer, finished in _finished_layers(evidence, adapter.num_layers, wanted, options):
+    found: dict[Name, list[float]] = {name: [] for name in plans}
+    for layer, finished in _finished_layers(
+        evidence, adapter.num_layers, wanted, options, errors=errors
+    ):
         for name, one in zip(plans, finished, strict=True):
             cuts[name].append(one.cut)
+            found[name].append(one.relative_error)
             notes.add(layer, one.notes)
-    return cuts, notes.lines()
+    return TriedCuts(cuts, notes.lines(), found)
 
 
 def _finished_layers(
-    evidence: EvidencePass, layers: int, plans: Sequence[CutPlan], options: CutOptions
+    evidence: EvidencePass,
+    layers: int,
+    plans: Sequence[CutPlan],
+    options: CutOptions,
+    *,
+    errors: bool = False,
 ) -> Iterator[tuple[int, list[FinishedLayer]]]:
     """Each layer's number in order, with its cut by each plan."""
     group: list[int] = []
@@ -199,6 +227,10 @@ def _finished_layers(
         finished: list[FinishedLayer] | None = None
         if own is not None:
             finished = _fitted(own, plans, options)
+            if errors:
+                rough = rough_errors(own, [one.cut for one in finished])
+                pairs = zip(finished, rough, strict=True)
+                finished = [replace(one, relative_error=error) for one, error in pairs]
         own = None
         for number in group:
             source = distributed.owner(number)

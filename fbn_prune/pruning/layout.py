@@ -269,7 +269,7 @@ def _trials(
     if subject.networks is not None:
         members = member_scores(subject.networks, subject.kept)
     clock.note(f"trial of {counted(len(candidates), 'layout')}: {', '.join(candidates)}")
-    cuts, _ = try_cuts(  # the final cut reports the same changes of damping
+    cuts = try_cuts(  # the final cut reports the same changes of damping
         subject.adapter,
         subject.blocks.batches(subject.batch_tokens),
         {name: CutPlan(subject.criterion, widths, members) for name, widths in candidates.items()},
@@ -278,7 +278,7 @@ def _trials(
         scratch=subject.scratch,
         clock=clock,
         stage="widths",
-    )
+    ).cuts
     batches = trying.batches(subject.batch_tokens)
     tokens = sum(batch.tokens for batch in batches)
     losses: dict[str, Tensor] = {}

@@ -59,6 +59,29 @@ def relative_error(evidence: LayerEvidence, cut: MlpCut) -> float:
     return _relative(evidence, cut.kept, cut.down_weight, cut.down_bias)
 
 
+def rough_errors(evidence: LayerEvidence, cuts: Sequence[MlpCut]) -> list[float]:
+    """Return about :func:`relative_error` for many cuts of a layer, in float32 and without changes of the bias.
+
+    With a loss root, errors and outputs are weighed by their effect on the loss.
+    """
+    root = evidence.loss_root
+    weight = evidence.weight if root is None else root @ evidence.weight
+    gram = evidence.gram.float()
+
+    def energy(of: Tensor) -> float:
+        rough = of.float()
+        return float(((rough @ gram) * rough).sum(dtype=torch.float64))
+
+    found: list[float] = []
+    whole = energy(weight)
+    for cut in cuts:
+        new = cut.down_weight.to(evidence.weight)
+        difference = weight.clone()
+        difference[:, cut.kept.to(weight.device)] -= new if root is None else root @ new
+        found.append(energy(difference) / whole if whole > 0 else 0.0)
+    return found
+
+
 def relative_head_error(evidence: HeadEvidence, cut: HeadCut) -> float:
     """Return the same measure for a layer's attention output."""
     inner = torch.arange(evidence.group)

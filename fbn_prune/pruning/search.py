@@ -3,8 +3,8 @@
 1. *Library.* One pass over the calibration text gives every layer's cut to each width of a grid: removing all neurons
    once, in order of cost, gives all widths, and each gets its own refit.
 2. *Costs.* The cost of a width is the divergence from the dense model when this layer alone is cut to it, on a few
-   tokens set aside (:mod:`fbn_prune.model.divergence`). It is measured at two widths of each layer; between them, its
-   logarithm is taken to be linear in that of the share of removed neurons.
+   tokens set aside (:mod:`fbn_prune.model.divergence`). It is measured at two widths of each layer; the others follow
+   from the errors of the layer's output.
 3. *Solver.* The widths with the least sum of costs within the budget (:mod:`fbn_prune.pruning.solver`).
 4. *Correction.* Costs are not additive: what a layer adds depends on the damage below it. So the divergence of whole
    candidates is measured, with the library's cuts: even widths, the solver's, and the solver's with the costs of the
@@ -74,6 +74,9 @@ CURVE_SHARES = tuple(tenth / 20 for tenth in range(4, 20))
 MOST_DEPTHS = 8
 """Most models of fewer layers that are measured."""
 
+LEAST_ERROR = 1e-6
+"""Errors of a layer's output below this part of its largest one are rounding."""
+
 NO_LESS = 1e-9
 """The least divergence, in nats: a smaller one is rounding."""
 
@@ -89,10 +92,13 @@ class Library:
     cuts
         For each level of the grid, one cut for each layer; a layer with fewer widths repeats its last one. Empty if
         layers are full or left out.
+    errors
+        For each layer the relative error of its output at each width of its grid.
     """
 
     widths: list[list[int]]
     cuts: list[Sequence[MlpCut]] = field(default_factory=list)
+    errors: list[list[float]] = field(default_factory=list)
 
     def levels(self, widths: Sequence[int]) -> list[int]:
         """Return for each layer the level whose width is nearest."""
@@ -210,7 +216,7 @@ def _library(
         )
         for level in levels
     }
-    cuts, _ = try_cuts(  # the final cut reports the same changes of damping
+    tried = try_cuts(  # the final cut reports the same changes of damping
         subject.adapter,
         batches,
         plans,
@@ -219,8 +225,13 @@ def _library(
         scratch=subject.scratch,
         clock=clock,
         stage="library",
+        errors=True,
     )
-    return Library(widths, [cuts[level] for level in levels])
+    errors = [
+        [tried.errors[level][layer] for level in range(len(grid))]
+        for layer, grid in enumerate(widths)
+    ]
+    return Library(widths, [tried.cuts[level] for level in levels], errors)
 
 
 def _measured_costs(
@@ -243,7 +254,8 @@ def _measured_costs(
         for layer, found in enumerate(reference.alone(entries, advance, leave_out=leave_out)):
             without = _finite(found.pop()) if leave_out else HOPELESS
             measured = dict(zip(levels[layer], found, strict=False))
-            costs.append(Costs(_interpolated(library.widths[layer], measured), without))
+            errors = library.errors[layer] if library.errors else [0.0]
+            costs.append(Costs(_interpolated(errors, measured), without))
     return costs
 
 
@@ -257,41 +269,47 @@ def _levels_near(widths: Sequence[int], share: float) -> list[int]:
     ]
 
 
-def _interpolated(widths: Sequence[int], measured: Mapping[int, float]) -> list[float]:
+def _interpolated(errors: Sequence[float], measured: Mapping[int, float]) -> list[float]:
     """The cost of each width; it falls as the width grows, and the full width costs nothing.
+
+    The logarithm of the cost is linear in that of the error of the layer's output between measured widths, and beyond
+    them of slope 1: far from the dense model's output, costs are in proportion to the error.
 
     Parameters
     ----------
-    widths
-        Ascending.
+    errors
+        Of each width, ascending in width.
     measured
-        The cost of some of them, by their places.
+        The cost of some widths, by their places.
     """
-    full = widths[-1]
-    known = sorted((place, cost) for place, cost in measured.items() if widths[place] < full)
+    last = len(errors) - 1
+    floor = max(max(errors), NO_LESS) * LEAST_ERROR
+    logs = [math.log(max(error, floor)) for error in errors]
+    known: list[tuple[float, float]] = []  # by ascending error
+    for place in sorted(measured, reverse=True):
+        if place == last:
+            continue
+        cost = math.log(max(_finite(measured[place]), NO_LESS))
+        if known:  # noise must not make a narrower layer cheaper
+            cost = max(cost, known[-1][1])
+        if not known or logs[place] > known[-1][0]:
+            known.append((logs[place], cost))
     if not known:
-        return [0.0] * len(widths)
-    places = [math.log(1 - widths[place] / full) for place, _ in known][::-1]
-    costs = [_finite(cost) for _, cost in known][::-1]
-    for narrower in range(1, len(costs)):  # noise must not make a narrower layer cheaper
-        costs[narrower] = max(costs[narrower], costs[narrower - 1])
-    logs = [math.log(max(cost, NO_LESS)) for cost in costs]
-    found = [
-        math.exp(min(_on_line(places, logs, math.log(1 - width / full)), MOST_LOG))
-        for width in widths[:-1]
-    ]
+        return [0.0] * len(errors)
+    found = [math.exp(min(_on_line(known, at), MOST_LOG)) for at in logs[:last]]
+    for place in range(last - 2, -1, -1):
+        found[place] = max(found[place], found[place + 1])
     return [*found, 0.0]
 
 
-def _on_line(places: Sequence[float], values: Sequence[float], at: float) -> float:
-    """The value at a place on the line through the two nearest known ones, or of slope 1 through a single one."""
-    if len(places) == 1:
-        return values[0] + (at - places[0])
-    after = min(max(bisect.bisect(places, at), 1), len(places) - 1)
-    if places[after] == places[after - 1]:
-        return values[after]
-    slope = (values[after] - values[after - 1]) / (places[after] - places[after - 1])
-    return values[after] + slope * (at - places[after])
+def _on_line(known: Sequence[tuple[float, float]], at: float) -> float:
+    """The value at a place: between the two known ones around it, or of slope 1 from the nearest one."""
+    after = bisect.bisect([place for place, _ in known], at)
+    if after in (0, len(known)):
+        place, value = known[min(after, len(known) - 1)]
+        return value + at - place
+    (left, low), (right, high) = known[after - 1], known[after]
+    return low + (at - left) * (high - low) / (right - left)
 
 
 def _finite(cost: float) -> float:
@@ -339,7 +357,8 @@ class _Trial:
 
 def _search_ragged(trial: _Trial, candidates: Candidates, subject: Subject) -> dict[str, _Tried]:
     """Measure even widths and the solver's, then the solver's with the costs of one region after another scaled."""
-    starts = {SEARCH: candidates.by_costs([1.0] * REGIONS)}
+    best = candidates.by_costs([1.0] * REGIONS)
+    starts = {SEARCH: best, f"{SEARCH} 0.5": candidates.halfway(best)}
     if (even := candidates.even()) is not None:
         starts = {UNIFORM: even, **starts}
     with trial.measuring(len(starts) + REGIONS * len(SCALES)) as measure:

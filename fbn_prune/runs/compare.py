@@ -290,7 +290,7 @@ def _cuts(
         for count in set(counts.values())
     }
     blocks = on.data.calibrating if on.matched is None else on.matched.blocks
-    cuts, notes = try_cuts(
+    tried = try_cuts(
         on.adapter,
         blocks.batches(prepared.batch_tokens),
         {
@@ -307,9 +307,9 @@ def _cuts(
         scratch=scratch,
         clock=clock,
     )
-    for line in notes:
+    for line in tried.notes:
         clock.note(line)
-    return cuts
+    return dict(tried.cuts)
 
 
 def _perplexity(
