@@ -56,25 +56,28 @@ def test_the_solver_finds_the_cheapest_choice(data: st.DataObject) -> None:
 
 
 @given(
-    st.lists(st.integers(1, 99), min_size=1, max_size=12, unique=True),
+    st.lists(st.floats(1e-4, 1), min_size=1, max_size=12, unique=True),
     st.lists(st.floats(0, 50), min_size=3, max_size=3),
     st.data(),
 )
 @settings(max_examples=60, deadline=None)
 def test_costs_between_measured_ones_fall_with_the_width(
-    narrow: list[int], found: list[float], data: st.DataObject
+    errors: list[float], found: list[float], data: st.DataObject
 ) -> None:
-    widths = [*sorted(narrow), 100]
-    places = data.draw(
-        st.lists(st.integers(0, len(narrow) - 1), min_size=1, max_size=3, unique=True)
-    )
+    errors = [*sorted(errors, reverse=True), 0.0]
+    narrow = len(errors) - 1
+    places = data.draw(st.lists(st.integers(0, narrow - 1), min_size=1, max_size=3, unique=True))
     # As measured costs do, apart from noise, those here fall with the width.
     measured = dict(zip(sorted(places), sorted(found[: len(places)], reverse=True), strict=True))
-    costs = _interpolated(widths, measured)
+    costs = _interpolated(errors, measured)
     assert costs[-1] == 0
     assert all(cost >= wider - 1e-12 for cost, wider in itertools.pairwise(costs))
     for place, cost in measured.items():
         assert costs[place] == pytest.approx(max(cost, 1e-9), rel=1e-6)
+
+
+def test_beyond_measured_widths_costs_are_in_proportion_to_the_error() -> None:
+    assert _interpolated([0.4, 0.2, 0.05, 0.0], {1: 3.0}) == pytest.approx([6.0, 3.0, 0.75, 0.0])
 
 
 def test_a_grid_has_the_even_width_and_the_full_one() -> None:
