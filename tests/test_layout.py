@@ -20,7 +20,7 @@ from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.streaming import SpilledCuts
 from fbn_prune.model.surgery import MlpCut
-from fbn_prune.pruning.layout import _surely_less, tried_every
+from fbn_prune.pruning.layout import surely_less, tried_every
 from fbn_prune.recipe import parse_count, parse_size
 from fbn_prune.runs import layout as layout_of_run
 from fbn_prune.runs.budget import ModelSize
@@ -298,10 +298,10 @@ def test_a_rule_must_surely_beat_the_even_split() -> None:
     even = torch.linspace(1, 3, 400, dtype=torch.float64)
     noise = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     noise -= noise.mean()
-    assert _surely_less(even - 0.2 + noise, even)  # four standard errors
-    assert not _surely_less(even - 0.05 + noise, even)  # one
-    assert not _surely_less(even, even)
-    assert not _surely_less(even + 0.1, even)
+    assert surely_less(even - 0.2 + noise, even)  # four standard errors
+    assert not surely_less(even - 0.05 + noise, even)  # one
+    assert not surely_less(even, even)
+    assert not surely_less(even + 0.1, even)
 
 
 @pytest.mark.parametrize(("tokens", "every"), [(100, 2), (24_576, 3), (131_072, 8), (10**7, 8)])

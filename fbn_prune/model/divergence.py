@@ -21,6 +21,9 @@ from fbn_prune.model.layerwise import LayerwiseForward
 from fbn_prune.model.surgery import MlpCut
 from fbn_prune.progress import Advance
 
+DIGITS = 5
+"""Digits of a divergence that are kept."""
+
 EVERY = 2
 """Measure at every second token: neighbours tell nearly the same, and the logits cost as much as many layers."""
 
@@ -48,8 +51,8 @@ class DenseReference:
 
     def divergence(
         self, cuts: Sequence[MlpCut] | None, advance: Advance, left_out: Collection[int] = ()
-    ) -> float:
-        """Return the divergence of the model with all these cuts, one for each layer, in nats a token.
+    ) -> Tensor:
+        """Return the divergence of the model with all these cuts, one for each layer: float64 [tokens], in nats.
 
         Without cuts, the layers keep all neurons.
 
@@ -60,15 +63,17 @@ class DenseReference:
             nullcontext() if cuts is None else self._adapter.trying(cuts, round_to=self._round_to),
         ):
             forward = self._past_all_layers()
-        advance(self._tokens)
-        return self._means([[forward.hidden[index] for index in range(len(self._batches))]])[0]
+        advance(sum(batch.tokens for batch in self._batches))
+        hidden = [forward.hidden[index] for index in range(len(self._batches))]
+        (apart,) = self._apart([hidden], every=1)
+        return distributed.joined_rows(apart)
 
     def alone(
         self, entries: Sequence[Sequence[MlpCut]], advance: Advance, *, leave_out: bool = False
     ) -> Iterator[list[float]]:
-        """For each layer, the divergences of the model with this layer alone cut, one for each entry.
+        """For each layer, the mean divergences of the model with this layer alone cut, one for each entry.
 
-        With `leave_out`, a last one is that of the model without the layer.
+        They are measured on half of the batches. With `leave_out`, a last one is that of the model without the layer.
 
         Parameters
         ----------
@@ -78,8 +83,9 @@ class DenseReference:
             Called with the number of tokens after each entry of a layer.
         """
         adapter = self._adapter
-        dense = LayerwiseForward(adapter, self._batches)
-        indices = range(len(self._batches))
+        half = self._batches[: -(-len(self._batches) // 2)]
+        dense = LayerwiseForward(adapter, half)
+        indices = range(len(half))
         for layer in range(adapter.num_layers):
             found: list[list[Tensor]] = []
             for cuts in entries:
@@ -93,14 +99,10 @@ class DenseReference:
                         [dense.through(above, hidden[index], index) for index in indices]
                         for hidden in found
                     ]
-            measured = self._means(found)
-            advance(self._tokens * len(found))
+            measured = [_mean(apart) for apart in self._apart(found, every=EVERY)]
+            advance(sum(batch.tokens for batch in half) * len(found))
             dense.advance()
             yield measured
-
-    @property
-    def _tokens(self) -> int:
-        return sum(batch.tokens for batch in self._batches)
 
     def _past_all_layers(self) -> LayerwiseForward:
         forward = LayerwiseForward(self._adapter, self._batches)
@@ -109,26 +111,32 @@ class DenseReference:
         return forward
 
     @torch.inference_mode()
-    def _means(self, changed: Sequence[Sequence[Tensor]]) -> list[float]:
-        """The mean divergence of each model, from its outputs of the last layer for each batch.
+    def _apart(self, changed: Sequence[Sequence[Tensor]], *, every: int) -> list[Tensor]:
+        """The divergence of each model at every n-th of this process's tokens, from its outputs of the last layer.
 
-        The dense model's logits are computed once for all models. The mean is over the tokens of all processes.
+        The outputs are given for each of the first batches; the dense model's logits are computed once for all models.
         """
-        totals, count = [0.0] * len(changed), 0
-        for index, (dense, batch) in enumerate(zip(self._dense, self._batches, strict=True)):
+        found: list[list[Tensor]] = [[torch.zeros(0, dtype=torch.float64)] for _ in changed]
+        for index in range(len(changed[0]) if changed else 0):
             # One block at a time: the logits of a batch can be the largest tensor of the run.
-            for block, valid in enumerate(batch.valid):
-                measured = valid.nonzero().flatten()[::EVERY].to(dense.device)
+            for block, valid in enumerate(self._batches[index].valid):
+                dense = self._dense[index]
+                measured = valid.nonzero().flatten()[::every].to(dense.device)
                 expected = self._predictions(dense, block, measured)
                 weights = expected.exp()
                 for model, outputs in enumerate(changed):
                     apart = expected - self._predictions(outputs[index], block, measured)
-                    totals[model] += float((weights * apart).sum(-1).double().sum())
-                count += len(measured)
-        *totals, tokens = distributed.total(*totals, count)
-        return [total / tokens for total in totals]
+                    found[model].append((weights * apart).sum(-1).double().cpu())
+        return [torch.cat(each) for each in found]
 
     def _predictions(self, hidden: Tensor, block: int, positions: Tensor) -> Tensor:
         """The log-probabilities at some positions of a block, [positions, vocabulary], from [blocks, length, d]."""
         chosen = hidden[block : block + 1, positions.to(hidden.device)]
         return self._forward.logits(chosen)[0].float().log_softmax(-1)
+
+
+def _mean(apart: Tensor) -> float:
+    """The mean over the tokens of all processes."""
+    total, tokens = distributed.total(float(apart.sum()), len(apart))
+    # The order of the sums differs with the number of processes; what is decided by them must not.
+    return float(format(total / tokens, f".{DIGITS}g"))

@@ -154,7 +154,7 @@ def choose_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -
     candidates = _candidates(subject, request, rules, clock)
     dense, losses = _trials(subject, candidates, trying, clock)
     trials = {name: float((found - dense).mean()) for name, found in losses.items()}
-    better = [name for name in losses if _surely_less(losses[name], losses[UNIFORM])]
+    better = [name for name in losses if surely_less(losses[name], losses[UNIFORM])]
     best = min(better, key=trials.__getitem__, default=UNIFORM)
     if request.layout == "auto" and trials[best] > (1 - RAGGED_GAIN) * trials[UNIFORM]:
         best = UNIFORM
@@ -194,7 +194,7 @@ def _candidates(
     return candidates
 
 
-def _surely_less(losses: Tensor, others: Tensor) -> bool:
+def surely_less(losses: Tensor, others: Tensor) -> bool:
     """Whether the mean loss is lower by more than the sampling error."""
     difference = losses - others
     doubt = SURE_ERRORS * float(difference.std()) / math.sqrt(len(difference))

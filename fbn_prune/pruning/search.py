@@ -23,10 +23,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import overload
 
+from torch import Tensor
+
 from fbn_prune import distributed
 from fbn_prune.data.calibration import Batch
 from fbn_prune.errors import InvalidInput, counted
-from fbn_prune.model.divergence import DenseReference
+from fbn_prune.model.divergence import DIGITS, DenseReference
 from fbn_prune.model.surgery import MlpCut
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.allocation import member_scores
@@ -39,6 +41,7 @@ from fbn_prune.pruning.layout import (
     LayoutRequest,
     Subject,
     even_layout,
+    surely_less,
     tried_every,
 )
 
@@ -47,8 +50,9 @@ SEARCH = "search"
 LEVELS = 16
 """Widths of each layer in the library, evenly spaced."""
 
-COST_TOKENS = 1024
-"""Tokens on which divergences are measured; the same ones for all models, so few are enough to compare them."""
+TRIED_TOKENS = 2048
+"""Tokens on which the divergence of candidates is measured, and on half of them the costs of single layers; the same
+ones for all models, so few are enough to compare them."""
 
 NARROW = 0.6
 """Costs are measured at this part of the budget's share, and halfway between that share and all neurons."""
@@ -157,10 +161,10 @@ def search_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -
     """Choose the widths of a request by the divergence that they cost.
 
     The trials of the result are divergences from the dense model in nats a token. The even widths are kept unless
-    others are better; with the layout `auto`, by a tenth at least. `search` holds `predicted`, the divergence that the
-    sum of costs gives for the chosen widths, multiplied by how far that sum was off for the first candidate; `share`,
-    how much of the neurons (and of what layers have besides, in neurons) stays; and `curve`, pairs of such a share and
-    the divergence predicted for it.
+    others are surely better; with the layout `auto`, by a tenth at least. `search` holds `predicted`, the divergence
+    that the sum of costs gives for the chosen widths, multiplied by how far that sum was off for the first candidate;
+    `share`, how much of the neurons (and of what layers have besides, in neurons) stays; and `curve`, pairs of such a
+    share and the divergence predicted for it.
 
     Raises
     ------
@@ -173,7 +177,7 @@ def search_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -
             "a search of widths needs at least two blocks of calibration text: give more text, or use --layout uniform"
         )
     library = _library(subject, shaping.batches(subject.batch_tokens), request, clock)
-    few = trying.subset(COST_TOKENS).batches(1)  # single blocks, which several processes can share
+    few = trying.subset(TRIED_TOKENS).batches(1)  # single blocks, which several processes can share
     with clock.stage("dense outputs"):
         reference = DenseReference(subject.adapter, few, subject.options.round_to)
     tokens = sum(batch.tokens for batch in distributed.share(few))
@@ -182,9 +186,11 @@ def search_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -
     search = _search_equal if request.layout == UNIFORM else _search_ragged
     tried = search(_Trial(library, reference, tokens, clock), candidates, subject)
     best = min(tried, key=lambda name: tried[name].divergence)
-    needed = 1 - RAGGED_GAIN if request.layout == "auto" else 1.0
-    if UNIFORM in tried and tried[best].divergence >= needed * tried[UNIFORM].divergence:
-        best = UNIFORM
+    if (even := tried.get(UNIFORM)) is not None and best != UNIFORM:
+        needed = 1 - RAGGED_GAIN if request.layout == "auto" else 1.0
+        sure = surely_less(tried[best].by_token, even.by_token)
+        if not sure or tried[best].divergence > needed * even.divergence:
+            best = UNIFORM
     first = next(iter(tried.values()))
     summed = candidates.summed(first.widths)
     off = first.divergence / summed if summed > 0 else 1.0
@@ -249,7 +255,7 @@ def _measured_costs(
     if not library.cuts:
         entries = []
     costs: list[Costs] = []
-    total = (len(entries) + leave_out) * len(library.widths) * tokens
+    total = (len(entries) + leave_out) * len(library.widths) * (tokens // 2)
     with clock.stage("costs of widths", total, "tokens") as advance:
         for layer, found in enumerate(reference.alone(entries, advance, leave_out=leave_out)):
             without = _finite(found.pop()) if leave_out else HOPELESS
@@ -322,6 +328,7 @@ class _Tried:
 
     widths: list[int]
     divergence: float
+    by_token: Tensor
 
 
 class _Trial:
@@ -347,9 +354,10 @@ class _Trial:
                 cuts = None
                 if self._library.cuts:
                     cuts = self._library.chosen(self._library.levels(widths))
-                found = _finite(self._reference.divergence(cuts, advance, left_out))
+                apart = self._reference.divergence(cuts, advance, left_out)
+                found = float(format(_finite(float(apart.mean())), f".{DIGITS}g"))
                 best = all(found < each.divergence for each in self.tried.values())
-                self.tried[name] = _Tried(widths, found)
+                self.tried[name] = _Tried(widths, found, apart)
                 return best
 
             yield measure

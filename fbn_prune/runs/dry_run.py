@@ -29,7 +29,7 @@ from fbn_prune.pruning.allocation import (
     uniform_widths,
 )
 from fbn_prune.pruning.layout import MOST_TRIED_EVERY, STRENGTHS, TRIAL_TOKENS
-from fbn_prune.pruning.search import COST_TOKENS, PLACES, REGIONS, SCALES
+from fbn_prune.pruning.search import PLACES, REGIONS, SCALES, TRIED_TOKENS
 from fbn_prune.pruning.sensitivity import GRADIENT_TOKENS
 from fbn_prune.runs.budget import Budget
 from fbn_prune.runs.memory import free_memory
@@ -197,8 +197,8 @@ def token_passes(prepared: Prepared) -> tuple[float, float]:
     width = prepared.neurons / prepared.layers
     more = 2 * width * (1 + by_loss + tried + searched)
     if searched:  # each cost takes the layers above, half of them on average
-        measured = PLACES * prepared.layers // 2 + 2 + REGIONS * len(SCALES)
-        passed += min(recipe.tokens, COST_TOKENS) * measured
+        measured = PLACES * prepared.layers // 4 + 3 + REGIONS * len(SCALES)
+        passed += min(recipe.tokens, TRIED_TOKENS) * measured
     if recipe.needs_networks and prepared.networks is None:
         sampled = min(recipe.network_tokens, recipe.tokens)
         once = prepared.memory.streamed or prepared.memory.keep_activations
