@@ -154,8 +154,8 @@ class TriedCuts(Generic[Name]):
     notes
         One line for each change of damping.
     errors
-        For each layer, about the relative error of its output (:func:`fbn_prune.pruning.prediction.rough_errors`); NaN
-        if they were not asked for.
+        For each layer, the error of its output (:func:`fbn_prune.pruning.prediction.rough_errors`); NaN if they were
+        not asked for.
     """
 
     cuts: Mapping[Name, SpilledCuts]

@@ -60,25 +60,18 @@ def relative_error(evidence: LayerEvidence, cut: MlpCut) -> float:
 
 
 def rough_errors(evidence: LayerEvidence, cuts: Sequence[MlpCut]) -> list[float]:
-    """Return about :func:`relative_error` for many cuts of a layer, in float32 and without changes of the bias.
+    """Return E||y - y'||² for many cuts of a layer, in float32 and without changes of the bias.
 
-    With a loss root, errors and outputs are weighed by their effect on the loss.
+    With a loss root R it is E||R (y - y')||², the rise of the loss to second order.
     """
     root = evidence.loss_root
-    weight = evidence.weight if root is None else root @ evidence.weight
     gram = evidence.gram.float()
-
-    def energy(of: Tensor) -> float:
-        rough = of.float()
-        return float(((rough @ gram) * rough).sum(dtype=torch.float64))
-
     found: list[float] = []
-    whole = energy(weight)
     for cut in cuts:
-        new = cut.down_weight.to(evidence.weight)
-        difference = weight.clone()
-        difference[:, cut.kept.to(weight.device)] -= new if root is None else root @ new
-        found.append(energy(difference) / whole if whole > 0 else 0.0)
+        difference = evidence.weight.clone()
+        difference[:, cut.kept.to(difference.device)] -= cut.down_weight.to(difference)
+        rough = (difference if root is None else root @ difference).float()
+        found.append(float(((rough @ gram) * rough).sum(dtype=torch.float64)))
     return found
 
 

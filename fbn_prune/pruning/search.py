@@ -45,7 +45,7 @@ from fbn_prune.pruning.layout import (
     tried_every,
 )
 
-SEARCH = "search"
+SEARCH, LOSS = "search", "loss"
 
 LEVELS = 16
 """Widths of each layer in the library, evenly spaced."""
@@ -97,7 +97,8 @@ class Library:
         For each level of the grid, one cut for each layer; a layer with fewer widths repeats its last one. Empty if
         layers are full or left out.
     errors
-        For each layer the relative error of its output at each width of its grid.
+        For each layer the error of its output at each width of its grid, see
+        :func:`fbn_prune.pruning.prediction.rough_errors`.
     """
 
     widths: list[list[int]]
@@ -184,7 +185,11 @@ def search_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -
     costs = _measured_costs(library, reference, request, tokens, clock)
     candidates = Candidates(request, library.widths, costs)
     search = _search_equal if request.layout == UNIFORM else _search_ragged
-    tried = search(_Trial(library, reference, tokens, clock), candidates, subject)
+    by_loss = None
+    if subject.options.loss_aware and library.errors and not request.rest:
+        rises = [Costs(errors, HOPELESS) for errors in library.errors]
+        by_loss = Candidates(request, library.widths, rises)
+    tried = search(_Trial(library, reference, tokens, clock), candidates, by_loss)
     best = min(tried, key=lambda name: tried[name].divergence)
     if (even := tried.get(UNIFORM)) is not None and best != UNIFORM:
         needed = 1 - RAGGED_GAIN if request.layout == "auto" else 1.0
@@ -363,10 +368,18 @@ class _Trial:
             yield measure
 
 
-def _search_ragged(trial: _Trial, candidates: Candidates, subject: Subject) -> dict[str, _Tried]:
-    """Measure even widths and the solver's, then the solver's with the costs of one region after another scaled."""
+def _search_ragged(
+    trial: _Trial, candidates: Candidates, by_loss: Candidates | None
+) -> dict[str, _Tried]:
+    """Measure even widths and the solver's, then the solver's with the costs of one region after another scaled.
+
+    `by_loss` has the rise of the loss to second order as costs; its widths are measured too.
+    """
     best = candidates.by_costs([1.0] * REGIONS)
     starts = {SEARCH: best, f"{SEARCH} 0.5": candidates.halfway(best)}
+    if by_loss is not None:
+        best = by_loss.by_costs([1.0])
+        starts |= {LOSS: best, f"{LOSS} 0.5": by_loss.halfway(best)}
     if (even := candidates.even()) is not None:
         starts = {UNIFORM: even, **starts}
     with trial.measuring(len(starts) + REGIONS * len(SCALES)) as measure:
@@ -384,7 +397,9 @@ def _search_ragged(trial: _Trial, candidates: Candidates, subject: Subject) -> d
     return trial.tried
 
 
-def _search_equal(trial: _Trial, candidates: Candidates, subject: Subject) -> dict[str, _Tried]:
+def _search_equal(
+    trial: _Trial, candidates: Candidates, by_loss: Candidates | None
+) -> dict[str, _Tried]:
     """Measure models of equal widths with fewer and fewer layers, from the number that the costs predict."""
     models = candidates.with_fewer_layers()
     predicted = min(range(len(models)), key=lambda index: models[index].cost)
