@@ -299,3 +299,15 @@ def test_a_table_given_in_python_says_what_to_do() -> None:
     ):
         with pytest.raises(InvalidInput, match=words):
             as_source(given, tokens=10)
+
+
+def test_a_local_table_is_read_without_a_word_to_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    datasets.Dataset.from_list([{"text": "of parquet"}]).to_parquet(tmp_path / "p.parquet")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("socket.getaddrinfo", lambda host, *_, **__: asked.append(host) or [])
+    assert documents(tmp_path / "p.parquet")[0] == ["of parquet"]
+    assert asked == []
+    assert datasets.config.HF_UPDATE_DOWNLOAD_COUNTS

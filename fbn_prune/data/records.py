@@ -195,6 +195,9 @@ def _table(path: Path, kind: str) -> Iterator[Record]:
     # It logs what it then raises, which would be a second line beside the refusal.
     logger = logging.getLogger(f"datasets.packaged_modules.{kind}.{kind}")
     was_disabled, logger.disabled = logger.disabled, True
+    # It would tell the Hub that a file was read, and without a network wait for it.
+    counted = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
         # The path is a pattern to `datasets`, and brackets are common in names.
         rows = datasets.load_dataset(
@@ -211,3 +214,4 @@ def _table(path: Path, kind: str) -> Iterator[Record]:
         ) from None
     finally:
         logger.disabled = was_disabled
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counted
