@@ -263,9 +263,15 @@ class ExpertBlock:
 
     def _count_attributes(self) -> list[tuple[Any, str]]:
         """The modules' attributes with the number of experts and with top-k."""
-        modules = [self.parent, self.experts, *(self._counted(name)[0] for name in self.family.counted)]
+        modules = [
+            self.parent,
+            self.experts,
+            *(self._counted(name)[0] for name in self.family.counted),
+        ]
         found = [(module, name) for module in modules for name in ("num_experts", "top_k")]
-        return [(module, name) for module, name in found if isinstance(getattr(module, name, None), int)]
+        return [
+            (module, name) for module, name in found if isinstance(getattr(module, name, None), int)
+        ]
 
     def _keep_rows(self, kept: Tensor) -> None:
         """Leave the router the rows of the experts `kept`."""

@@ -187,7 +187,16 @@ def refitted(
                 rows, gated = _gated(block, routed, expert, cut, number)
                 if not len(rows):
                     continue
-                new = _solved(start[number], weights[number], gated, lacking[rows], rows, routed, expert, damping)
+                new = _solved(
+                    start[number],
+                    weights[number],
+                    gated,
+                    lacking[rows],
+                    rows,
+                    routed,
+                    expert,
+                    damping,
+                )
                 change = (new - weights[number]).float()
                 lacking.index_add_(0, rows, -(gated @ change.T))
                 weights[number] = new
@@ -238,9 +247,7 @@ def _solved(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DampingWarning)
         share = refit_share(damping, count, start.shape[1])
-        return second_order.refit(
-            start, gram, every, damping=share, missing=missing
-        )
+        return second_order.refit(start, gram, every, damping=share, missing=missing)
 
 
 def whole(block: ExpertBlock, experts: Sequence[int] | Tensor) -> ExpertsCut:

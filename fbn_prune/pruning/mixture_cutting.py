@@ -131,7 +131,9 @@ def cut_experts(
                     f"NaN or Inf among what the experts of layer {layer} read: the checkpoint is damaged, or the "
                     "compute type overflows (try --dtype float32)"
                 )
-            block.check(Routed(tokens.hidden[:_CHECKED], tokens.index[:_CHECKED], tokens.gates[:_CHECKED]))
+            block.check(
+                Routed(tokens.hidden[:_CHECKED], tokens.index[:_CHECKED], tokens.gates[:_CHECKED])
+            )
             for name, plan in plans.items():
                 cut, error, few = cut_block(block, tokens, plan, options, layer=layer)
                 done[name].cuts.append(cut)
@@ -142,9 +144,7 @@ def cut_experts(
     return made, forward.forward_seconds
 
 
-def _recorded(
-    forward: LayerwiseForward, block: ExpertBlock, batches: Sequence[Batch]
-) -> Routed:
+def _recorded(forward: LayerwiseForward, block: ExpertBlock, batches: Sequence[Batch]) -> Routed:
     """Run the next layer on all batches and return what its router sends to the experts, without padding."""
     parts = []
     for index, batch in enumerate(batches):

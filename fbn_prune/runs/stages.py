@@ -142,6 +142,11 @@ def measuring_dense(run: OpenRun, batches: Sequence[Batch]) -> Iterator[None]:
         raise damage(run.adapter, batches) from None
 
 
+def no_better_than_guessing(perplexity: float, vocabulary: int) -> bool:
+    """Whether a perplexity is near the vocabulary's size, or above it."""
+    return not perplexity < GUESSING * vocabulary
+
+
 def refuse_guessing(run: OpenRun, perplexity: float) -> None:
     """Refuse a dense model that predicts no better than a uniform guess, unless the recipe allows it.
 
@@ -151,7 +156,7 @@ def refuse_guessing(run: OpenRun, perplexity: float) -> None:
         The perplexity is near the vocabulary's size, or above it.
     """
     vocabulary = run.prepared.family.vocab_size(run.prepared.checkpoint.config)
-    if perplexity < GUESSING * vocabulary or run.prepared.recipe.allow_untrained:
+    if not no_better_than_guessing(perplexity, vocabulary) or run.prepared.recipe.allow_untrained:
         return
     raise InvalidInput(
         f"{run.prepared.recipe.model}: the unpruned model's perplexity is {perplexity:,.0f} with a vocabulary of "

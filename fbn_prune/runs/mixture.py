@@ -1,0 +1,399 @@
+"""The main job on a mixture of experts: calibrate, cut the experts, measure, write.
+
+A mixture is pruned in memory, in one process. What the main job can do with other models and not with these is refused
+by name before any work.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fbn_prune import distributed
+from fbn_prune.data.calibration import Batch, CalibrationData, calibration_data
+from fbn_prune.errors import FbnPruneError, InvalidInput
+from fbn_prune.export.card import CardFacts, model_card, source_license
+from fbn_prune.export.directory import atomic_directory
+from fbn_prune.export.mixture_writer import KEPT_EXPERTS, save_kept_experts, write_mixture
+from fbn_prune.export.published import public_name
+from fbn_prune.export.report.facts import RESULT_NAME
+from fbn_prune.export.shards import write_json
+from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.mixture_adapter import MixtureAdapter
+from fbn_prune.model.mixture_checkpoint import load_mixture, open_mixture, storage_dtype
+from fbn_prune.model.mixture_family import MixtureFamily
+from fbn_prune.model.perplexity import NonFiniteLogits, perplexity
+from fbn_prune.progress import StageClock
+from fbn_prune.pruning.criteria import CRITERIA, NEED_NETWORKS
+from fbn_prune.pruning.evidence import CutOptions
+from fbn_prune.pruning.mixture_cutting import CutExperts, MixturePlan, cut_experts
+from fbn_prune.recipe import Recipe, parse_size
+from fbn_prune.runs.early_checks import check_places
+from fbn_prune.runs.result import PruneResult, peak_memory_bytes, tool_version
+from fbn_prune.runs.second_run import output_locked
+from fbn_prune.runs.setup import MAX_CONTEXT, check_context, chosen_device, chosen_dtype
+from fbn_prune.runs.stages import no_better_than_guessing
+
+BATCH_TOKENS = 8192
+"""Tokens of a forward batch."""
+
+WIDE = 512
+"""Experts of this width and more are cut to multiples of 64, which fast kernels want; narrower ones of 8."""
+
+_REFUSED = (
+    "keep_networks",
+    "networks_from",
+    "report_networks",
+    "head_sparsity",
+    "task",
+    "target_params",
+    "target_size",
+    "layout",
+    "widths",
+    "keep_layers",
+    "loss_aware",
+    "sequential",
+    "recover",
+    "vocabulary",
+    "memory_budget",
+    "keep_unused_tensors",
+)
+"""Keys of what is not done on mixtures."""
+
+
+@dataclass(frozen=True)
+class OpenMixture:
+    """A mixture's open checkpoint, its calibration data and its model in memory."""
+
+    recipe: Recipe
+    checkpoint: Checkpoint
+    family: MixtureFamily
+    data: CalibrationData
+    adapter: MixtureAdapter
+    clock: StageClock
+
+    @property
+    def options(self) -> CutOptions:
+        """Settings of the cuts."""
+        recipe = self.recipe
+        return CutOptions(
+            sequential=False,
+            damping=recipe.damping,
+            refit_damping=recipe.refit_damping,
+            seed=recipe.seed,
+            round_to=storage_dtype(self.checkpoint),
+        )
+
+    @property
+    def calibrating(self) -> list[Batch]:
+        """Batches of the calibration text."""
+        return self.data.calibrating.batches(BATCH_TOKENS)
+
+    def cuts(self, plans: dict[str, MixturePlan]) -> tuple[dict[str, CutExperts], float]:
+        """Make the cuts of several plans, and note what the user should know of them."""
+        made, seconds = cut_experts(
+            self.adapter, self.calibrating, plans, self.options, clock=self.clock
+        )
+        for line in dict.fromkeys(line for cuts in made.values() for line in cuts.lines()):
+            self.clock.note(f"warning: {line}")
+        return made, seconds
+
+    def perplexity(self, stage: str) -> float:
+        """Return the held-out perplexity of the model as it is now.
+
+        Raises
+        ------
+        NonFiniteLogits
+            The model outputs NaN or Inf.
+        """
+        held_out = self.data.held_out
+        with self.clock.stage(stage, held_out.tokens, "tokens") as advance:
+            return perplexity(self.adapter, held_out.batches(BATCH_TOKENS), advance)
+
+    def dense_perplexity(self) -> float:
+        """Measure the uncut model, and refuse one that is no better than guessing.
+
+        Raises
+        ------
+        InvalidInput
+            It is not, or its logits are not finite.
+        """
+        try:
+            found = self.perplexity("dense perplexity")
+        except NonFiniteLogits:
+            raise InvalidInput(
+                f"{self.recipe.model}: the unpruned model outputs NaN or Inf: the checkpoint is damaged, or the compute "
+                "type overflows (try --dtype float32)"
+            ) from None
+        vocabulary = self.family.vocab_size(self.checkpoint.config)
+        if no_better_than_guessing(found, vocabulary) and not self.recipe.allow_untrained:
+            raise InvalidInput(
+                f"{self.recipe.model}: the unpruned model's perplexity is {found:,.0f} with a vocabulary of "
+                f"{vocabulary:,} tokens, no better than guessing: allow_untrained (--allow-untrained) goes on all the same"
+            )
+        return found
+
+
+def refuse_for_mixtures(recipe: Recipe) -> None:
+    """Refuse what is not done on mixtures of experts.
+
+    Raises
+    ------
+    InvalidInput
+        The recipe asks for it.
+    """
+    if distributed.world() > 1:
+        raise InvalidInput(
+            "mixtures of experts are pruned in one process: start it without torchrun"
+        )
+    for key in _REFUSED:
+        value = getattr(recipe, key)
+        if value != type(recipe).model_fields[key].default:
+            raise InvalidInput(
+                f"{key} = {value}: not done on mixtures of experts: leave it out (docs/mixtures.md says what is)"
+            )
+    if recipe.criterion not in CRITERIA or recipe.criterion in NEED_NETWORKS:
+        raise InvalidInput(
+            f"criterion = {recipe.criterion}: not done on mixtures of experts: choose another"
+        )
+
+
+def open_mixture_run(recipe: Recipe, clock: StageClock) -> OpenMixture:
+    """Check everything that a recipe names, read its text and load its model.
+
+    Raises
+    ------
+    InvalidInput
+        Something cannot be used, or is not done on mixtures of experts.
+    """
+    refuse_for_mixtures(recipe)
+    checkpoint = open_mixture(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    family = checkpoint.family
+    assert isinstance(family, MixtureFamily)
+    check_places(recipe, checkpoint.path, checkpoint.total_bytes)
+    device = chosen_device(recipe.device)
+    dtype = chosen_dtype(recipe.dtype, device, storage_dtype(checkpoint))
+    longest = family.context_length(checkpoint.config)
+    check_context(recipe, longest)
+    if recipe.experts is not None:
+        family.check_count(recipe.experts)
+    with clock.stage("calibration"):
+        data = calibration_data(
+            recipe.calibration,
+            checkpoint.load_tokenizer(),
+            tokens=recipe.tokens,
+            context=recipe.context or min(longest, MAX_CONTEXT),
+            held_out=recipe.held_out,
+            seed=recipe.seed,
+            vocabulary=family.vocab_size(checkpoint.config),
+            note=clock.note,
+        )
+    with clock.stage("load"):
+        adapter = load_mixture(checkpoint, device, dtype)
+    return OpenMixture(recipe, checkpoint, family, data, adapter, clock)
+
+
+def width_for(family: MixtureFamily, kept: float, multiple: int | None) -> int:
+    """Return the width of the experts that keeps about this share of their neurons.
+
+    Parameters
+    ----------
+    multiple
+        Widths are multiples of this. Default: 64, or 8 for narrower experts than :data:`WIDE`.
+
+    Raises
+    ------
+    InvalidInput
+        An expert is narrower than the multiple, or the config can state no width but the present one.
+    """
+    full = family.expert_width
+    multiple = multiple or min(64 if full >= WIDE else 8, full)
+    widths = [w for w in range(multiple, full, multiple) if family.states_width(w)]
+    if not widths:
+        raise InvalidInput(
+            f"width_multiple = {multiple}: no multiple of it is a width for experts of {full} neurons: lower it"
+        )
+    return min(widths, key=lambda width: (abs(width - kept * full), width))
+
+
+def plan_of(recipe: Recipe, family: MixtureFamily) -> MixturePlan:
+    """Return how a recipe cuts a mixture.
+
+    Raises
+    ------
+    InvalidInput
+        It does not say, or says what the model does not allow.
+    """
+    if recipe.stated_budget is None:
+        raise InvalidInput(
+            f"{recipe.model} is a mixture of experts: give --sparsity (neurons of each expert), --experts (whole experts "
+            "to keep in each layer), or both"
+        )
+    count, width = family.count, family.expert_width
+    if recipe.experts is not None:
+        family.check_count(recipe.experts)
+        count = recipe.experts
+    if recipe.sparsity is not None:
+        width = width_for(family, 1 - recipe.sparsity, recipe.width_multiple)
+    return MixturePlan(count, width, recipe.expert_criterion, recipe.criterion)
+
+
+def run_mixture(recipe: Recipe, clock: StageClock) -> PruneResult:
+    """Run the main job on a mixture of experts; without an `output`, nothing is written.
+
+    Raises
+    ------
+    InvalidInput
+        The recipe cannot be used.
+    FbnPruneError
+        The pruned model does not work, or the output cannot be written.
+    """
+    refuse_for_mixtures(recipe)
+    checkpoint = open_mixture(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    assert isinstance(checkpoint.family, MixtureFamily)
+    plan = plan_of(recipe, checkpoint.family)
+    if recipe.output is None:
+        return _run(open_mixture_run(recipe, clock), plan)
+    with output_locked(recipe.output):
+        return _run(open_mixture_run(recipe, clock), plan)
+
+
+def _run(on: OpenMixture, plan: MixturePlan) -> PruneResult:
+    family, adapter, clock, recipe = on.family, on.adapter, on.clock, on.recipe
+    for line in _notes(recipe, family, plan):
+        clock.note(line)
+    before = on.dense_perplexity()
+    made, seconds = on.cuts({"": plan})
+    adapter.cut_experts(made[""].cuts, round_to=on.options.round_to)
+    try:
+        after = on.perplexity("pruned perplexity")
+    except NonFiniteLogits:
+        after = math.inf
+    if not math.isfinite(after):
+        raise FbnPruneError(
+            "the pruned model outputs NaN or Inf: nothing was written; keep more, raise --tokens, or use --dtype float32"
+        )
+    result = _result(on, plan, before, after, seconds, made[""])
+    if recipe.output is not None:
+        _publish(on, made[""], result)
+    result.stages = dict(clock.seconds)
+    result.peak_memory_bytes = peak_memory_bytes()
+    return result
+
+
+def _notes(recipe: Recipe, family: MixtureFamily, plan: MixturePlan) -> list[str]:
+    lines = []
+    if recipe.sparsity is not None:
+        wanted = (1 - recipe.sparsity) * family.expert_width
+        if abs(plan.width - wanted) >= 1:
+            lines.append(
+                f"each expert keeps {plan.width} of {family.expert_width} neurons, the nearest width to {wanted:.0f} that "
+                "the config and --width-multiple allow"
+            )
+    if family.top_k_of(plan.experts) < family.top_k:
+        lines.append(
+            f"a token is sent to {family.top_k_of(plan.experts)} experts instead of {family.top_k}: no more are left"
+        )
+    return lines
+
+
+def _result(
+    on: OpenMixture,
+    plan: MixturePlan,
+    before: float,
+    after: float,
+    seconds: float,
+    made: CutExperts,
+) -> PruneResult:
+    family, recipe, checkpoint = on.family, on.recipe, on.checkpoint
+    layers = len(family.mlp_layers)
+    return PruneResult(
+        model_name=recipe.model,
+        output=None if recipe.output is None else str(recipe.output),
+        criterion=recipe.criterion,
+        parameters_before=checkpoint.total_parameters,
+        parameters_after=checkpoint.total_parameters,
+        bytes_before=checkpoint.total_bytes,
+        bytes_after=checkpoint.total_bytes,
+        perplexity_before=before,
+        perplexity_after=after,
+        perplexity_expected=None,
+        warning="; ".join(made.lines()) or None,
+        neurons_kept=plan.experts * plan.width * layers,
+        neurons_total=family.count * family.expert_width * layers,
+        heads_kept=0,
+        heads_total=0,
+        widths=[plan.width] * layers,
+        width_rule="uniform",
+        layout_trials={},
+        kept_networks=[],
+        ranked_networks=[],
+        calibration_tokens=on.data.calibrating.tokens,
+        held_out_tokens=on.data.held_out.tokens,
+        calibration_fingerprint=on.data.calibrating.fingerprint,
+        task=None,
+        forward_seconds=seconds,
+        peak_memory_bytes=0,
+        experts=(family.count, plan.experts),
+    )
+
+
+def _publish(on: OpenMixture, made: CutExperts, result: PruneResult) -> None:
+    """Write all files of the output; the folder appears at its path when it is complete."""
+    recipe = on.recipe
+    assert recipe.output is not None
+    with (
+        on.clock.stage("export", on.checkpoint.total_bytes, "bytes") as advance,
+        atomic_directory(recipe.output, recipe.overwrite) as folder,
+    ):
+        write_mixture(
+            on.checkpoint,
+            on.adapter,
+            folder,
+            max_shard_size=parse_size(recipe.max_shard_size, "max_shard_size"),
+            progress=advance,
+        )
+        written = open_mixture(folder)
+        result.parameters_after = written.total_parameters
+        result.bytes_after = written.total_bytes
+        save_kept_experts(on.family, made.cuts, folder / KEPT_EXPERTS)
+        (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        write_json(folder / RESULT_NAME, result.lasting())
+        (folder / "README.md").write_text(_card(on, result), encoding="utf-8")
+
+
+def _chosen_by(recipe: Recipe) -> str:
+    words = []
+    if recipe.experts is not None:
+        words.append(f"{recipe.expert_criterion} (experts)")
+    if recipe.sparsity is not None:
+        words.append(f"{recipe.criterion} (neurons)")
+    return " and ".join(words)
+
+
+def _card(on: OpenMixture, result: PruneResult) -> str:
+    recipe, family = on.recipe, on.family
+    assert result.experts is not None
+    sources = ", ".join(map(public_name, recipe.calibration))
+    width, layers = result.widths[0], len(result.widths)
+    facts = CardFacts(
+        base_name=recipe.model,
+        base_hub_id=on.checkpoint.hub_id,
+        criterion=_chosen_by(recipe),
+        widths=(width * result.experts[1],) * layers,
+        widths_before=(family.expert_width * family.count,) * layers,
+        parameters_before=result.parameters_before,
+        parameters_after=result.parameters_after,
+        bytes_before=result.bytes_before,
+        bytes_after=result.bytes_after,
+        calibration=f"{result.calibration_tokens:,} tokens of {sources}",
+        held_out=f"{result.held_out_tokens:,} tokens of {sources} that were kept out of calibration",
+        command="fbn-prune run recipe.yaml --output NEW_FOLDER",
+        version=tool_version(),
+        perplexity_before=result.perplexity_before,
+        perplexity_after=result.perplexity_after,
+        experts=(*result.experts, family.expert_width, width),
+        warning=result.warning,
+        license=source_license(on.checkpoint.folder / "README.md"),
+    )
+    return model_card(facts)
