@@ -11,8 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, Qwen3MoeConfig, Qwen3MoeForCausalLM
-from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
+from transformers import PreTrainedTokenizerBase
+from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import (
+    Qwen3MoeForCausalLM,
+    load_balancing_loss_func,
+)
 
 from builtin_model.train import (
     ADAM_RATE,
@@ -43,7 +47,7 @@ BALANCE = 1e-2
 """Weight of the term that keeps the experts evenly used."""
 
 
-def new_model(seed: int, tokenizer: PreTrainedTokenizerBase) -> Qwen3MoeForCausalLM:
+def new_model(seed: int, tokenizer: PreTrainedTokenizerBase) -> Any:
     """Return an untrained mixture of about 10 million parameters."""
     torch.manual_seed(seed)
     config = Qwen3MoeConfig(

@@ -176,10 +176,10 @@ def _what_was_cut(facts: CardFacts) -> str:
     if facts.experts is not None:
         count, count_after, width, width_after = facts.experts
         return (
-            f"Made from `{_base(facts)}`, a mixture of experts: each of the {len(facts.widths)} layers with experts keeps "
-            f"{count_after} of {count} experts, and each expert {width_after} of {width} neurons. They were chosen by "
-            f"{facts.criterion}, on {facts.calibration}. The router keeps the rows of the experts that stay; shared "
-            "experts, other MLPs, attention, norms and embeddings are unchanged."
+            f"Made from `{_base(facts)}`, a mixture of experts: each of the {len(facts.widths)} layers with experts "
+            f"keeps {count_after} of {count} experts, and each expert {width_after} of {width} neurons. They were "
+            f"chosen by {facts.criterion}, on {facts.calibration}. The router keeps the rows of the experts "
+            "that stay; shared experts, other MLPs, attention, norms and embeddings are unchanged."
         )
     return (
         f"Made from `{_base(facts)}` by removing {total - kept:,} of its {total:,} MLP neurons: each of the "

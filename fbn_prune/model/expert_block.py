@@ -154,13 +154,15 @@ class ExpertBlock:
         return self.experts.down_proj_bias.detach()[expert] if self.experts.has_bias else None
 
     @torch.inference_mode()
-    def activation(self, expert: int, hidden: Tensor) -> Tensor:
-        """Return what an expert's output projection reads for these tokens, [tokens, neurons]."""
-        bias = None
-        if self.experts.has_bias:
-            bias = getattr(self.experts, f"{self._input_name}_bias")[expert]
-        projected = linear(hidden, self.input_weight(expert), bias)
-        module = self.experts
+    def activation(self, expert: int, hidden: Tensor, neurons: Tensor | None = None) -> Tensor:
+        """Return what an expert's output projection reads for these tokens, [tokens, neurons], from some or all."""
+        module, weight, bias = self.experts, self.input_weight(expert), None
+        if module.has_bias:
+            bias = getattr(module, f"{self._input_name}_bias")[expert]
+        if neurons is not None:
+            rows = self._rows(neurons)
+            weight, bias = weight[rows], None if bias is None else bias[rows]
+        projected = linear(hidden, weight, bias)
         found: Tensor = (
             module._apply_gate(projected) if module.has_gate else module.act_fn(projected)
         )
@@ -182,14 +184,21 @@ class ExpertBlock:
         expected = torch.zeros_like(tokens.hidden)
         for expert in tokens.index.unique().tolist():
             rows, gates = tokens.of(expert)
-            output = self.output(expert, self.activation(expert, tokens.hidden[rows]))
+            active = self.activation(expert, tokens.hidden[rows])
+            some = torch.arange(self.width // 2, self.width, device=active.device)
+            alone = self.activation(expert, tokens.hidden[rows], some)
+            if not _same(alone, active[:, some]):
+                raise self._unreadable()
+            output = self.output(expert, active)
             expected.index_add_(0, rows, (output * gates[:, None]).to(expected))
         found = self.experts(tokens.hidden, tokens.index, tokens.gates)
-        tolerance = SAME if found.dtype == torch.float32 else 30 * SAME
-        if not bool((found - expected).norm() <= tolerance * expected.norm().clamp(min=1e-30)):
-            raise InvalidInput(
-                f"the experts of {self.family.name} are not what their tensors say: they cannot be pruned"
-            )
+        if not _same(found, expected):
+            raise self._unreadable()
+
+    def _unreadable(self) -> InvalidInput:
+        return InvalidInput(
+            f"the experts of {self.family.name} are not what their tensors say: they cannot be pruned"
+        )
 
     # The router
 
@@ -346,3 +355,12 @@ class ExpertBlock:
         modules = list(self.parent.modules())
         for (number, name), value in state.items():
             setattr(modules[number], name, value)
+
+
+def _same(found: Tensor, expected: Tensor) -> bool:
+    """Whether two results are equal up to rounding in their dtype."""
+    if found.shape != expected.shape:
+        return False
+    tolerance = SAME if found.dtype == torch.float32 else 30 * SAME
+    scale = expected.float().norm().clamp(min=1e-30)
+    return bool((found.float() - expected.float()).norm() <= tolerance * scale)

@@ -237,9 +237,9 @@ def _width_keys(
             return keys, None
         for key, value in settings.to_dict().items():
             # Shared experts as wide as so many experts: twice the number is the same as twice the width.
-            if type(value) is int and value > 0 and "shared" in key:
-                if tried(**{key: 2 * value}) == outside:
-                    return keys, key
+            counts = type(value) is int and value > 0 and "shared" in key
+            if counts and tried(**{key: 2 * value}) == outside:
+                return keys, key
     raise NotFound("has no config key that sets the width of its experts and nothing else")
 
 

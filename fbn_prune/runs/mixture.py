@@ -7,6 +7,7 @@ by name before any work.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from fbn_prune import distributed
@@ -122,14 +123,15 @@ class OpenMixture:
             found = self.perplexity("dense perplexity")
         except NonFiniteLogits:
             raise InvalidInput(
-                f"{self.recipe.model}: the unpruned model outputs NaN or Inf: the checkpoint is damaged, or the compute "
-                "type overflows (try --dtype float32)"
+                f"{self.recipe.model}: the unpruned model outputs NaN or Inf: the checkpoint is damaged, or the "
+                "compute type overflows (try --dtype float32)"
             ) from None
         vocabulary = self.family.vocab_size(self.checkpoint.config)
         if no_better_than_guessing(found, vocabulary) and not self.recipe.allow_untrained:
             raise InvalidInput(
                 f"{self.recipe.model}: the unpruned model's perplexity is {found:,.0f} with a vocabulary of "
-                f"{vocabulary:,} tokens, no better than guessing: allow_untrained (--allow-untrained) goes on all the same"
+                f"{vocabulary:,} tokens, no better than guessing: allow_untrained (--allow-untrained) goes on all "
+                "the same"
             )
         return found
 
@@ -158,8 +160,8 @@ def refuse_for_mixtures(recipe: Recipe) -> None:
         )
 
 
-def open_mixture_run(recipe: Recipe, clock: StageClock) -> OpenMixture:
-    """Check everything that a recipe names, read its text and load its model.
+def checked_mixture(recipe: Recipe) -> Checkpoint:
+    """Check everything that a recipe names but its text, and return the open checkpoint.
 
     Raises
     ------
@@ -171,12 +173,26 @@ def open_mixture_run(recipe: Recipe, clock: StageClock) -> OpenMixture:
     family = checkpoint.family
     assert isinstance(family, MixtureFamily)
     check_places(recipe, checkpoint.path, checkpoint.total_bytes)
+    chosen_device(recipe.device)
+    check_context(recipe, family.context_length(checkpoint.config))
+    if recipe.experts is not None:
+        family.check_count(recipe.experts)
+    return checkpoint
+
+
+def open_mixture_run(recipe: Recipe, checkpoint: Checkpoint, clock: StageClock) -> OpenMixture:
+    """Read the text of a checked recipe and load its model.
+
+    Raises
+    ------
+    InvalidInput
+        The text cannot be used, or the model cannot run.
+    """
+    family = checkpoint.family
+    assert isinstance(family, MixtureFamily)
     device = chosen_device(recipe.device)
     dtype = chosen_dtype(recipe.dtype, device, storage_dtype(checkpoint))
     longest = family.context_length(checkpoint.config)
-    check_context(recipe, longest)
-    if recipe.experts is not None:
-        family.check_count(recipe.experts)
     with clock.stage("calibration"):
         data = calibration_data(
             recipe.calibration,
@@ -226,8 +242,8 @@ def plan_of(recipe: Recipe, family: MixtureFamily) -> MixturePlan:
     """
     if recipe.stated_budget is None:
         raise InvalidInput(
-            f"{recipe.model} is a mixture of experts: give --sparsity (neurons of each expert), --experts (whole experts "
-            "to keep in each layer), or both"
+            f"{recipe.model} is a mixture of experts: give --sparsity (neurons of each expert), --experts (whole "
+            "experts to keep in each layer), or both"
         )
     count, width = family.count, family.expert_width
     if recipe.experts is not None:
@@ -248,14 +264,11 @@ def run_mixture(recipe: Recipe, clock: StageClock) -> PruneResult:
     FbnPruneError
         The pruned model does not work, or the output cannot be written.
     """
-    refuse_for_mixtures(recipe)
-    checkpoint = open_mixture(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    checkpoint = checked_mixture(recipe)
     assert isinstance(checkpoint.family, MixtureFamily)
     plan = plan_of(recipe, checkpoint.family)
-    if recipe.output is None:
-        return _run(open_mixture_run(recipe, clock), plan)
-    with output_locked(recipe.output):
-        return _run(open_mixture_run(recipe, clock), plan)
+    with nullcontext() if recipe.output is None else output_locked(recipe.output):
+        return _run(open_mixture_run(recipe, checkpoint, clock), plan)
 
 
 def _run(on: OpenMixture, plan: MixturePlan) -> PruneResult:
@@ -271,7 +284,8 @@ def _run(on: OpenMixture, plan: MixturePlan) -> PruneResult:
         after = math.inf
     if not math.isfinite(after):
         raise FbnPruneError(
-            "the pruned model outputs NaN or Inf: nothing was written; keep more, raise --tokens, or use --dtype float32"
+            "the pruned model outputs NaN or Inf: nothing was written; keep more, raise --tokens, or use --dtype "
+            "float32"
         )
     result = _result(on, plan, before, after, seconds, made[""])
     if recipe.output is not None:
@@ -287,8 +301,8 @@ def _notes(recipe: Recipe, family: MixtureFamily, plan: MixturePlan) -> list[str
         wanted = (1 - recipe.sparsity) * family.expert_width
         if abs(plan.width - wanted) >= 1:
             lines.append(
-                f"each expert keeps {plan.width} of {family.expert_width} neurons, the nearest width to {wanted:.0f} that "
-                "the config and --width-multiple allow"
+                f"each expert keeps {plan.width} of {family.expert_width} neurons, the nearest width to {wanted:.0f} "
+                "that the config and --width-multiple allow"
             )
     if family.top_k_of(plan.experts) < family.top_k:
         lines.append(

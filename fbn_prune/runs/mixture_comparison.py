@@ -15,11 +15,11 @@ from fbn_prune.pruning.mixture_cutting import MixturePlan
 from fbn_prune.recipe import Recipe
 from fbn_prune.runs.compare import Comparison, plot_path, replace_file
 from fbn_prune.runs.early_checks import check_results
-from fbn_prune.runs.mixture import OpenMixture, open_mixture_run, width_for
+from fbn_prune.runs.mixture import OpenMixture, checked_mixture, open_mixture_run, width_for
 
 WAYS = ("neurons", "experts", "reap", "frequency", "random")
-"""Neurons inside the experts by second order and whole experts by second order, both with a refit; then whole experts by
-baselines without one."""
+"""Neurons inside the experts and whole experts, both by second order with a refit; then whole experts by baselines
+without one."""
 
 
 def compare_mixture(
@@ -61,7 +61,8 @@ def compare_mixture(
         raise InvalidInput(
             f"{path} exists or names the plot: give another .json file for the results"
         )
-    on = open_mixture_run(recipe, clock)
+    checkpoint = checked_mixture(recipe)
+    on = open_mixture_run(recipe, checkpoint, clock)
     plans = {
         f"{name} {share}": _plan(on.family, name, share, recipe) for share in kept for name in names
     }

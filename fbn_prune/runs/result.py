@@ -32,7 +32,8 @@ class PruneResult:
     experts
         Experts of a layer before and after; None if the model is no mixture of them.
     widths, width_rule, layout_trials
-        New width of each layer (of an expert, in a mixture), the rule that set it, and the loss rise in nats of each rule that was tried.
+        New width of each layer (in a mixture, of an expert), the rule that set it, and the loss rise in nats of each
+        rule that was tried.
     kept_networks, ranked_networks
         Indices of the networks, strongest first.
     vocabulary
