@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.expert_block import ExpertBlock, ExpertsCut
-from fbn_prune.model.mixture_family import TOP_K, MixtureFamily
+from fbn_prune.model.mixture_family import MixtureFamily
 
 
 class MixtureAdapter(ModelAdapter):
@@ -62,7 +62,10 @@ class MixtureAdapter(ModelAdapter):
         changed = self.mixture.with_experts({}, first.count, first.width)
         for key, value in changed.get(self.mixture.text_key or "", changed).items():
             setattr(text, key, value)
-        counts = {"num_experts": first.count, TOP_K: self.mixture.top_k_of(first.count)}
+        counts = {
+            "num_experts": first.count,
+            self.mixture.top_k_key: self.mixture.top_k_of(first.count),
+        }
         for name, value in counts.items():  # the loss that balances the experts reads these
             if isinstance(getattr(self.model, name, None), int):
                 setattr(self.model, name, value)

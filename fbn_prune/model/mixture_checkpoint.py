@@ -19,13 +19,14 @@ from fbn_prune.model import remedies
 from fbn_prune.model.building import building, check_companions, quiet_transformers, repaired
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.experts import mixture
-from fbn_prune.model.families import family_of
+from fbn_prune.model.families import family_of, refusal
 from fbn_prune.model.family import as_config
 from fbn_prune.model.folder import find_folder, read_config
 from fbn_prune.model.gguf_parts import find_gguf
 from fbn_prune.model.header_checks import refuse_quantized
 from fbn_prune.model.mixture_adapter import MixtureAdapter
 from fbn_prune.model.mixture_family import MixtureFamily, mixture_family
+from fbn_prune.model.mixture_identities import failed_mixture_step
 from fbn_prune.model.shards import read_headers
 from fbn_prune.model.tokenizer_checks import check_tokenizer
 
@@ -72,6 +73,8 @@ def open_mixture(path_or_hub_id: str | Path, *, trust_remote_code: bool = False)
     remedies.refuse_ungathered(path, tensors)
     refuse_quantized(path, tensors)
     check_companions(path)
+    if (reason := failed_mixture_step(as_config(config))) is not None:
+        raise refusal(family.name, reason)
     checkpoint = Checkpoint(
         path, config, family, tensors, hub_id, trust_remote_code, tuple(repairs)
     )

@@ -30,7 +30,8 @@ from fbn_prune.model.structure import text_key_of
 
 _LAYOUT = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 """What transformers says of the layout of a module of experts."""
-TOP_K = "num_experts_per_tok"
+_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k")
+"""Config keys of the number of experts that a token is sent to."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class MixtureFamily(FoundFamily):
         Paths, relative to a layer, of the other tensors with a row for each expert.
     count_keys, width_keys
         Config keys of the number of experts and of their width.
-    count, expert_width, top_k
-        Experts of a layer, neurons of an expert, and experts that a token is sent to.
+    count, expert_width, top_k, top_k_key
+        Experts of a layer, neurons of an expert, and experts that a token is sent to with the config key for it.
     groups, chosen_groups
         Groups of experts with the same number in each, and how many of them a token is sent to.
     shared_key, shared
@@ -60,6 +61,7 @@ class MixtureFamily(FoundFamily):
     count: int = 0
     expert_width: int = 0
     top_k: int = 0
+    top_k_key: str = "num_experts_per_tok"
     groups: int = 1
     chosen_groups: int = 1
     shared_key: str | None = None
@@ -96,7 +98,7 @@ class MixtureFamily(FoundFamily):
         changes: dict[str, Any] = dict.fromkeys(self.count_keys, count)
         changes |= dict.fromkeys(self.width_keys, width)
         if self.top_k_of(count) != self.top_k:
-            changes[TOP_K] = self.top_k_of(count)
+            changes[self.top_k_key] = self.top_k_of(count)
         if self.shared_key is not None and width != self.expert_width:
             changes[self.shared_key] = self.expert_width * self.shared // width
         return _changed(config, self.text_key, changes)
@@ -147,6 +149,9 @@ def _find(text: str) -> MixtureFamily:
     count_keys, rows = _count_keys(settings, fields, text_key, count, tried, before, own)
     width_keys, shared_key = _width_keys(settings, fields, text_key, width, tried, own, axis)
     relative = {_relative(name, path) for name in rows}
+    top_k_key = next((key for key in _TOP_K if type(getattr(settings, key, None)) is int), None)
+    if top_k_key is None:
+        raise NotFound("has no known config key of the number of experts that a token is sent to")
     return MixtureFamily(
         name=typed.model_type,
         model_types=(typed.model_type,),
@@ -162,7 +167,8 @@ def _find(text: str) -> MixtureFamily:
         width_keys=width_keys,
         count=count,
         expert_width=width,
-        top_k=int(getattr(settings, TOP_K)),
+        top_k=int(getattr(settings, top_k_key)),
+        top_k_key=top_k_key,
         groups=int(getattr(settings, "n_group", None) or 1),
         chosen_groups=int(getattr(settings, "topk_group", None) or 1),
         shared_key=shared_key,
