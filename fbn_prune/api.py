@@ -311,7 +311,7 @@ def discover_checkpoint(
     """
     if recipe.output is None:
         raise InvalidInput("--output is missing: name the folder to write")
-    check_recipe(recipe)
+    check_recipe(recipe, mixtures=True)
     from fbn_prune.runs.discover import run_discovery
 
     return run_discovery(recipe, StageClock(display))
@@ -325,7 +325,7 @@ def rank(recipe: Recipe, *, display: Display | None = None) -> Ranking:
     InvalidInput
         If the recipe names something that cannot be used, or the model does not fit into memory.
     """
-    check_recipe(recipe)
+    check_recipe(recipe, mixtures=True)
     from fbn_prune.runs.study import run_rank
 
     return run_rank(recipe, StageClock(display))
@@ -361,7 +361,7 @@ def ablate(
     FbnPruneError
         If tasks are given and lm-evaluation-harness is missing.
     """
-    check_recipe(recipe)
+    check_recipe(recipe, mixtures=True)
     check_measured(() if plan is None else plan.texts, tasks)
     from fbn_prune.runs.ablate import AblationPlan, run_ablation
     from fbn_prune.runs.evaluate import HarnessOptions, measure_on_tasks

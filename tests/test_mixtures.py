@@ -22,6 +22,7 @@ from fbn_prune.model.expert_block import ExpertsCut, Routed
 from fbn_prune.model.mixture_adapter import MixtureAdapter
 from fbn_prune.model.mixture_checkpoint import load_mixture, open_mixture
 from fbn_prune.model.mixture_family import MixtureFamily, mixture_family
+from fbn_prune.networks.interventions import masked
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.evidence import CutOptions
 from fbn_prune.pruning.experts import block_output, choose_experts, frequency, reap, refitted, whole
@@ -268,7 +269,7 @@ def test_what_is_not_done_is_refused_by_name(
 def test_other_commands_and_dense_models_refuse(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model", config=mixture_config("qwen3_moe"))
     with pytest.raises(InvalidInput, match="is a mixture of experts"):
-        api.rank(build_recipe({"model": str(folder)}))
+        api.predict(build_recipe({"model": str(folder)}))
     dense = save_tiny(tmp_path / "dense")
     with pytest.raises(InvalidInput, match="is no mixture of experts"):
         api.prune_checkpoint(
@@ -290,3 +291,49 @@ def test_compare_measures_every_way_on_one_sample(tmp_path: Path) -> None:
     assert (tmp_path / "found.svg").exists()
     with pytest.raises(InvalidInput, match="on a mixture of experts choose from"):
         api.compare(recipe, ["flap"], [0.5])
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+@torch.no_grad()
+def test_the_neurons_of_all_experts_together_are_a_layers_neurons(name: str) -> None:
+    """Their activations times gates give the block's output; to mask an expert's neurons is to silence it."""
+    adapter = opened(name)
+    tokens, seen = recorded(adapter, 0), []
+    watching = adapter.watch_neurons(0, seen.append)
+    dense = logits(adapter.model, IDS)
+    watching.remove()
+    block, width = adapter.blocks[0], adapter.blocks[0].width
+    output = seen[0] @ adapter.down_weight(0).T
+    if (biases := getattr(block.experts, "down_proj_bias", None)) is not None:
+        for expert in range(block.count):
+            rows, gates = tokens.of(expert)
+            output[rows] += gates.float()[:, None] * biases[expert]
+    torch.testing.assert_close(output, block_output(block, tokens), atol=1e-4, rtol=1e-4)
+    assert seen[0].shape == (IDS.numel(), adapter.widths[0])
+    silent = torch.zeros(adapter.widths[0], dtype=torch.bool)
+    silent[2 * width : 3 * width] = True
+    nothing = torch.zeros(adapter.widths[1], dtype=torch.bool)
+    with masked(adapter, [silent, nothing]):
+        found = logits(adapter.model, IDS)
+    before = block.down(2).clone()
+    block.down(2).zero_()
+    torch.testing.assert_close(found, logits(adapter.model, IDS), atol=1e-5, rtol=0)
+    block.down(2).copy_(before)
+    assert torch.equal(logits(adapter.model, IDS), dense)
+
+
+def test_networks_are_found_over_all_experts_and_name_those_they_span(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model", config=mixture_config("qwen3_moe"))
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    settings = {"model": str(folder), "calibration": str(text), "tokens": 600, "context": 32}
+    small = {"networks": 4, "network_tokens": 400, "output": tmp_path / "found"}
+    networks, path = api.discover_checkpoint(build_recipe(settings | small))
+    assert list(networks.widths) == [6 * 16] * 2
+    cards = api.network_cards(networks)
+    assert all(1 <= card["experts_spanned"] <= 12 for card in cards)
+    recipe = build_recipe(settings | {"networks_from": path})
+    result = api.ablate(recipe, api.AblationPlan(draws=2, tokens=200))
+    assert len(result.networks) == 4
+    assert {one.neurons for one in result.networks.values()} <= set(range(1, 193))
+    assert len(api.rank(recipe).order) == 4

@@ -71,6 +71,7 @@ class Settings:
     save_minutes: float
     seed: int
     compile: bool
+    start: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,8 @@ def save_and_measure(
         "wall_seconds": round(time.monotonic() - wall_started, 1),
         "threads": torch.get_num_threads(),
         "settings": {
-            **{k: v for k, v in asdict(settings).items() if k != "output"},
+            **{k: v for k, v in asdict(settings).items() if k not in ("output", "start")},
+            "from_model": settings.start is not None,
             "shares": SHARES,
             "rows_a_step": recipe.rows,
             "muon_rate": MUON_RATE,
@@ -272,6 +274,10 @@ def run(settings: Settings, recipe: Recipe = EMBEDDED) -> dict[str, Any]:
     save_tokenizer(tokenizer, settings.output / "model")
     write_files(Files(settings.output), corpus, settings.seed)
     model = recipe.new_model(settings.seed, tokenizer)
+    if settings.start is not None:
+        model = type(model).from_pretrained(
+            settings.start, config=model.config, dtype=torch.float32
+        )
     sources = {s: training_rows(s, corpus, tokenizer, CONTEXT + 1, settings.seed) for s in SKILLS}
     next_rows = {skill: source.__next__ for skill, source in sources.items()}
     progress = Progress()
@@ -292,6 +298,7 @@ def parse(arguments: list[str] | None = None) -> Settings:
     length.add_argument("--steps", type=int, default=None, help="how many steps to train instead")
     parser.add_argument("--save-minutes", type=float, default=5.0, help="time between checkpoints")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, default=None, help="model/ folder to go on from")
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile: about 1.4 times as fast, needs g++"
     )

@@ -52,7 +52,7 @@ def write_mixture(
     """
     family = source.family
     assert isinstance(family, MixtureFamily)
-    count, width = adapter.counts[0], adapter.widths[0]
+    count, width = adapter.counts[0], adapter.expert_widths[0]
     config = with_stock_names(family.with_experts(source.config, count, width))
     tensors, common = stored_tensors(adapter), storage_dtype(source)
 

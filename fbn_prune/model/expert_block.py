@@ -7,14 +7,15 @@ shapes; :meth:`ExpertBlock.check` compares the result with what the module compu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.utils.hooks import RemovableHandle
 
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.heads import rounded
@@ -206,16 +207,20 @@ class ExpertBlock:
     def recording(self) -> Iterator[list[Routed]]:
         """Record what the router sends to the experts, for each call of the layer inside the context."""
         seen: list[Routed] = []
-
-        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden, index, gates = (*args, *kwargs.values())
-            seen.append(Routed(hidden.flatten(0, -2), index, gates))
-
-        handle = self.experts.register_forward_pre_hook(record, with_kwargs=True)
+        handle = self.watched(seen.append)
         try:
             yield seen
         finally:
             handle.remove()
+
+    def watched(self, watch: Callable[[Routed], None]) -> RemovableHandle:
+        """Call `watch` with what the router sends to the experts whenever the layer runs, until it is removed."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden, index, gates = (*args, *kwargs.values())
+            watch(Routed(hidden.flatten(0, -2), index, gates))
+
+        return cast(RemovableHandle, self.experts.register_forward_pre_hook(hook, with_kwargs=True))
 
     @torch.inference_mode()
     def route(self, hidden: Tensor, kept: Tensor | None = None) -> Routed:

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fbn_prune.model.adapter import ModelAdapter
-from fbn_prune.model.expert_block import ExpertBlock, ExpertsCut
+from fbn_prune.model.adapter import ModelAdapter, Removable
+from fbn_prune.model.expert_block import ExpertBlock, ExpertsCut, Routed
 from fbn_prune.model.mixture_family import MixtureFamily
+
+
+@dataclass(frozen=True)
+class _Restored:
+    """Changed output weights of experts; removing the change puts the old ones back."""
+
+    experts: nn.Module
+    down: nn.Parameter
+
+    def remove(self) -> None:
+        self.experts.down_proj = self.down
 
 
 class MixtureAdapter(ModelAdapter):
@@ -36,6 +49,11 @@ class MixtureAdapter(ModelAdapter):
 
     @property
     def widths(self) -> list[int]:
+        """Neurons of all experts of a layer together: one after another, they are the layer's neurons."""
+        return [block.count * block.width for block in self.blocks]
+
+    @property
+    def expert_widths(self) -> list[int]:
         """Neurons of an expert, by layer."""
         return [block.width for block in self.blocks]
 
@@ -46,6 +64,39 @@ class MixtureAdapter(ModelAdapter):
 
     def layer_device(self, layer: int) -> torch.device:
         return self.blocks[layer].device
+
+    def down_weight(self, layer: int) -> Tensor:
+        """Return the output weights of all experts side by side, a copy [hidden, experts * neurons]."""
+        block = self.blocks[layer]
+        return torch.cat([block.down(expert) for expert in range(block.count)], dim=1)
+
+    def watch_neurons(self, layer: int, watch: Callable[[Tensor], None]) -> Removable:
+        """Call `watch` with the activations of all experts times their gates; experts without the token count as 0."""
+        block = self.blocks[layer]
+
+        def seen(tokens: Routed) -> None:
+            width = block.width
+            x = tokens.hidden.new_zeros(len(tokens.hidden), block.count * width)
+            for expert in tokens.index.unique().tolist():
+                rows, gates = tokens.of(expert)
+                active = block.activation(expert, tokens.hidden[rows]) * gates[:, None]
+                x[rows, expert * width : (expert + 1) * width] = active.to(x)
+            watch(x)
+
+        return block.watched(seen)
+
+    def change_neurons(self, layer: int, change: Callable[[Tensor], Tensor]) -> Removable:
+        """Let the experts compute with ``change(x)`` for their activations x side by side, until that is removed.
+
+        The change must be linear and act on each neuron by itself: it is applied to the output weights instead.
+        """
+        block = self.blocks[layer]
+        old = block.experts.down_proj
+        changed = change(self.down_weight(layer)).chunk(block.count, dim=1)
+        axis = 1 if block.experts.is_transposed else 0
+        new = torch.stack([one.T if axis else one for one in changed]).contiguous()
+        block.experts.down_proj = nn.Parameter(new, requires_grad=False)
+        return _Restored(block.experts, old)
 
     def cut_experts(self, cuts: Sequence[ExpertsCut], *, round_to: torch.dtype) -> None:
         """Cut the experts of all layers in place and update the config.

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
@@ -27,6 +27,9 @@ from fbn_prune.model.family import Projection, as_config
 from fbn_prune.model.found_family import FoundFamily
 from fbn_prune.model.headers import one_line
 from fbn_prune.model.structure import text_key_of
+
+if TYPE_CHECKING:
+    from fbn_prune.model.family import Config
 
 _LAYOUT = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 """What transformers says of the layout of a module of experts."""
@@ -66,6 +69,10 @@ class MixtureFamily(FoundFamily):
     chosen_groups: int = 1
     shared_key: str | None = None
     shared: int = 0
+
+    def widths(self, config: Config) -> list[int]:
+        """Neurons of all experts of each layer together."""
+        return [self.count * self.expert_width] * len(self.mlp_layers)
 
     def states_width(self, width: int) -> bool:
         """Whether the config can state this width of the experts, with the shared experts left whole."""

@@ -33,7 +33,7 @@ STEPS = 8
 """Experts are removed in about so many steps, or one at a time where fewer are removed."""
 
 SWEEPS = 3
-"""Rounds of the refit over all experts; more change little (`eval/quality/mixture_table.py`)."""
+"""Rounds of the refit over all experts."""
 
 _PART = 8192
 """Tokens for which the outputs of experts are computed at once."""

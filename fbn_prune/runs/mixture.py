@@ -61,6 +61,9 @@ _REFUSED = (
 )
 """Keys of what is not done on mixtures."""
 
+_OF_NETWORKS = ("keep_networks", "networks_from")
+"""Those that `discover`, `rank` and `ablate` read all the same."""
+
 
 @dataclass(frozen=True)
 class OpenMixture:
@@ -136,8 +139,13 @@ class OpenMixture:
         return found
 
 
-def refuse_for_mixtures(recipe: Recipe) -> None:
+def refuse_for_mixtures(recipe: Recipe, *, networks: bool = False) -> None:
     """Refuse what is not done on mixtures of experts.
+
+    Parameters
+    ----------
+    networks
+        Whether functional networks are studied, and not the model pruned.
 
     Raises
     ------
@@ -148,7 +156,8 @@ def refuse_for_mixtures(recipe: Recipe) -> None:
         raise InvalidInput(
             "mixtures of experts are pruned in one process: start it without torchrun"
         )
-    for key in _REFUSED:
+    refused = [key for key in _REFUSED if not (networks and key in _OF_NETWORKS)]
+    for key in refused:
         value = getattr(recipe, key)
         if value != type(recipe).model_fields[key].default:
             raise InvalidInput(
@@ -160,15 +169,20 @@ def refuse_for_mixtures(recipe: Recipe) -> None:
         )
 
 
-def checked_mixture(recipe: Recipe) -> Checkpoint:
+def checked_mixture(recipe: Recipe, *, networks: bool = False) -> Checkpoint:
     """Check everything that a recipe names but its text, and return the open checkpoint.
+
+    Parameters
+    ----------
+    networks
+        Whether functional networks are studied, and not the model pruned.
 
     Raises
     ------
     InvalidInput
         Something cannot be used, or is not done on mixtures of experts.
     """
-    refuse_for_mixtures(recipe)
+    refuse_for_mixtures(recipe, networks=networks)
     checkpoint = open_mixture(recipe.model, trust_remote_code=recipe.trust_remote_code)
     family = checkpoint.family
     assert isinstance(family, MixtureFamily)

@@ -12,6 +12,7 @@ from torch import Tensor
 from fbn_prune.data.calibration import Batch, TokenBlocks
 from fbn_prune.errors import InvalidInput
 from fbn_prune.export.published import public_name
+from fbn_prune.model.mixture_family import MixtureFamily
 from fbn_prune.model.non_finite import damage
 from fbn_prune.model.perplexity import NonFiniteLogits, exp_or_infinite
 from fbn_prune.networks.discovery import DiscoveryOptions, discover
@@ -45,6 +46,8 @@ def find_networks(run: OpenRun, *, recurrence: bool = False) -> FunctionalNetwor
         "calibration_fingerprint": run.data.calibrating.fingerprint,
         "dtype": str(prepared.dtype).removeprefix("torch."),
     }
+    if isinstance(prepared.family, MixtureFamily):
+        header["experts"] = prepared.family.count
     options = DiscoveryOptions(
         recipe.networks, recipe.network_tokens, recipe.scope, recipe.seed, recurrence
     )
