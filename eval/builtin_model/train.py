@@ -78,13 +78,14 @@ class Settings:
 class Recipe:
     """What is trained, and how: functions of the seed and tokenizer, of the model, and of the model and token ids.
 
-    The last returns the logits and a term to add to the loss. `autocast` computes in bfloat16 where torch sees fit.
+    The last returns the logits and a term to add to the loss. `rows` are those of a step, by default
+    :data:`ROWS_A_STEP`; `autocast` computes in bfloat16 where torch sees fit.
     """
 
     new_model: Callable[[int, PreTrainedTokenizerBase], Any]
     optimizers: Callable[[Any], list[torch.optim.Optimizer]]
     logits: Callable[[Any, torch.Tensor], tuple[torch.Tensor, torch.Tensor | float]]
-    rows: int = ROWS_A_STEP
+    rows: int | None = None
     autocast: bool = True
 
 
@@ -180,7 +181,9 @@ def train(
         for stepper, rates in zip(steppers, peaks, strict=True):
             for group, rate in zip(stepper.param_groups, rates, strict=True):
                 group["lr"] = rate * rate_factor(share)
-        skills = rng.choices(list(SHARES), weights=list(SHARES.values()), k=recipe.rows)
+        skills = rng.choices(
+            list(SHARES), weights=list(SHARES.values()), k=recipe.rows or ROWS_A_STEP
+        )
         rows = [next_rows[skill]() for skill in skills]
         losses, term = forward(torch.tensor([row.tokens for row in rows]))
         weights = torch.tensor([row.weights[1:] for row in rows])
@@ -245,7 +248,7 @@ def save_and_measure(
             **{k: v for k, v in asdict(settings).items() if k not in ("output", "start")},
             "from_model": settings.start is not None,
             "shares": SHARES,
-            "rows_a_step": recipe.rows,
+            "rows_a_step": recipe.rows or ROWS_A_STEP,
             "muon_rate": MUON_RATE,
             "muon_decay": MUON_DECAY,
             "adam_rate": ADAM_RATE,

@@ -1,4 +1,4 @@
-"""Held-out perplexity of a mixture of experts cut to 75 and 50 % of its expert parameters, by each way to cut it.
+"""Held-out perplexity of a mixture of experts cut to 75, 50 and 25 % of its expert parameters, by each way to cut it.
 
     cd eval && python -m builtin_model.mixture --output DIR --minutes 90
     python eval/quality/mixture_table.py DIR/model --calibrate DIR/text/... --output eval/results/mixture.json
@@ -19,7 +19,7 @@ from fbn_prune.progress import StageClock
 from fbn_prune.recipe import build_recipe
 from fbn_prune.runs.mixture_comparison import WAYS, compare_mixture
 
-SHARES = (0.75, 0.5)
+SHARES = (0.75, 0.5, 0.25)
 
 
 def main(
