@@ -10,7 +10,7 @@ import pytest
 import torch
 from mixtures import MIXTURES, mixture_config
 from safetensors.torch import load_file
-from tiny_models import logits, make_model, save_tiny
+from tiny_models import logits, make_model, make_tokenizer, save_tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -337,3 +337,27 @@ def test_networks_are_found_over_all_experts_and_name_those_they_span(tmp_path: 
     assert len(result.networks) == 4
     assert {one.neurons for one in result.networks.values()} <= set(range(1, 193))
     assert len(api.rank(recipe).order) == 4
+
+
+def test_experts_stored_fused_or_apiece_give_the_same_in_the_form_of_the_source(
+    tmp_path: Path,
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    model = make_model("", config=mixture_config("qwen3_moe"), dtype=torch.bfloat16)
+    perplexities = []
+    for form, tensor in (("fused", "experts.gate_up_proj"), ("apiece", "experts.3.up_proj.weight")):
+        folder, out = tmp_path / form, tmp_path / f"{form}-out"
+        model.save_pretrained(folder, save_original_format=form == "apiece")
+        make_tokenizer().save_pretrained(folder)
+        result = api.prune_checkpoint(
+            recipe=build_recipe(
+                {"model": str(folder), "output": out, "calibration": str(text), "tokens": 800}
+                | {"context": 32, "sparsity": 0.5, "experts": 4, "device": "cpu"}
+            )
+        )
+        perplexities.append(result.perplexity_after)
+        tensors = open_mixture(out).tensors
+        assert f"model.layers.1.mlp.{tensor}" in tensors
+        assert {info.dtype for info in tensors.values()} == {torch.bfloat16}
+    assert perplexities[0] == perplexities[1]

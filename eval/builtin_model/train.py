@@ -71,7 +71,6 @@ class Settings:
     save_minutes: float
     seed: int
     compile: bool
-    start: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -245,8 +244,7 @@ def save_and_measure(
         "wall_seconds": round(time.monotonic() - wall_started, 1),
         "threads": torch.get_num_threads(),
         "settings": {
-            **{k: v for k, v in asdict(settings).items() if k not in ("output", "start")},
-            "from_model": settings.start is not None,
+            **{k: v for k, v in asdict(settings).items() if k != "output"},
             "shares": SHARES,
             "rows_a_step": recipe.rows or ROWS_A_STEP,
             "muon_rate": MUON_RATE,
@@ -301,7 +299,6 @@ def parse(arguments: list[str] | None = None) -> Settings:
     length.add_argument("--steps", type=int, default=None, help="how many steps to train instead")
     parser.add_argument("--save-minutes", type=float, default=5.0, help="time between checkpoints")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start", type=Path, default=None, help="model/ folder to go on from")
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile: about 1.4 times as fast, needs g++"
     )

@@ -15,7 +15,7 @@ from fbn_prune.export.writer import copy_companions
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.expert_block import ExpertsCut
 from fbn_prune.model.mixture_adapter import MixtureAdapter
-from fbn_prune.model.mixture_checkpoint import open_mixture, storage_dtype, stored_tensors
+from fbn_prune.model.mixture_checkpoint import open_mixture, stored_tensors
 from fbn_prune.model.mixture_family import MixtureFamily
 from fbn_prune.model.shards import TensorInfo, save_tensors
 from fbn_prune.model.stock_names import with_stock_names
@@ -54,7 +54,7 @@ def write_mixture(
     assert isinstance(family, MixtureFamily)
     count, width = adapter.counts[0], adapter.expert_widths[0]
     config = with_stock_names(family.with_experts(source.config, count, width))
-    tensors, common = stored_tensors(adapter), storage_dtype(source)
+    tensors, common = stored_tensors(adapter), source.storage_dtype
 
     def dtype(name: str, tensor: Tensor) -> torch.dtype:
         if name in source.tensors:

@@ -6,7 +6,6 @@ of its modules when it loads a model, and back when one is written: this package
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -83,6 +82,19 @@ def open_mixture(path_or_hub_id: str | Path, *, trust_remote_code: bool = False)
     return checkpoint
 
 
+def open_any(path_or_hub_id: str | Path) -> Checkpoint:
+    """Open the checkpoint of a mixture of experts or of another model.
+
+    Raises
+    ------
+    InvalidInput
+        As :func:`open_mixture` and :meth:`Checkpoint.open`.
+    """
+    if is_mixture(str(path_or_hub_id)):
+        return open_mixture(path_or_hub_id)
+    return Checkpoint.open(path_or_hub_id)
+
+
 def load_mixture(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
 ) -> MixtureAdapter:
@@ -99,14 +111,6 @@ def load_mixture(
     with building(checkpoint.path, "run"), torch.inference_mode():
         model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device), use_cache=False)
     return MixtureAdapter(model, family)
-
-
-def storage_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """Return the dtype in which most of a checkpoint's weights are stored."""
-    counts: Counter[torch.dtype] = Counter()
-    for info in checkpoint.tensors.values():
-        counts[info.dtype] += info.parameters
-    return counts.most_common(1)[0][0]
 
 
 def stored_tensors(adapter: MixtureAdapter) -> dict[str, Tensor]:

@@ -13,24 +13,19 @@ from dataclasses import dataclass
 from fbn_prune import distributed
 from fbn_prune.data.calibration import Batch, CalibrationData, calibration_data
 from fbn_prune.errors import FbnPruneError, InvalidInput
-from fbn_prune.export.card import CardFacts, model_card, source_license
-from fbn_prune.export.directory import atomic_directory
-from fbn_prune.export.mixture_writer import KEPT_EXPERTS, save_kept_experts, write_mixture
-from fbn_prune.export.published import public_name
-from fbn_prune.export.report.facts import RESULT_NAME
-from fbn_prune.export.shards import write_json
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.mixture_adapter import MixtureAdapter
-from fbn_prune.model.mixture_checkpoint import load_mixture, open_mixture, storage_dtype
+from fbn_prune.model.mixture_checkpoint import load_mixture, open_mixture
 from fbn_prune.model.mixture_family import MixtureFamily
 from fbn_prune.model.perplexity import NonFiniteLogits, perplexity
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.criteria import CRITERIA, NEED_NETWORKS
 from fbn_prune.pruning.evidence import CutOptions
 from fbn_prune.pruning.mixture_cutting import CutExperts, MixturePlan, cut_experts
-from fbn_prune.recipe import Recipe, parse_size
+from fbn_prune.recipe import Recipe
 from fbn_prune.runs.early_checks import check_places
-from fbn_prune.runs.result import PruneResult, peak_memory_bytes, tool_version
+from fbn_prune.runs.mixture_output import publish_mixture
+from fbn_prune.runs.result import PruneResult, peak_memory_bytes
 from fbn_prune.runs.second_run import output_locked
 from fbn_prune.runs.setup import MAX_CONTEXT, check_context, chosen_device, chosen_dtype
 from fbn_prune.runs.stages import no_better_than_guessing
@@ -85,7 +80,7 @@ class OpenMixture:
             damping=recipe.damping,
             refit_damping=recipe.refit_damping,
             seed=recipe.seed,
-            round_to=storage_dtype(self.checkpoint),
+            round_to=self.checkpoint.storage_dtype,
         )
 
     @property
@@ -205,7 +200,7 @@ def open_mixture_run(recipe: Recipe, checkpoint: Checkpoint, clock: StageClock) 
     family = checkpoint.family
     assert isinstance(family, MixtureFamily)
     device = chosen_device(recipe.device)
-    dtype = chosen_dtype(recipe.dtype, device, storage_dtype(checkpoint))
+    dtype = chosen_dtype(recipe.dtype, device, checkpoint.storage_dtype)
     longest = family.context_length(checkpoint.config)
     with clock.stage("calibration"):
         data = calibration_data(
@@ -303,7 +298,7 @@ def _run(on: OpenMixture, plan: MixturePlan) -> PruneResult:
         )
     result = _result(on, plan, before, after, seconds, made[""])
     if recipe.output is not None:
-        _publish(on, made[""], result)
+        publish_mixture(recipe, on.checkpoint, adapter, made[""].cuts, result, clock)
     result.stages = dict(clock.seconds)
     result.peak_memory_bytes = peak_memory_bytes()
     return result
@@ -364,64 +359,3 @@ def _result(
         peak_memory_bytes=0,
         experts=(family.count, plan.experts),
     )
-
-
-def _publish(on: OpenMixture, made: CutExperts, result: PruneResult) -> None:
-    """Write all files of the output; the folder appears at its path when it is complete."""
-    recipe = on.recipe
-    assert recipe.output is not None
-    with (
-        on.clock.stage("export", on.checkpoint.total_bytes, "bytes") as advance,
-        atomic_directory(recipe.output, recipe.overwrite) as folder,
-    ):
-        write_mixture(
-            on.checkpoint,
-            on.adapter,
-            folder,
-            max_shard_size=parse_size(recipe.max_shard_size, "max_shard_size"),
-            progress=advance,
-        )
-        written = open_mixture(folder)
-        result.parameters_after = written.total_parameters
-        result.bytes_after = written.total_bytes
-        save_kept_experts(on.family, made.cuts, folder / KEPT_EXPERTS)
-        (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-        write_json(folder / RESULT_NAME, result.lasting())
-        (folder / "README.md").write_text(_card(on, result), encoding="utf-8")
-
-
-def _chosen_by(recipe: Recipe) -> str:
-    words = []
-    if recipe.experts is not None:
-        words.append(f"{recipe.expert_criterion} (experts)")
-    if recipe.sparsity is not None:
-        words.append(f"{recipe.criterion} (neurons)")
-    return " and ".join(words)
-
-
-def _card(on: OpenMixture, result: PruneResult) -> str:
-    recipe, family = on.recipe, on.family
-    assert result.experts is not None
-    sources = ", ".join(map(public_name, recipe.calibration))
-    width, layers = result.widths[0], len(result.widths)
-    facts = CardFacts(
-        base_name=recipe.model,
-        base_hub_id=on.checkpoint.hub_id,
-        criterion=_chosen_by(recipe),
-        widths=(width * result.experts[1],) * layers,
-        widths_before=(family.expert_width * family.count,) * layers,
-        parameters_before=result.parameters_before,
-        parameters_after=result.parameters_after,
-        bytes_before=result.bytes_before,
-        bytes_after=result.bytes_after,
-        calibration=f"{result.calibration_tokens:,} tokens of {sources}",
-        held_out=f"{result.held_out_tokens:,} tokens of {sources} that were kept out of calibration",
-        command="fbn-prune run recipe.yaml --output NEW_FOLDER",
-        version=tool_version(),
-        perplexity_before=result.perplexity_before,
-        perplexity_after=result.perplexity_after,
-        experts=(*result.experts, family.expert_width, width),
-        warning=result.warning,
-        license=source_license(on.checkpoint.folder / "README.md"),
-    )
-    return model_card(facts)
