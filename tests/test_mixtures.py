@@ -27,7 +27,7 @@ from fbn_prune.progress import StageClock
 from fbn_prune.pruning.evidence import CutOptions
 from fbn_prune.pruning.experts import block_output, choose_experts, frequency, reap, refitted, whole
 from fbn_prune.pruning.mixture_cutting import MixturePlan, cut_block, cut_experts
-from fbn_prune.recipe import build_recipe
+from fbn_prune.recipe import PruningConfig, build_recipe
 from fbn_prune.runs.mixture import open_mixture_run, width_for
 from fbn_prune.runs.mixture_comparison import WAYS
 
@@ -361,3 +361,21 @@ def test_experts_stored_fused_or_apiece_give_the_same_in_the_form_of_the_source(
         assert f"model.layers.1.mlp.{tensor}" in tensors
         assert {info.dtype for info in tensors.values()} == {torch.bfloat16}
     assert perplexities[0] == perplexities[1]
+
+
+def test_a_live_mixture_is_pruned_in_place_trains_and_saves(tmp_path: Path) -> None:
+    model = make_model("", config=mixture_config("deepseek_v3"))
+    model.train()
+    settings = PruningConfig(sparsity=0.5, experts=4, tokens=800, context=32)
+    result = api.prune(model, make_tokenizer(), TEXT.splitlines(), settings)
+    assert result.model is model
+    assert model.training
+    assert result.parameters_after < result.parameters_before
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    router = model.get_parameter("model.layers.1.mlp.gate.weight")
+    assert router.shape == (4, 16)
+    assert router.grad is not None
+    assert router.grad.abs().sum() > 0
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits(loaded), logits(model.eval()), atol=1e-5, rtol=0)

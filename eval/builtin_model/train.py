@@ -275,10 +275,6 @@ def run(settings: Settings, recipe: Recipe = EMBEDDED) -> dict[str, Any]:
     save_tokenizer(tokenizer, settings.output / "model")
     write_files(Files(settings.output), corpus, settings.seed)
     model = recipe.new_model(settings.seed, tokenizer)
-    if settings.start is not None:
-        model = type(model).from_pretrained(
-            settings.start, config=model.config, dtype=torch.float32
-        )
     sources = {s: training_rows(s, corpus, tokenizer, CONTEXT + 1, settings.seed) for s in SKILLS}
     next_rows = {skill: source.__next__ for skill, source in sources.items()}
     progress = Progress()

@@ -293,8 +293,10 @@ class ExpertBlock:
             module, part = self._counted(path)
             old = getattr(module, part)
             rows = old.detach()[kept.to(old.device)]
-            new = nn.Parameter(rows, requires_grad=False) if part in module._parameters else rows
-            setattr(module, part, new)
+            if part in module._parameters:
+                trained = old.requires_grad and not torch.is_inference_mode_enabled()
+                rows = nn.Parameter(rows.clone(), requires_grad=trained)
+            setattr(module, part, rows)
         top_k = self.family.top_k_of(len(kept))
         for module, name in self._count_attributes():
             setattr(module, name, len(kept) if name == "num_experts" else top_k)

@@ -277,10 +277,17 @@ def run_mixture(recipe: Recipe, clock: StageClock) -> PruneResult:
     assert isinstance(checkpoint.family, MixtureFamily)
     plan = plan_of(recipe, checkpoint.family)
     with nullcontext() if recipe.output is None else output_locked(recipe.output):
-        return _run(open_mixture_run(recipe, checkpoint, clock), plan)
+        return prune_open(open_mixture_run(recipe, checkpoint, clock), plan)
 
 
-def _run(on: OpenMixture, plan: MixturePlan) -> PruneResult:
+def prune_open(on: OpenMixture, plan: MixturePlan) -> PruneResult:
+    """Cut an open mixture by a plan, measure it, and write it if its recipe has an output.
+
+    Raises
+    ------
+    FbnPruneError
+        The pruned model does not work, or the output cannot be written.
+    """
     family, adapter, clock, recipe = on.family, on.adapter, on.clock, on.recipe
     for line in _notes(recipe, family, plan):
         clock.note(line)
