@@ -379,3 +379,17 @@ def test_a_live_mixture_is_pruned_in_place_trains_and_saves(tmp_path: Path) -> N
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(logits(loaded), logits(model.eval()), atol=1e-5, rtol=0)
+
+
+def test_a_group_router_without_experts_is_the_same_by_rows_and_by_correction_bias(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    block = opened("deepseek_v3").blocks[0]
+    hidden = torch.randn(50, 16)
+    kept = torch.tensor([0, 1, 3, 5, 6, 7])  # three of each group of four
+    by_rows = block.route(hidden, kept)
+    monkeypatch.setattr(block, "_balanced", lambda kept: False)
+    by_bias = block.route(hidden, kept)
+    assert torch.equal(by_rows.index.sort(1).values, by_bias.index.sort(1).values)
+    torch.testing.assert_close(by_rows.gates.sum(1), by_bias.gates.sum(1))
+    assert block.route(hidden).index.max() == 7, "the router is as it was"

@@ -226,17 +226,24 @@ class ExpertBlock:
     def route(self, hidden: Tensor, kept: Tensor | None = None) -> Routed:
         """Return where the router sends tokens [tokens, hidden] if only the experts `kept` (ascending) are left.
 
-        The model's own router is run, with the rows of the kept experts alone. Where experts are in groups of equal
-        size, the others are kept out by their correction bias instead, which is the same there.
+        The model's own router is run, with the rows of the kept experts alone. Where groups of experts would keep
+        different numbers, the others are kept out by their correction bias instead.
         """
         every = torch.arange(self.count, device=hidden.device)
         kept = every if kept is None else kept.to(hidden.device)
         with self.recording() as seen, self._routing_to(kept), self._without_outputs():
             self.parent(hidden[None])
         (found,) = seen
-        if self.family.groups > 1:
+        if not self._balanced(kept):
             return Routed(hidden, found.index, found.gates)
         return Routed(hidden, kept[found.index], found.gates)
+
+    def _balanced(self, kept: Tensor) -> bool:
+        """Whether every group keeps the same number of experts."""
+        groups = self.family.groups
+        return (
+            len(set(torch.bincount(kept // (self.count // groups), minlength=groups).tolist())) == 1
+        )
 
     @contextmanager
     def _without_outputs(self) -> Iterator[None]:
@@ -256,7 +263,7 @@ class ExpertBlock:
         before = {name: getattr(module, part) for name, (module, part) in places.items()}
         sizes = [(m, a, getattr(m, a)) for m, a in self._count_attributes()]
         try:
-            if self.family.groups > 1:
+            if not self._balanced(kept):
                 removed = torch.ones(self.count, dtype=torch.bool, device=kept.device)
                 removed[kept] = False
                 for name, (module, part) in places.items():

@@ -156,6 +156,9 @@ def _find(text: str) -> MixtureFamily:
     count_keys, rows = _count_keys(settings, fields, text_key, count, tried, before, own)
     width_keys, shared_key = _width_keys(settings, fields, text_key, width, tried, own, axis)
     relative = {_relative(name, path) for name in rows}
+    groups = int(getattr(settings, "n_group", None) or 1)
+    if groups > 1 and not any(name.endswith("bias") for name in relative):
+        raise NotFound("sends tokens to groups of experts without a correction bias")
     top_k_key = next((key for key in _TOP_K if type(getattr(settings, key, None)) is int), None)
     if top_k_key is None:
         raise NotFound("has no known config key of the number of experts that a token is sent to")
@@ -176,7 +179,7 @@ def _find(text: str) -> MixtureFamily:
         expert_width=width,
         top_k=int(getattr(settings, top_k_key)),
         top_k_key=top_k_key,
-        groups=int(getattr(settings, "n_group", None) or 1),
+        groups=groups,
         chosen_groups=int(getattr(settings, "topk_group", None) or 1),
         shared_key=shared_key,
         shared=0 if shared_key is None else int(getattr(settings, shared_key)),
