@@ -250,7 +250,7 @@ def test_shared_experts_stay_whole_where_the_config_gives_them_the_experts_width
     [
         ({}, "give --sparsity"),
         ({"experts": 7}, "a layer has 6: keep 1 to 6"),
-        ({"sparsity": 0.5, "sequential": True}, "sequential = True: not done on mixtures"),
+        ({"sparsity": 0.5, "loss_aware": True}, "loss_aware = True: not done on mixtures"),
         ({"sparsity": 0.5, "layout": "ragged"}, "layout = ragged: not done on mixtures"),
         ({"sparsity": 0.5, "criterion": "membership"}, "criterion = membership: not done"),
         ({"sparsity": 0.5, "width_multiple": 64}, "width_multiple = 64: no multiple of it"),
@@ -393,3 +393,20 @@ def test_a_group_router_without_experts_is_the_same_by_rows_and_by_correction_bi
     assert torch.equal(by_rows.index.sort(1).values, by_bias.index.sort(1).values)
     torch.testing.assert_close(by_rows.gates.sum(1), by_bias.gates.sum(1))
     assert block.route(hidden).index.max() == 7, "the router is as it was"
+
+
+@pytest.mark.parametrize("name", ["granitemoe", "glm4_moe"])
+def test_sequential_mode_starts_alike_and_then_makes_up_for_the_layers_before(name: str) -> None:
+    adapter = opened(name)
+    dense = logits(adapter.model, IDS)
+    plan = {0: MixturePlan(adapter.counts[0], 8)}
+    made = [
+        cut_experts(
+            adapter, BATCHES, plan, replace(OPTIONS, sequential=sequential), clock=StageClock()
+        )[0][0]
+        for sequential in (False, True)
+    ]
+    assert torch.equal(logits(adapter.model, IDS), dense), "the model is as it was"
+    first, second = ([torch.stack(one.cuts[layer].down) for one in made] for layer in range(2))
+    torch.testing.assert_close(first[0], first[1], atol=1e-5, rtol=0)
+    assert not torch.allclose(second[0], second[1], atol=1e-5)

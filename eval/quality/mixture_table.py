@@ -28,18 +28,23 @@ def main(
     tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 65536,
     context: Annotated[int, typer.Option(help="Tokens of a block.")] = 256,
     seed: Annotated[int, typer.Option(help="Seed of the sample and of chance.")] = 0,
+    sequential: Annotated[
+        bool, typer.Option(help="Only what is refitted, each layer on the cut layers before it.")
+    ] = False,
     output: Output = None,
 ) -> None:
     """Print the table."""
     recipe = build_recipe(
         {"model": str(model), "calibration": tuple(map(str, calibrate)), "tokens": tokens}
         | {"context": context, "seed": seed, "device": "cpu", "dtype": "float32"}
+        | {"sequential": sequential}
     )
-    found = compare_mixture(recipe, WAYS, SHARES, None, StageClock())
-    print(f"| kept (dense {found.dense:.3f}) | {' | '.join(WAYS)} |")
-    print("|---|" + "---:|" * len(WAYS))
+    ways = WAYS[:2] if sequential else WAYS
+    found = compare_mixture(recipe, ways, SHARES, None, StageClock())
+    print(f"| kept (dense {found.dense:.3f}) | {' | '.join(ways)} |")
+    print("|---|" + "---:|" * len(ways))
     for share in SHARES:
-        cells = " | ".join(f"{found.cells[way, share]:.3f}" for way in WAYS)
+        cells = " | ".join(f"{found.cells[way, share]:.3f}" for way in ways)
         print(f"| {share:.0%} | {cells} |")
     facts = found.to_json()
     facts["model"] = model.name

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,11 @@ class MixtureAdapter(ModelAdapter):
 
     def layer_device(self, layer: int) -> torch.device:
         return self.blocks[layer].device
+
+    def output_module(self, layer: int) -> nn.Linear:
+        """Return the module whose output is that of the layer's experts together."""
+        module: Any = self.blocks[layer].experts
+        return cast(nn.Linear, module)
 
     def down_weight(self, layer: int) -> Tensor:
         """Return the output weights of all experts side by side, a copy [hidden, experts * neurons]."""

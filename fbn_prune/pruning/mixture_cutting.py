@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from fbn_prune.data.calibration import Batch
 from fbn_prune.errors import InvalidInput, counted
 from fbn_prune.model.expert_block import ExpertBlock, ExpertsCut, Routed
 from fbn_prune.model.layerwise import LayerwiseForward
 from fbn_prune.model.mixture_adapter import MixtureAdapter
-from fbn_prune.progress import StageClock
+from fbn_prune.progress import Advance, StageClock
 from fbn_prune.pruning.criteria import LayerEvidence
 from fbn_prune.pruning.damping import DampingWarning
 from fbn_prune.pruning.evidence import CutOptions
@@ -33,6 +34,9 @@ FEWEST_TOKENS = 2
 
 POOLED_TOKENS = 8192
 """At most so many tokens of the layer make a pooled Hessian."""
+
+DENSE_SHARE = 0.5
+"""Share of what the hidden state lacks, compared with the dense model's, that sequential mode refits for."""
 
 _CHECKED = 32
 """Tokens on which the reading of a layer's experts is checked."""
@@ -65,7 +69,7 @@ class MixturePlan:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class CutExperts:
     """The cuts of all layers.
 
@@ -82,6 +86,12 @@ class CutExperts:
     cuts: list[ExpertsCut]
     errors: list[float]
     pooled: int = 0
+
+    def add(self, cut: ExpertsCut, error: float, pooled: int) -> None:
+        """Add the next layer's."""
+        self.cuts.append(cut)
+        self.errors.append(error)
+        self.pooled += pooled
 
     def lines(self) -> list[str]:
         """Return what the user should know of the cut."""
@@ -103,9 +113,10 @@ def cut_experts(
     clock: StageClock,
     stage: str = "prune",
 ) -> tuple[dict[Name, CutExperts], float]:
-    """Make the cuts of several plans in one pass over the calibration data, without changing the model.
+    """Make the cuts of several plans, without changing the model.
 
-    Every layer is fitted to the dense model's activations.
+    Every layer is fitted to the dense model's activations, in one pass for all plans. In sequential mode each plan
+    takes a pass of its own, in which a layer reads what the cut layers before it compute.
 
     Returns
     -------
@@ -119,29 +130,71 @@ def cut_experts(
     InvalidInput
         A layer's experts read NaN or Inf, or compute something else than their tensors say.
     """
-    done = {name: CutExperts([], []) for name in plans}
-    pooled = dict.fromkeys(plans, 0)
-    forward = LayerwiseForward(adapter, batches)
     total = sum(batch.tokens for batch in batches) * adapter.num_layers
+    if options.sequential:
+        with clock.stage(stage, total * len(plans), "tokens x layers") as advance:
+            passes = {
+                name: _in_sequence(adapter, batches, plan, options, advance)
+                for name, plan in plans.items()
+            }
+        return {name: cut for name, (cut, _) in passes.items()}, sum(s for _, s in passes.values())
+    done = {name: CutExperts([], []) for name in plans}
+    forward = LayerwiseForward(adapter, batches)
     with clock.stage(stage, total, "tokens x layers") as advance:
         for layer, block in enumerate(adapter.blocks):
             tokens = _recorded(forward, block, batches)
-            if not bool(torch.isfinite(tokens.hidden).all()):
-                raise InvalidInput(
-                    f"NaN or Inf among what the experts of layer {layer} read: the checkpoint is damaged, or the "
-                    "compute type overflows (try --dtype float32)"
-                )
-            block.check(
-                Routed(tokens.hidden[:_CHECKED], tokens.index[:_CHECKED], tokens.gates[:_CHECKED])
-            )
+            _check(block, tokens, layer)
             for name, plan in plans.items():
-                cut, error, few = cut_block(block, tokens, plan, options, layer=layer)
-                done[name].cuts.append(cut)
-                done[name].errors.append(error)
-                pooled[name] += few
+                done[name].add(*cut_block(block, tokens, plan, options, layer=layer))
             advance(len(tokens.hidden))
-    made = {name: CutExperts(one.cuts, one.errors, pooled[name]) for name, one in done.items()}
-    return made, forward.forward_seconds
+    return done, forward.forward_seconds
+
+
+def _in_sequence(
+    adapter: MixtureAdapter,
+    batches: Sequence[Batch],
+    plan: MixturePlan,
+    options: CutOptions,
+    advance: Advance,
+) -> tuple[CutExperts, float]:
+    """Return the cuts of one plan, each layer on the output of the cut ones, and the seconds of the dense pass."""
+    dense, pruned = LayerwiseForward(adapter, batches), LayerwiseForward(adapter, batches)
+    made, before = CutExperts([], []), [block.saved() for block in adapter.blocks]
+    try:
+        for layer, block in enumerate(adapter.blocks):
+            scale = pruned.output_scale()
+            parts, lacking = [], []
+            for index, batch in enumerate(batches):
+                dense.hidden[index] = dense.run(index)
+                with block.recording() as seen:
+                    output = pruned.run(index)
+                parts.append(_valid(seen, batch))
+                if scale is not None:
+                    valid = batch.valid.to(output.device)
+                    lacks = dense.hidden[index].to(output)[valid].float() - output[valid].float()
+                    lacking.append(lacks * (DENSE_SHARE / scale))
+            dense.next_layer += 1
+            tokens = Routed.joined(parts)
+            _check(block, tokens, layer)
+            more = torch.cat(lacking) if lacking else None
+            made.add(*cut_block(block, tokens, plan, options, layer=layer, more=more))
+            block.cut(made.cuts[-1], round_to=options.round_to)
+            pruned.advance()
+            advance(len(tokens.hidden))
+    finally:
+        for block, state in zip(adapter.blocks, before, strict=True):
+            block.restore(state)
+    return made, dense.forward_seconds
+
+
+def _check(block: ExpertBlock, tokens: Routed, layer: int) -> None:
+    if not bool(torch.isfinite(tokens.hidden).all()):
+        raise InvalidInput(
+            f"NaN or Inf among what the experts of layer {layer} read: the checkpoint is damaged, or the "
+            "compute type overflows (try --dtype float32)"
+        )
+    some = slice(_CHECKED)
+    block.check(Routed(tokens.hidden[some], tokens.index[some], tokens.gates[some]))
 
 
 def _recorded(forward: LayerwiseForward, block: ExpertBlock, batches: Sequence[Batch]) -> Routed:
@@ -150,15 +203,26 @@ def _recorded(forward: LayerwiseForward, block: ExpertBlock, batches: Sequence[B
     for index, batch in enumerate(batches):
         with block.recording() as seen:
             forward.hidden[index] = forward.run(index)
-        (one,) = seen
-        valid = batch.valid.flatten().to(one.hidden.device)
-        parts.append(Routed(one.hidden[valid], one.index[valid], one.gates[valid]))
+        parts.append(_valid(seen, batch))
     forward.next_layer += 1
     return Routed.joined(parts)
 
 
+def _valid(seen: Sequence[Routed], batch: Batch) -> Routed:
+    """Return the one call that was recorded for a batch, without padding."""
+    (one,) = seen
+    valid = batch.valid.flatten().to(one.hidden.device)
+    return Routed(one.hidden[valid], one.index[valid], one.gates[valid])
+
+
 def cut_block(
-    block: ExpertBlock, tokens: Routed, plan: MixturePlan, options: CutOptions, *, layer: int
+    block: ExpertBlock,
+    tokens: Routed,
+    plan: MixturePlan,
+    options: CutOptions,
+    *,
+    layer: int,
+    more: Tensor | None = None,
 ) -> tuple[ExpertsCut, float, int]:
     """Return the cut of one layer's experts, its error, and the number of experts with a pooled Hessian.
 
@@ -168,6 +232,8 @@ def cut_block(
         The calibration tokens as the router sends them to the uncut experts.
     layer
         The layer's number, for the seed of random choices.
+    more
+        What the refit is to add to the dense block's output, [tokens, hidden]; None for nothing.
     """
     kept, routed = torch.arange(block.count), tokens
     if plan.experts < block.count:
@@ -185,6 +251,8 @@ def cut_block(
     if not plan.refits(block):
         return cut, 0.0, pooled
     target = block_output(block, tokens)
+    if more is not None:
+        target = target.float() + more
     cut, error = refitted(block, routed, cut, target, damping=options.refit_damping)
     return cut, error, pooled
 

@@ -48,7 +48,6 @@ _REFUSED = (
     "widths",
     "keep_layers",
     "loss_aware",
-    "sequential",
     "recover",
     "vocabulary",
     "memory_budget",
@@ -76,7 +75,7 @@ class OpenMixture:
         """Settings of the cuts."""
         recipe = self.recipe
         return CutOptions(
-            sequential=False,
+            sequential=recipe.sequential,
             damping=recipe.damping,
             refit_damping=recipe.refit_damping,
             seed=recipe.seed,
