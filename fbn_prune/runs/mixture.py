@@ -36,6 +36,9 @@ BATCH_TOKENS = 8192
 WIDE = 512
 """Experts of this width and more are cut to multiples of 64, which fast kernels want; narrower ones of 8."""
 
+ALIGNED = 8
+"""All widths are multiples of this: transformers' kernels for experts want rows of 16 bytes, 8 numbers in bfloat16."""
+
 _REFUSED = (
     "keep_networks",
     "networks_from",
@@ -232,10 +235,15 @@ def width_for(family: MixtureFamily, kept: float, multiple: int | None) -> int:
     """
     full = family.expert_width
     multiple = multiple or min(64 if full >= WIDE else 8, full)
-    widths = [w for w in range(multiple, full, multiple) if family.states_width(w)]
+    widths = [
+        width
+        for width in range(multiple, full, multiple)
+        if width % ALIGNED == 0 and family.states_width(width)
+    ]
     if not widths:
         raise InvalidInput(
-            f"width_multiple = {multiple}: no multiple of it is a width for experts of {full} neurons: lower it"
+            f"width_multiple = {multiple}: no multiple of it and of {ALIGNED} is a width for experts of {full} "
+            "neurons: give another"
         )
     return min(widths, key=lambda width: (abs(width - kept * full), width))
 

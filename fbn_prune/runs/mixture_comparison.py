@@ -70,6 +70,7 @@ def compare_mixture(
         "held_out_fingerprint": on.data.held_out.fingerprint,
         "calibration_fingerprint": on.data.calibrating.fingerprint,
         "seed": recipe.seed,
+        "sequential": recipe.sequential,
         "ways": {
             name: {"experts": plan.experts, "width": plan.width} for name, plan in plans.items()
         },
