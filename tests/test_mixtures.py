@@ -253,7 +253,10 @@ def test_shared_experts_stay_whole_where_the_config_gives_them_the_experts_width
         ({"sparsity": 0.5, "loss_aware": True}, "loss_aware = True: not done on mixtures"),
         ({"sparsity": 0.5, "layout": "ragged"}, "layout = ragged: not done on mixtures"),
         ({"sparsity": 0.5, "criterion": "membership"}, "criterion = membership: not done"),
-        ({"sparsity": 0.5, "width_multiple": 64}, "width_multiple = 64: no multiple of it and of 8"),
+        (
+            {"sparsity": 0.5, "width_multiple": 64},
+            "width_multiple = 64: no multiple of it and of 8",
+        ),
     ],
 )
 def test_what_is_not_done_is_refused_by_name(
