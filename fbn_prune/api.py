@@ -238,7 +238,13 @@ def prune_checkpoint(
         settings = (config or PruningConfig()).model_dump()
         named = {"model": str(path), "output": Path(output), "calibration": dataset}
         recipe = build_recipe({**settings, **named, **places}, where="prune_checkpoint")
-    check_recipe(recipe)
+    check_recipe(recipe, mixtures=True)
+    from fbn_prune.model.mixture_checkpoint import is_mixture
+
+    if is_mixture(recipe.model, trust_remote_code=recipe.trust_remote_code):
+        from fbn_prune.runs.mixture import run_mixture
+
+        return run_mixture(recipe, StageClock(display))
     from fbn_prune.runs.prune import run_prune
 
     return run_prune(recipe, StageClock(display))
@@ -305,7 +311,7 @@ def discover_checkpoint(
     """
     if recipe.output is None:
         raise InvalidInput("--output is missing: name the folder to write")
-    check_recipe(recipe)
+    check_recipe(recipe, mixtures=True)
     from fbn_prune.runs.discover import run_discovery
 
     return run_discovery(recipe, StageClock(display))
@@ -319,7 +325,7 @@ def rank(recipe: Recipe, *, display: Display | None = None) -> Ranking:
     InvalidInput
         If the recipe names something that cannot be used, or the model does not fit into memory.
     """
-    check_recipe(recipe)
+    check_recipe(recipe, mixtures=True)
     from fbn_prune.runs.study import run_rank
 
     return run_rank(recipe, StageClock(display))
@@ -355,7 +361,7 @@ def ablate(
     FbnPruneError
         If tasks are given and lm-evaluation-harness is missing.
     """
-    check_recipe(recipe)
+    check_recipe(recipe, mixtures=True)
     check_measured(() if plan is None else plan.texts, tasks)
     from fbn_prune.runs.ablate import AblationPlan, run_ablation
     from fbn_prune.runs.evaluate import HarnessOptions, measure_on_tasks
@@ -393,8 +399,14 @@ def compare(
     InvalidInput
         If a criterion, a budget, the file or the recipe cannot be used, or the model does not fit into memory.
     """
-    check_recipe(recipe)
+    check_recipe(recipe, mixtures=True)
     check_results(path)
+    from fbn_prune.model.mixture_checkpoint import is_mixture
+
+    if is_mixture(recipe.model, trust_remote_code=recipe.trust_remote_code):
+        from fbn_prune.runs.mixture_comparison import compare_mixture
+
+        return compare_mixture(recipe, criteria, kept, path, StageClock(display))
     from fbn_prune.runs.compare import run_comparison
 
     return run_comparison(recipe, criteria, kept, path, StageClock(display))

@@ -33,6 +33,7 @@ CRITERION_NAMES = (
 )
 """The built-in criteria; listed here because their registry (:mod:`fbn_prune.pruning.criteria`) imports torch."""
 
+ExpertCriterion = Literal["second-order", "reap", "frequency", "random"]
 RankName = Literal["energy", "knockout", "task"]
 Scope = Literal["global", "layer"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -41,7 +42,7 @@ LayoutName = Literal["uniform", "ragged", "auto"]
 WidthRule = Literal["networks", "search", "loss", "members", "auto"]
 
 BUDGET_KEYS = ("sparsity", "target_params", "target_size")
-"""Keys that set the size of the result, instead of `keep_networks`."""
+"""Keys that set the size of the result, instead of `keep_networks`; `experts` may go with `sparsity`."""
 
 STRUCTURES = ("neurons", "layers", "vocabulary")
 """What may be removed to reach a size; attention heads have a share of their own."""
@@ -95,7 +96,13 @@ class PruningConfig(BaseModel):
     """Keep as many neurons as this many networks have as members: the size dial. Default: 10, or all
     if there are fewer."""
     sparsity: float | None = _key(CUT)
-    """Share of MLP neurons to remove, instead of --keep-networks."""
+    """Share of MLP neurons to remove, instead of --keep-networks; in a mixture of experts, of the neurons of each
+    expert."""
+    experts: int | None = _key(CUT, ge=1)
+    """Number of experts to keep in each layer of a mixture of experts; with --sparsity, those are narrowed too."""
+    expert_criterion: ExpertCriterion = _more(CUT, "second-order")
+    """Criterion that selects the experts to remove: second-order (with a refit of those that stay), reap (gate times
+    output), frequency (number of tokens) or random."""
     head_sparsity: float | None = _more(CUT, gt=0, lt=1)
     """Share of attention heads to remove as well, the same number in every layer; each key-value head is removed
     with its query heads. Default: none."""
@@ -252,7 +259,8 @@ class PruningConfig(BaseModel):
     @property
     def stated_budget(self) -> str | None:
         """The key that sets the size of the result, or None if `keep_networks` does."""
-        return next((key for key in BUDGET_KEYS if getattr(self, key) is not None), None)
+        keys = (*BUDGET_KEYS, "experts")
+        return next((key for key in keys if getattr(self, key) is not None), None)
 
     @property
     def rank_or_default(self) -> RankName:
@@ -463,6 +471,8 @@ def _check(recipe: PruningConfig) -> None:
                 refuse(key, why)
     if recipe.sparsity is not None and not 0 < recipe.sparsity < 1:
         refuse("sparsity", "the share of neurons to remove must be between 0 and 1")
+    if recipe.expert_criterion != "second-order" and recipe.experts is None:
+        refuse("expert_criterion", "say how many experts stay with experts")
     _check_sizes(recipe)
     _check_layout(recipe)
     if recipe.rank == "task" and recipe.task is None:

@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from builtin_model import skills, train
+from builtin_model import mixture, skills, train
 from builtin_model.corpus import (
     Corpus,
     Document,
@@ -42,6 +43,8 @@ from builtin_model.measure import (
     token_rows,
 )
 from fbn_prune.data import builtin
+from fbn_prune.model.mixture_checkpoint import open_mixture
+from fbn_prune.model.mixture_family import MixtureFamily
 
 MEGABYTE = 1_000_000
 few = settings(max_examples=25, deadline=None)
@@ -315,6 +318,21 @@ def test_rows_and_files_follow_from_the_seed(
     names = [path.relative_to(folders[0]) for path in folders[0].rglob("*.jsonl")]
     assert len(names) == 13
     assert all((folders[0] / n).read_bytes() == (folders[1] / n).read_bytes() for n in names)
+
+
+@pytest.mark.usefixtures("short_files")
+def test_the_same_script_trains_a_mixture_of_experts(
+    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "collect", lambda: corpus)
+    monkeypatch.setattr(train, "tokenizer_texts", lambda corpus, seed: ["no text but bytes"])
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "head_dim": 4, "moe_intermediate_size": 8}
+    monkeypatch.setattr(mixture, "SHAPE", mixture.SHAPE | small)
+    recipe = replace(mixture.MIXTURE, rows=2)
+    train.run(train.parse(["--output", str(tmp_path), "--steps", "1"]), recipe)
+    family = open_mixture(tmp_path / "model").family
+    assert isinstance(family, MixtureFamily)
+    assert (family.count, family.top_k, family.expert_width) == (16, 4, 8)
 
 
 def test_the_learning_rate_rises_stays_and_falls_to_nothing() -> None:

@@ -73,6 +73,21 @@ class Settings:
     compile: bool
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained, and how: functions of the seed and tokenizer, of the model, and of the model and token ids.
+
+    The last returns the logits and a term to add to the loss. `rows` are those of a step, by default
+    :data:`ROWS_A_STEP`; `autocast` computes in bfloat16 where torch sees fit.
+    """
+
+    new_model: Callable[[int, PreTrainedTokenizerBase], Any]
+    optimizers: Callable[[Any], list[torch.optim.Optimizer]]
+    logits: Callable[[Any, torch.Tensor], tuple[torch.Tensor, torch.Tensor | float]]
+    rows: int | None = None
+    autocast: bool = True
+
+
 @dataclass
 class Progress:
     """The progress of a run, and its loss curve: nats per token by skill, averaged over some steps."""
@@ -127,26 +142,36 @@ def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     ]
 
 
+def plain_logits(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Return the logits, and nothing to add to the loss."""
+    return model(input_ids=ids, use_cache=False).logits, 0.0
+
+
+EMBEDDED = Recipe(new_model, optimizers, plain_logits)
+"""The embedded model."""
+
+
 def train(
     settings: Settings,
-    model: LlamaForCausalLM,
+    recipe: Recipe,
+    model: Any,
     next_rows: dict[str, Callable[[], Row]],
     progress: Progress,
     save: Callable[[], None],
 ) -> None:
     """Train the model in place on batches of rows, each of one skill; record and save at intervals."""
 
-    def token_losses(tokens: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
+    def token_losses(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.autocast):
+            logits, term = recipe.logits(model, tokens[:, :-1])
         losses = torch.nn.functional.cross_entropy(
             logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
         )
-        return losses.view(tokens.shape[0], -1)
+        return losses.view(tokens.shape[0], -1), term
 
     forward = torch.compile(token_losses) if settings.compile else token_losses
     rng = random.Random(settings.seed)
-    steppers = optimizers(model)
+    steppers = recipe.optimizers(model)
     peaks = [[group["lr"] for group in s.param_groups] for s in steppers]
     recent: dict[str, list[float]] = defaultdict(list)
     saved = progress.seconds
@@ -155,12 +180,14 @@ def train(
         for stepper, rates in zip(steppers, peaks, strict=True):
             for group, rate in zip(stepper.param_groups, rates, strict=True):
                 group["lr"] = rate * rate_factor(share)
-        skills = rng.choices(list(SHARES), weights=list(SHARES.values()), k=ROWS_A_STEP)
+        skills = rng.choices(
+            list(SHARES), weights=list(SHARES.values()), k=recipe.rows or ROWS_A_STEP
+        )
         rows = [next_rows[skill]() for skill in skills]
-        losses = forward(torch.tensor([row.tokens for row in rows]))
+        losses, term = forward(torch.tensor([row.tokens for row in rows]))
         weights = torch.tensor([row.weights[1:] for row in rows])
         # Every row has the same weight, whatever the weights of its tokens.
-        ((losses * weights).sum(1) / weights.sum(1)).mean().backward()
+        (((losses * weights).sum(1) / weights.sum(1)).mean() + term).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for stepper in steppers:
             stepper.step()
@@ -184,7 +211,7 @@ def record(progress: Progress, settings: Settings, recent: dict[str, list[float]
     seconds = progress.seconds
     progress.curve.append({"step": progress.steps, "seconds": round(seconds, 1), **point})
     share = progress.share(settings)
-    rate = progress.steps * ROWS_A_STEP * CONTEXT / seconds
+    rate = sum(progress.rows.values()) * CONTEXT / seconds
     left = seconds * (1 - share) / share / 60
     losses = " ".join(f"{skill} {loss:.3f}" for skill, loss in sorted(point.items()))
     print(
@@ -195,7 +222,7 @@ def record(progress: Progress, settings: Settings, recent: dict[str, list[float]
 
 
 def save_and_measure(
-    settings: Settings, model: LlamaForCausalLM, progress: Progress, wall_started: float
+    settings: Settings, recipe: Recipe, model: Any, progress: Progress, wall_started: float
 ) -> dict[str, Any]:
     """Write the model in float16, load and measure the written model, and write training.json."""
     folder, files = settings.output / "model", Files(settings.output)
@@ -219,7 +246,7 @@ def save_and_measure(
         "settings": {
             **{k: v for k, v in asdict(settings).items() if k != "output"},
             "shares": SHARES,
-            "rows_a_step": ROWS_A_STEP,
+            "rows_a_step": recipe.rows or ROWS_A_STEP,
             "muon_rate": MUON_RATE,
             "muon_decay": MUON_DECAY,
             "adam_rate": ADAM_RATE,
@@ -240,23 +267,23 @@ def save_and_measure(
     return report
 
 
-def run(settings: Settings) -> dict[str, Any]:
+def run(settings: Settings, recipe: Recipe = EMBEDDED) -> dict[str, Any]:
     """Collect text, train tokenizer and model, write the folder, and return the recorded figures."""
     wall_started = time.monotonic()
     corpus = collect()
     tokenizer = train_tokenizer(tokenizer_texts(corpus, settings.seed), VOCABULARY, CONTEXT)
     save_tokenizer(tokenizer, settings.output / "model")
     write_files(Files(settings.output), corpus, settings.seed)
-    model = new_model(settings.seed, tokenizer)
+    model = recipe.new_model(settings.seed, tokenizer)
     sources = {s: training_rows(s, corpus, tokenizer, CONTEXT + 1, settings.seed) for s in SKILLS}
     next_rows = {skill: source.__next__ for skill, source in sources.items()}
     progress = Progress()
 
     def save() -> None:
-        save_and_measure(settings, model, progress, wall_started)
+        save_and_measure(settings, recipe, model, progress, wall_started)
 
-    train(settings, model, next_rows, progress, save)
-    return save_and_measure(settings, model, progress, wall_started)
+    train(settings, recipe, model, next_rows, progress, save)
+    return save_and_measure(settings, recipe, model, progress, wall_started)
 
 
 def parse(arguments: list[str] | None = None) -> Settings:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.decoder_layers import NotFound
+from fbn_prune.model.experts import mixture
 from fbn_prune.model.families import refuse_obstacles
 from fbn_prune.model.found_family import FoundFamily
 from fbn_prune.model.identities import failed_step
+from fbn_prune.model.mixture_family import MixtureFamily, mixture_family
+from fbn_prune.model.mixture_identities import failed_mixture_step
 from fbn_prune.model.structure import find_family
 from fbn_prune.model.tiny_copy import tiny_config
 
@@ -33,7 +36,10 @@ TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 VALUES: Mapping[str, Mapping[str, Any]] = {
     # The defaults of these classes describe no model; every checkpoint says it.
+    "deepseek_v2": {"num_experts_per_tok": 6},
     "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128, "num_experts": 8},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
     "ministral": {"head_dim": 128},
     "ministral3": {"head_dim": 128},
     "nemotron": {"head_dim": 128, "num_key_value_heads": 8},
@@ -70,6 +76,10 @@ class Outcome:
         """The type's row of the table."""
         if self.family is None:
             return f"| {self.model_type} | | | {self.reason} |"
+        if isinstance(self.family, MixtureFamily):
+            keys = ", ".join((*self.family.count_keys, *self.family.width_keys))
+            place = f"{self.family.layers}: {self.family.experts} (experts)"
+            return f"| {self.model_type} | {place} | {keys} | {self.reason or 'passes'} |"
         inputs = ", ".join(
             f"{one.path} (both halves)" if one.stacked == 2 else one.path
             for one in self.family.inputs
@@ -91,11 +101,21 @@ def outcome(model_type: str) -> Outcome:
         return Outcome(
             model_type, None, _short(f"has a config class without usable defaults: {error}")
         )
+    if mixture(config.to_dict()) is not None:
+        return _mixture_outcome(model_type, config)
     try:
         family = find_family({**config.to_dict(), "model_type": model_type})
     except (NotFound, InvalidInput) as error:
         return Outcome(model_type, None, _short(str(error)))
     return Outcome(model_type, family, _short(failed_step(family, config)))
+
+
+def _mixture_outcome(model_type: str, config: PretrainedConfig) -> Outcome:
+    try:
+        family = mixture_family({**config.to_dict(), "model_type": model_type})
+    except InvalidInput as error:
+        return Outcome(model_type, None, _short(str(error).partition("; supported")[0]))
+    return Outcome(model_type, family, _short(failed_mixture_step(config)))
 
 
 def small_config(model_type: str) -> PretrainedConfig:
@@ -110,11 +130,16 @@ def small_config(model_type: str) -> PretrainedConfig:
     for key, value in (("is_decoder", True), ("is_encoder_decoder", False)):  # as causal models say
         if hasattr(config, key):
             setattr(config, key, value)
-    refuse_obstacles({**config.to_dict(), "model_type": model_type})
+    refuse_obstacles({**config.to_dict(), "model_type": model_type}, mixtures=True)
     text = config.get_text_config(decoder=True)
-    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or [""]
-    whole = next(count for count in range(1, len(kinds) + 1) if set(kinds[:count]) == set(kinds))
+    lists = ("layer_types", "layers_block_type", "mlp_layer_types")
+    whole = max(_with_every_kind(getattr(text, key, None) or [""]) for key in lists)
     return tiny_config(config, min(max(2, whole), _MOST_LAYERS))
+
+
+def _with_every_kind(kinds: Sequence[str]) -> int:
+    """Return how many of the first layers have every kind."""
+    return next(count for count in range(1, len(kinds) + 1) if set(kinds[:count]) == set(kinds))
 
 
 def _short(reason: str | None) -> str | None:

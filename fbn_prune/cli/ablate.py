@@ -91,7 +91,7 @@ def command(
     sizes = _sizes(grow)
     from fbn_prune import api
 
-    api.check_recipe(recipe)
+    api.check_recipe(recipe, mixtures=True)
     api.check_measured(text or (), task_names(tasks))
     plan = api.AblationPlan(
         action=action,

@@ -108,6 +108,9 @@ def _table(
     measured = "recurrence" in networks.header
     for column in ("id", "variance", "hubs", "members", "layers"):
         table.add_column(column, justify="right")
+    in_experts = any(card["experts_spanned"] is not None for card in cards)
+    if in_experts:
+        table.add_column("experts", justify="right")
     for column in ("IoU halves", "IoU seeds") if measured else ():
         table.add_column(column, justify="right")
     for place in range(len(others)):
@@ -126,6 +129,7 @@ def _table(
             str(card["hubs"]),
             str(card["members"]),
             _profile(card["members_by_layer"]),
+            *([str(card["experts_spanned"])] if in_experts else []),
             *overlaps,
             "\n".join(f"{tie['id']} {tie['correlation']:+.2f}" for tie in card["connected"][:2]),
             " ".join(_visible(entry["token"]) for entry in card["tokens"][:4]),

@@ -89,6 +89,8 @@ def _print_result(recipe: Recipe, result: PruneResult) -> None:
         ("MLP neurons", result.neurons_total, result.neurons_kept, "{:,}"),
         ("perplexity (held out)", result.perplexity_before, result.perplexity_after, "{:.3f}"),
     ]
+    if result.experts is not None:
+        rows.insert(1, ("experts of a layer", *result.experts, "{:,}"))
     if (found := result.vocabulary) is not None:
         rows.insert(2, ("tokens", found.tokens_before, found.tokens_after, "{:,}"))
     if result.heads_kept < result.heads_total:
@@ -111,7 +113,10 @@ def _print_result(recipe: Recipe, result: PruneResult) -> None:
     if result.vocabulary is not None:
         console.print_line(console.vocabulary(asdict(result.vocabulary)))
         console.print_line("the perplexities are those before the vocabulary was trimmed")
-    console.print_line(_widths(result.widths, result.width_rule))
+    if result.experts is None:
+        console.print_line(_widths(result.widths, result.width_rule))
+    else:
+        console.print_line(f"width of every expert: {result.widths[0]}")
     if result.layers_left_out:
         console.print_line(f"layers left out: {', '.join(map(str, result.layers_left_out))}")
     seconds = ", ".join(f"{name} {took:.1f} s" for name, took in result.stages.items())

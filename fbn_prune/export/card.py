@@ -44,6 +44,8 @@ class CardFacts:
         The same after cutting and before training; None without training.
     trained_on, mlps_alone
         The text that the cut model was trained on, in words, and whether only its MLPs were trained.
+    experts
+        Experts of a layer before and after, and the neurons of one before and after; None if there are none.
     warning
         The warning of the check after pruning; None without one.
     command
@@ -73,6 +75,7 @@ class CardFacts:
     perplexity_cut: float | None = None
     trained_on: str = "the calibration text"
     mlps_alone: bool = False
+    experts: tuple[int, int, int, int] | None = None
     warning: str | None = None
     license: dict[str, str] = field(default_factory=dict)
 
@@ -172,6 +175,14 @@ def _what_was_cut(facts: CardFacts) -> str:
         )
     layers, before = len(facts.widths), len(facts.widths_before)
     fewer = "" if layers == before else f" and {before - layers} of {before} layers"
+    if facts.experts is not None:
+        count, count_after, width, width_after = facts.experts
+        return (
+            f"Made from `{_base(facts)}`, a mixture of experts: each of the {len(facts.widths)} layers with experts "
+            f"keeps {count_after} of {count} experts, and each expert {width_after} of {width} neurons. They were "
+            f"chosen by {facts.criterion}, on {facts.calibration}. The router keeps the rows of the experts "
+            "that stay; shared experts, other MLPs, attention, norms and embeddings are unchanged."
+        )
     return (
         f"Made from `{_base(facts)}` by removing {total - kept:,} of its {total:,} MLP neurons{fewer}: each of the "
         f"{layers} layers keeps {_span(facts.widths)} of {_span(facts.widths_before)}.{networks} "

@@ -12,7 +12,7 @@ import copy
 from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,12 @@ from fbn_prune.model.family import Family, Projection
 from fbn_prune.model.heads import HeadProjection
 from fbn_prune.model.spill import Spilled
 from fbn_prune.model.surgery import MlpCut, cut_tensor, require_bias
+
+
+class Removable(Protocol):
+    """What ends when it is removed, such as a hook of torch."""
+
+    def remove(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -198,6 +204,18 @@ class ModelAdapter:
             weight = weight if projection.neuron_axis == 0 else weight.T
             views.extend(weight.chunk(projection.stacked, dim=0))
         return tuple(views)
+
+    def watch_neurons(self, layer: int, watch: Callable[[Tensor], None]) -> Removable:
+        """Call `watch` with the MLP's activations, [..., neurons], whenever the layer runs, until it is removed."""
+        return self.output_module(layer).register_forward_pre_hook(
+            lambda module, args: watch(args[0])
+        )
+
+    def change_neurons(self, layer: int, change: Callable[[Tensor], Tensor]) -> Removable:
+        """Let the layer compute with ``change(x)`` for its activations x, [..., neurons], until that is removed."""
+        return self.output_module(layer).register_forward_pre_hook(
+            lambda module, args: (change(args[0]), *args[1:])
+        )
 
     # Running
 

@@ -239,7 +239,10 @@ class Checkpoint:
 
     @property
     def storage_dtype(self) -> torch.dtype:
-        """The most frequent dtype of the MLPs' output weights; pruning rounds the new weights to it."""
+        """The most frequent dtype of the MLPs' output weights; pruning rounds the new weights to it.
+
+        Where none is stored apart, as in a mixture of experts, that of most numbers in the checkpoint.
+        """
         counts = Counter(
             info.dtype
             for name, info in self.tensors.items()
@@ -247,6 +250,8 @@ class Checkpoint:
             and location.projection is self.family.output
             and location.part == "weight"
         )
+        for info in self.tensors.values() if not counts else ():
+            counts[info.dtype] += info.parameters
         return counts.most_common(1)[0][0]
 
     def stored_name(self, parameter: str) -> str | None:

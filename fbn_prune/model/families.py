@@ -199,8 +199,15 @@ def family_of(config: Config) -> Family:
     return family
 
 
-def refuse_obstacles(fields: Mapping[str, Any]) -> None:
+def refuse_obstacles(fields: Mapping[str, Any], *, mixtures: bool = False) -> None:
     """Refuse a `config.json` object that says by itself that its model cannot be pruned; needs no torch.
+
+    Parameters
+    ----------
+    fields
+        The object.
+    mixtures
+        Whether mixtures of experts can be pruned here.
 
     Raises
     ------
@@ -211,7 +218,7 @@ def refuse_obstacles(fields: Mapping[str, Any]) -> None:
     model_type = fields.get("model_type")
     if not isinstance(model_type, str):
         raise InvalidInput(f"no model_type in the config ({model_type!r}); {_supported()}")
-    if obstacle := _obstacle(fields, declared=model_type in _BY_MODEL_TYPE):
+    if obstacle := _obstacle(fields, declared=model_type in _BY_MODEL_TYPE, mixtures=mixtures):
         raise refusal(model_type, obstacle)
 
 
@@ -227,7 +234,7 @@ def _supported() -> str:
     )
 
 
-def _obstacle(fields: Mapping[str, Any], declared: bool) -> str | None:
+def _obstacle(fields: Mapping[str, Any], declared: bool, mixtures: bool) -> str | None:
     """Why a model of this config cannot be pruned, as a predicate that follows the model_type; None if it can."""
     if declared:
         for key in ("text_config", "vision_config", "audio_config"):
@@ -236,7 +243,7 @@ def _obstacle(fields: Mapping[str, Any], declared: bool) -> str | None:
         for key, value in fields.items():
             if "expert" in key and value:
                 return f"is a mixture of experts ({key}={value})"
-    elif experts := mixture(fields):
+    elif not mixtures and (experts := mixture(fields)):
         return f"is a mixture of experts ({experts})"
     for key in ("is_encoder_decoder", "add_cross_attention"):
         if fields.get(key):

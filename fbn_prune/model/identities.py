@@ -99,7 +99,7 @@ class _Copy:
         other = self._ids.clone()
         other[:, -1] = 3 + (other[:, -1] - 2) % (VOCABULARY - 6)
         changed = self._logits(self._model, other)
-        return _close(changed[:, :-1], self._before[:, :-1]) and not _close(
+        return is_close(changed[:, :-1], self._before[:, :-1]) and not is_close(
             changed[:, -1], self._before[:, -1]
         )
 
@@ -107,7 +107,7 @@ class _Copy:
         adapter = self._adapter()
         for layer, width in enumerate(adapter.widths):
             adapter.cut(layer, MlpCut(torch.arange(width), adapter.down_weight(layer).clone()))
-        return _close(self._logits(adapter.model), self._before)
+        return is_close(self._logits(adapter.model), self._before)
 
     def _permute(self) -> bool:
         adapter = self._adapter()
@@ -122,7 +122,7 @@ class _Copy:
                 module.weight.data = weight.index_select(projection.neuron_axis, blocks)
                 if module.bias is not None and projection is not family.output:
                     module.bias.data = module.bias.data[blocks]
-        return _close(self._logits(adapter.model), self._before)
+        return is_close(self._logits(adapter.model), self._before)
 
     def _layer_by_layer(self) -> bool:
         batches = [Batch(ids[None], torch.ones(1, len(ids), dtype=torch.bool)) for ids in self._ids]
@@ -130,7 +130,7 @@ class _Copy:
         for _ in self._family.mlp_layers:
             forward.advance()
         logits = torch.cat([forward.logits(hidden) for hidden in forward.hidden])
-        return _close(logits.float(), self._before)
+        return is_close(logits.float(), self._before)
 
     def _remove_silent(self) -> bool:
         """Silence half of each layer's neurons in the copy, then cut them off it."""
@@ -148,7 +148,9 @@ class _Copy:
         self._before, dense = self._logits(self._model), self._before
         for layer, cut in enumerate(cuts):
             adapter.cut(layer, cut)
-        return _close(self._logits(self._model), self._before) and not _close(dense, self._before)
+        return is_close(self._logits(self._model), self._before) and not is_close(
+            dense, self._before
+        )
 
     def _reload(self) -> bool:
         """Save the cut copy, and load it by the stock class."""
@@ -160,10 +162,11 @@ class _Copy:
         widths = set(ModelAdapter(loaded, self._family).widths)
         if len(widths) != 1 or widths == set(self._family.widths(self._model.config)) - widths:
             raise FbnPruneError("the widths differ")
-        return _close(self._logits(loaded.eval()), before)
+        return is_close(self._logits(loaded.eval()), before)
 
 
-def _close(one: Tensor, other: Tensor) -> bool:
+def is_close(one: Tensor, other: Tensor) -> bool:
+    """Return whether logits are equal up to rounding; raise FbnPruneError if they are not finite."""
     if not bool(one.isfinite().all()):
         raise FbnPruneError("the logits are not finite")
     return bool((one - other).abs().max() <= _CLOSE * max(1e-3, float(other.abs().max())))

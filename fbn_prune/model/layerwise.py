@@ -115,23 +115,23 @@ class LayerwiseForward:
         """Return the output of the next layer for batch `index`, [blocks, length, d], without changing `hidden`."""
         observer_seconds = 0.0
 
-        def hook(observer: Observe) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            def watch(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def watching(observer: Observe) -> Callable[[Tensor], None]:
+            def watch(x: Tensor) -> None:
                 nonlocal observer_seconds
                 start = self._now()
-                valid = self._valid[index].flatten().to(args[0].device)
-                observer(index, args[0].flatten(0, -2)[valid])
+                valid = self._valid[index].flatten().to(x.device)
+                observer(index, x.flatten(0, -2)[valid])
                 observer_seconds += self._now() - start
 
             return watch
 
         handles = []
         if observe is not None:
-            down = self._adapter.output_module(self.next_layer)
-            handles.append(down.register_forward_pre_hook(hook(observe)))
+            handles.append(self._adapter.watch_neurons(self.next_layer, watching(observe)))
         if observe_heads is not None:
             out = self._adapter.attention_output(self.next_layer)
-            handles.append(out.register_forward_pre_hook(hook(observe_heads)))
+            watch = watching(observe_heads)
+            handles.append(out.register_forward_pre_hook(lambda module, args: watch(args[0])))
         start = self._now()
         try:
             with torch.inference_mode():

@@ -63,7 +63,7 @@ def _find(text: str) -> FoundFamily:
 
 
 def _family(typed: PretrainedConfig, small: PretrainedConfig, structure: Structure) -> FoundFamily:
-    text_key = _text_key(typed)
+    text_key = text_key_of(typed)
     mlps, layers = _main_mlps(structure)
     first = mlps[0]
     if len(set(first.biased)) > 1:
@@ -89,7 +89,7 @@ def _family(typed: PretrainedConfig, small: PretrainedConfig, structure: Structu
     )
 
 
-def _text_key(config: PretrainedConfig) -> str | None:
+def text_key_of(config: PretrainedConfig) -> str | None:
     """Return the key of the text model's config inside a config."""
     text = config.get_text_config(decoder=True)
     return next((key for key in config.sub_configs if getattr(config, key, None) is text), None)

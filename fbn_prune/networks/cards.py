@@ -25,6 +25,7 @@ def network_cards(networks: FunctionalNetworks) -> list[dict[str, Any]]:
             "members": int(networks.members(index).sum()),
             "layers_spanned": len(networks.layers_spanned(index)),
             "members_by_layer": networks.members_by_layer(index),
+            "experts_spanned": _experts(networks, index),
             **{
                 key: float(recurrence[key][index]) if key in recurrence else None
                 for key in ("iou_halves", "iou_seeds", "correlation_seeds", "shared_seeds")
@@ -35,6 +36,15 @@ def network_cards(networks: FunctionalNetworks) -> list[dict[str, Any]]:
         }
         for index in range(len(networks.maps))
     ]
+
+
+def _experts(networks: FunctionalNetworks, index: int) -> int | None:
+    """Return in how many experts of all layers a network has members; None if the model is no mixture of experts."""
+    count = networks.header.get("experts")
+    if not isinstance(count, int) or any(width % count for width in networks.widths):
+        return None
+    layers = networks.by_layer(networks.members(index))
+    return sum(int(members.view(count, -1).any(1).sum()) for members in layers)
 
 
 def _of(lists: list[list[Any]] | None, index: int) -> list[Any]:

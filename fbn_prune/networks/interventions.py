@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.adapter import ModelAdapter
@@ -73,16 +73,7 @@ def _changed(
                 )
             if not bool(mask.any()):
                 continue
-            down = adapter.output_module(layer)
-            hook = _hook(mask.to(adapter.layer_device(layer)), change)
-            hooks.callback(down.register_forward_pre_hook(hook).remove)
+            mask = mask.to(adapter.layer_device(layer))
+            changing = adapter.change_neurons(layer, lambda x, mask=mask: change(x, mask))  # type: ignore[misc]
+            hooks.callback(changing.remove)
         yield
-
-
-def _hook(
-    mask: Tensor, change: Callable[[Tensor, Tensor], Tensor]
-) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (change(args[0], mask), *args[1:])
-
-    return hook

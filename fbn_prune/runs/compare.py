@@ -86,7 +86,7 @@ class Comparison:
 
     def save(self, path: Path) -> None:
         """Write the JSON file atomically."""
-        _replace(path, json.dumps(self.to_json(), indent=1) + "\n")
+        replace_file(path, json.dumps(self.to_json(), indent=1) + "\n")
 
 
 def plot_path(path: Path) -> Path:
@@ -94,7 +94,8 @@ def plot_path(path: Path) -> Path:
     return path.with_suffix(".svg")
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
+    """Write a text file atomically."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -163,7 +164,7 @@ def run_comparison(
         from fbn_prune.export.report.facts import Comparison as Compared
         from fbn_prune.export.report.figures import comparison_svg
 
-        _replace(plot_path(path), comparison_svg(Compared.model_validate(comparison.to_json())))
+        replace_file(plot_path(path), comparison_svg(Compared.model_validate(comparison.to_json())))
     wanted = {(name, share) for name in names for share in shares}
     comparison.cells = {cell: comparison.cells[cell] for cell in sorted(wanted)}
     return comparison

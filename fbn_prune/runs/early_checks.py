@@ -26,8 +26,15 @@ TASK_SUFFIXES = (".jsonl", ".txt", ".yaml", ".yml")
 """Suffixes of names of tasks that are files; all other names are those of the harness."""
 
 
-def check_recipe(recipe: Recipe) -> None:
+def check_recipe(recipe: Recipe, *, mixtures: bool = False) -> None:
     """Check the files and folders that a recipe names.
+
+    Parameters
+    ----------
+    recipe
+        The recipe.
+    mixtures
+        Whether the command works on mixtures of experts.
 
     Raises
     ------
@@ -38,7 +45,7 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.model != "builtin":
         folder = _local(recipe.model)
     if folder is not None:
-        refuse_obstacles(read_config(folder))
+        refuse_obstacles(read_config(folder), mixtures=mixtures)
         total_bytes = sum(tensor.nbytes for tensor in read_stored(folder).values())
     for source in (*recipe.calibration, *recipe.vocabulary_texts, *recipe.recover_text):
         require_source(source)

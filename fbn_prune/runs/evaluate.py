@@ -20,8 +20,10 @@ from fbn_prune.data.harness_files import TaskConfig, task_from_file
 from fbn_prune.data.harness_tasks import document_question, load_tasks, task_manager
 from fbn_prune.errors import FbnPruneError, InvalidInput, counted
 from fbn_prune.model.adapter import ModelAdapter
-from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.layerwise import check_runs
+from fbn_prune.model.mixture_adapter import MixtureAdapter
+from fbn_prune.model.mixture_checkpoint import open_any
+from fbn_prune.model.mixture_family import MixtureFamily
 from fbn_prune.networks.intervention_effects import TaskFigures
 from fbn_prune.recipe import DtypeName
 from fbn_prune.runs.early_checks import TASK_SUFFIXES
@@ -163,14 +165,20 @@ def evaluate(
 
 
 def _evaluate(model: str, tasks: Sequence[str | TaskConfig], options: HarnessOptions) -> Evaluation:
-    checkpoint = Checkpoint.open(builtin.path_or_id(model))
+    checkpoint = open_any(builtin.path_or_id(model))
     seen = recorded_fingerprints(checkpoint.path)
     require_unseen_lines(checkpoint.path, seen, tasks)
     loaded = load_tasks(tasks)
     require_unseen_documents(checkpoint.path, seen, loaded["tasks"])
     dtype = torch.float32 if options.dtype == "auto" else getattr(torch, options.dtype)
     loaded_model = checkpoint.load_model(chosen_device(options.device), dtype)
-    check_runs(ModelAdapter(loaded_model, checkpoint.family), checkpoint.path)
+    family = checkpoint.family
+    adapter = (
+        MixtureAdapter(loaded_model, family)
+        if isinstance(family, MixtureFamily)
+        else ModelAdapter(loaded_model, family)
+    )
+    check_runs(adapter, checkpoint.path)
     raw = _run(loaded_model, checkpoint.load_tokenizer(), _top_level(loaded), options)
     return Evaluation(model, _figures(raw), raw)
 

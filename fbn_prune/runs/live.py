@@ -20,12 +20,14 @@ from fbn_prune.errors import InvalidInput
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.depth import Depth, put_back
+from fbn_prune.model.experts import mixture
 from fbn_prune.networks.activity import time_courses
 from fbn_prune.networks.functional_networks import HUB_Z, FunctionalNetworks
 from fbn_prune.networks.interventions import amplified, masked, retained
 from fbn_prune.progress import StageClock
 from fbn_prune.recipe import PruningConfig, build_recipe
 from fbn_prune.runs.memory import possible_plans
+from fbn_prune.runs.mixture_live import prune_live_mixture
 from fbn_prune.runs.opening import OpenRun, read_texts, read_training_text
 from fbn_prune.runs.prune import PruneRun
 from fbn_prune.runs.result import PruneResult
@@ -44,6 +46,9 @@ def prune_live(
     clock: StageClock,
 ) -> PruneResult:
     """Prune a model in place; see :func:`fbn_prune.prune`."""
+    if mixture(model.config.to_dict()) is not None:
+        with _evaluating(model):
+            return prune_live_mixture(model, tokenizer, dataset, config, clock)
     with _opened(model, tokenizer, dataset, config, clock) as run:
         require_layout(run.prepared)
         for line in run.prepared.recipe.notes:

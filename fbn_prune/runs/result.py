@@ -23,14 +23,17 @@ class PruneResult:
     Attributes
     ----------
     perplexity_before, perplexity_after, perplexity_expected
-        On the held-out text, with the recovery if there was one; and the range that the errors of the cuts predict.
+        On the held-out text, with the recovery if there was one; and the range that the errors of the cuts predict,
+        None for a mixture of experts.
     warning
         Oddities of the model's config and findings of the check after pruning; also in the model card.
     heads_kept, heads_total
         Attention (query) heads of all layers.
+    experts
+        Experts of a layer before and after; None if the model is no mixture of them.
     widths, width_rule, layout_trials
-        New width of each layer, the rule that set it, and the loss rise in nats of each rule that was tried (of each
-        candidate of a search: the divergence from the dense model).
+        New width of each layer (in a mixture, of an expert), the rule that set it, and the loss rise in nats of each
+        rule that was tried (of each candidate of a search: the divergence from the dense model).
     search
         What a search of widths found, see :func:`fbn_prune.pruning.search.search_layout`; None without a search.
     layers_left_out
@@ -55,7 +58,7 @@ class PruneResult:
     bytes_after: int
     perplexity_before: float
     perplexity_after: float
-    perplexity_expected: tuple[float, float]
+    perplexity_expected: tuple[float, float] | None
     warning: str | None
     neurons_kept: int
     neurons_total: int
@@ -76,6 +79,7 @@ class PruneResult:
     peak_memory_bytes: int
     recovery: Recovery | None = None
     vocabulary: VocabularyFigures | None = None
+    experts: tuple[int, int] | None = None
     stages: dict[str, float] = field(default_factory=dict)
     model: PreTrainedModel | None = field(default=None, repr=False, compare=False)
 

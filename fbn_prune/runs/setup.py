@@ -164,7 +164,7 @@ def prepare(recipe: Recipe, clock: StageClock | None = None) -> Prepared:
     checkpoint = Checkpoint.open(source, trust_remote_code=recipe.trust_remote_code)
     check_places(recipe, checkpoint.path, checkpoint.total_bytes)
     device = chosen_device(recipe.device)
-    dtype = _dtype(recipe.dtype, device, checkpoint)
+    dtype = chosen_dtype(recipe.dtype, device, checkpoint.storage_dtype)
     prepared = prepared_for(recipe, checkpoint, device, dtype, clock=clock)
     if prepared.memory.streamed:
         check_tensors(checkpoint)
@@ -196,11 +196,12 @@ def prepared_for(
         If the context, a width, the networks, the budget or the task do not fit the model.
     """
     family = checkpoint.family
-    longest = family.context_length(checkpoint.config)
-    if recipe.context is not None and recipe.context > longest:
+    if recipe.experts is not None:
         raise InvalidInput(
-            f"context = {recipe.context}: the model supports at most {longest} tokens: lower it"
+            f"experts = {recipe.experts}: {recipe.model} is no mixture of experts: leave it out"
         )
+    longest = family.context_length(checkpoint.config)
+    check_context(recipe, longest)
     widths = family.widths(checkpoint.config)
     layers, neurons = len(widths), sum(widths)
     # Ragged layers that are narrower than the multiple stay whole.
@@ -270,6 +271,20 @@ def prepared_for(
     )
 
 
+def check_context(recipe: Recipe, longest: int) -> None:
+    """Refuse a context that is longer than the model supports.
+
+    Raises
+    ------
+    InvalidInput
+        It is.
+    """
+    if recipe.context is not None and recipe.context > longest:
+        raise InvalidInput(
+            f"context = {recipe.context}: the model supports at most {longest} tokens: lower it"
+        )
+
+
 def require_layout(prepared: Prepared) -> None:
     """Refuse to make layers equally wide where that removes more than was asked for, or a share that is not yet known.
 
@@ -332,7 +347,8 @@ def chosen_device(name: str) -> torch.device:
     return distributed.local_device(device)
 
 
-def _dtype(name: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
+def chosen_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """Return the dtype of a recipe's `dtype` key; "auto" is float32 on a CPU and the checkpoint's elsewhere."""
     if name != "auto":
         return _DTYPES[name]
-    return torch.float32 if device.type == "cpu" else checkpoint.storage_dtype
+    return torch.float32 if device.type == "cpu" else stored

@@ -12,6 +12,7 @@ from torch import Tensor
 from fbn_prune.data.calibration import Batch, TokenBlocks
 from fbn_prune.errors import InvalidInput
 from fbn_prune.export.published import public_name
+from fbn_prune.model.mixture_family import MixtureFamily
 from fbn_prune.model.non_finite import damage
 from fbn_prune.model.perplexity import NonFiniteLogits, exp_or_infinite
 from fbn_prune.networks.discovery import DiscoveryOptions, discover
@@ -45,6 +46,8 @@ def find_networks(run: OpenRun, *, recurrence: bool = False) -> FunctionalNetwor
         "calibration_fingerprint": run.data.calibrating.fingerprint,
         "dtype": str(prepared.dtype).removeprefix("torch."),
     }
+    if isinstance(prepared.family, MixtureFamily):
+        header["experts"] = prepared.family.count
     options = DiscoveryOptions(
         recipe.networks, recipe.network_tokens, recipe.scope, recipe.seed, recurrence
     )
@@ -142,6 +145,11 @@ def measuring_dense(run: OpenRun, batches: Sequence[Batch]) -> Iterator[None]:
         raise damage(run.adapter, batches) from None
 
 
+def no_better_than_guessing(perplexity: float, vocabulary: int) -> bool:
+    """Whether a perplexity is near the vocabulary's size, or above it."""
+    return not perplexity < GUESSING * vocabulary
+
+
 def refuse_guessing(run: OpenRun, perplexity: float) -> None:
     """Refuse a dense model that predicts no better than a uniform guess, unless the recipe allows it.
 
@@ -151,7 +159,7 @@ def refuse_guessing(run: OpenRun, perplexity: float) -> None:
         The perplexity is near the vocabulary's size, or above it.
     """
     vocabulary = run.prepared.family.vocab_size(run.prepared.checkpoint.config)
-    if perplexity < GUESSING * vocabulary or run.prepared.recipe.allow_untrained:
+    if not no_better_than_guessing(perplexity, vocabulary) or run.prepared.recipe.allow_untrained:
         return
     raise InvalidInput(
         f"{run.prepared.recipe.model}: the unpruned model's perplexity is {perplexity:,.0f} with a vocabulary of "

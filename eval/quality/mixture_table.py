@@ -1,0 +1,55 @@
+"""Held-out perplexity of a mixture of experts cut to 75, 50 and 25 % of its expert parameters, by each way to cut it.
+
+    cd eval && python -m builtin_model.mixture --output DIR --minutes 90
+    python eval/quality/mixture_table.py DIR/model --calibrate DIR/text/... --output eval/results/mixture.json
+
+Neurons inside the experts and whole experts are cut by second order with a refit; REAP, the number of tokens and chance
+remove whole experts without one. One calibration sample for all, another text's blocks for the perplexity.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from protocol import Output, save_json
+
+from fbn_prune.progress import StageClock
+from fbn_prune.recipe import build_recipe
+from fbn_prune.runs.mixture_comparison import WAYS, compare_mixture
+
+SHARES = (0.75, 0.5, 0.25)
+
+
+def main(
+    model: Annotated[Path, typer.Argument(help="Checkpoint folder of the mixture.")],
+    calibrate: Annotated[list[Path], typer.Option(help="Text; repeat for several.")],
+    tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 65536,
+    context: Annotated[int, typer.Option(help="Tokens of a block.")] = 256,
+    seed: Annotated[int, typer.Option(help="Seed of the sample and of chance.")] = 0,
+    sequential: Annotated[
+        bool, typer.Option(help="Only what is refitted, each layer on the cut layers before it.")
+    ] = False,
+    output: Output = None,
+) -> None:
+    """Print the table."""
+    recipe = build_recipe(
+        {"model": str(model), "calibration": tuple(map(str, calibrate)), "tokens": tokens}
+        | {"context": context, "seed": seed, "device": "cpu", "dtype": "float32"}
+        | {"sequential": sequential}
+    )
+    ways = WAYS[:2] if sequential else WAYS
+    found = compare_mixture(recipe, ways, SHARES, None, StageClock())
+    print(f"| kept (dense {found.dense:.3f}) | {' | '.join(ways)} |")
+    print("|---|" + "---:|" * len(ways))
+    for share in SHARES:
+        cells = " | ".join(f"{found.cells[way, share]:.3f}" for way in ways)
+        print(f"| {share:.0%} | {cells} |")
+    facts = found.to_json()
+    facts["model"] = model.name
+    save_json(output, facts)
+
+
+if __name__ == "__main__":
+    typer.run(main)

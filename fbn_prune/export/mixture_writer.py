@@ -1,0 +1,112 @@
+"""Write a cut mixture of experts: its tensors as transformers stores them, and the companions of the source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fbn_prune.errors import FbnPruneError, InvalidInput
+from fbn_prune.export.directory import disk_errors
+from fbn_prune.export.shards import write_json, write_shards
+from fbn_prune.export.writer import copy_companions
+from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.expert_block import ExpertsCut
+from fbn_prune.model.mixture_adapter import MixtureAdapter
+from fbn_prune.model.mixture_checkpoint import open_mixture, stored_tensors
+from fbn_prune.model.mixture_family import MixtureFamily
+from fbn_prune.model.shards import TensorInfo, save_tensors
+from fbn_prune.model.stock_names import with_stock_names
+
+KEPT_EXPERTS = "kept_experts.safetensors"
+"""File with the kept experts and neurons of each layer, by their numbers in the source."""
+
+
+def write_mixture(
+    source: Checkpoint,
+    adapter: MixtureAdapter,
+    directory: Path,
+    *,
+    max_shard_size: int | str = "5GB",
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Write a live, cut mixture as a checkpoint that stock classes load.
+
+    Parameters
+    ----------
+    source
+        The checkpoint that was cut. A tensor is written in the dtype that it has there.
+    adapter
+        The cut model.
+    directory
+        An existing folder, normally from :func:`fbn_prune.export.directory.atomic_directory`.
+    max_shard_size, progress
+        See :func:`fbn_prune.export.shards.write_shards`.
+
+    Raises
+    ------
+    FbnPruneError
+        The disk cannot be written, or what was written is not what its config says.
+    """
+    family = source.family
+    assert isinstance(family, MixtureFamily)
+    count, width = adapter.counts[0], adapter.expert_widths[0]
+    config = with_stock_names(family.with_experts(source.config, count, width))
+    tensors, common = stored_tensors(adapter), source.storage_dtype
+
+    def dtype(name: str, tensor: Tensor) -> torch.dtype:
+        if name in source.tensors:
+            return source.tensors[name].dtype
+        return common if tensor.is_floating_point() else tensor.dtype
+
+    plan = {
+        name: TensorInfo("", tuple(tensor.shape), dtype(name, tensor))
+        for name, tensor in tensors.items()
+    }
+    with disk_errors(directory):
+        write_shards(
+            plan,
+            lambda name: tensors[name].detach().to("cpu", plan[name].dtype),
+            directory,
+            max_shard_size=max_shard_size,
+            progress=progress,
+        )
+        write_json(directory / "config.json", config)
+        copy_companions(source, directory)
+    verify_mixture(directory, count, width)
+
+
+def verify_mixture(directory: Path, count: int, width: int) -> None:
+    """Check that transformers finds all tensors of a written mixture, in the shapes of its config.
+
+    Raises
+    ------
+    FbnPruneError
+        It does not, or the config says another number of experts or another width.
+    """
+    try:
+        written = open_mixture(directory)
+        written.load_model("meta", torch.float32)
+    except InvalidInput as error:
+        raise FbnPruneError(f"the written checkpoint does not load: {error}") from error
+    family = written.family
+    assert isinstance(family, MixtureFamily)
+    if (family.count, family.expert_width) != (count, width):
+        raise FbnPruneError(
+            f"the written config says {family.count} experts of {family.expert_width} neurons instead of {count} of "
+            f"{width}"
+        )
+
+
+def save_kept_experts(family: MixtureFamily, cuts: Sequence[ExpertsCut], path: Path) -> None:
+    """Write the kept experts and neurons of each layer.
+
+    The tensors are `layers.N.experts`, int64 [K], and `layers.N.neurons`, int64 [K, n], where N is the decoder layer.
+    """
+    kept: dict[str, Tensor] = {}
+    for layer, cut in zip(family.mlp_layers, cuts, strict=True):
+        kept[f"layers.{layer}.experts"] = cut.experts.cpu()
+        kept[f"layers.{layer}.neurons"] = torch.stack([each.cpu() for each in cut.neurons])
+    save_tensors(kept, path)
