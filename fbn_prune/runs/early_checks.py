@@ -49,6 +49,8 @@ def check_recipe(recipe: Recipe) -> None:
         _require_file(recipe.task_test, "task_test")
     if recipe.networks_from is not None:
         _require_file(recipe.networks_from, "networks_from")
+    if recipe.forget is not None:
+        _require_file(recipe.forget, "forget")
     check_places(recipe, folder, total_bytes)
 
 

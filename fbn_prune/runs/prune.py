@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from torch import Tensor
+
 from fbn_prune import distributed
 from fbn_prune.data.calibration import Batch, TokenBlocks
 from fbn_prune.distributed import is_first
@@ -35,6 +37,7 @@ from fbn_prune.pruning.prediction import advice, check_rise, predicted_rise
 from fbn_prune.pruning.recovery.gain import Recovery
 from fbn_prune.recipe import Recipe
 from fbn_prune.runs.budget import Budget
+from fbn_prune.runs.forget import CRITERION, Forgetting, choose_cut, plan_forgetting, without_like
 from fbn_prune.runs.kept import artifact, numbers
 from fbn_prune.runs.opening import OpenRun, open_run, store_of
 from fbn_prune.runs.output import publish
@@ -83,6 +86,10 @@ class PruneRun:
     widths: Layout
     pruned: CutModel
     recovery: Recovery | None = None
+    forgetting: Forgetting | None
+    forgotten: dict[str, Any] | None
+    members: list[Tensor] | None
+    """What each neuron is worth in each layer, for criteria that ask for it."""
 
     def __init__(self, on: OpenRun, store: Store) -> None:
         self.on, self.store, self.clock = on, store, on.clock
@@ -94,6 +101,7 @@ class PruneRun:
         self.resume()
         self.measure_dense()
         self.find()
+        self.forget()
         self.match()
         self.rank()
         self.lay_out()
@@ -122,6 +130,22 @@ class PruneRun:
         self.networks = self.prepared.networks
         if self.networks is None and self.recipe.needs_networks:
             self.networks = artifact(self.store, lambda: find_networks(self.on))
+
+    def forget(self) -> None:
+        """Leave out the text that is like the skill to forget; perplexities are then those of the other text."""
+        self.forgetting = self.forgotten = None
+        if self.recipe.forget is None:
+            return
+        assert self.networks is not None
+        self.forgetting = what = plan_forgetting(self.on, self.networks, self.store)
+        self.on = without_like(self.on, what)
+        self.held_out = self.on.data.held_out.batches(self.prepared.batch_tokens)
+        self.measured = what.measured.batches(self.prepared.batch_tokens)
+        self.before, self.skill_before = numbers(
+            self.store,
+            "dense-rest",
+            lambda: [_dense_perplexity(self.on, part) for part in (self.held_out, self.measured)],
+        )
 
     def match(self) -> None:
         self.matched = match_to_task(self.on, self.networks, self.store)
@@ -156,6 +180,12 @@ class PruneRun:
             loss_roots_of(self.on, self.blocks, self.store),
             prepared.memory.scratch,
         )
+        self.members = None if self.networks is None else member_scores(self.networks, self.kept)
+        if self.forgetting is not None:
+            found = choose_cut(self.on, self.subject, self.forgetting, self.store)
+            self.widths, self.members, self.forgotten = found
+            self.subject = replace(self.subject, criterion=CRITERION)
+            return
         request = _layout_request(prepared, self.networks, self.kept)
         chosen = numbers(
             self.store,
@@ -167,12 +197,11 @@ class PruneRun:
             self.clock.note(_verdict(self.widths))
 
     def cut(self) -> None:
-        networks, subject = self.networks, self.subject
-        members = None if networks is None else member_scores(networks, self.kept)
+        subject = self.subject
         self.pruned = cut_layers(
             self.adapter,
             self.blocks.batches(self.prepared.batch_tokens),
-            CutPlan(self.recipe.criterion, self.widths.widths, members),
+            CutPlan(subject.criterion, self.widths.widths, self.members),
             subject.options,
             loss_roots=subject.loss_roots if self.recipe.loss_aware else None,
             clock=self.clock,
@@ -199,6 +228,15 @@ class PruneRun:
         warning = check_rise(self.before, self.after, self.expected, vocabulary)
         if warning is not None:
             self.clock.note(f"warning: {warning}")
+        if self.forgotten is not None:
+            self.forgotten |= {
+                "perplexity_before": self.skill_before,
+                "perplexity_after": numbers(
+                    self.store,
+                    "pruned-skill",
+                    lambda: _pruned_perplexity(self.adapter, self.measured, self.clock),
+                ),
+            }
         # The oddities were shown when the checkpoint was opened; the result repeats them.
         self.warnings = [line for line in (checkpoint.oddities(), warning) if line is not None]
 
@@ -276,6 +314,7 @@ class PruneRun:
             peak_memory_bytes=0,
             recovery=self.recovery,
             vocabulary=prepared.vocabulary_figures,
+            forgotten=self.forgotten,
         )
 
     def _task_facts(self) -> dict[str, Any] | None:
