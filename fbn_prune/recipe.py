@@ -110,8 +110,11 @@ class PruningConfig(BaseModel):
     """FILE.jsonl with test questions of the task: kept out of calibration, and measured. lm_eval: and builtin:
     tasks have their own."""
     forget: Path | None = _key(CUT)
-    """FILE with examples of a skill to remove, in the forms of --task: neurons of the networks that they engage are
-    cut, and the others are refitted on the other calibration text alone. Sets the size itself."""
+    """FILE with examples of a skill to remove, in the forms of --task: neurons that they need and other text does not
+    are cut, and the others are refitted on the calibration text unlike them. Sets the size itself."""
+    forget_by: Literal["neurons", "networks"] = _more(CUT, "neurons")
+    """How --forget chooses neurons: by how much more active they are on the examples than on other text, or by their
+    weight in the networks that the examples engage."""
     forget_cost: float = _more(CUT, 0.02, gt=0)
     """Most that the loss on the other text may rise by --forget, in nats a token."""
     criterion: str = _more(CUT, "second-order")
@@ -458,8 +461,9 @@ def _check(recipe: PruningConfig) -> None:
 
 def _check_forgetting(recipe: PruningConfig) -> None:
     if recipe.forget is None:
-        if recipe.forget_cost != 0.02:
-            _refuse(recipe, "forget_cost", "give the examples of the skill to remove with forget")
+        for key in ("forget_cost", "forget_by"):
+            if getattr(recipe, key) != type(recipe).model_fields[key].default:
+                _refuse(recipe, key, "give the examples of the skill to remove with forget")
         return
     for key in (*BUDGET_KEYS, "keep_networks", "head_sparsity", "task", "keep_layers"):
         if getattr(recipe, key) is not None:
@@ -468,7 +472,7 @@ def _check_forgetting(recipe: PruningConfig) -> None:
         _refuse(recipe, "recover", "training towards the whole model would bring the skill back")
     if recipe.criterion != "second-order" or recipe.loss_aware:
         key = "loss_aware" if recipe.loss_aware else "criterion"
-        _refuse(recipe, key, "forget chooses the neurons by the networks of the skill")
+        _refuse(recipe, key, "forget chooses the neurons itself, see forget_by")
     if recipe.layout == "auto" or recipe.widths != "networks":
         key = "layout" if recipe.layout == "auto" else "widths"
         _refuse(recipe, key, "forget sets the widths: give layout uniform or ragged alone")

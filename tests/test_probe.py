@@ -104,7 +104,9 @@ def test_labels_that_cannot_be_used_are_refused(
         read_labels(path)
 
 
-def test_a_probe_of_a_model_tells_numbers_from_words(tiny: Path, text: Path, tmp_path: Path) -> None:
+def test_a_probe_of_a_model_tells_numbers_from_words(
+    tiny: Path, text: Path, tmp_path: Path
+) -> None:
     rows = [{"text": f"{i} {i * 7} {i + 13}", "label": "numbers"} for i in range(12)]
     rows += [{"text": "apples and pears " * (1 + i % 3), "label": "words"} for i in range(12)]
     labels = tmp_path / "labels.jsonl"

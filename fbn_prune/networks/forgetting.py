@@ -1,7 +1,8 @@
-"""Which neurons a skill needs and the rest does not, by the networks that the skill's examples engage.
+"""Which neurons a skill needs and the rest does not: by their own activity, or by networks that the examples engage.
 
 A network is the skill's own if the skill's text engages it more than other text does. Its key neurons are those with
-the largest weights in its map. This module is pure numerics, independent of models.
+the largest weights in its map. `eval/quality/forget_table.py` compares this with the ratio of activity of single
+neurons (arXiv 2403.01267). This module is pure numerics, independent of models.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-KEEPING = 0.1
-"""Share of the skill's own examples that may look like other text, when text like them is looked for."""
+ROUNDS = 20
+"""Most rounds of the search for the boundary between text like the examples and other text."""
 
 
 def selectivity(skill: Tensor, rest: Tensor) -> Tensor:
@@ -46,11 +47,23 @@ def key_neurons(maps: Tensor, selective: Tensor) -> Tensor:
     return selective.double() @ maps.double().square()
 
 
+def activity_ratio(skill: Tensor, rest: Tensor) -> Tensor:
+    """Return how much more active each neuron is on a skill's text, float64 [N] (selective pruning, arXiv 2403.01267).
+
+    Parameters
+    ----------
+    skill, rest
+        Mean absolute activation of each neuron on either text, [N].
+    """
+    floor = 1e-6 * float(rest.double().mean()) + torch.finfo(torch.float64).tiny
+    return skill.double() / (rest.double() + floor)
+
+
 def alike(generic: Tensor, examples: Tensor) -> Tensor:
     """Return which generic documents are like the examples, bool [documents].
 
-    The score of a document is the projection of its standardised function vector on the examples' mean vector. A
-    document is like the examples if it scores as high as all but :data:`KEEPING` of them do.
+    The score of a document is the cosine of its standardised function vector and the examples' mean vector. A document
+    is like the examples if its score is nearer to theirs than to that of the other documents (means of the two).
 
     Parameters
     ----------
@@ -61,9 +74,17 @@ def alike(generic: Tensor, examples: Tensor) -> Tensor:
     scale = torch.where(std > 1e-12, std.reciprocal(), torch.zeros_like(std))
     of_generic, of_examples = ((x.double() - mean) * scale for x in (generic, examples))
     direction = of_examples.mean(0)
-    own = torch.nn.functional.cosine_similarity(of_examples, direction[None], dim=1)
+    own = torch.nn.functional.cosine_similarity(of_examples, direction[None], dim=1).mean()
     scores = torch.nn.functional.cosine_similarity(of_generic, direction[None], dim=1)
-    return scores >= torch.quantile(own, KEEPING).clamp_min(0)
+    boundary = own
+    for _ in range(ROUNDS):
+        others = scores[scores < boundary]
+        if not len(others):
+            break
+        before, boundary = boundary, (own + others.mean()) / 2
+        if boundary == before:
+            break
+    return scores >= boundary
 
 
 def candidate_sizes(neurons: int, steps: int = 10) -> list[int]:

@@ -20,7 +20,7 @@ from fbn_prune.progress import StageClock
 from fbn_prune.recipe import Recipe
 from fbn_prune.runs.study import open_study, with_networks
 
-WORDS = 4096
+WORDS = 2048
 """Words that networks are compared on."""
 
 PASSAGE_CHARACTERS = 400

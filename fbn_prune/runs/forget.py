@@ -1,4 +1,4 @@
-"""Remove a skill that a few examples show: cut the neurons of its networks, as many as the other text can spare.
+"""Remove a skill that a few examples show: cut the neurons that it needs, as many as the other text can spare.
 
 The examples may resemble a part of the calibration text. That part is left out of everything: a refit on it would teach
 the remaining neurons the skill again, and a measurement on it would count the skill's loss as damage.
@@ -19,6 +19,7 @@ from fbn_prune.errors import InvalidInput, counted
 from fbn_prune.model.perplexity import mean_loss
 from fbn_prune.networks.activity import time_courses
 from fbn_prune.networks.forgetting import (
+    activity_ratio,
     alike,
     between,
     candidate_sizes,
@@ -88,16 +89,17 @@ def plan_forgetting(on: OpenRun, networks: FunctionalNetworks, store: Store) -> 
     parts = (on.data.calibrating, on.data.held_out, examples)
 
     def compute() -> dict[str, Tensor]:
-        features, squares = zip(*(_activity(on, networks, part) for part in parts), strict=True)
-        generic = torch.cat([features[0], features[1]])
-        like = alike(generic, features[2])
-        lengths = torch.tensor([len(block) for block in parts[0].blocks], dtype=torch.float64)
-        weights = lengths * ~like[: len(lengths)]
-        rest = weights @ squares[0] / weights.sum().clamp_min(1)
-        of_examples = torch.tensor([len(b) for b in examples.blocks], dtype=torch.float64)
-        own = of_examples @ squares[2] / of_examples.sum()
-        selective = selectivity(own, rest)
-        scores = key_neurons(networks.maps, selective)
+        seen = [_activity(on, networks, part) for part in parts]
+        like = alike(torch.cat([seen[0].means, seen[1].means]), seen[2].means)
+        keep = ~like[: len(parts[0].blocks)]
+        if not bool(keep.any()):
+            keep = torch.ones_like(keep)  # refused below
+        skill, rest = seen[2].averages(), seen[0].averages(keep)
+        selective = selectivity(skill.engagement, rest.engagement)
+        if recipe.forget_by == "networks":
+            scores = key_neurons(networks.maps, selective)
+        else:
+            scores = activity_ratio(skill.neurons, rest.neurons)
         return {"like": like, "selective": selective, "scores": scores}
 
     found = tensors(store, "forget", compute)
@@ -198,20 +200,50 @@ def _plan(on: OpenRun, what: Forgetting, size: int) -> CutPlan:
     return CutPlan(CRITERION, left, worth)
 
 
-def _activity(
-    on: OpenRun, networks: FunctionalNetworks, blocks: TokenBlocks
-) -> tuple[Tensor, Tensor]:
-    """Mean time course and mean square of it, float64 [blocks, networks] each, in the order of the blocks."""
+@dataclass(frozen=True)
+class _Averages:
+    engagement: Tensor
+    neurons: Tensor
+
+
+@dataclass(frozen=True)
+class _Activity:
+    """Of each block the number of tokens, and over its tokens the mean of the time courses, of their squares, and of
+    the abs activations: [blocks], [blocks, networks] twice, and [blocks, N]."""
+
+    tokens: Tensor
+    means: Tensor
+    squares: Tensor
+    neurons: Tensor
+
+    def averages(self, chosen: Tensor | None = None) -> _Averages:
+        """Average over the tokens of the chosen blocks, bool [blocks]."""
+        weights = self.tokens if chosen is None else self.tokens * chosen
+        weights = weights / weights.sum()
+        return _Averages(weights @ self.squares, weights @ self.neurons.double())
+
+
+def _activity(on: OpenRun, networks: FunctionalNetworks, blocks: TokenBlocks) -> _Activity:
+    """Return the activity of networks and neurons in each block, in the order of the blocks."""
     batches = blocks.batches(on.prepared.batch_tokens)
-    courses = time_courses(on.adapter, networks, batches, on.clock)
-    parts = [
-        part
-        for course, batch in zip(courses, batches, strict=True)
-        for part in torch.split(course, batch.valid.sum(1).tolist())
-    ]
+    lengths = [batch.valid.sum(1).tolist() for batch in batches]
+    by_layer: list[list[Tensor]] = [[] for _ in networks.widths]
+    std, mean = networks.by_layer(networks.std), networks.by_layer(networks.mean)
+
+    def watch(layer: int, index: int, z: Tensor) -> None:
+        x = z.cpu() * std[layer] + mean[layer]
+        by_layer[layer] += [part.abs().mean(0) for part in torch.split(x, lengths[index])]
+
+    courses = torch.cat(time_courses(on.adapter, networks, batches, on.clock, watch))
+    every = [length for batch in lengths for length in batch]
+    parts = torch.split(courses, every)
     places = torch.argsort(torch.tensor(blocks.batch_order()))
-    means = torch.stack([part.mean(0) for part in parts])[places]
-    return means, torch.stack([part.square().mean(0) for part in parts])[places]
+    return _Activity(
+        torch.tensor(every, dtype=torch.float64)[places],
+        torch.stack([part.mean(0) for part in parts])[places],
+        torch.stack([part.square().mean(0) for part in parts])[places],
+        torch.cat([torch.stack(layer) for layer in by_layer], dim=1)[places],
+    )
 
 
 def without_like(on: OpenRun, what: Forgetting) -> OpenRun:
