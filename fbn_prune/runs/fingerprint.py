@@ -23,7 +23,7 @@ from fbn_prune.runs.study import open_study, with_networks
 WORDS = 2048
 """Words that networks are compared on."""
 
-PASSAGE_CHARACTERS = 400
+PASSAGE_CHARACTERS, CHARACTERS_A_WORD = 200, 8
 
 
 @dataclass(frozen=True)
@@ -125,14 +125,11 @@ def passages_of(sources: Iterable[str], words: int = WORDS) -> Passages:
     """
     names = list(sources)
     each = -(-words // len(names))
-    documents = []
+    documents: list[str] = []
     for name in names:
-        left = each * 6
-        for document in read_documents(name, characters=each * 12):
-            documents.append(document[: PASSAGE_CHARACTERS * 4])
-            left -= len(documents[-1])
-            if left <= 0:
-                break
+        found = list(read_documents(name, characters=each * CHARACTERS_A_WORD))
+        share = max(PASSAGE_CHARACTERS, each * CHARACTERS_A_WORD // max(1, len(found)))
+        documents += [document[:share] for document in found]
     return cut_passages(documents, PASSAGE_CHARACTERS, words)
 
 
