@@ -175,7 +175,7 @@ def main(
     base = on.found(trained, first)
     held = second.subset(tokens // 2).batches(protocol.BATCH_TOKENS)
     bench = Bench(on, trained, base, first, held)
-    facts: dict[str, Any] = {"model": Path(path).name, "tokens": tokens, "networks": networks}
+    facts: dict[str, Any] = {"model": Path(model).name, "tokens": tokens, "networks": networks}
     facts["perplexity"] = exp_or_infinite(bench.dense)
     found = interventions(bench, [int(n) for n in grow.split(",")])
     facts["interventions"] = found

@@ -4,11 +4,11 @@
     python eval/quality/forget_table.py --model DIR --skill code=c.jsonl,h.jsonl --skill prose=p.txt,q.txt
 
 Each skill has a text to choose neurons by and a text to measure on. It is removed in turn, and the others are the
-rest: the neurons that stay are refitted on the rest alone. A way to choose neurons ranks all of them; the first 24, 48,
-... are cut, and the loss is measured on text of the rest that was set aside and on the skill's measured text. The figure
-of a way is the rise of the skill's loss where the rest has lost `--cost` nats a token, interpolated on the curve. `ratio`
-is the ratio of mean abs activations (selective pruning, arXiv 2403.01267); `gradient` that of abs gradient times
-activation.
+rest: the neurons that stay are refitted on the rest alone. A way to choose neurons ranks all of them. The first 32,
+64, ... are cut, and the loss is measured on text of the rest that was set aside and on the skill's measured text.
+The figure of a way is the rise of the skill's loss where the rest has lost `--cost` nats a token, interpolated on the
+curve. `ratio` is the ratio of mean abs activations (selective pruning, arXiv 2403.01267); `gradient` that of abs
+gradient times activation.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from fbn_prune.pruning.evidence import EvidencePass
 RATIO, GRADIENT, RANDOM, BOTH = "neurons, ratio", "neurons, gradient", "random", "networks x ratio"
 TUNE_STEPS, TUNE_ROWS, LEARNING_RATE = 50, 8, 1e-4
 REFIT_DAMPING = 1e-3
-SIZES = tuple(24 * 2**n for n in range(7))
+SIZES = tuple(32 * 2**n for n in range(6))
 
 Blocks = TokenBlocks
 Scores = dict[str, list[Tensor]]

@@ -30,7 +30,7 @@ from fbn_prune.networks.probe import COUNTS, Pooling, probe_all
 from fbn_prune.progress import StageClock
 from fbn_prune.recipe import build_recipe
 from fbn_prune.runs.opening import OpenRun
-from fbn_prune.runs.probe import describe, text_blocks
+from fbn_prune.runs.probe import bases_of, describe, text_blocks
 from fbn_prune.runs.study import Studied, open_study, with_networks
 
 POOLINGS: tuple[Pooling, ...] = ("rms", "mean")
@@ -60,11 +60,12 @@ def raw_networks(on: Studied, tokens: int) -> FunctionalNetworks:
 def measure(on: Studied, files: list[Path], splits: int, pooling: Pooling) -> dict[str, Any]:
     """Return description -> k -> label set -> accuracies over splits."""
     found: dict[str, Any] = {}
+    bases = bases_of(on, 0, StageClock())
     for file in files:
         given = read_labels(file)
         blocks, kept = text_blocks(given, on.tokenizer, on.prepared.context)
         labels = np.array([given.labels[i] for i in kept])
-        features = describe(on, blocks, seed=0, clock=StageClock(), pooling=pooling)
+        features = describe(on, blocks, bases, seed=0, clock=StageClock(), pooling=pooling)
         for name, results in probe_all(features, labels, range(splits)).items():
             for count in COUNTS:
                 accuracies = [result[count].accuracy for result in results]
@@ -99,7 +100,7 @@ def main(
     forms = {"": on} | ({"raw ": replace(on, networks=raw_networks(on, tokens))} if raw else {})
     files = sorted(labels.glob("*.jsonl"))
     facts: dict[str, Any] = {
-        "model": model,
+        "model": Path(model).name,
         "tokens": tokens,
         "networks": networks,
         "sets": [f.stem for f in files],

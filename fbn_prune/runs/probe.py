@@ -95,7 +95,8 @@ def run_probe(
     if np.bincount(numbers, minlength=len(given.names)).min() < 2:
         raise InvalidInput(f"labels {labels}: almost all texts of a label are too short to be used")
     on = with_networks(run)
-    found = describe(on, blocks, seed=recipe.seed, clock=clock)
+    bases = bases_of(on, recipe.seed, clock)
+    found = describe(on, blocks, bases, seed=recipe.seed, clock=clock)
     with clock.stage("probe"):
         probed = probe_all(found, numbers, range(recipe.seed, recipe.seed + splits))
     names = {name: int((numbers == i).sum()) for i, name in enumerate(given.names)}
@@ -110,17 +111,36 @@ def run_probe(
     )
 
 
+def bases_of(on: Studied, seed: int, clock: StageClock) -> dict[str, list[Tensor]]:
+    """Return the bases of the networks and of their controls, from the time courses on calibration text."""
+    sample = on.data.calibrating.subset(BASIS_TOKENS).batches(on.prepared.batch_tokens)
+    calibration = torch.cat(time_courses(on.adapter, on.networks, sample, clock))
+    return control_bases(calibration, seed=seed)
+
+
 def describe(
-    on: Studied, blocks: TokenBlocks, *, seed: int, clock: StageClock, pooling: Pooling = "rms"
+    on: Studied,
+    blocks: TokenBlocks,
+    bases: dict[str, list[Tensor]],
+    *,
+    seed: int,
+    clock: StageClock,
+    pooling: Pooling = "rms",
 ) -> dict[str, list[Floats]]:
     """Return the features of every block, [blocks, features], by networks and by each control.
 
     A control that is drawn at random has one array for each draw.
+
+    Parameters
+    ----------
+    bases
+        Those of :func:`bases_of`.
+    seed
+        Seed of the random sets of neurons.
+    pooling
+        How the tokens of a block become one value, see :func:`fbn_prune.networks.probe.pooled`.
     """
     batch_tokens, networks = on.prepared.batch_tokens, on.networks
-    sample = on.data.calibrating.subset(BASIS_TOKENS).batches(batch_tokens)
-    calibration = torch.cat(time_courses(on.adapter, networks, sample, clock))
-    bases = control_bases(calibration, seed=seed)
     batches = blocks.batches(batch_tokens)
     lengths = [batch.valid.sum(1).tolist() for batch in batches]
     of_neurons: list[list[Tensor]] = [[] for _ in networks.widths]

@@ -15,34 +15,29 @@ from torch import Tensor
 from fbn_prune import distributed
 from fbn_prune.data.calibration import Batch, TokenBlocks
 from fbn_prune.distributed import is_first
-from fbn_prune.errors import FbnPruneError, InvalidInput
-from fbn_prune.export.directory import check_room
+from fbn_prune.errors import FbnPruneError
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.perplexity import NonFiniteLogits, perplexity
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.networks.task_matching import MatchedCalibration
 from fbn_prune.progress import StageClock
-from fbn_prune.pruning.allocation import budget_from_networks, member_scores
+from fbn_prune.pruning.allocation import member_scores
 from fbn_prune.pruning.cutting import CutModel, CutPlan, cut_layers
 from fbn_prune.pruning.evidence import CutOptions
 from fbn_prune.pruning.layout import (
-    UNIFORM,
     Layout,
-    LayoutRequest,
     Subject,
-    choose_layout,
-    trial_bytes,
 )
 from fbn_prune.pruning.prediction import advice, check_rise, predicted_rise
 from fbn_prune.pruning.recovery.gain import Recovery
 from fbn_prune.recipe import Recipe
-from fbn_prune.runs.budget import Budget
+from fbn_prune.runs.choices import chosen_layout, kept_networks, layout_request, verdict
 from fbn_prune.runs.forget import CRITERION, Forgetting, choose_cut, plan_forgetting, without_like
 from fbn_prune.runs.kept import artifact, numbers
 from fbn_prune.runs.opening import OpenRun, open_run, store_of
 from fbn_prune.runs.output import publish
 from fbn_prune.runs.result import PruneResult, peak_memory_bytes
-from fbn_prune.runs.setup import Prepared, prepare, require_layout
+from fbn_prune.runs.setup import prepare, require_layout
 from fbn_prune.runs.stages import (
     find_networks,
     loss_roots_of,
@@ -152,10 +147,13 @@ class PruneRun:
         self.blocks = self.on.data.calibrating if self.matched is None else self.matched.blocks
 
     def rank(self) -> None:
+        if self.forgetting is not None:  # what is cut depends on the examples
+            self.ranked, self.kept = [], []
+            return
         self.ranked = numbers(
             self.store, "ranking", lambda: rank_networks(self.on, self.networks, self.matched)
         )
-        self.kept = _kept_networks(self.recipe, self.ranked)
+        self.kept = kept_networks(self.recipe, self.ranked)
 
     def lay_out(self) -> None:
         """Decide how many neurons each layer keeps."""
@@ -180,21 +178,21 @@ class PruneRun:
             loss_roots_of(self.on, self.blocks, self.store),
             prepared.memory.scratch,
         )
-        self.members = None if self.networks is None else member_scores(self.networks, self.kept)
         if self.forgetting is not None:
             found = choose_cut(self.on, self.subject, self.forgetting, self.store)
             self.widths, self.members, self.forgotten = found
             self.subject = replace(self.subject, criterion=CRITERION)
             return
-        request = _layout_request(prepared, self.networks, self.kept)
+        self.members = None if self.networks is None else member_scores(self.networks, self.kept)
+        request = layout_request(prepared, self.networks, self.kept)
         chosen = numbers(
             self.store,
             "layout",
-            lambda: asdict(_chosen_layout(prepared, self.subject, request, self.clock)),
+            lambda: asdict(chosen_layout(prepared, self.subject, request, self.clock)),
         )
         self.widths = Layout(**chosen)
         if recipe.layout == "auto":
-            self.clock.note(_verdict(self.widths))
+            self.clock.note(verdict(self.widths))
 
     def cut(self) -> None:
         subject = self.subject
@@ -288,7 +286,7 @@ class PruneRun:
         return PruneResult(
             model_name=recipe.model,
             output=None if recipe.output is None else str(recipe.output),
-            criterion=recipe.criterion,
+            criterion=self.subject.criterion,
             parameters_before=checkpoint.total_parameters,
             parameters_after=checkpoint.total_parameters,
             bytes_before=checkpoint.total_bytes,
@@ -383,55 +381,3 @@ def _test_perplexity(on: OpenRun) -> float | None:
         return None
     batches = on.task.test.batches(on.prepared.batch_tokens)
     return _perplexity(on.adapter, batches, on.clock, "task perplexity")
-
-
-def _kept_networks(recipe: Recipe, order: list[int]) -> list[int]:
-    """Return the networks to keep: `keep_networks` of them, or all if only the size of the result is given."""
-    if recipe.stated_budget is not None and recipe.keep_networks is None:
-        return order
-    if order and (recipe.keep_networks or 0) > len(order):
-        raise InvalidInput(
-            f"keep_networks = {recipe.keep_networks}: only {len(order)} networks were found; "
-            "keep fewer, or raise --networks"
-        )
-    return order[: recipe.kept_networks_or_default]
-
-
-def _layout_request(
-    prepared: Prepared, networks: FunctionalNetworks | None, kept: Sequence[int]
-) -> LayoutRequest:
-    recipe, budget = prepared.recipe, prepared.budget
-    if budget is None:
-        assert networks is not None
-        budget = Budget(budget_from_networks(networks, kept), most=False)
-    return LayoutRequest(
-        layout=recipe.layout,
-        rule=recipe.widths,
-        budget=budget.neurons,
-        most=budget.most,
-        full=tuple(prepared.widths),
-        multiple=prepared.width_multiple,
-        whole=prepared.whole,
-    )
-
-
-def _chosen_layout(
-    prepared: Prepared, subject: Subject, request: LayoutRequest, clock: StageClock
-) -> Layout:
-    hidden = prepared.family.hidden_size(prepared.checkpoint.config)
-    needed = trial_bytes(request, hidden, prepared.dtype.itemsize)
-    check_room(subject.scratch, needed, "folder of temporary files")
-    return choose_layout(subject, request, clock)
-
-
-def _verdict(layout: Layout) -> str:
-    """Return one line on the trial of layouts: the gain of ragged widths, and the choice."""
-    ragged = min(rise for rule, rise in layout.trials.items() if rule != UNIFORM)
-    uniform = layout.trials[UNIFORM]
-    gain = 1 - ragged / uniform if uniform > 0 else 0.0
-    chosen = "uniform" if layout.rule == UNIFORM else f"ragged (widths by {layout.rule})"
-    return (
-        f"ragged widths avoid {gain:.0%} of the loss rise on held-back calibration text "
-        f"({uniform:.3f} nats with uniform widths, {ragged:.3f} ragged) but need trust_remote_code to load; "
-        f"chosen: {chosen}"
-    )
