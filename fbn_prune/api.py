@@ -129,6 +129,7 @@ __all__ = [
     "unfinished_runs",
     "write_bundle",
     "write_evaluation_card",
+    "write_networks_page",
     "write_report",
 ]
 
@@ -496,3 +497,33 @@ def write_report(
     page.write_report(
         facts.read_facts(folder, compare=compare, ablate=ablate, evaluate=evaluate), output
     )
+
+
+def write_networks_page(
+    networks: FunctionalNetworks,
+    output: Path,
+    *,
+    ablate: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write one self-contained HTML page to browse networks by word, layer and effect.
+
+    Parameters
+    ----------
+    networks
+        Networks of :func:`discover` or of a file.
+    output
+        HTML file to write.
+    ablate
+        JSON result of `ablate` on these networks: what each costs when it is silent.
+    overwrite
+        Replace an existing file.
+
+    Raises
+    ------
+    InvalidInput
+        If the output exists, or the result is missing, damaged or of other networks.
+    """
+    from fbn_prune.export.report.browser import write_browser
+
+    write_browser(networks, output, ablation=ablate, overwrite=overwrite)
