@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any
 from fbn_prune.errors import InvalidInput
 from fbn_prune.progress import Display, StageClock
 from fbn_prune.recipe import PruningConfig, Recipe, build_recipe
-from fbn_prune.runs.early_checks import check_measured, check_models, check_recipe, check_results
+from fbn_prune.runs.early_checks import (
+    check_labels,
+    check_measured,
+    check_models,
+    check_recipe,
+    check_results,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -395,6 +401,7 @@ def probe(
     InvalidInput
         If the labels or the recipe cannot be used, or the model does not fit into memory.
     """
+    check_labels(labels)
     check_recipe(recipe)
     from fbn_prune.runs.probe import run_probe
 

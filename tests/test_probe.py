@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fbn_prune.api import probe
+from fbn_prune.cli.main import _exit_code
 from fbn_prune.data.labels import read_labels
 from fbn_prune.errors import InvalidInput
 from fbn_prune.networks.controls import (
@@ -120,3 +121,8 @@ def test_a_probe_of_a_model_tells_numbers_from_words(
     assert result["descriptions"]["networks"]["5"]["mean"] > 0.7
     assert len(result["descriptions"]) == 6
     assert result["chosen"][0]["splits"] == 2
+
+
+def test_labels_that_are_not_there_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _exit_code(["probe", "--labels", "nowhere.jsonl"]) == 2
+    assert "nowhere.jsonl" in capsys.readouterr().err

@@ -43,7 +43,6 @@ def command(
     recipe = build_recipe({"keep_networks": 1, **flags})
     from fbn_prune import api
 
-    api.check_recipe(recipe)
     result = api.probe(recipe, labels, splits=splits, display=console.display())
     if json:
         console.print_json(result.to_json())

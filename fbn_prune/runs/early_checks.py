@@ -98,6 +98,17 @@ def check_measured(texts: Sequence[str], tasks: Sequence[str] = ()) -> None:
             raise InvalidInput(f"task file {task} does not exist: give one that does")
 
 
+def check_labels(path: Path) -> None:
+    """Check that a file of labelled texts exists.
+
+    Raises
+    ------
+    InvalidInput
+        It does not.
+    """
+    _require_file(path, "labels")
+
+
 def named_text(text: str) -> tuple[str, str]:
     """Return the name and the source of `NAME=SOURCE` or `SOURCE`; what exists is a source, with or without a "="."""
     name, equals, source = text.partition("=")
