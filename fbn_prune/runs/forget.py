@@ -220,7 +220,7 @@ class _Activity:
         """Average over the tokens of the chosen blocks, bool [blocks]."""
         weights = self.tokens if chosen is None else self.tokens * chosen
         weights = weights / weights.sum()
-        return _Averages(weights @ self.squares, weights @ self.neurons.double())
+        return _Averages(weights @ self.squares, (weights.float() @ self.neurons).double())
 
 
 def _activity(on: OpenRun, networks: FunctionalNetworks, blocks: TokenBlocks) -> _Activity:
