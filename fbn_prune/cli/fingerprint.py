@@ -21,13 +21,25 @@ First = Annotated[
 ]
 Second = Annotated[str, typer.Argument(metavar="B", help="The checkpoint to compare with.")]
 
+_DEFAULTS = {
+    "keep_networks": 1,
+    "networks": 32,
+    "tokens": 4096,
+    "network_tokens": 4096,
+    "context": 128,
+}
+
 
 @recipe_flags(
     *(flag for flag in MODEL_FLAGS if flag != "model"), *CALIBRATION_FLAGS, *DISCOVERY_FLAGS
 )
 def command(*, first: First, second: Second, json: Json = False, flags: dict[str, Any]) -> None:
-    """Compare the networks of two checkpoints by their activity on the same text; shapes may differ."""
-    recipe = build_recipe({"keep_networks": 1, **flags, "model": first})
+    """Compare the networks of two checkpoints by their activity on the same text; shapes may differ.
+
+    The threshold is that of 32 networks from 4096 tokens, which are found unless --networks, --tokens or
+    --network-tokens say otherwise.
+    """
+    recipe = build_recipe({**_DEFAULTS, **flags, "model": first})
     from fbn_prune import api
 
     found = api.fingerprint(recipe, second, display=console.display())
