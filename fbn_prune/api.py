@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any
 from fbn_prune.errors import InvalidInput
 from fbn_prune.progress import Display, StageClock
 from fbn_prune.recipe import PruningConfig, Recipe, build_recipe
-from fbn_prune.runs.early_checks import check_measured, check_models, check_recipe, check_results
+from fbn_prune.runs.early_checks import (
+    check_labels,
+    check_measured,
+    check_models,
+    check_recipe,
+    check_results,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,7 +40,9 @@ if TYPE_CHECKING:
     from fbn_prune.runs.estimator import FunctionalNetworkICA
     from fbn_prune.runs.evaluate import Evaluation, HarnessOptions, evaluate
     from fbn_prune.runs.evaluation_card import evaluation_table, write_evaluation_card
+    from fbn_prune.runs.fingerprint import Lineage
     from fbn_prune.runs.live import amplify_networks, mask_networks, retain_networks
+    from fbn_prune.runs.probe import ProbeResult
     from fbn_prune.runs.result import PruneResult, tool_version
     from fbn_prune.runs.study import Ranking
     from fbn_prune.runs.trim_vocabulary import VocabularyResult, trim_vocabulary
@@ -55,7 +63,9 @@ _PLACES = {
     "fbn_prune.runs.estimator": ("FunctionalNetworkICA",),
     "fbn_prune.runs.evaluate": ("Evaluation", "HarnessOptions", "evaluate"),
     "fbn_prune.runs.evaluation_card": ("evaluation_table", "write_evaluation_card"),
+    "fbn_prune.runs.fingerprint": ("Lineage",),
     "fbn_prune.runs.live": ("amplify_networks", "mask_networks", "retain_networks"),
+    "fbn_prune.runs.probe": ("ProbeResult",),
     "fbn_prune.runs.result": ("PruneResult", "tool_version"),
     "fbn_prune.runs.study": ("Ranking",),
     "fbn_prune.runs.trim_vocabulary": ("VocabularyResult", "trim_vocabulary"),
@@ -82,7 +92,9 @@ __all__ = [
     "FunctionalNetworkICA",
     "FunctionalNetworks",
     "HarnessOptions",
+    "Lineage",
     "Plan",
+    "ProbeResult",
     "PruneResult",
     "PruningConfig",
     "Ranking",
@@ -106,9 +118,11 @@ __all__ = [
     "discover_checkpoint",
     "evaluate",
     "evaluation_table",
+    "fingerprint",
     "mask_networks",
     "network_cards",
     "predict",
+    "probe",
     "prune",
     "prune_checkpoint",
     "push_to_hub",
@@ -121,6 +135,7 @@ __all__ = [
     "unfinished_runs",
     "write_bundle",
     "write_evaluation_card",
+    "write_networks_page",
     "write_report",
 ]
 
@@ -370,6 +385,59 @@ def ablate(
     return run_ablation(recipe, plan or AblationPlan(), StageClock(display), measure)
 
 
+def probe(
+    recipe: Recipe, labels: Path, *, splits: int = 5, display: Display | None = None
+) -> ProbeResult:
+    """Tell the labels of texts from the mean activity of 1, 2 and 5 networks, and of as many features of controls.
+
+    Parameters
+    ----------
+    recipe
+        The model, its networks (or how to find them) and the calibration text that they are found on.
+    labels
+        File with rows of `text` and `label`: JSON lines, CSV or Parquet.
+    splits
+        Random splits of the texts: on one half features are chosen and a logistic regression is fitted, on the other
+        it is judged.
+    display
+        Shows progress. Default: nothing is shown.
+
+    Raises
+    ------
+    InvalidInput
+        If the labels or the recipe cannot be used, or the model does not fit into memory.
+    """
+    check_labels(labels)
+    check_recipe(recipe)
+    from fbn_prune.runs.probe import run_probe
+
+    return run_probe(recipe, labels, StageClock(display), splits=splits)
+
+
+def fingerprint(recipe: Recipe, other: str, *, display: Display | None = None) -> Lineage:
+    """Compare the functional networks of two models by their activity on the same text (arXiv 2601.22692).
+
+    Parameters
+    ----------
+    recipe
+        One model, the text, and how to find networks.
+    other
+        The other model: a checkpoint folder, GGUF file, Hub id or "builtin". Its shape and tokenizer may differ.
+    display
+        Shows progress. Default: nothing is shown.
+
+    Raises
+    ------
+    InvalidInput
+        If a model or the text cannot be used, or a model does not fit into memory.
+    """
+    check_recipe(recipe)
+    check_recipe(recipe.model_copy(update={"model": other}))
+    from fbn_prune.runs.fingerprint import run_fingerprint
+
+    return run_fingerprint(recipe, other, StageClock(display))
+
+
 def compare(
     recipe: Recipe,
     criteria: Sequence[str] = (),
@@ -448,3 +516,33 @@ def write_report(
     page.write_report(
         facts.read_facts(folder, compare=compare, ablate=ablate, evaluate=evaluate), output
     )
+
+
+def write_networks_page(
+    networks: FunctionalNetworks,
+    output: Path,
+    *,
+    ablate: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write one self-contained HTML page to browse networks by word, layer and effect.
+
+    Parameters
+    ----------
+    networks
+        Networks of :func:`discover` or of a file.
+    output
+        HTML file to write.
+    ablate
+        JSON result of `ablate` on these networks: what each costs when it is silent.
+    overwrite
+        Replace an existing file.
+
+    Raises
+    ------
+    InvalidInput
+        If the output exists, or the result is missing, damaged or of other networks.
+    """
+    from fbn_prune.export.report.browser import write_browser
+
+    write_browser(networks, output, ablation=ablate, overwrite=overwrite)

@@ -119,6 +119,14 @@ class PruningConfig(BaseModel):
     task_test: Path | None = _more(CALIBRATION)
     """FILE.jsonl with test questions of the task: kept out of calibration, and measured. lm_eval: and builtin:
     tasks have their own."""
+    forget: Path | None = _key(CUT)
+    """FILE with examples of a skill to remove, in the forms of --task: neurons that they need and other text does not
+    are cut, and the others are refitted on the calibration text unlike them. Sets the size itself."""
+    forget_by: Literal["neurons", "networks"] = _more(CUT, "neurons")
+    """How --forget chooses neurons: by how much more active they are on the examples than on other text, or by their
+    weight in the networks that the examples engage."""
+    forget_cost: float = _more(CUT, 0.02, gt=0)
+    """Most that the loss on the other text may rise by --forget, in nats a token."""
     criterion: str = _more(CUT, "second-order")
     """Criterion that selects the neurons to remove: second-order, flap, wanda, membership, membership-bias,
     magnitude, random, or a registered one."""
@@ -233,7 +241,7 @@ class PruningConfig(BaseModel):
     def _one_text(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
-    @field_validator("task", "task_test", "networks_from", "recover_text")
+    @field_validator("task", "task_test", "networks_from", "recover_text", "forget")
     @classmethod
     def _file_names(cls, value: Any) -> Any:
         """Refuse strings that cannot be file names; the operating system's own error is not always clear."""
@@ -272,6 +280,7 @@ class PruningConfig(BaseModel):
         return (
             self.report_networks
             or self.task is not None
+            or self.forget is not None
             or self.stated_budget is None
             or self._cuts_by_kept_networks
             or (self.layout != "uniform" and not self.searches_widths and self.widths != "loss")
@@ -480,6 +489,7 @@ def _check(recipe: PruningConfig) -> None:
     for key, verb in (("task_test", "test"), ("task_networks", "match")):
         if getattr(recipe, key) is not None and recipe.task is None:
             refuse(key, f"there is no task to {verb}")
+    _check_forgetting(recipe)
     if isinstance(recipe, Recipe):
         if not recipe.calibration:
             raise InvalidInput("calibration is empty: name at least one source of text")
@@ -492,6 +502,27 @@ def _check(recipe: PruningConfig) -> None:
             "networks",
             f"{tokens} tokens allow at most {tokens - 1}; lower networks, or raise tokens and network_tokens",
         )
+
+
+def _check_forgetting(recipe: PruningConfig) -> None:
+    if recipe.forget is None:
+        for key in ("forget_cost", "forget_by"):
+            if getattr(recipe, key) != type(recipe).model_fields[key].default:
+                _refuse(recipe, key, "give the examples of the skill to remove with forget")
+        return
+    for key in (*BUDGET_KEYS, "keep_networks", "head_sparsity", "task", "keep_layers"):
+        if getattr(recipe, key) is not None:
+            _refuse(recipe, key, "forget sets what is cut: prune its result in a second run")
+    if recipe.recover:
+        _refuse(recipe, "recover", "training towards the whole model would bring the skill back")
+    if recipe.criterion != "second-order" or recipe.loss_aware:
+        key = "loss_aware" if recipe.loss_aware else "criterion"
+        _refuse(recipe, key, "forget chooses the neurons itself, see forget_by")
+    if recipe.leaves_out_layers:
+        _refuse(recipe, "structures", "forget removes neurons only")
+    if recipe.layout == "auto" or recipe.widths != "networks":
+        key = "layout" if recipe.layout == "auto" else "widths"
+        _refuse(recipe, key, "forget sets the widths: give layout uniform or ragged alone")
 
 
 def _check_sizes(recipe: PruningConfig) -> None:

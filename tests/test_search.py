@@ -19,9 +19,10 @@ from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.depth import leaving_out
 from fbn_prune.model.divergence import EVERY, DenseReference
 from fbn_prune.progress import StageClock
-from fbn_prune.pruning.candidates import Candidates, Costs
+from fbn_prune.pruning.candidates import Candidates
+from fbn_prune.pruning.costs import Costs, interpolated
 from fbn_prune.pruning.layout import LayoutRequest
-from fbn_prune.pruning.search import _interpolated, grid
+from fbn_prune.pruning.search import grid
 from fbn_prune.pruning.solver import cheapest
 from fbn_prune.runs.prune import run_prune
 
@@ -69,7 +70,7 @@ def test_costs_between_measured_ones_fall_with_the_width(
     places = data.draw(st.lists(st.integers(0, narrow - 1), min_size=1, max_size=3, unique=True))
     # As measured costs do, apart from noise, those here fall with the width.
     measured = dict(zip(sorted(places), sorted(found[: len(places)], reverse=True), strict=True))
-    costs = _interpolated(errors, measured)
+    costs = interpolated(errors, measured)
     assert costs[-1] == 0
     assert all(cost >= wider - 1e-12 for cost, wider in itertools.pairwise(costs))
     for place, cost in measured.items():
@@ -77,7 +78,7 @@ def test_costs_between_measured_ones_fall_with_the_width(
 
 
 def test_beyond_measured_widths_costs_are_in_proportion_to_the_error() -> None:
-    assert _interpolated([0.4, 0.2, 0.05, 0.0], {1: 3.0}) == pytest.approx([6.0, 3.0, 0.75, 0.0])
+    assert interpolated([0.4, 0.2, 0.05, 0.0], {1: 3.0}) == pytest.approx([6.0, 3.0, 0.75, 0.0])
 
 
 def test_a_grid_has_the_even_width_and_the_full_one() -> None:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from fbn_prune.cli import console
 from fbn_prune.cli.options import Json
-from fbn_prune.errors import counted
+from fbn_prune.errors import InvalidInput, counted
 
 if TYPE_CHECKING:
     from fbn_prune.api import FunctionalNetworks, Recurrence
@@ -28,14 +28,36 @@ Against = Annotated[
     ),
 ]
 
+Page = Annotated[
+    Path | None,
+    typer.Option("--html", help="Also write a page to browse the networks, such as networks.html."),
+]
+Effects = Annotated[
+    Path | None,
+    typer.Option("--ablate", help="Output of `ablate --json` on these networks, for --html."),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing page.")]
+
 _BARS = " ▁▂▃▄▅▆▇█"
 
 
 def command(
-    path: Artifact, *, against: Against = None, json: Json = False, most: Most = 64
+    path: Artifact,
+    *,
+    against: Against = None,
+    html: Page = None,
+    ablate: Effects = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    most: Most = 64,
 ) -> None:
     """Show the networks of a file: size, layers, tokens and contexts, connectivity, recurrence."""
-    from fbn_prune.api import FunctionalNetworks, recurrence
+    from fbn_prune.api import FunctionalNetworks, recurrence, write_networks_page
+
+    if ablate is not None and html is None:
+        raise InvalidInput(
+            f"--ablate {ablate}: the page to write is missing: add --html networks.html"
+        )
 
     def file(given: Path) -> Path:
         return given / "networks.safetensors" if given.is_dir() else given
@@ -45,6 +67,8 @@ def command(
         str(given): recurrence(networks, FunctionalNetworks.load(file(given)))
         for given in against or ()
     }
+    if html is not None:
+        write_networks_page(networks, html, ablate=ablate, overwrite=overwrite)
     show(networks, file(path), json=json, most=most, others=others)
 
 

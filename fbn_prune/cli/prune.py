@@ -108,6 +108,12 @@ def _print_result(recipe: Recipe, result: PruneResult) -> None:
     more = "" if len(result.kept_networks) <= 10 else f" and {len(result.kept_networks) - 10} more"
     if kept:
         console.print_line(f"networks kept: {kept}{more}")
+    if (gone := result.forgotten) is not None:
+        console.print_line(
+            f"forgotten: {gone['neurons']} neurons cut or silent; perplexity of the examples set aside "
+            f"{gone['perplexity_before']:.3f} -> {gone['perplexity_after']:.3f}; the perplexities above are of the "
+            "held-out text unlike them"
+        )
     if result.recovery is not None:
         console.print_line(_recovered(result.recovery))
     if result.vocabulary is not None:

@@ -163,7 +163,7 @@ def tokenize_document(tokenizer: Tokenizer, document: str, context: int) -> list
         `context` has no room beside the special tokens.
     """
     ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-    prefix = _prefix_ids(tokenizer)
+    prefix = prefix_ids(tokenizer)
     body = context - len(prefix)
     if body < 1:
         raise InvalidInput(
@@ -175,7 +175,7 @@ def tokenize_document(tokenizer: Tokenizer, document: str, context: int) -> list
     ]
 
 
-def _prefix_ids(tokenizer: Tokenizer) -> list[int]:
+def prefix_ids(tokenizer: Tokenizer) -> list[int]:
     plain = list(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
     full = list(tokenizer("a", add_special_tokens=True, verbose=False)["input_ids"])
     for start in range(len(full)):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fbn_prune.data.calibration import Batch
+from fbn_prune.model.calling import Calling
 from fbn_prune.model.families import family_of
 from fbn_prune.model.family import Family, Projection
 from fbn_prune.model.heads import HeadProjection
@@ -31,26 +32,6 @@ class Removable(Protocol):
     """What ends when it is removed, such as a hook of torch."""
 
     def remove(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Calling:
-    """How a model and its decoder layers call each other.
-
-    Attributes
-    ----------
-    items
-        Length of the tuple that a layer returns, hidden states first; 0 if it returns a tensor.
-    needs_ids
-        Whether the model must be given token ids, because it makes inputs of the layers from them.
-    """
-
-    items: int
-    needs_ids: bool
-
-    def output(self, hidden: Tensor) -> Any:
-        """Return hidden states as a layer would."""
-        return (hidden, *[None] * (self.items - 1)) if self.items else hidden
 
 
 class ModelAdapter:

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from fbn_prune.data.calibration import Batch
-from fbn_prune.model.adapter import Calling, ModelAdapter
+from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.building import building
+from fbn_prune.model.calling import Calling
 
 PROBE_TOKENS = 8
 """Tokens of a probe of how a layer uses its MLP's output."""

@@ -7,7 +7,7 @@ activations are in memory at a time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -25,8 +25,16 @@ def time_courses(
     networks: FunctionalNetworks,
     batches: Sequence[Batch],
     clock: StageClock,
+    watch: Callable[[int, int, Tensor], None] | None = None,
 ) -> list[Tensor]:
-    """Return the time courses A on every batch, float64 [valid tokens, networks], on the CPU."""
+    """Return the time courses A on every batch, float64 [valid tokens, networks], on the CPU.
+
+    Parameters
+    ----------
+    watch
+        Called with each layer, the index of each batch, and its standardised activations, float32 [valid tokens,
+        neurons of the layer], 0 for a neuron that was dead when the networks were found.
+    """
     layers = len(networks.widths)
     courses = [torch.zeros(b.tokens, len(networks.maps), dtype=torch.float64) for b in batches]
     stream = LayerwiseForward(adapter, batches)
@@ -38,10 +46,20 @@ def time_courses(
             # A neuron that was dead when the networks were found has no scale and does not count.
             scale = torch.where(std > 0, std.reciprocal(), torch.zeros_like(std))
             weights = (networks.maps[:, span] * scale).T.to(device)
-            mean = networks.mean[span].to(device)
+            mean, scale = networks.mean[span].to(device), scale.to(device)
 
-            def add(index: int, x: Tensor, mean: Tensor = mean, weights: Tensor = weights) -> None:
-                courses[index] += ((x.float() - mean) @ weights).cpu()
+            def add(
+                index: int,
+                x: Tensor,
+                layer: int = layer,
+                mean: Tensor = mean,
+                scale: Tensor = scale,
+                weights: Tensor = weights,
+            ) -> None:
+                centred = x.float() - mean
+                courses[index] += (centred @ weights).cpu()
+                if watch is not None:
+                    watch(layer, index, centred * scale)
 
             stream.advance(add, on_batch=advance)
     adapter.release()

@@ -7,24 +7,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from fbn_prune.errors import InvalidInput
+from fbn_prune.pruning.costs import Costs
 from fbn_prune.pruning.layout import LayoutRequest, even_layout
 from fbn_prune.pruning.solver import cheapest
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What the cuts of one layer cost, in nats a token.
-
-    Attributes
-    ----------
-    of_widths
-        The cost of each width of the grid, ascending in width.
-    left_out
-        The cost of a model without the layer.
-    """
-
-    of_widths: list[float]
-    left_out: float
 
 
 @dataclass(frozen=True)

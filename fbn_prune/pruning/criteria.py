@@ -189,6 +189,22 @@ def membership_with_bias(evidence: LayerEvidence, width: int) -> MlpCut:
     return _mean_into_bias(evidence, membership(evidence, width))
 
 
+@register_criterion("membership-refit", needs_networks=True)
+def membership_with_refit(evidence: LayerEvidence, width: int) -> MlpCut:
+    """Keep the neurons with the largest membership and refit their output weights.
+
+    Neurons of a negative membership are to go. Where `width` has room for some of them, they stay with output weights
+    of 0, so that layers that lose different numbers of neurons can have one width.
+    """
+    assert evidence.membership is not None
+    kept = _top(evidence.membership, width)
+    live = evidence.membership[kept] >= 0
+    found, bias = _refitted(evidence, _signal(evidence), kept[live])
+    weight = found.new_zeros(len(found), width)
+    weight[:, live.cpu()] = found
+    return MlpCut(kept.cpu(), weight, bias)
+
+
 @register_criterion("second-order")
 def second_order_cut(evidence: LayerEvidence, width: int) -> MlpCut:
     """Choose neurons by optimal brain surgeon, and refit the output weights.

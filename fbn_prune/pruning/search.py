@@ -16,9 +16,7 @@ A library of cuts with measured costs under one budget follows Puzzle (arXiv 241
 
 from __future__ import annotations
 
-import bisect
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import overload
@@ -32,7 +30,8 @@ from fbn_prune.model.divergence import DIGITS, DenseReference
 from fbn_prune.model.surgery import MlpCut
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.allocation import member_scores
-from fbn_prune.pruning.candidates import Candidates, Costs
+from fbn_prune.pruning.candidates import Candidates
+from fbn_prune.pruning.costs import HOPELESS, Costs, finite, interpolated, levels_to_measure
 from fbn_prune.pruning.cutting import CutPlan, try_cuts
 from fbn_prune.pruning.layout import (
     RAGGED_GAIN,
@@ -54,9 +53,6 @@ TRIED_TOKENS = 2048
 """Tokens on which the divergence of candidates is measured, and on half of them the costs of single layers; the same
 ones for all models, so few are enough to compare them."""
 
-NARROW = 0.6
-"""Costs are measured at this part of the budget's share, and halfway between that share and all neurons."""
-
 REGIONS = 3
 """The layers whose costs a correction scales together: the lower, middle and upper ones."""
 
@@ -66,23 +62,11 @@ SCALES = (2 / 3, 3 / 2)
 PLACES = 2
 """Widths of each layer at which the cost is measured."""
 
-HOPELESS = 1e6
-"""The cost of a cut whose outputs are not finite."""
-
-MOST_LOG = 50.0
-"""The largest logarithm of an extrapolated cost."""
-
 CURVE_SHARES = tuple(tenth / 20 for tenth in range(4, 20))
 """Shares of the size at which the curve of predicted divergence is known."""
 
 MOST_DEPTHS = 8
 """Most models of fewer layers that are measured."""
-
-LEAST_ERROR = 1e-6
-"""Errors of a layer's output below this part of its largest one are rounding."""
-
-NO_LESS = 1e-9
-"""The least divergence, in nats: a smaller one is rounding."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +238,7 @@ def _measured_costs(
 ) -> list[Costs]:
     """The costs of each layer, measured at a few widths and interpolated between them."""
     share = max(request.budget, 0) / sum(request.full)
-    levels = [_levels_near(layer, share) for layer in library.widths]
+    levels = [levels_to_measure(layer, share) for layer in library.widths]
     entries = [library.chosen([each[place] for each in levels]) for place in range(PLACES)]
     leave_out = bool(request.rest)
     if not library.cuts:
@@ -263,68 +247,11 @@ def _measured_costs(
     total = (len(entries) + leave_out) * len(library.widths) * (tokens // 2)
     with clock.stage("costs of widths", total, "tokens") as advance:
         for layer, found in enumerate(reference.alone(entries, advance, leave_out=leave_out)):
-            without = _finite(found.pop()) if leave_out else HOPELESS
+            without = finite(found.pop()) if leave_out else HOPELESS
             measured = dict(zip(levels[layer], found, strict=False))
             errors = library.errors[layer] if library.errors else [0.0]
-            costs.append(Costs(_interpolated(errors, measured), without))
+            costs.append(Costs(interpolated(errors, measured), without))
     return costs
-
-
-def _levels_near(widths: Sequence[int], share: float) -> list[int]:
-    """The levels of a layer to measure: below and above the budget's share of its neurons."""
-    full = widths[-1]
-    wanted = (NARROW * share, (1 + share) / 2)
-    return [
-        min(range(len(widths)), key=lambda level: abs(widths[level] - goal * full))
-        for goal in wanted
-    ]
-
-
-def _interpolated(errors: Sequence[float], measured: Mapping[int, float]) -> list[float]:
-    """The cost of each width; it falls as the width grows, and the full width costs nothing.
-
-    The logarithm of the cost is linear in that of the error of the layer's output between measured widths, and beyond
-    them of slope 1: far from the dense model's output, costs are in proportion to the error.
-
-    Parameters
-    ----------
-    errors
-        Of each width, ascending in width.
-    measured
-        The cost of some widths, by their places.
-    """
-    last = len(errors) - 1
-    floor = max(max(errors), NO_LESS) * LEAST_ERROR
-    logs = [math.log(max(error, floor)) for error in errors]
-    known: list[tuple[float, float]] = []  # by ascending error
-    for place in sorted(measured, reverse=True):
-        if place == last:
-            continue
-        cost = math.log(max(_finite(measured[place]), NO_LESS))
-        if known:  # noise must not make a narrower layer cheaper
-            cost = max(cost, known[-1][1])
-        if not known or logs[place] > known[-1][0]:
-            known.append((logs[place], cost))
-    if not known:
-        return [0.0] * len(errors)
-    found = [math.exp(min(_on_line(known, at), MOST_LOG)) for at in logs[:last]]
-    for place in range(last - 2, -1, -1):
-        found[place] = max(found[place], found[place + 1])
-    return [*found, 0.0]
-
-
-def _on_line(known: Sequence[tuple[float, float]], at: float) -> float:
-    """The value at a place: between the two known ones around it, or of slope 1 from the nearest one."""
-    after = bisect.bisect([place for place, _ in known], at)
-    if after in (0, len(known)):
-        place, value = known[min(after, len(known) - 1)]
-        return value + at - place
-    (left, low), (right, high) = known[after - 1], known[after]
-    return low + (at - left) * (high - low) / (right - left)
-
-
-def _finite(cost: float) -> float:
-    return cost if math.isfinite(cost) else HOPELESS
 
 
 @dataclass(frozen=True)
@@ -360,7 +287,7 @@ class _Trial:
                 if self._library.cuts:
                     cuts = self._library.chosen(self._library.levels(widths))
                 apart = self._reference.divergence(cuts, advance, left_out)
-                found = float(format(_finite(float(apart.mean())), f".{DIGITS}g"))
+                found = float(format(finite(float(apart.mean())), f".{DIGITS}g"))
                 best = all(found < each.divergence for each in self.tried.values())
                 self.tried[name] = _Tried(widths, found, apart)
                 return best

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fbn_prune.distributed import processes
+from fbn_prune.errors import InvalidInput
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.family import as_config
 from fbn_prune.pruning.allocation import (
@@ -100,6 +101,10 @@ class Plan:
 def plan(prepared: Prepared) -> Plan:
     """Predict the size, memory and time of a prepared run without reading weights; the text is read as the run does."""
     require_layout(prepared)
+    if prepared.recipe.forget is not None:
+        raise InvalidInput(
+            f"forget = {prepared.recipe.forget}: how much goes is measured in the run, so there is no --dry-run of it"
+        )
     read_texts(prepared, prepared.checkpoint.load_tokenizer())
     recipe, checkpoint = prepared.recipe, prepared.checkpoint
     total = prepared.neurons

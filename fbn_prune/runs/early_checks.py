@@ -56,6 +56,8 @@ def check_recipe(recipe: Recipe, *, mixtures: bool = False) -> None:
         _require_file(recipe.task_test, "task_test")
     if recipe.networks_from is not None:
         _require_file(recipe.networks_from, "networks_from")
+    if recipe.forget is not None:
+        _require_file(recipe.forget, "forget")
     check_places(recipe, folder, total_bytes)
 
 
@@ -101,6 +103,17 @@ def check_measured(texts: Sequence[str], tasks: Sequence[str] = ()) -> None:
     for task in tasks:
         if Path(task).suffix in TASK_SUFFIXES and not Path(task).exists():
             raise InvalidInput(f"task file {task} does not exist: give one that does")
+
+
+def check_labels(path: Path) -> None:
+    """Check that a file of labelled texts exists.
+
+    Raises
+    ------
+    InvalidInput
+        It does not.
+    """
+    _require_file(path, "labels")
 
 
 def named_text(text: str) -> tuple[str, str]:

@@ -114,6 +114,16 @@ def _tokens(result: PruneResult) -> tuple[int, int] | None:
     return None if found is None else (found.tokens_before, found.tokens_after)
 
 
+def _criterion(result: PruneResult) -> str:
+    """How the neurons were chosen, in words."""
+    if (found := result.forgotten) is not None:
+        return (
+            f"the {found['examples']} examples of a skill to remove in {public_name(found['file'])}: "
+            f"{found['neurons']} neurons are cut or silent"
+        )
+    return _CRITERION_WORDS.get(result.criterion, f"the criterion {result.criterion}")
+
+
 def _card(
     prepared: Prepared,
     networks: FunctionalNetworks | None,
@@ -131,7 +141,7 @@ def _card(
     facts = CardFacts(
         base_name=recipe.model,
         base_hub_id=prepared.checkpoint.hub_id,
-        criterion=_CRITERION_WORDS.get(recipe.criterion, f"the criterion {recipe.criterion}"),
+        criterion=_criterion(result),
         widths=tuple(result.widths),
         widths_before=tuple(prepared.widths),
         heads_before=result.heads_total,
@@ -145,7 +155,7 @@ def _card(
         held_out=f"{result.held_out_tokens:,} tokens of {sources} that were kept out of calibration",
         command="fbn-prune run recipe.yaml --output NEW_FOLDER",
         version=tool_version(),
-        kept_networks=len(kept) if recipe.stated_budget is None else None,
+        kept_networks=len(kept) if kept and recipe.stated_budget is None else None,
         total_networks=None if networks is None else len(networks.maps),
         perplexity_before=result.perplexity_before,
         perplexity_after=result.perplexity_after,

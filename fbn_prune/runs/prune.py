@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from torch import Tensor
+
 from fbn_prune import distributed
 from fbn_prune.data.calibration import Batch, TokenBlocks
 from fbn_prune.distributed import is_first
-from fbn_prune.errors import FbnPruneError, InvalidInput
+from fbn_prune.errors import FbnPruneError
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.depth import Depth
 from fbn_prune.model.perplexity import NonFiniteLogits, perplexity
@@ -27,8 +29,9 @@ from fbn_prune.pruning.layout import Layout, Subject
 from fbn_prune.pruning.prediction import advice, check_rise, predicted_rise
 from fbn_prune.pruning.recovery.gain import Recovery
 from fbn_prune.recipe import Recipe
+from fbn_prune.runs.choices import chosen_layout, kept_networks, layout_request, verdict
+from fbn_prune.runs.forget import CRITERION, Forgetting, choose_cut, plan_forgetting, without_like
 from fbn_prune.runs.kept import artifact, numbers
-from fbn_prune.runs.layout import chosen_layout, layout_request, verdict
 from fbn_prune.runs.opening import OpenRun, open_run, store_of
 from fbn_prune.runs.output import publish
 from fbn_prune.runs.result import PruneResult, peak_memory_bytes
@@ -76,6 +79,10 @@ class PruneRun:
     widths: Layout
     pruned: CutModel
     recovery: Recovery | None = None
+    forgetting: Forgetting | None
+    forgotten: dict[str, Any] | None
+    members: list[Tensor] | None
+    """What each neuron is worth in each layer, for criteria that ask for it."""
 
     def __init__(self, on: OpenRun, store: Store) -> None:
         self.on, self.store, self.clock = on, store, on.clock
@@ -87,6 +94,7 @@ class PruneRun:
         self.resume()
         self.measure_dense()
         self.find()
+        self.forget()
         self.match()
         self.rank()
         self.lay_out()
@@ -116,15 +124,34 @@ class PruneRun:
         if self.networks is None and self.recipe.needs_networks:
             self.networks = artifact(self.store, lambda: find_networks(self.on))
 
+    def forget(self) -> None:
+        """Leave out the text that is like the skill to forget; perplexities are then those of the other text."""
+        self.forgetting = self.forgotten = None
+        if self.recipe.forget is None:
+            return
+        assert self.networks is not None
+        self.forgetting = what = plan_forgetting(self.on, self.networks, self.store)
+        self.on = without_like(self.on, what)
+        self.held_out = self.on.data.held_out.batches(self.prepared.batch_tokens)
+        self.measured = what.measured.batches(self.prepared.batch_tokens)
+        self.before, self.skill_before = numbers(
+            self.store,
+            "dense-rest",
+            lambda: [_dense_perplexity(self.on, part) for part in (self.held_out, self.measured)],
+        )
+
     def match(self) -> None:
         self.matched = match_to_task(self.on, self.networks, self.store)
         self.blocks = self.on.data.calibrating if self.matched is None else self.matched.blocks
 
     def rank(self) -> None:
+        if self.forgetting is not None:  # what is cut depends on the examples
+            self.ranked, self.kept = [], []
+            return
         self.ranked = numbers(
             self.store, "ranking", lambda: rank_networks(self.on, self.networks, self.matched)
         )
-        self.kept = _kept_networks(self.recipe, self.ranked)
+        self.kept = kept_networks(self.recipe, self.ranked)
 
     def lay_out(self) -> None:
         """Decide how many neurons each layer keeps."""
@@ -149,6 +176,12 @@ class PruneRun:
             loss_roots_of(self.on, self.blocks, self.store),
             prepared.memory.scratch,
         )
+        if self.forgetting is not None:
+            found = choose_cut(self.on, self.subject, self.forgetting, self.store)
+            self.widths, self.members, self.forgotten = found
+            self.subject = replace(self.subject, criterion=CRITERION)
+            return
+        self.members = None if self.networks is None else member_scores(self.networks, self.kept)
         request = layout_request(prepared, self.networks, self.kept)
         chosen = numbers(
             self.store,
@@ -160,12 +193,11 @@ class PruneRun:
             self.clock.note(verdict(self.widths))
 
     def cut(self) -> None:
-        networks, subject = self.networks, self.subject
-        members = None if networks is None else member_scores(networks, self.kept)
+        subject = self.subject
         self.pruned = cut_layers(
             self.adapter,
             self.blocks.batches(self.prepared.batch_tokens),
-            CutPlan(self.recipe.criterion, self.widths.widths, members, self.widths.left_out),
+            CutPlan(subject.criterion, self.widths.widths, self.members, self.widths.left_out),
             subject.options,
             loss_roots=subject.loss_roots if self.recipe.loss_aware else None,
             clock=self.clock,
@@ -192,6 +224,15 @@ class PruneRun:
         warning = check_rise(self.before, self.after, self.expected, vocabulary)
         if warning is not None:
             self.clock.note(f"warning: {warning}")
+        if self.forgotten is not None:
+            self.forgotten |= {
+                "perplexity_before": self.skill_before,
+                "perplexity_after": numbers(
+                    self.store,
+                    "pruned-skill",
+                    lambda: _pruned_perplexity(self.adapter, self.measured, self.clock),
+                ),
+            }
         # The oddities were shown when the checkpoint was opened; the result repeats them.
         self.warnings = [line for line in (checkpoint.oddities(), warning) if line is not None]
 
@@ -257,7 +298,7 @@ class PruneRun:
         return PruneResult(
             model_name=recipe.model,
             output=None if recipe.output is None else str(recipe.output),
-            criterion=recipe.criterion,
+            criterion=self.subject.criterion,
             parameters_before=checkpoint.total_parameters,
             parameters_after=checkpoint.total_parameters,
             bytes_before=checkpoint.total_bytes,
@@ -285,6 +326,7 @@ class PruneRun:
             peak_memory_bytes=0,
             recovery=self.recovery,
             vocabulary=prepared.vocabulary_figures,
+            forgotten=self.forgotten,
         )
 
     def _task_facts(self) -> dict[str, Any] | None:
@@ -353,15 +395,3 @@ def _test_perplexity(on: OpenRun) -> float | None:
         return None
     batches = on.task.test.batches(on.prepared.batch_tokens)
     return _perplexity(on.adapter, batches, on.clock, "task perplexity")
-
-
-def _kept_networks(recipe: Recipe, order: list[int]) -> list[int]:
-    """Return the networks to keep: `keep_networks` of them, or all if only the size of the result is given."""
-    if recipe.stated_budget is not None and recipe.keep_networks is None:
-        return order
-    if order and (recipe.keep_networks or 0) > len(order):
-        raise InvalidInput(
-            f"keep_networks = {recipe.keep_networks}: only {len(order)} networks were found; "
-            "keep fewer, or raise --networks"
-        )
-    return order[: recipe.kept_networks_or_default]

@@ -43,6 +43,8 @@ class PruneResult:
     vocabulary
         What trimming the vocabulary saved, and does to held-out text; None if all tokens stay. The perplexities are
         those before it was trimmed.
+    forgotten
+        What removing a skill did to its examples and to the other text; None without `forget`.
     stages
         Wall seconds of each stage; `forward_seconds` is the part of the forward passes.
     model
@@ -80,6 +82,7 @@ class PruneResult:
     recovery: Recovery | None = None
     vocabulary: VocabularyFigures | None = None
     experts: tuple[int, int] | None = None
+    forgotten: dict[str, Any] | None = None
     stages: dict[str, float] = field(default_factory=dict)
     model: PreTrainedModel | None = field(default=None, repr=False, compare=False)
 
@@ -94,6 +97,11 @@ class PruneResult:
         passing = ("output", "forward_seconds", "peak_memory_bytes", "stages")
         lasting = {key: value for key, value in self.to_json().items() if key not in passing}
         lasting["model"] = public_name(self.model_name)
+        if self.forgotten is not None:
+            lasting["forgotten"] = {
+                **self.forgotten,
+                "file": public_name(self.forgotten["file"]),
+            }
         if self.task is not None:
             lasting["task"] = {**self.task, "file": public_name(self.task["file"])}
         return lasting

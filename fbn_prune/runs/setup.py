@@ -8,6 +8,7 @@ import torch
 
 from fbn_prune import distributed
 from fbn_prune.data import builtin
+from fbn_prune.data.examples import Example, read_examples
 from fbn_prune.data.tasks import Task
 from fbn_prune.errors import InvalidInput, counted
 from fbn_prune.model.adapter import ModelAdapter
@@ -60,6 +61,8 @@ class Prepared:
     task: Task | None = None
     head_groups: int | None = None
     """Attention head groups that every layer keeps; None if no heads are removed."""
+    forget: tuple[Example, ...] | None = None
+    """Examples of the skill to remove; None if there is none."""
     vocabulary: tuple[VocabularyCut, VocabularyFigures] | None = None
     """The tokens that stay and the figures of that choice; None if all stay."""
     rest: tuple[int, ...] = ()
@@ -266,6 +269,7 @@ def prepared_for(
         memory,
         task,
         head_groups,
+        None if recipe.forget is None else tuple(read_examples(recipe.forget)),
         vocabulary,
         rest,
     )
@@ -296,6 +300,10 @@ def require_layout(prepared: Prepared) -> None:
     budget, widths, multiple = prepared.budget, prepared.widths, prepared.width_multiple
     if prepared.recipe.layout == "ragged" or len(set(widths)) == 1 or prepared.rest:
         return
+    if prepared.recipe.forget is not None:
+        raise InvalidInput(
+            f"the layers have {min(widths)} to {max(widths)} neurons: forget from them with --layout ragged"
+        )
     if budget is None:
         raise InvalidInput(
             f"the layers have {min(widths)} to {max(widths)} neurons, and only the run will tell how many the networks "

@@ -253,6 +253,17 @@ def read_facts(
     )
 
 
+def read_ablation(path: Path) -> Ablation:
+    """Read the JSON output of `ablate`.
+
+    Raises
+    ------
+    InvalidInput
+        The file is missing, damaged or of the wrong kind.
+    """
+    return _read(path, Ablation)
+
+
 def _widths_before(kept: Path, result: RunResult) -> Sequence[int]:
     """Return the widths in the file of kept neurons; without one, all layers of the source are taken to be equal."""
     if kept.is_file():

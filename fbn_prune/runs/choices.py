@@ -1,9 +1,10 @@
-"""What a run asks of the choice of widths, how it is chosen, and what a trial said."""
+"""What a pruning run decides before it cuts: the networks to keep, the size that they ask for, and the widths."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fbn_prune.errors import InvalidInput
 from fbn_prune.export.directory import check_room
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.progress import StageClock
@@ -17,8 +18,21 @@ from fbn_prune.pruning.layout import (
     trial_bytes,
 )
 from fbn_prune.pruning.search import library_bytes, search_layout
+from fbn_prune.recipe import Recipe
 from fbn_prune.runs.budget import Budget
 from fbn_prune.runs.setup import Prepared
+
+
+def kept_networks(recipe: Recipe, order: list[int]) -> list[int]:
+    """Return the networks to keep: `keep_networks` of them, or all if only the size of the result is given."""
+    if recipe.stated_budget is not None and recipe.keep_networks is None:
+        return order
+    if order and (recipe.keep_networks or 0) > len(order):
+        raise InvalidInput(
+            f"keep_networks = {recipe.keep_networks}: only {len(order)} networks were found; "
+            "keep fewer, or raise --networks"
+        )
+    return order[: recipe.kept_networks_or_default]
 
 
 def layout_request(

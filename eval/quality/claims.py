@@ -1,0 +1,236 @@
+"""Print what holds of the papers' claims on functional networks for one model, in one table and one JSON.
+
+    python eval/quality/claims.py --model builtin
+    python eval/quality/claims.py --model DIR --text prose=a.txt --text code=b.txt
+
+The claims (arXiv 2502.20408 and 2508.05239): masking one network costs far more than masking random neurons; masking
+the top networks destroys the model; retaining them alone preserves it; networks recur over texts, token samples and
+seeds, and in a fine-tuned model. Every figure stands beside those of other bases of the same space and of random sets
+that are as large in every layer. `refitted` means that the remaining output weights are refitted on that text.
+`recurrence_table.py` prints more on the last claim.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import protocol
+import torch
+import typer
+from recurrence_table import Subject
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from fbn_prune.data import builtin
+from fbn_prune.data.calibration import Batch, TokenBlocks
+from fbn_prune.model.adapter import ModelAdapter
+from fbn_prune.model.perplexity import exp_or_infinite, mean_loss
+from fbn_prune.model.surgery import MlpCut
+from fbn_prune.networks.activity import time_courses
+from fbn_prune.networks.controls import NETWORKS, basis_maps, control_bases
+from fbn_prune.networks.functional_networks import HUB_Z, FunctionalNetworks
+from fbn_prune.networks.intervention_effects import largest, random_like
+from fbn_prune.networks.interventions import masked
+from fbn_prune.networks.recurrence import STARTS, recurrence, recurrence_between_starts
+from fbn_prune.progress import StageClock
+from fbn_prune.pruning import second_order
+from fbn_prune.pruning.criteria import LayerEvidence
+from fbn_prune.pruning.evidence import EvidencePass
+
+RANDOM_SETS = 20
+REFIT_DAMPING = 1e-3
+
+
+class Bench:
+    """A model with its networks, its statistics, and text to measure on."""
+
+    def __init__(
+        self,
+        on: Subject,
+        model: Any,
+        networks: FunctionalNetworks,
+        half: TokenBlocks,
+        held: list[Batch],
+    ):
+        self.adapter, self.networks, self.held = ModelAdapter(model), networks, held
+        batches = half.batches(protocol.BATCH_TOKENS)
+        self.batches = batches
+        self.evidence: list[LayerEvidence] = list(
+            EvidencePass(self.adapter, batches, protocol.cut_options(0), clock=StageClock())
+        )
+        self.courses = torch.cat(time_courses(self.adapter, networks, batches, StageClock()))
+        self.dense = mean_loss(self.adapter, held)
+
+    def bare(self, silent: Tensor) -> float:
+        """Return the rise of the loss with these neurons silent, bool [N]; in nats a token."""
+        with masked(self.adapter, self.networks.by_layer(silent)):
+            return mean_loss(self.adapter, self.held) - self.dense
+
+    def refitted(self, silent: Tensor) -> float:
+        """Return the same with the output weights of the other neurons refitted."""
+        cuts = []
+        for evidence, gone in zip(self.evidence, self.networks.by_layer(silent), strict=True):
+            kept = torch.nonzero(~gone)[:, 0]
+            if not len(kept):  # a layer keeps one neuron, with an output of 0
+                cuts.append(MlpCut(torch.zeros(1, dtype=torch.int64), 0 * evidence.weight[:, :1]))
+                continue
+            weight = evidence.weight[:, kept]
+            if bool(gone.any()):
+                weight = second_order.refit(
+                    evidence.weight, evidence.gram, kept, damping=REFIT_DAMPING
+                )
+            cuts.append(MlpCut(kept, weight))
+        with self.adapter.trying(cuts):
+            return mean_loss(self.adapter, self.held) - self.dense
+
+
+def strongest_first(bench: Bench, maps: Tensor, moment: Tensor) -> list[int]:
+    """Return the order of maps by the output energy that they carry."""
+    energy = torch.zeros(len(maps), dtype=torch.float64)
+    networks = bench.networks
+    for layer, weight in enumerate(bench.adapter.down_weights()):
+        span = networks.layer_slice(layer)
+        energy += (weight.float() @ (maps[:, span] * networks.std[span]).T).double().square().sum(0)
+    return torch.argsort(energy * moment, descending=True).tolist()
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    many = len(values) > 1
+    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if many else 0.0}
+
+
+def interventions(bench: Bench, sizes: Sequence[int]) -> dict[str, Any]:
+    """Return the rise of the loss for the strongest network, and for growing sets masked and retained."""
+    networks, found = bench.networks, dict[str, Any]()
+    bases = control_bases(bench.courses)
+    orders: dict[str, list[tuple[Tensor, list[int]]]] = {}
+    for name, drawn in bases.items():
+        turned = [
+            (basis_maps(networks.maps, b), (bench.courses @ b).square().mean(0)) for b in drawn
+        ]
+        orders[name] = [(maps, strongest_first(bench, maps, moment)) for maps, moment in turned]
+    _, order = orders[NETWORKS][0]
+    rises = {n: bench.bare(networks.hubs(n)) for n in order[:16]}
+    strongest = max(rises, key=rises.__getitem__)
+    hubs = networks.hubs(strongest)
+    generator = torch.Generator().manual_seed(0)
+    draws = [torch.cat(random_like(networks.by_layer(hubs), generator)) for _ in range(RANDOM_SETS)]
+    found["strongest"] = {
+        "network": strongest,
+        "neurons": int(hubs.sum()),
+        "rise": rises[strongest],
+        "random": spread([bench.bare(one) for one in draws]),
+        "refitted": bench.refitted(hubs),
+        "random refitted": spread([bench.refitted(one) for one in draws[:5]]),
+    }
+    for size in sizes:
+        union = networks.union(order[:size], HUB_Z)
+        count = int(union.sum())
+        chosen = {
+            name: [largest(maps[order[:size]].abs().amax(0), count) for maps, order in each]
+            for name, each in orders.items()
+        }
+        chosen[NETWORKS] = [union]
+        chosen["random sets"] = [
+            torch.cat(random_like(networks.by_layer(union), generator)) for _ in range(5)
+        ]
+        found[str(size)] = {
+            "neurons": count,
+            **{
+                f"{act}, {how}": {
+                    name: spread([measure(one if act == "masked" else ~one) for one in sets])
+                    for name, sets in chosen.items()
+                }
+                for act in ("masked", "retained")
+                for how, measure in (("bare", bench.bare), ("refitted", bench.refitted))
+            },
+        }
+    return found
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Checkpoint folder, or builtin.")] = "builtin",
+    text: Annotated[list[str] | None, typer.Option(help="NAME=FILE; repeat for several.")] = None,
+    finetune_on: Annotated[
+        str | None, typer.Option(help="Name of a text. Default: the first.")
+    ] = None,
+    steps: int = 24,
+    context: protocol.Context = 128,
+    tokens: Annotated[int, typer.Option(help="Tokens that networks are found on.")] = 8192,
+    networks: int = 64,
+    grow: Annotated[str, typer.Option(help="Sizes of growing sets.")] = "1,4,16,32",
+    output: protocol.Output = None,
+) -> None:
+    texts = {n: Path(p) for n, _, p in (entry.partition("=") for entry in text or ())}
+    texts = texts or dict(builtin.calibration_files())
+    names = list(texts)
+    path = builtin.path_or_id(model)
+    on = Subject(Path(path), texts, context=context, tokens=tokens, networks=networks)
+    trained = on.checkpoint.load_model(torch.device("cpu"), torch.float32)
+    first, second = on.sample(names, 0), on.sample(names, 1)
+    base = on.found(trained, first)
+    held = second.subset(tokens // 2).batches(protocol.BATCH_TOKENS)
+    bench = Bench(on, trained, base, first, held)
+    facts: dict[str, Any] = {"model": Path(model).name, "tokens": tokens, "networks": networks}
+    facts["perplexity"] = exp_or_infinite(bench.dense)
+    found = interventions(bench, [int(n) for n in grow.split(",")])
+    facts["interventions"] = found
+    starts = recurrence_between_starts(
+        base.maps, [slice(0, base.maps.shape[1])], range(1, 1 + STARTS)
+    )
+    rows = {"another sample of tokens": on.found(trained, second)}
+    rows |= {f"{name} alone": on.found(trained, on.sample([name], 0)) for name in names}
+    tuned = on.finetuned(trained, finetune_on or names[0], steps)
+    rows[f"fine-tuned on {finetune_on or names[0]}"] = on.found(tuned, first)
+    facts["recurrence"] = {name: _row(base, other) for name, other in rows.items()}
+    facts["seeds"] = {
+        "starts": STARTS,
+        "in all": sum(share == 1 for share in starts["shared_seeds"]),
+        "correlation": statistics.fmean(starts["correlation_seeds"]),
+    }
+    show(facts)
+    protocol.save_json(output, facts)
+
+
+def _row(a: FunctionalNetworks, b: FunctionalNetworks) -> dict[str, Any]:
+    facts = recurrence(a, b).to_json()
+    del facts["networks"]
+    return facts
+
+
+def show(facts: dict[str, Any]) -> None:
+    console = Console(width=150)
+    found = dict(facts["interventions"])
+    one = found.pop("strongest")
+    console.print(
+        f"{facts['model']}, perplexity {facts['perplexity']:.2f}. Strongest network ({one['neurons']} neurons) "
+        f"masked: +{one['rise']:.3f} nats, {RANDOM_SETS} random sets +{one['random']['mean']:.3f} "
+        f"± {one['random']['std']:.3f}; "
+        f"refitted +{one['refitted']:.3f}, random +{one['random refitted']['mean']:.3f}"
+    )
+    kinds = list(next(iter(found.values()))["masked, bare"])
+    table = Table("rise of the loss, nats a token", "neurons", *kinds)
+    for act in ("masked, bare", "masked, refitted", "retained, bare", "retained, refitted"):
+        for size, step in found.items():
+            cells = [f"{step[act][k]['mean']:.3f} ± {step[act][k]['std']:.3f}" for k in kinds]
+            table.add_row(f"top {size} {act}", str(step["neurons"]), *cells)
+    console.print(table)
+    table = Table("networks compared with", "mean IoU", "by chance", "above chance", "same map")
+    for name, row in facts["recurrence"].items():
+        table.add_row(name, f"{row['mean_iou']:.2f}", f"{row['chance_iou']:.2f}",
+                      f"{row['recurring']} of {facts['networks']}", str(row["same"]))  # fmt: skip
+    console.print(table)
+    seeds = facts["seeds"]
+    console.print(
+        f"{seeds['starts']} other seeds: {seeds['in all']} of {facts['networks']} maps in all of them, "
+        f"mean correlation {seeds['correlation']:.4f}"
+    )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    typer.run(main)

@@ -1,0 +1,82 @@
+"""Whether two models have a common origin, by the functional networks that they share (arXiv 2601.22692).
+
+Networks are matched by their time courses on the same text, not by neurons. So the models may differ in shape, and
+what leaves a model's function as it is (neurons in another order, rescaled, removed without effect) leaves the score as
+it is. This module is pure numerics, independent of models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+THRESHOLD = 0.5
+"""Score from which on two models are taken to be related."""
+
+
+@dataclass(frozen=True)
+class SharedNetworks:
+    """Networks of A beside their partners in B, matched one to one.
+
+    Attributes
+    ----------
+    partner
+        int64 [k of A]; index of the matched network in B, -1 for none (B has fewer).
+    correlation
+        float64 [k of A]; abs correlation of the two time courses, 0 without a partner.
+    chance
+        Mean correlation of the matched networks when B's words are moved by half of the text.
+    score
+        0 for the overlap by chance, 1 for the same time courses: (mean correlation - chance) / (1 - chance).
+    """
+
+    partner: Tensor
+    correlation: Tensor
+    chance: float
+    score: float
+
+
+def shared_networks(a: Tensor, b: Tensor) -> SharedNetworks:
+    """Match the networks of two models by the abs correlation of their time courses.
+
+    Parameters
+    ----------
+    a, b
+        Time courses [words, networks] on the same words in the same order.
+    """
+    partner, correlation = _matched(a, b)
+    least = min(a.shape[1], b.shape[1])
+    _, by_chance = _matched(a, b.roll(len(b) // 2, 0))
+    chance, mean = float(by_chance.sum()) / least, float(correlation.sum()) / least
+    return SharedNetworks(partner, correlation, chance, (mean - chance) / (1 - chance))
+
+
+def _matched(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    unit_a, unit_b = (
+        torch.nn.functional.normalize(m.double() - m.double().mean(0), dim=0) for m in (a, b)
+    )
+    matrix = (unit_a.T @ unit_b).abs().clamp_max(1)
+    rows, columns = linear_sum_assignment(matrix.numpy(), maximize=True)
+    partner = torch.full((a.shape[1],), -1, dtype=torch.int64)
+    partner[torch.from_numpy(rows)] = torch.from_numpy(columns)
+    found = matrix.gather(1, partner.clamp_min(0)[:, None])[:, 0]
+    return partner, torch.where(partner >= 0, found, torch.zeros_like(found))
+
+
+def centred_gram(gram: Tensor) -> Tensor:
+    """Return HKH for a Gram matrix K [n, n], with H the matrix that subtracts the mean; float64."""
+    k = gram.double()
+    return k - k.mean(0, keepdim=True) - k.mean(1, keepdim=True) + k.mean()
+
+
+def linear_cka(a: Tensor, b: Tensor) -> float:
+    """Return linear centred kernel alignment, from 0 to 1, of two Gram matrices [n, n] of the same n samples.
+
+    Kornblith et al., "Similarity of Neural Network Representations Revisited" (arXiv 1905.00414).
+    """
+    x, y = centred_gram(a), centred_gram(b)
+    norm = x.norm() * y.norm()
+    return float((x * y).sum() / norm) if float(norm) > 0 else 0.0
