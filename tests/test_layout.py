@@ -22,7 +22,7 @@ from fbn_prune.model.streaming import SpilledCuts
 from fbn_prune.model.surgery import MlpCut
 from fbn_prune.pruning.layout import _surely_less, _tried_every
 from fbn_prune.recipe import parse_count, parse_size
-from fbn_prune.runs import prune
+from fbn_prune.runs import choices
 from fbn_prune.runs.budget import ModelSize
 
 
@@ -59,7 +59,7 @@ def test_every_rule_for_widths_keeps_the_budget_and_tries_cuts_on_disk_in_the_ro
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked, written = [], []
-    check, append = prune.check_room, SpilledCuts.append
+    check, append = choices.check_room, SpilledCuts.append
 
     def checked(place: Path, needed_bytes: int, what: str) -> None:
         asked.append(needed_bytes)
@@ -69,7 +69,7 @@ def test_every_rule_for_widths_keeps_the_budget_and_tries_cuts_on_disk_in_the_ro
         written.append(cut.down_weight.nbytes)
         append(cuts, cut)
 
-    monkeypatch.setattr(prune, "check_room", checked)
+    monkeypatch.setattr(choices, "check_room", checked)
     monkeypatch.setattr(SpilledCuts, "append", appended)
     extra = ["--layout", "ragged", "--widths", rule, "--sparsity", "0.4"]
     result = run_json(capsys, *job(tiny, text, tmp_path / "out", *extra))
@@ -316,7 +316,7 @@ def test_a_trial_without_the_room_for_it_is_refused(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(prune, "trial_bytes", lambda *_: 10**18)
+    monkeypatch.setattr(choices, "trial_bytes", lambda *_: 10**18)
     args = job(tiny, text, tmp_path / "out", "--layout", "auto", "--sparsity", "0.5")
     refused(capsys, args, "the folder of temporary files")
     assert not (tmp_path / "out").exists()
