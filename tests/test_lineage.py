@@ -90,6 +90,7 @@ def test_a_copy_with_other_neurons_is_related_and_another_model_is_not(
     )
     found = fingerprint(recipe, str(tmp_path / "moved"))
     assert found.shared.score > 0.99
+    assert found.components > 0.99
     assert found.related
     facts = found.to_json()
     assert len(facts["networks"]) == 6

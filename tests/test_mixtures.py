@@ -10,6 +10,7 @@ import pytest
 import torch
 from mixtures import MIXTURES, mixture_config
 from safetensors.torch import load_file
+from small_runs import refused, run_json
 from tiny_models import logits, make_model, make_tokenizer, save_tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -269,10 +270,13 @@ def test_what_is_not_done_is_refused_by_name(
     assert not (tmp_path / "out").exists()
 
 
-def test_other_commands_and_dense_models_refuse(tmp_path: Path) -> None:
+def test_other_commands_and_dense_models_refuse(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = save_tiny(tmp_path / "model", config=mixture_config("qwen3_moe"))
-    with pytest.raises(InvalidInput, match="is a mixture of experts"):
-        api.predict(build_recipe({"model": str(folder)}))
+    refused(capsys, ["--model", str(folder), "--dry-run"], "is a mixture of experts")
+    more = ["--model", str(folder), "--output", str(tmp_path / "out"), "--experts", "9"]
+    refused(capsys, more, "a layer has 6: keep 1 to 6")
     dense = save_tiny(tmp_path / "dense")
     with pytest.raises(InvalidInput, match="is no mixture of experts"):
         api.prune_checkpoint(
@@ -325,7 +329,9 @@ def test_the_neurons_of_all_experts_together_are_a_layers_neurons(name: str) -> 
     assert torch.equal(logits(adapter.model, IDS), dense)
 
 
-def test_networks_are_found_over_all_experts_and_name_those_they_span(tmp_path: Path) -> None:
+def test_networks_are_found_over_all_experts_and_name_those_they_span(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = save_tiny(tmp_path / "model", config=mixture_config("qwen3_moe"))
     text = tmp_path / "text.txt"
     text.write_text(TEXT, encoding="utf-8")
@@ -335,11 +341,13 @@ def test_networks_are_found_over_all_experts_and_name_those_they_span(tmp_path: 
     assert list(networks.widths) == [6 * 16] * 2
     cards = api.network_cards(networks)
     assert all(1 <= card["experts_spanned"] <= 12 for card in cards)
-    recipe = build_recipe(settings | {"networks_from": path})
-    result = api.ablate(recipe, api.AblationPlan(draws=2, tokens=200))
-    assert len(result.networks) == 4
-    assert {one.neurons for one in result.networks.values()} <= set(range(1, 193))
-    assert len(api.rank(recipe).order) == 4
+    flags = ["--model", folder, "--calibration", text, "--tokens", 600, "--context", 32]
+    found = run_json(capsys, "ablate", *flags, "--networks-from", path, "--draws", 2)
+    assert len(found["networks"]) == 4
+    assert all(1 <= one["neurons"] <= 192 for one in found["networks"])
+    assert len(api.rank(build_recipe(settings | {"networks_from": path})).order) == 4
+    shown = run_json(capsys, "inspect", path)
+    assert all(1 <= one["experts_spanned"] <= 12 for one in shown["networks"])
 
 
 def test_experts_stored_fused_or_apiece_give_the_same_in_the_form_of_the_source(

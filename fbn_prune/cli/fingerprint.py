@@ -49,7 +49,9 @@ def command(*, first: First, second: Second, json: Json = False, flags: dict[str
         return
     verdict = "related" if facts["related"] else "no sign of a common origin"
     console.print_line(
-        f"{verdict}: the networks overlap by {facts['score']:.3f} (from {facts['threshold']:.2f} on: related; "
-        f"0 is chance) on {facts['words']} words"
+        f"{verdict}: the components of their networks' activity overlap by {facts['components']:.3f} on "
+        f"{facts['words']} words (from {facts['threshold']:.2f} on: related; 0 is chance)"
     )
-    console.print_line(f"for comparison, linear CKA of plain activations: {facts['cka']:.3f}")
+    console.print_line(
+        f"the networks overlap by {facts['score']:.3f}; linear CKA of plain activations {facts['cka']:.3f}"
+    )

@@ -14,6 +14,7 @@ from fbn_prune.data.words import Passages, by_word, cut_passages, word_blocks
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.networks.activity import time_courses
+from fbn_prune.networks.controls import principal_basis
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.networks.lineage import THRESHOLD, SharedNetworks, linear_cka, shared_networks
 from fbn_prune.progress import StageClock
@@ -54,6 +55,8 @@ class Lineage:
     ----------
     shared
         The networks that they share.
+    components
+        The same score for the principal components of the networks' activity, which the verdict goes by.
     cka
         Linear CKA of their plain activations, for comparison.
     words
@@ -62,13 +65,14 @@ class Lineage:
 
     models: tuple[str, str]
     shared: SharedNetworks
+    components: float
     cka: float
     words: int
 
     @property
     def related(self) -> bool:
-        """Whether the score is at least the threshold."""
-        return self.shared.score >= THRESHOLD
+        """Whether the components' score is at least the threshold."""
+        return self.components >= THRESHOLD
 
     def to_json(self) -> dict[str, Any]:
         """Return all figures as JSON values."""
@@ -76,6 +80,7 @@ class Lineage:
         return {
             "models": list(self.models),
             "score": shared.score,
+            "components": self.components,
             "threshold": THRESHOLD,
             "related": self.related,
             "chance": shared.chance,
@@ -180,4 +185,6 @@ def compare_fingerprints(a: Fingerprint, b: Fingerprint) -> Lineage:
         raise InvalidInput(f"both models were shown only {words} words: give more text")
     cka = linear_cka(a.gram[both][:, both], b.gram[both][:, both])
     shared = shared_networks(a.courses[both], b.courses[both])
-    return Lineage((a.model, b.model), shared, cka, words)
+    turned = (one.courses[both] @ principal_basis(one.courses[one.seen]) for one in (a, b))
+    components = shared_networks(*turned).score
+    return Lineage((a.model, b.model), shared, components, cka, words)
