@@ -51,8 +51,8 @@ class DenseReference:
 
     def divergence(
         self, cuts: Sequence[MlpCut] | None, advance: Advance, left_out: Collection[int] = ()
-    ) -> Tensor:
-        """Return the divergence of the model with all these cuts, one for each layer: float64 [tokens], in nats.
+    ) -> float:
+        """Return the mean divergence of the model with all these cuts, one for each layer.
 
         Without cuts, the layers keep all neurons.
 
@@ -66,7 +66,7 @@ class DenseReference:
         advance(sum(batch.tokens for batch in self._batches))
         hidden = [forward.hidden[index] for index in range(len(self._batches))]
         (apart,) = self._apart([hidden], every=1)
-        return distributed.joined_rows(apart)
+        return _mean(apart)
 
     def alone(
         self, entries: Sequence[Sequence[MlpCut]], advance: Advance, *, leave_out: bool = False

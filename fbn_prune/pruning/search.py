@@ -21,12 +21,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import overload
 
-from torch import Tensor
-
 from fbn_prune import distributed
 from fbn_prune.data.calibration import Batch
 from fbn_prune.errors import InvalidInput, counted
-from fbn_prune.model.divergence import DIGITS, DenseReference
+from fbn_prune.model.divergence import DenseReference
 from fbn_prune.model.surgery import MlpCut
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.allocation import member_scores
@@ -40,7 +38,6 @@ from fbn_prune.pruning.layout import (
     LayoutRequest,
     Subject,
     even_layout,
-    surely_less,
     tried_every,
 )
 
@@ -146,7 +143,7 @@ def search_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -
     """Choose the widths of a request by the divergence that they cost.
 
     The trials of the result are divergences from the dense model in nats a token. The even widths are kept unless
-    others are surely better; with the layout `auto`, by a tenth at least. `search` holds `predicted`, the divergence
+    others are better; with the layout `auto`, by a tenth at least. `search` holds `predicted`, the divergence
     that the sum of costs gives for the chosen widths, multiplied by how far that sum was off for the first candidate;
     `share`, how much of the neurons (and of what layers have besides, in neurons) stays; and `curve`, pairs of such a
     share and the divergence predicted for it.
@@ -177,8 +174,7 @@ def search_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -
     best = min(tried, key=lambda name: tried[name].divergence)
     if (even := tried.get(UNIFORM)) is not None and best != UNIFORM:
         needed = 1 - RAGGED_GAIN if request.layout == "auto" else 1.0
-        sure = surely_less(tried[best].by_token, even.by_token)
-        if not sure or tried[best].divergence > needed * even.divergence:
+        if tried[best].divergence > needed * even.divergence:
             best = UNIFORM
     first = next(iter(tried.values()))
     summed = candidates.summed(first.widths)
@@ -260,7 +256,6 @@ class _Tried:
 
     widths: list[int]
     divergence: float
-    by_token: Tensor
 
 
 class _Trial:
@@ -286,10 +281,9 @@ class _Trial:
                 cuts = None
                 if self._library.cuts:
                     cuts = self._library.chosen(self._library.levels(widths))
-                apart = self._reference.divergence(cuts, advance, left_out)
-                found = float(format(finite(float(apart.mean())), f".{DIGITS}g"))
+                found = finite(self._reference.divergence(cuts, advance, left_out))
                 best = all(found < each.divergence for each in self.tried.values())
-                self.tried[name] = _Tried(widths, found, apart)
+                self.tried[name] = _Tried(widths, found)
                 return best
 
             yield measure
