@@ -119,7 +119,7 @@ class PruningConfig(BaseModel):
     task_test: Path | None = _more(CALIBRATION)
     """FILE.jsonl with test questions of the task: kept out of calibration, and measured. lm_eval: and builtin:
     tasks have their own."""
-    forget: Path | None = _key(CUT)
+    forget: Path | None = _more(CUT)
     """FILE with examples of a skill to remove, in the forms of --task: neurons that they need and other text does not
     are cut, and the others are refitted on the calibration text unlike them. Sets the size itself."""
     forget_by: Literal["neurons", "networks"] = _more(CUT, "neurons")
@@ -141,7 +141,7 @@ class PruningConfig(BaseModel):
     """Rule for ragged widths: all networks, the divergence from the dense model that each layer's widths cost
     (search), how the loss rises as neurons are removed (loss), membership in the kept networks (members), or the best
     of networks, loss and equal widths in a trial (auto)."""
-    structures: str = _key(CUT, "neurons")
+    structures: str = _more(CUT, "neurons")
     """What may be removed, separated by commas: neurons, layers (whole decoder layers, where that costs least) and
     vocabulary (as --vocabulary 1), or all. With layers, widths are searched and each layer is fitted on those already
     pruned."""

@@ -99,7 +99,7 @@ def test_every_figure_is_drawn_with_words_that_do_not_collide(opened: Any) -> No
     boxes = opened.evaluate(
         "[...document.querySelectorAll('.drawing svg')].map(s => s.getBoundingClientRect().toJSON())"
     )
-    assert len(boxes) == 8
+    assert len(boxes) == 9
     assert all(box["width"] > 300 and box["height"] > 100 for box in boxes)
     assert opened.evaluate(OVERLAPPING_TEXT) == []
 
