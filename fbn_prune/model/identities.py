@@ -57,7 +57,18 @@ def _failed(family: FoundFamily, config: str, model_type: str) -> str | None:
         copied = _Copy(family, tiny_model(tiny_config(typed)))
     except Exception as error:
         return f"cannot be tried out on a tiny copy: {one_line(error)}"
-    for name, holds in copied.steps():
+    return first_failure(copied.steps())
+
+
+def first_failure(steps: Iterator[tuple[str, Callable[[], bool]]]) -> str | None:
+    """Carry out the steps of a tiny copy, and return what is wrong with the first that fails; None if all hold.
+
+    Parameters
+    ----------
+    steps
+        The name of each step, and a function that says whether the logits are what they should be.
+    """
+    for name, holds in steps:
         try:
             reason = None if holds() else "the logits differ"
         except MemoryError:

@@ -21,7 +21,7 @@ from fbn_prune.model.building import quiet_transformers
 from fbn_prune.model.expert_block import ExpertBlock, ExpertsCut
 from fbn_prune.model.family import as_config
 from fbn_prune.model.headers import one_line
-from fbn_prune.model.identities import is_close
+from fbn_prune.model.identities import first_failure, is_close
 from fbn_prune.model.layerwise import LayerwiseForward
 from fbn_prune.model.mixture_adapter import MixtureAdapter
 from fbn_prune.model.mixture_family import MixtureFamily, mixture_family
@@ -45,16 +45,8 @@ def _failed(config: str, model_type: str) -> str | None:
         copied = _Copy(MixtureAdapter(tiny_model(small), family), family)
     except Exception as error:
         return f"is a mixture of experts that cannot be tried out on a tiny copy: {one_line(error)}"
-    for name, holds in copied.steps():
-        try:
-            reason = None if holds() else "the logits differ"
-        except MemoryError:
-            raise
-        except Exception as error:  # a model class that cannot do the step raises any type
-            reason = one_line(error)
-        if reason is not None:
-            return f"is a mixture of experts that fails a check on a tiny random copy, {name}: {reason}"
-    return None
+    failure = first_failure(copied.steps())
+    return None if failure is None else f"is a mixture of experts that {failure}"
 
 
 class _Copy:
