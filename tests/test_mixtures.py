@@ -253,6 +253,7 @@ def test_shared_experts_stay_whole_where_the_config_gives_them_the_experts_width
         ({"experts": 7}, "a layer has 6: keep 1 to 6"),
         ({"sparsity": 0.5, "loss_aware": True}, "loss_aware = True: not done on mixtures"),
         ({"sparsity": 0.5, "layout": "ragged"}, "layout = ragged: not done on mixtures"),
+        ({"forget": __file__}, "forget = .*: not done on mixtures"),
         ({"sparsity": 0.5, "criterion": "membership"}, "criterion = membership: not done"),
         (
             {"sparsity": 0.5, "width_multiple": 64},

@@ -45,6 +45,7 @@ _REFUSED = (
     "report_networks",
     "head_sparsity",
     "task",
+    "forget",
     "target_params",
     "target_size",
     "layout",
