@@ -165,12 +165,15 @@ def search_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -
     tokens = sum(batch.tokens for batch in distributed.share(few))
     costs = _measured_costs(library, reference, request, tokens, clock)
     candidates = Candidates(request, library.widths, costs)
-    search = _search_equal if request.layout == UNIFORM else _search_ragged
+    trial = _Trial(library, reference, tokens, clock)
     by_loss = None
     if subject.options.loss_aware and library.errors and not request.rest:
         rises = [Costs(errors, HOPELESS) for errors in library.errors]
         by_loss = Candidates(request, library.widths, rises)
-    tried = search(_Trial(library, reference, tokens, clock), candidates, by_loss)
+    if request.layout == UNIFORM:
+        tried = _search_equal(trial, candidates)
+    else:
+        tried = _search_ragged(trial, candidates, by_loss)
     best = min(tried, key=lambda name: tried[name].divergence)
     if (even := tried.get(UNIFORM)) is not None and best != UNIFORM:
         needed = 1 - RAGGED_GAIN if request.layout == "auto" else 1.0
@@ -318,9 +321,7 @@ def _search_ragged(
     return trial.tried
 
 
-def _search_equal(
-    trial: _Trial, candidates: Candidates, by_loss: Candidates | None
-) -> dict[str, _Tried]:
+def _search_equal(trial: _Trial, candidates: Candidates) -> dict[str, _Tried]:
     """Measure models of equal widths with fewer and fewer layers, from the number that the costs predict."""
     models = candidates.with_fewer_layers()
     predicted = min(range(len(models)), key=lambda index: models[index].cost)

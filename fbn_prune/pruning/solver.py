@@ -39,7 +39,7 @@ def cheapest(
     """
     least = sum(min(entries) for entries in sizes)
     if least > budget:
-        raise InvalidInput(f"the smallest choice has size {least}, more than {budget}")
+        raise InvalidInput("no model is that small: ask for a larger one")
     most = min(budget, sum(max(entries) for entries in sizes))
     unit = math.gcd(*(size for entries in sizes for size in entries)) or 1
     if most // unit > MOST_UNITS and most - least > most * len(sizes) // MOST_UNITS:
