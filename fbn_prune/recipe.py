@@ -120,8 +120,8 @@ class PruningConfig(BaseModel):
     """FILE.jsonl with test questions of the task: kept out of calibration, and measured. lm_eval: and builtin:
     tasks have their own."""
     forget: Path | None = _more(CUT)
-    """FILE with examples of a skill to remove, in the forms of --task: neurons that they need and other text does not
-    are cut, and the others are refitted on the calibration text unlike them. Sets the size itself."""
+    """FILE with examples of a skill to remove, in the forms of --task. Neurons that the examples need and other text
+    does not are cut; the other neurons are refitted on calibration text unlike the examples. Sets the size itself."""
     forget_by: Literal["neurons", "networks"] = _more(CUT, "neurons")
     """How --forget chooses neurons: by how much more active they are on the examples than on other text, or by their
     weight in the networks that the examples engage."""

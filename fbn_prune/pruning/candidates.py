@@ -104,12 +104,15 @@ class Candidates:
         return found
 
     def by_costs(self, scales: Sequence[float], budget: int | None = None) -> list[int]:
-        """Return the cheapest widths, with the costs of as many regions of layers as there are scales multiplied.
+        """Return the cheapest widths after multiplying the costs of each region of layers by its scale.
 
         Parameters
         ----------
+        scales
+            One factor for each region; the regions divide the layers evenly, from the first to the last.
         budget
-            Neurons, and what layers have besides in neurons; default: that of the request.
+            Size in neurons, where a layer's other parameters count as the neurons that have as many. Default: the
+            budget of the request.
         """
         sizes: list[list[int]] = []
         prices: list[list[float]] = []

@@ -71,8 +71,8 @@ class LayoutRequest:
     multiple, whole
         See :func:`fbn_prune.pruning.allocation.ranked_widths`.
     rest
-        For each layer, what is not in its MLP, in parameters of a neuron; leaving the layer out saves it as well. Empty
-        if no layer may be left out.
+        For each layer, the parameters outside its MLP, as the number of neurons that have as many; leaving the layer
+        out saves them too. Empty if no layer may be left out.
     narrows
         Whether layers may lose neurons, and not only go as a whole.
     """
