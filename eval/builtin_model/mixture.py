@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
+from transformers.integrations.moe import ExpertsInterface
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     Qwen3MoeForCausalLM,
@@ -45,6 +47,29 @@ SHAPE: dict[str, Any] = {
 EXPERT_RATE = 2e-3
 BALANCE = 1e-2
 """Weight of the term that keeps the experts evenly used."""
+ROUNDED = 128
+"""Tokens of an expert are padded to a multiple of this: for each new shape oneDNN compiles a kernel."""
+
+
+def experts_apiece(module: Any, hidden: Tensor, index: Tensor, gates: Tensor) -> Tensor:
+    """Compute a layer's experts one after another in bfloat16.
+
+    Autocast does not reach the grouped products of transformers, and its loop over experts makes a gradient as large as
+    all experts for each of them. On a CPU with bfloat16 products this trains about twice as fast as either.
+    """
+    width = index.shape[-1]
+    experts, order = index.flatten().sort()
+    counts = experts.bincount(minlength=EXPERTS).tolist()
+    up, down = (w.bfloat16().unbind() for w in (module.gate_up_proj, module.down_proj))
+    parts = hidden.bfloat16()[order // width].split(counts)
+    made = []
+    for expert, part in enumerate(parts):
+        padded = pad(part, (0, 0, 0, -len(part) % ROUNDED))
+        made.append((module._apply_gate(padded @ up[expert].T) @ down[expert].T)[: len(part)])
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order))
+    each = torch.cat(made)[back].view(*index.shape, -1)
+    return (each * gates[..., None]).sum(1).to(hidden.dtype)
 
 
 def new_model(seed: int, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -60,7 +85,8 @@ def new_model(seed: int, tokenizer: PreTrainedTokenizerBase) -> Any:
         **SHAPE,
     )
     model = Qwen3MoeForCausalLM(config)
-    model.set_experts_implementation("grouped_mm")  # on a CPU a third faster than "eager"
+    ExpertsInterface.register("apiece", experts_apiece)
+    model.set_experts_implementation("apiece")
     model.generation_config.do_sample = False
     return model
 
@@ -90,7 +116,7 @@ def logits_and_balance(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     return output.logits, BALANCE * term
 
 
-MIXTURE = Recipe(new_model, optimizers, logits_and_balance, rows=8, autocast=False)
+MIXTURE = Recipe(new_model, optimizers, logits_and_balance, rows=8)
 """How the mixture differs from the embedded model."""
 
 if __name__ == "__main__":
