@@ -254,13 +254,7 @@ def prune_checkpoint(
         named = {"model": str(path), "output": Path(output), "calibration": dataset}
         recipe = build_recipe({**settings, **named, **places}, where="prune_checkpoint")
     check_recipe(recipe, mixtures=True)
-    from fbn_prune.model.mixture_checkpoint import is_mixture
-
-    if is_mixture(recipe.model, trust_remote_code=recipe.trust_remote_code):
-        from fbn_prune.runs.mixture import run_mixture
-
-        return run_mixture(recipe, StageClock(display))
-    from fbn_prune.runs.prune import run_prune
+    from fbn_prune.runs.main_job import run_prune
 
     return run_prune(recipe, StageClock(display))
 
@@ -273,11 +267,10 @@ def predict(recipe: Recipe) -> Plan:
     InvalidInput
         If the run itself would refuse the recipe.
     """
-    check_recipe(recipe)
-    from fbn_prune.runs.dry_run import plan
-    from fbn_prune.runs.setup import prepare
+    check_recipe(recipe, mixtures=True)
+    from fbn_prune.runs import main_job
 
-    return plan(prepare(recipe))
+    return main_job.predict(recipe)
 
 
 def discover(
@@ -469,15 +462,9 @@ def compare(
     """
     check_recipe(recipe, mixtures=True)
     check_results(path)
-    from fbn_prune.model.mixture_checkpoint import is_mixture
+    from fbn_prune.runs.comparing import run_any_comparison
 
-    if is_mixture(recipe.model, trust_remote_code=recipe.trust_remote_code):
-        from fbn_prune.runs.mixture_comparison import compare_mixture
-
-        return compare_mixture(recipe, criteria, kept, path, StageClock(display))
-    from fbn_prune.runs.compare import run_comparison
-
-    return run_comparison(recipe, criteria, kept, path, StageClock(display))
+    return run_any_comparison(recipe, criteria, kept, path, StageClock(display))
 
 
 def write_report(

@@ -25,7 +25,7 @@ from fbn_prune.model.kept_neurons import KEPT_FILE, KeptNeurons
 from fbn_prune.model.surgery import MlpCut
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.progress import StageClock
-from fbn_prune.runs.prune import run_prune
+from fbn_prune.runs.main_job import run_prune
 from fbn_prune.serving import Bundle, FullDown, Served, load
 from fbn_prune.serving.bundle import TaskSource, write_bundle
 from fbn_prune.serving.tasks import LowRankDown, Refit, task_of_pruned

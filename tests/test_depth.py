@@ -29,7 +29,7 @@ from fbn_prune.model.surgery import MlpCut
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.cutting import CutPlan, cut_layers
 from fbn_prune.pruning.evidence import CutOptions
-from fbn_prune.runs.prune import run_prune
+from fbn_prune.runs.main_job import run_prune
 from fbn_prune.runs.setup import prepare
 
 

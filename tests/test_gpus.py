@@ -12,8 +12,8 @@ from tiny_models import save_tiny
 
 from fbn_prune.progress import StageClock
 from fbn_prune.runs import memory
+from fbn_prune.runs.main_job import run_prune
 from fbn_prune.runs.memory import MemoryPlan, plan_memory
-from fbn_prune.runs.prune import run_prune
 from fbn_prune.runs.setup import prepare
 
 if torch.cuda.device_count() < 2:

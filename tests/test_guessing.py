@@ -26,7 +26,7 @@ from fbn_prune.progress import StageClock
 from fbn_prune.pruning.prediction import PredictedRise
 from fbn_prune.pruning.recovery import healing
 from fbn_prune.pruning.recovery.distillation import Distilled
-from fbn_prune.runs.prune import run_prune
+from fbn_prune.runs.main_job import run_prune
 
 
 @pytest.fixture

@@ -38,9 +38,9 @@ from fbn_prune.pruning.second_order import choose_groups, choose_neurons, output
 from fbn_prune.recipe import Recipe
 from fbn_prune.runs import memory
 from fbn_prune.runs.dry_run import plan
+from fbn_prune.runs.main_job import run_prune
 from fbn_prune.runs.memory import possible_plans
 from fbn_prune.runs.opening import read_texts
-from fbn_prune.runs.prune import run_prune
 from fbn_prune.runs.setup import prepare
 from fbn_prune.serving.tasks import task_of_pruned
 

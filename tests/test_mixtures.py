@@ -19,18 +19,22 @@ from fbn_prune import api
 from fbn_prune.data.calibration import Batch
 from fbn_prune.errors import InvalidInput
 from fbn_prune.export.mixture_writer import write_mixture
-from fbn_prune.model.expert_block import ExpertsCut, Routed
 from fbn_prune.model.mixture_adapter import MixtureAdapter
-from fbn_prune.model.mixture_checkpoint import load_mixture, open_mixture
+from fbn_prune.model.mixture_checkpoint import open_mixture
 from fbn_prune.model.mixture_family import MixtureFamily, mixture_family
+from fbn_prune.model.perplexity import perplexity
+from fbn_prune.model.routed import ExpertsCut, Routed
 from fbn_prune.networks.interventions import masked
 from fbn_prune.progress import StageClock
+from fbn_prune.pruning.block_cutting import MixturePlan, cut_block
 from fbn_prune.pruning.evidence import CutOptions
 from fbn_prune.pruning.experts import block_output, choose_experts, frequency, reap, refitted, whole
-from fbn_prune.pruning.mixture_cutting import MixturePlan, cut_block, cut_experts
+from fbn_prune.pruning.mixture_cutting import cut_experts
 from fbn_prune.recipe import PruningConfig, build_recipe
-from fbn_prune.runs.mixture import open_mixture_run, width_for
 from fbn_prune.runs.mixture_comparison import WAYS
+from fbn_prune.runs.mixture_setup import width_for
+from fbn_prune.runs.opening import open_run
+from fbn_prune.runs.setup import prepare
 
 OPTIONS = CutOptions(
     sequential=False, damping=1e-2, refit_damping=1e-3, seed=0, round_to=torch.float32
@@ -142,12 +146,10 @@ def test_the_main_job_writes_what_stock_classes_load(name: str, tmp_path: Path) 
     written = mixture_family(json.loads((tmp_path / "out" / "config.json").read_text()))
     assert (written.count, written.expert_width) == (half, 8)
     assert written.top_k == family.top_k_of(half)
-    on = open_mixture_run(
-        build_recipe({"model": str(tmp_path / "out")} | common),
-        open_mixture(tmp_path / "out"),
-        StageClock(),
-    )
-    assert on.perplexity("again") == pytest.approx(result.perplexity_after, rel=1e-6)
+    again = {"model": str(tmp_path / "out"), "experts": half}
+    on = open_run(prepare(build_recipe(again | common)), StageClock())
+    found = perplexity(on.adapter, on.data.held_out.batches(256))
+    assert found == pytest.approx(result.perplexity_after, rel=1e-6)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     torch.testing.assert_close(logits(stock), logits(on.adapter.model), atol=1e-5, rtol=0)
 
@@ -172,11 +174,12 @@ def test_a_wrong_orientation_is_noticed_where_experts_are_narrow_or_square(
 def test_each_written_expert_is_its_own_gate_up_and_down(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model", config=mixture_config("qwen3_moe"))
     source = open_mixture(folder)
-    adapter = load_mixture(source, torch.device("cpu"), torch.float32)
+    assert isinstance(source.family, MixtureFamily)
+    adapter = MixtureAdapter(source.load_model("cpu", torch.float32), source.family)
     adapter.cut_experts(keep(adapter, [1, 4], torch.arange(3, 11)), round_to=torch.float32)
     out = tmp_path / "out"
     out.mkdir()
-    write_mixture(source, adapter, out)
+    write_mixture(source, adapter, (2, 8), out)
     before, after = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
     for new, old in enumerate([1, 4]):
         for name, rows in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
@@ -201,7 +204,8 @@ def test_the_second_order_removes_a_twin_and_the_refit_makes_up_for_it() -> None
         assert len(kept) == 4
         assert torch.equal(kept, kept.unique())
     plan = MixturePlan(3, 16)
-    cut, error, _ = cut_block(block, tokens, plan, OPTIONS, layer=0)
+    finished = cut_block(block, tokens, plan, OPTIONS, layer=0)
+    cut, error = finished.cut, finished.error
     plain, before = refitted(
         block,
         block.route(hidden, cut.experts),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fbn_prune.progress import SilentDisplay, StageClock
 from fbn_prune.pruning.prediction import GOOD, WORTH_A_WARNING, advice
 from fbn_prune.recipe import build_recipe
-from fbn_prune.runs.prune import run_prune
+from fbn_prune.runs.main_job import run_prune
 
 
 class Notes(SilentDisplay):

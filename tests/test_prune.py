@@ -19,9 +19,10 @@ from fbn_prune.progress import StageClock
 from fbn_prune.pruning.cutting import CutPlan, cut_layers
 from fbn_prune.pruning.evidence import CutOptions, EvidencePass
 from fbn_prune.pruning.second_order import choose_neurons, output_error, refit
+from fbn_prune.runs.main_job import run_prune
 from fbn_prune.runs.opening import read_texts
-from fbn_prune.runs.prune import run_prune
-from fbn_prune.runs.setup import Prepared, prepare
+from fbn_prune.runs.prepared import Prepared
+from fbn_prune.runs.setup import prepare
 
 
 def opened(model: Path, text: Path, **changes: object) -> tuple[Prepared, ModelAdapter, list]:

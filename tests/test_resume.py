@@ -23,8 +23,8 @@ from fbn_prune.progress import StageClock
 from fbn_prune.recipe import Recipe
 from fbn_prune.runs import prune
 from fbn_prune.runs.kept import numbers, tensors
+from fbn_prune.runs.main_job import run_prune
 from fbn_prune.runs.memory import MemoryPlan, plan_memory
-from fbn_prune.runs.prune import run_prune
 from fbn_prune.runs.setup import prepare
 from fbn_prune.runs.unfinished import clean_runs, unfinished_runs
 from fbn_prune.store import Store, locked, owned, store_in

@@ -25,7 +25,7 @@ from fbn_prune.pruning.damping import DampingWarning, centred, factored, outlier
 from fbn_prune.pruning.fitting import DampingNotes, fitting_cuts
 from fbn_prune.pruning.prediction import PredictedRise, check_rise, predicted_rise, relative_error
 from fbn_prune.pruning.second_order import choose_neurons, output_error, refit
-from fbn_prune.runs.prune import run_prune
+from fbn_prune.runs.main_job import run_prune
 
 NEURONS, OUTPUTS = 48, 12
 

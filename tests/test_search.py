@@ -24,7 +24,7 @@ from fbn_prune.pruning.costs import Costs, interpolated
 from fbn_prune.pruning.layout import LayoutRequest
 from fbn_prune.pruning.search import grid
 from fbn_prune.pruning.solver import cheapest
-from fbn_prune.runs.prune import run_prune
+from fbn_prune.runs.main_job import run_prune
 
 BATCHES = blocks(20, 33, 17).batches(1)
 

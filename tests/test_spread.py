@@ -26,8 +26,8 @@ from fbn_prune.progress import StageClock
 from fbn_prune.pruning.sensitivity import output_sensitivity
 from fbn_prune.runs.compare import run_comparison
 from fbn_prune.runs.discover import run_discovery
+from fbn_prune.runs.main_job import run_prune
 from fbn_prune.runs.memory import MemoryPlan, plan_memory
-from fbn_prune.runs.prune import run_prune
 from fbn_prune.serving import FullDown, TaskSet, attach
 
 PLACEMENT = (0, 1, 1)

@@ -25,9 +25,9 @@ from fbn_prune.progress import StageClock
 from fbn_prune.runs import memory
 from fbn_prune.runs.discover import run_discovery
 from fbn_prune.runs.dry_run import plan
+from fbn_prune.runs.main_job import run_prune
 from fbn_prune.runs.memory import possible_plans
 from fbn_prune.runs.opening import OpenRun
-from fbn_prune.runs.prune import run_prune
 from fbn_prune.runs.setup import prepare
 from fbn_prune.runs.stages import rank_scores
 

@@ -28,8 +28,8 @@ from fbn_prune.data.calibration import TokenBlocks
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.progress import StageClock
 from fbn_prune.recipe import load_recipe
+from fbn_prune.runs.main_job import run_prune
 from fbn_prune.runs.opening import read_texts
-from fbn_prune.runs.prune import run_prune
 from fbn_prune.runs.setup import prepare
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "paper-layerwise.yaml"

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-import fbn_prune.runs.prune  # noqa: F401 - imported once, before the runs are forked
+import fbn_prune.runs.main_job  # noqa: F401 - imported once, before the runs are forked
 from fbn_prune.cli.main import main as main_of_tool
 
 SMALL = shlex.split("--tokens 8192 --network-tokens 2048 --context 128 --keep-networks 10")

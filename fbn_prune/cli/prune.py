@@ -202,8 +202,6 @@ def _predict(recipe: Recipe, *, json: bool) -> None:
     table.add_row(
         "time",
         "",
-        f"roughly {low:.0f} to {high:.0f} s"
-        if known
-        else "unknown: no layer could be timed on this machine",
+        f"roughly {low:.0f} to {high:.0f} s" if known else "unknown: no layer was timed",
     )
     console.print_table(table)

@@ -13,12 +13,13 @@ from fbn_prune.export.directory import disk_errors
 from fbn_prune.export.shards import write_json, write_shards
 from fbn_prune.export.writer import copy_companions
 from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.model.expert_block import ExpertsCut
 from fbn_prune.model.mixture_adapter import MixtureAdapter
-from fbn_prune.model.mixture_checkpoint import open_mixture, stored_tensors
+from fbn_prune.model.mixture_checkpoint import StoredForm, open_mixture
 from fbn_prune.model.mixture_family import MixtureFamily
+from fbn_prune.model.routed import ExpertsCut
 from fbn_prune.model.shards import TensorInfo, save_tensors
 from fbn_prune.model.stock_names import with_stock_names
+from fbn_prune.store import Store
 
 KEPT_EXPERTS = "kept_experts.safetensors"
 """File with the kept experts and neurons of each layer, by their numbers in the source."""
@@ -27,12 +28,14 @@ KEPT_EXPERTS = "kept_experts.safetensors"
 def write_mixture(
     source: Checkpoint,
     adapter: MixtureAdapter,
+    size: tuple[int, int],
     directory: Path,
     *,
     max_shard_size: int | str = "5GB",
     progress: Callable[[int], None] | None = None,
+    store: Store | None = None,
 ) -> None:
-    """Write a live, cut mixture as a checkpoint that stock classes load.
+    """Write a cut mixture as a checkpoint that stock classes load.
 
     Parameters
     ----------
@@ -40,9 +43,11 @@ def write_mixture(
         The checkpoint that was cut. A tensor is written in the dtype that it has there.
     adapter
         The cut model.
+    size
+        The number of its experts and their width.
     directory
         An existing folder, normally from :func:`fbn_prune.export.directory.atomic_directory`.
-    max_shard_size, progress
+    max_shard_size, progress, store
         See :func:`fbn_prune.export.shards.write_shards`.
 
     Raises
@@ -52,9 +57,9 @@ def write_mixture(
     """
     family = source.family
     assert isinstance(family, MixtureFamily)
-    count, width = adapter.counts[0], adapter.expert_widths[0]
+    count, width = size
     config = with_stock_names(family.with_experts(source.config, count, width))
-    tensors, common = stored_tensors(adapter), source.storage_dtype
+    stored, common = StoredForm(adapter, config), source.storage_dtype
 
     def dtype(name: str, tensor: Tensor) -> torch.dtype:
         if name in source.tensors:
@@ -63,15 +68,16 @@ def write_mixture(
 
     plan = {
         name: TensorInfo("", tuple(tensor.shape), dtype(name, tensor))
-        for name, tensor in tensors.items()
+        for name, tensor in stored.tensors.items()
     }
     with disk_errors(directory):
         write_shards(
             plan,
-            lambda name: tensors[name].detach().to("cpu", plan[name].dtype),
+            lambda name: stored.tensor(name).detach().to("cpu", plan[name].dtype),
             directory,
             max_shard_size=max_shard_size,
             progress=progress,
+            store=store,
         )
         write_json(directory / "config.json", config)
         copy_companions(source, directory)

@@ -7,9 +7,8 @@ shapes; :meth:`ExpertBlock.check` compares the result with what the module compu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -20,71 +19,12 @@ from torch.utils.hooks import RemovableHandle
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.heads import rounded
 from fbn_prune.model.mixture_family import MixtureFamily
+from fbn_prune.model.routed import ExpertsCut, Routed
 
 SAME = 1e-3
 """Relative difference up to which two ways to compute the experts' output agree, in float32; see :meth:`check`."""
 _NEVER = -1e4
 """Added to a correction bias, it keeps the router from an expert: scores lie between 0 and 1."""
-
-
-@dataclass(frozen=True)
-class Routed:
-    """Tokens as a router sends them to experts.
-
-    Attributes
-    ----------
-    hidden
-        What the experts read, [tokens, hidden].
-    index
-        int64 [tokens, k]: the experts of each token.
-    gates
-        [tokens, k]: the factors of their outputs.
-    """
-
-    hidden: Tensor
-    index: Tensor
-    gates: Tensor
-
-    def of(self, expert: int) -> tuple[Tensor, Tensor]:
-        """Return the tokens that an expert gets, int64 [n], and their gates in float64, [n]."""
-        rows, places = torch.where(self.index == expert)
-        return rows, self.gates[rows, places].double()
-
-    @classmethod
-    def joined(cls, parts: Sequence[Routed]) -> Routed:
-        """Return the tokens of several batches together."""
-        return cls(
-            torch.cat([part.hidden for part in parts]),
-            torch.cat([part.index for part in parts]),
-            torch.cat([part.gates for part in parts]),
-        )
-
-
-@dataclass(frozen=True)
-class ExpertsCut:
-    """The cut of one layer's experts.
-
-    Attributes
-    ----------
-    experts
-        int64 [K]: the experts to keep, ascending.
-    neurons
-        For each of them the neurons to keep, int64 [n], ascending; the same number for all.
-    down
-        Their new output weights, [hidden, n] each.
-    bias
-        Their new output biases, [hidden] each; None keeps the old ones.
-    """
-
-    experts: Tensor
-    neurons: tuple[Tensor, ...]
-    down: tuple[Tensor, ...]
-    bias: tuple[Tensor, ...] | None = None
-
-    @property
-    def width(self) -> int:
-        """Neurons of each expert that are kept."""
-        return len(self.neurons[0])
 
 
 class ExpertBlock:
@@ -322,13 +262,13 @@ class ExpertBlock:
         kept = cut.experts.to(self.device)
         rows = [self._rows(each.to(self.device)) for each in cut.neurons]
         transposed = module.is_transposed
-        inputs = [
+        inputs = (
             self.input_weight(int(expert))[own] for expert, own in zip(kept, rows, strict=True)
-        ]
-        down = [rounded(one, round_to) for one in cut.down]
-        values = {
-            self._input_name: torch.stack([one.T if transposed else one for one in inputs]),
-            "down_proj": torch.stack([one.T if transposed else one for one in down]),
+        )
+        down = (rounded(one, round_to) for one in cut.down)
+        values = {  # one expert at a time, because a layer may be most of what is in memory
+            name: _stacked(parts, len(kept), getattr(module, name), transposed)
+            for name, parts in ((self._input_name, inputs), ("down_proj", down))
         }
         if module.has_bias:
             name = f"{self._input_name}_bias"
@@ -346,17 +286,23 @@ class ExpertBlock:
                 self._keep_rows(kept)
             for name, value in values.items():
                 old = getattr(module, name)
-                fresh = value.to(device=old.device, dtype=old.dtype).contiguous().clone()
+                fresh = value.to(device=old.device, dtype=old.dtype)
+                if fresh.is_inference():
+                    fresh = fresh.clone()
                 setattr(module, name, nn.Parameter(fresh, requires_grad=old.requires_grad))
         for name in ("intermediate_dim", "intermediate_size"):
             if getattr(module, name, None) == width:
                 setattr(module, name, cut.width)
 
+    def _changed_modules(self) -> list[Any]:
+        routers = (self._counted(path)[0] for path in self.family.counted)
+        return list(dict.fromkeys([*self.parent.modules(), *routers]))
+
     def saved(self) -> dict[tuple[int, str], Any]:
         """Return all that :meth:`cut` changes, for :meth:`restore`."""
         names = ("num_experts", "top_k", "intermediate_dim", "intermediate_size")
         state: dict[tuple[int, str], Any] = {}
-        for number, module in enumerate(self.parent.modules()):
+        for number, module in enumerate(self._changed_modules()):
             for name in names:
                 if name in vars(module):
                     state[number, name] = vars(module)[name]
@@ -366,9 +312,22 @@ class ExpertBlock:
 
     def restore(self, state: dict[tuple[int, str], Any]) -> None:
         """Put back what :meth:`saved` returned."""
-        modules = list(self.parent.modules())
+        modules = self._changed_modules()
         for (number, name), value in state.items():
             setattr(modules[number], name, value)
+
+
+def _stacked(parts: Iterable[Tensor], count: int, like: Tensor, transposed: bool) -> Tensor:
+    """Return the experts' weights, [rows, columns] each, as one tensor in the dtype and on the device of `like`."""
+    whole: Tensor | None = None
+    with torch.inference_mode(False):
+        for number, part in enumerate(parts):
+            one = part.T if transposed else part
+            if whole is None:
+                whole = torch.empty((count, *one.shape), dtype=like.dtype, device=like.device)
+            whole[number] = one.to(like.device)
+    assert whole is not None
+    return whole
 
 
 def _same(found: Tensor, expected: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -10,10 +10,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from fbn_prune.model.adapter import ModelAdapter, Removable
-from fbn_prune.model.expert_block import ExpertBlock, ExpertsCut, Routed
+from fbn_prune.model.expert_block import ExpertBlock
 from fbn_prune.model.mixture_family import MixtureFamily
+from fbn_prune.model.routed import ExpertsCut, Routed
+from fbn_prune.model.streaming import SpilledCuts
 
 
 @dataclass(frozen=True)
@@ -112,20 +115,34 @@ class MixtureAdapter(ModelAdapter):
         FbnPruneError
             A new output weight is not finite in `round_to`.
         """
-        for block, cut in zip(self.blocks, cuts, strict=True):
-            block.cut(cut, round_to=round_to)
+        self.take_cuts(cuts, round_to=round_to)
         text = self.mixture.text_config(self.config)
-        first = self.blocks[0]
-        changed = self.mixture.with_experts({}, first.count, first.width)
+        count, width = len(cuts[0].experts), cuts[0].width
+        changed = self.mixture.with_experts({}, count, width)
         for key, value in changed.get(self.mixture.text_key or "", changed).items():
             setattr(text, key, value)
-        counts = {
-            "num_experts": first.count,
-            self.mixture.top_k_key: self.mixture.top_k_of(first.count),
-        }
+        counts = {"num_experts": count, self.mixture.top_k_key: self.mixture.top_k_of(count)}
         for name, value in counts.items():  # the loss that balances the experts reads these
             if isinstance(getattr(self.model, name, None), int):
                 setattr(self.model, name, value)
+
+    def take_cuts(self, cuts: Sequence[ExpertsCut], *, round_to: torch.dtype) -> None:
+        """Cut the experts of all layers, and leave the config as it is."""
+        for block, cut in zip(self.blocks, cuts, strict=True):
+            block.cut(cut, round_to=round_to)
+
+    def cuts_list(self) -> MutableSequence[ExpertsCut] | SpilledCuts[ExpertsCut]:
+        """Return an empty list for the cuts of the layers, in memory or on disk."""
+        return []
+
+    def state_names(self) -> list[str]:
+        """Return the names of the tensors of the model's state, without those that are tied to others."""
+        return list(remove_tied_weights_from_state_dict(self.model.state_dict(), self.model))
+
+    def stored_state(self, prefix: str) -> dict[str, Tensor]:
+        """Return the tensors of the model's state whose names begin with `prefix`."""
+        state = self.model.state_dict()
+        return {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
 
     @contextmanager
     def trying_experts(

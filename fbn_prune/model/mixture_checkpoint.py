@@ -6,16 +6,22 @@ of its modules when it loads a model, and back when one is written: this package
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model import remedies
-from fbn_prune.model.building import building, check_companions, quiet_transformers, repaired
+from fbn_prune.model.building import (
+    check_companions,
+    quiet_transformers,
+    repaired,
+    skeleton,
+)
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.experts import mixture
 from fbn_prune.model.families import family_of, refusal
@@ -26,7 +32,7 @@ from fbn_prune.model.header_checks import refuse_quantized
 from fbn_prune.model.mixture_adapter import MixtureAdapter
 from fbn_prune.model.mixture_family import MixtureFamily, mixture_family
 from fbn_prune.model.mixture_identities import failed_mixture_step
-from fbn_prune.model.shards import read_headers
+from fbn_prune.model.shards import TensorInfo, read_headers
 from fbn_prune.model.tokenizer_checks import check_tokenizer
 
 
@@ -82,7 +88,7 @@ def open_mixture(path_or_hub_id: str | Path, *, trust_remote_code: bool = False)
     return checkpoint
 
 
-def open_any(path_or_hub_id: str | Path) -> Checkpoint:
+def open_any(path_or_hub_id: str | Path, *, trust_remote_code: bool = False) -> Checkpoint:
     """Open the checkpoint of a mixture of experts or of another model.
 
     Raises
@@ -90,33 +96,83 @@ def open_any(path_or_hub_id: str | Path) -> Checkpoint:
     InvalidInput
         As :func:`open_mixture` and :meth:`Checkpoint.open`.
     """
-    if is_mixture(str(path_or_hub_id)):
-        return open_mixture(path_or_hub_id)
-    return Checkpoint.open(path_or_hub_id)
+    of_experts = is_mixture(str(path_or_hub_id), trust_remote_code=trust_remote_code)
+    opened = open_mixture if of_experts else Checkpoint.open
+    return opened(path_or_hub_id, trust_remote_code=trust_remote_code)
 
 
-def load_mixture(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
-) -> MixtureAdapter:
-    """Load a mixture into memory.
+def headers_of(model: PreTrainedModel) -> Checkpoint:
+    """Return the headers that a checkpoint of a live model of any kind would have; its tensors cannot be read.
 
     Raises
     ------
     InvalidInput
-        A tensor is missing or has another shape, or the model cannot run.
+        The architecture is not supported, or what was found of it fails on a tiny copy.
     """
-    family = checkpoint.family
-    assert isinstance(family, MixtureFamily)
-    model = checkpoint.load_model(device, dtype)
-    with building(checkpoint.path, "run"), torch.inference_mode():
-        model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device), use_cache=False)
-    return MixtureAdapter(model, family)
+    fields = {**model.config.to_dict(), "model_type": model.config.model_type}
+    if mixture(fields) is None:
+        headers = Checkpoint.of_model(model)
+        headers.check_architecture()
+        headers.check_weights()
+        return headers
+    family = mixture_family(fields)
+    if (reason := failed_mixture_step(model.config)) is not None:
+        raise refusal(family.name, reason)
+    tensors = {
+        name: TensorInfo("", tuple(parameter.shape), parameter.dtype)
+        for name, parameter in model.named_parameters()  # tied embeddings once
+    }
+    return Checkpoint(Path(model.name_or_path or type(model).__name__), fields, family, tensors)
 
 
-def stored_tensors(adapter: MixtureAdapter) -> dict[str, Tensor]:
-    """Return a live mixture's tensors under the names, and in the form, of a checkpoint, without tied ones."""
-    model = adapter.model
-    with quiet_transformers():
-        state = remove_tied_weights_from_state_dict(model.state_dict(), model)
-        found: dict[str, Tensor] = revert_weight_conversion(model, state)
-    return found
+class StoredForm:
+    """The tensors of a mixture, cut or not, under the names and in the form of its checkpoint, without tied ones.
+
+    The tensors of one decoder layer are converted together, and held until one of another is asked for.
+
+    Parameters
+    ----------
+    adapter
+        The mixture.
+    config
+        Its `config.json` object.
+
+    Attributes
+    ----------
+    tensors
+        The tensors on the meta device, by name.
+    """
+
+    def __init__(self, adapter: MixtureAdapter, config: dict[str, Any]) -> None:
+        self._adapter = adapter
+        self._held: tuple[str, dict[str, Tensor]] = "", {}
+        self._parts: dict[str, list[str]] = {}
+        for name in adapter.state_names():
+            self._parts.setdefault(_part(adapter.mixture, name), []).append(name)
+        shapes = skeleton(config, adapter.mixture, adapter.dtype).state_dict()
+        self.tensors: dict[str, Tensor] = {}
+        self._part_of: dict[str, str] = {}
+        for part, names in self._parts.items():
+            made = self._reverted({name: shapes[name].to("meta") for name in names})
+            self.tensors |= made
+            self._part_of |= dict.fromkeys(made, part)
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor."""
+        part = self._part_of[name]
+        if self._held[0] != part:
+            self._held = "", {}
+            state = self._adapter.stored_state(part)
+            self._held = part, self._reverted({name: state[name] for name in self._parts[part]})
+        return self._held[1][name]
+
+    def _reverted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        with quiet_transformers():
+            found: dict[str, Tensor] = revert_weight_conversion(self._adapter.model, state)
+        return found
+
+
+def _part(family: MixtureFamily, name: str) -> str:
+    """What a tensor is converted together with: the beginning of the names of its decoder layer, or its own name."""
+    match = re.match(rf"{re.escape(family.layers)}\.\d+\.", name)
+    return name if match is None else match[0]

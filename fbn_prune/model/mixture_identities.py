@@ -18,13 +18,14 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from fbn_prune.data.calibration import Batch
 from fbn_prune.model.building import quiet_transformers
-from fbn_prune.model.expert_block import ExpertBlock, ExpertsCut
+from fbn_prune.model.expert_block import ExpertBlock
 from fbn_prune.model.family import as_config
 from fbn_prune.model.headers import one_line
 from fbn_prune.model.identities import first_failure, is_close
 from fbn_prune.model.layerwise import LayerwiseForward
 from fbn_prune.model.mixture_adapter import MixtureAdapter
 from fbn_prune.model.mixture_family import MixtureFamily, mixture_family
+from fbn_prune.model.routed import ExpertsCut
 from fbn_prune.model.tiny_copy import VOCABULARY, tiny_config, tiny_model
 
 _ALIGNED = 4

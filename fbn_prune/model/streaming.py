@@ -12,10 +12,10 @@ tensors of the written checkpoint.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -37,17 +37,34 @@ Part = int | str
 _M_MMAP_THRESHOLD, _KEPT_BLOCK_BYTES = -3, 2**21
 
 
-class SpilledCuts(Sequence[MlpCut]):
-    """The cuts of the first layers, on disk except for the most recently read one."""
+Cut = TypeVar("Cut")
 
-    def __init__(self, folder: Path) -> None:
+
+class SpilledCuts(Sequence[Cut]):
+    """The cuts of the first layers, on disk except for the most recently read one.
+
+    Parameters
+    ----------
+    folder
+        The folder of the file.
+    parts_of, of_parts
+        Take a cut apart into tensors by name, and put it together again.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        parts_of: Callable[[Cut], Mapping[str, Tensor]],
+        of_parts: Callable[[Mapping[str, Tensor]], Cut],
+    ) -> None:
+        self._parts_of, self._of_parts = parts_of, of_parts
         self._tensors = Spilled(folder)
         self._places: list[dict[str, int]] = []
-        self._last: tuple[int, MlpCut] | None = None
+        self._last: tuple[int, Cut] | None = None
 
-    def append(self, cut: MlpCut) -> None:
+    def append(self, cut: Cut) -> None:
         places = {}
-        for name, part in cut_parts(cut).items():
+        for name, part in self._parts_of(cut).items():
             places[name] = len(self._tensors)
             self._tensors.append(part)
         self._places.append(places)
@@ -56,17 +73,22 @@ class SpilledCuts(Sequence[MlpCut]):
         return len(self._places)
 
     @overload
-    def __getitem__(self, index: int) -> MlpCut: ...
+    def __getitem__(self, index: int) -> Cut: ...
     @overload
-    def __getitem__(self, index: slice) -> Sequence[MlpCut]: ...
-    def __getitem__(self, index: int | slice) -> MlpCut | Sequence[MlpCut]:
+    def __getitem__(self, index: slice) -> Sequence[Cut]: ...
+    def __getitem__(self, index: int | slice) -> Cut | Sequence[Cut]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
         if self._last is None or self._last[0] != index:
             parts = {name: self._tensors[place] for name, place in self._places[index].items()}
-            self._last = index, cut_of_parts(parts)
+            self._last = index, self._of_parts(parts)
         return self._last[1]
+
+
+def spilled_cuts(folder: Path) -> SpilledCuts[MlpCut]:
+    """Return an empty list of cuts of MLPs on disk."""
+    return SpilledCuts(folder, cut_parts, cut_of_parts)
 
 
 class StreamedModel(ModelAdapter):
@@ -103,7 +125,7 @@ class StreamedModel(ModelAdapter):
         super().__init__(model.eval(), checkpoint.family)
         self._device, self._dtype = device, dtype
         self._scratch, self._spill_hidden = scratch, spill_hidden
-        self._cuts = SpilledCuts(scratch)
+        self._cuts = spilled_cuts(scratch)
         self.cuts = self._cuts  # type: ignore[assignment]
         self._cuts_heads = False
         self._trial: Sequence[MlpCut] | None = None
@@ -118,7 +140,7 @@ class StreamedModel(ModelAdapter):
             }
         self._input = self._add(model.get_input_embeddings())
         self._output = self._add(model.get_output_embeddings())
-        check_tensors(checkpoint)
+        self._open_tensors()
         for part, modules in self._modules.items():
             for inner in (inner for module in modules.values() for inner in module.modules()):
                 if list(inner.parameters(recurse=False)):
@@ -213,8 +235,9 @@ class StreamedModel(ModelAdapter):
         self.release()
         self._loaded = part
         for prefix, module in self._modules[part].items():
-            for name in [name for name, _ in module.named_parameters()]:
-                _set(module, name, self._value(prefix + name))
+            names = [prefix + name for name, _ in module.named_parameters()]
+            for name, value in self._values(names):
+                _set(module, name.removeprefix(prefix), value)
         if isinstance(part, int):
             self._set_sizes(part)
 
@@ -243,17 +266,32 @@ class StreamedModel(ModelAdapter):
 
     def _load_the_rest(self) -> None:
         parts = tuple(prefix for modules in self._modules.values() for prefix in modules)
-        for name in [name for name, _ in self.model.named_parameters()]:
-            if not name.startswith(parts):
-                _set(self.model, name, self._value(name))
+        names = [name for name, _ in self.model.named_parameters() if not name.startswith(parts)]
+        for name, value in self._values(names):
+            _set(self.model, name, value)
+        for name, buffer in list(self.model.named_buffers()):
+            _set_buffer(self.model, name, buffer.to(self._device))
+        for name, value in self._stored_buffers():
+            _set_buffer(self.model, name, value)
+
+    def _open_tensors(self) -> None:
+        """Check that the checkpoint has all tensors of the model."""
+        check_tensors(self._checkpoint)
+
+    def _values(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield parameters by name."""
+        for name in names:
+            yield name, self._value(name)
+
+    def _stored_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the buffers that the checkpoint stores, by name."""
         for path, module in self.model.named_modules():
             for name, buffer in list(module.named_buffers(recurse=False)):
-                stored = self._checkpoint.stored_name(f"{path}.{name}".removeprefix("."))
-                if stored is None or name in module._non_persistent_buffers_set:
-                    setattr(module, name, buffer.to(self._device))
-                    continue
-                dtype = self._dtype if buffer.is_floating_point() else buffer.dtype
-                setattr(module, name, self._checkpoint.read(stored, self._device, dtype))
+                own = f"{path}.{name}".removeprefix(".")
+                stored = self._checkpoint.stored_name(own)
+                if stored is not None and name not in module._non_persistent_buffers_set:
+                    dtype = self._dtype if buffer.is_floating_point() else buffer.dtype
+                    yield own, self._checkpoint.read(stored, self._device, dtype)
 
     def _value(self, name: str) -> Tensor:
         """A parameter's values: as stored, or after the cut of its layer."""
@@ -321,6 +359,11 @@ def _give_back_freed_memory() -> None:
     if hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):
         library.mallopt(_M_MMAP_THRESHOLD, _KEPT_BLOCK_BYTES)
         library.malloc_trim(0)
+
+
+def _set_buffer(model: nn.Module, name: str, value: Tensor) -> None:
+    path, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(path), attribute, value)
 
 
 def _set(module: nn.Module, name: str, value: Tensor) -> None:

@@ -19,7 +19,7 @@ from fbn_prune.errors import FbnPruneError
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.depth import leave_out
 from fbn_prune.model.shards import packed
-from fbn_prune.model.streaming import SpilledCuts
+from fbn_prune.model.streaming import SpilledCuts, spilled_cuts
 from fbn_prune.model.surgery import MlpCut, cut_of_parts, cut_parts, rounded_cut
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.criteria import LayerEvidence
@@ -158,7 +158,7 @@ class TriedCuts(Generic[Name]):
         not asked for.
     """
 
-    cuts: Mapping[Name, SpilledCuts]
+    cuts: Mapping[Name, SpilledCuts[MlpCut]]
     notes: list[str]
     errors: Mapping[Name, list[float]]
 
@@ -190,7 +190,7 @@ def try_cuts(
     evidence = EvidencePass(
         adapter, batches, options, loss_roots=loss_roots, clock=clock, stage=stage
     )
-    cuts = {name: SpilledCuts(scratch) for name in plans}
+    cuts = {name: spilled_cuts(scratch) for name in plans}
     notes = DampingNotes()
     wanted = list(plans.values())
     found: dict[Name, list[float]] = {name: [] for name in plans}

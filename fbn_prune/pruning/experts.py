@@ -13,13 +13,14 @@ from before by the damping, as in :func:`fbn_prune.pruning.second_order.refit`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fbn_prune.model.expert_block import ExpertBlock, ExpertsCut, Routed
+from fbn_prune.model.expert_block import ExpertBlock
+from fbn_prune.model.routed import ExpertsCut, Routed
 from fbn_prune.pruning import second_order
 from fbn_prune.pruning.damping import DampingWarning, refit_share
 
@@ -35,20 +36,20 @@ STEPS = 8
 SWEEPS = 3
 """Rounds of the refit over all experts."""
 
-_PART = 8192
-"""Tokens for which the outputs of experts are computed at once."""
+PART = 4096
+"""Tokens for which the experts compute at once."""
 
 Scores = Callable[[ExpertBlock, Routed, int], Tensor]
 
 
 def block_output(block: ExpertBlock, tokens: Routed) -> Tensor:
     """Return the gated sum of the experts' outputs, [tokens, hidden]."""
-    parts = []
+    found = torch.empty_like(tokens.hidden)
     with torch.inference_mode():
-        for start in range(0, len(tokens.hidden), _PART):
-            part = slice(start, start + _PART)
-            parts.append(block.experts(tokens.hidden[part], tokens.index[part], tokens.gates[part]))
-    return torch.cat(parts)
+        for start in range(0, len(tokens.hidden), PART):
+            part = slice(start, start + PART)
+            found[part] = block.experts(tokens.hidden[part], tokens.index[part], tokens.gates[part])
+    return found
 
 
 def reap(block: ExpertBlock, tokens: Routed, seed: int) -> Tensor:
@@ -56,15 +57,20 @@ def reap(block: ExpertBlock, tokens: Routed, seed: int) -> Tensor:
     scores = torch.zeros(block.count, dtype=torch.float64)
     for expert in range(block.count):
         rows, gates = tokens.of(expert)
-        if len(rows):
-            output = block.output(expert, block.activation(expert, tokens.hidden[rows]))
-            scores[expert] = float((output.double().norm(dim=1) * gates).mean())
+        counts = tokens.counts(rows)
+        total = 0.0
+        for part in torch.arange(len(rows), device=rows.device).split(PART):
+            output = block.output(expert, block.activation(expert, tokens.hidden[rows[part]]))
+            total += float((output.double().norm(dim=1) * gates[part] * counts[part]).sum())
+        scores[expert] = total / max(float(counts.sum()), 1e-30)
     return scores
 
 
 def frequency(block: ExpertBlock, tokens: Routed, seed: int) -> Tensor:
     """Return the number of each expert's tokens, float64 [experts]."""
-    return torch.bincount(tokens.index.flatten(), minlength=block.count).double().cpu()
+    every = torch.arange(len(tokens.index), device=tokens.index.device)
+    each = tokens.counts(every)[:, None].expand(tokens.index.shape).flatten()
+    return torch.bincount(tokens.index.flatten(), each, minlength=block.count).double().cpu()
 
 
 def chance(block: ExpertBlock, tokens: Routed, seed: int) -> Tensor:
@@ -109,9 +115,10 @@ def _by_output_error(block: ExpertBlock, tokens: Routed, keep: int) -> Tensor:
     most = max(64, CHOICE_VALUES // (block.count * tokens.hidden.shape[1]))
     every = max(1, -(-len(tokens.hidden) // min(CHOICE_TOKENS, most)))
     hidden = tokens.hidden[::every]
-    outputs = torch.stack(
-        [block.output(e, block.activation(e, hidden)) for e in range(block.count)]
-    )
+    counts = tokens.counts(torch.arange(len(tokens.hidden), device=hidden.device)[::every]).float()
+    outputs = hidden.new_empty(block.count, *hidden.shape)
+    for expert in range(block.count):
+        outputs[expert] = block.output(expert, block.activation(expert, hidden))
     target = _combined(outputs, block.route(hidden))
     kept = list(range(block.count))
     groups, size = block.family.groups, block.count // block.family.groups
@@ -123,7 +130,7 @@ def _by_output_error(block: ExpertBlock, tokens: Routed, keep: int) -> Tensor:
             if room[expert // size]:
                 left = torch.tensor([other for other in kept if other != expert])
                 made = _combined(outputs, block.route(hidden, left))
-                costs[expert] = float((made - target).square().sum())
+                costs[expert] = float((made - target).square().sum(1) @ counts)
         for expert in sorted(costs, key=lambda e: (costs[e], e))[: min(step, len(kept) - keep)]:
             if room[expert // size]:
                 room[expert // size] -= 1
@@ -169,38 +176,31 @@ def refitted(
     Returns
     -------
     cut
-        The same with new output weights, float64.
+        The same with new output weights, float32.
     error
         What the output lacks, as a share of its energy.
     """
     experts = cut.experts.tolist()
-    start = [_with_bias(down.double(), cut, number) for number, down in enumerate(cut.down)]
+    start = [_with_bias(down, cut, number) for number, down in enumerate(cut.down)]
     start = [weight.to(block.device) for weight in start]
     weights = list(start)
     with torch.inference_mode():
-        lacking = target.float().clone()
+        every = torch.arange(len(target), device=target.device)
+        lacking = target.float() * routed.counts(every).sqrt().float()[:, None]
+        energy = lacking.square().sum()
         for number, expert in enumerate(experts):
-            rows, gated = _gated(block, routed, expert, cut, number)
-            lacking.index_add_(0, rows, -(gated @ weights[number].T.float()))
+            tokens = _Tokens(block, routed, expert, cut, number)
+            tokens.add_output(lacking, -weights[number])
         for _ in range(sweeps):
             for number, expert in enumerate(experts):
-                rows, gated = _gated(block, routed, expert, cut, number)
-                if not len(rows):
+                tokens = _Tokens(block, routed, expert, cut, number)
+                if not len(tokens.rows):
                     continue
-                new = _solved(
-                    start[number],
-                    weights[number],
-                    gated,
-                    lacking[rows],
-                    rows,
-                    routed,
-                    expert,
-                    damping,
-                )
-                change = (new - weights[number]).float()
-                lacking.index_add_(0, rows, -(gated @ change.T))
-                weights[number] = new
-        error = float(lacking.square().sum() / target.float().square().sum().clamp(min=1e-30))
+                old = weights[number].double()
+                new = tokens.solved(start[number].double(), old, lacking, damping)
+                tokens.add_output(lacking, old - new)
+                weights[number] = new.float()
+        error = float(lacking.square().sum() / energy.clamp(min=1e-30))
     weights = [weight.cpu() for weight in weights]
     if cut.bias is None:
         return replace(cut, down=tuple(weights)), error
@@ -212,52 +212,73 @@ def _with_bias(down: Tensor, cut: ExpertsCut, number: int) -> Tensor:
     """The weights with the bias as those of one more neuron that is always 1."""
     if cut.bias is None:
         return down
-    return torch.cat([down, cut.bias[number].double()[:, None]], dim=1)
+    return torch.cat([down, cut.bias[number].to(down)[:, None]], dim=1)
 
 
-def _gated(
-    block: ExpertBlock, routed: Routed, expert: int, cut: ExpertsCut, number: int
-) -> tuple[Tensor, Tensor]:
-    """Return an expert's tokens, and its kept neurons' activations times its gates, float32 [tokens, neurons]."""
-    rows, gates = routed.of(expert)
-    active = block.activation(expert, routed.hidden[rows]).float()
-    active = active[:, cut.neurons[number].to(active.device)]
-    if cut.bias is not None:
-        active = torch.cat([active, active.new_ones(len(active), 1)], dim=1)
-    return rows, active * gates.float()[:, None]
+class _Tokens:
+    """An expert's tokens with the activations of its kept neurons times gate and root of the token's weight.
 
+    The activations are held where they are few, and computed anew in parts where they are many.
+    """
 
-def _solved(
-    start: Tensor,
-    weight: Tensor,
-    gated: Tensor,
-    lacking: Tensor,
-    rows: Tensor,
-    routed: Routed,
-    expert: int,
-    damping: float,
-) -> Tensor:
-    """The least-squares weights of one expert for what the output lacks, held near `start`; float64."""
-    squares = routed.of(expert)[1].square()
-    count = float(squares.sum().square() / squares.square().sum().clamp(min=1e-30))
-    total = float(squares.sum().clamp(min=1e-30))
-    gram = (gated.T @ gated).double() / total
-    missing = (lacking.T @ gated).double() / total + (weight - start) @ gram
-    every = torch.arange(start.shape[1], device=start.device)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DampingWarning)
-        share = refit_share(damping, count, start.shape[1])
-        return second_order.refit(start, gram, every, damping=share, missing=missing)
+    def __init__(
+        self, block: ExpertBlock, routed: Routed, expert: int, cut: ExpertsCut, number: int
+    ) -> None:
+        self._block, self._routed, self._expert = block, routed, expert
+        self._neurons = cut.neurons[number].to(block.device)
+        self._with_bias = cut.bias is not None
+        self.rows, gates = routed.of(expert)
+        self._factors = gates * routed.counts(self.rows).sqrt()
+        self._held: list[tuple[Tensor, Tensor]] | None = None
+
+    def _parts(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield some of the tokens, and their activations, float32 [tokens, neurons]."""
+        if self._held is None and len(self.rows) <= PART:
+            self._held = [(self.rows, self._gated(self.rows, self._factors))]
+        if self._held is not None:
+            yield from self._held
+            return
+        for rows, factors in zip(self.rows.split(PART), self._factors.split(PART), strict=True):
+            yield rows, self._gated(rows, factors)
+
+    def _gated(self, rows: Tensor, factors: Tensor) -> Tensor:
+        active = self._block.activation(self._expert, self._routed.hidden[rows]).float()
+        active = active[:, self._neurons]
+        if self._with_bias:
+            active = torch.cat([active, active.new_ones(len(active), 1)], dim=1)
+        return active * factors.float()[:, None]
+
+    def add_output(self, total: Tensor, weight: Tensor) -> None:
+        """Add the expert's output with these weights [hidden, neurons] to float32 [tokens, hidden] in place."""
+        for rows, gated in self._parts():
+            total.index_add_(0, rows, gated @ weight.T.float())
+
+    def solved(self, start: Tensor, weight: Tensor, lacking: Tensor, damping: float) -> Tensor:
+        """Return the least-squares weights for what the output lacks with `weight`, held near `start`; float64."""
+        squares = self._factors.square()
+        count = float(squares.sum().square() / squares.square().sum().clamp(min=1e-30))
+        total = float(squares.sum().clamp(min=1e-30))
+        gram, missing = weight.new_zeros(weight.shape[1], weight.shape[1]), torch.zeros_like(weight)
+        for rows, gated in self._parts():
+            gram += gated.T @ gated
+            missing += lacking[rows].T @ gated
+        gram /= total
+        missing = missing / total + (weight - start) @ gram
+        every = torch.arange(start.shape[1], device=start.device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DampingWarning)
+            share = refit_share(damping, count, start.shape[1])
+            return second_order.refit(start, gram, every, damping=share, missing=missing)
 
 
 def whole(block: ExpertBlock, experts: Sequence[int] | Tensor) -> ExpertsCut:
-    """Return the cut that keeps these experts with all their neurons and weights."""
+    """Return the cut that keeps these experts with all their neurons; its weights are views of the block's."""
     kept = torch.as_tensor(experts)
     every = torch.arange(block.width)
     biases = [block.bias(int(expert)) for expert in kept]
     return ExpertsCut(
         kept,
         tuple(every for _ in kept),
-        tuple(block.down(int(expert)).double().cpu() for expert in kept),
-        None if biases[0] is None else tuple(b.double().cpu() for b in biases if b is not None),
+        tuple(block.down(int(expert)) for expert in kept),
+        None if biases[0] is None else tuple(b for b in biases if b is not None),
     )

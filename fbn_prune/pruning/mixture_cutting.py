@@ -1,39 +1,27 @@
-"""Cut the experts of a live mixture, one layer after another: record what the router sends, choose, refit.
-
-Each expert is one more MLP for the criteria of :mod:`fbn_prune.pruning.criteria`: its statistics come from the tokens
-that the router sends it, weighted by the square of its gate, because that is the weight of its errors in the output.
-"""
+"""Cut the experts of a mixture, one layer after another: record what the router sends, then cut the layer by it."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, MutableSequence, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from fbn_prune.data.calibration import Batch
-from fbn_prune.errors import InvalidInput, counted
-from fbn_prune.model.expert_block import ExpertBlock, ExpertsCut, Routed
+from fbn_prune.errors import FbnPruneError, InvalidInput, counted
+from fbn_prune.model.expert_block import ExpertBlock
 from fbn_prune.model.layerwise import LayerwiseForward
 from fbn_prune.model.mixture_adapter import MixtureAdapter
+from fbn_prune.model.routed import ExpertsCut, Routed
+from fbn_prune.model.streaming import SpilledCuts
 from fbn_prune.progress import Advance, StageClock
-from fbn_prune.pruning.criteria import LayerEvidence
-from fbn_prune.pruning.damping import DampingWarning
+from fbn_prune.pruning.block_cutting import FEWEST_TOKENS, FinishedExperts, MixturePlan, cut_block
 from fbn_prune.pruning.evidence import CutOptions
-from fbn_prune.pruning.experts import block_output, choose_experts, refitted, whole
-from fbn_prune.pruning.fitting import fitting_cuts
-from fbn_prune.pruning.statistics import GramStatistics
+from fbn_prune.store import LAYERS, Store
 
 Name = TypeVar("Name")
-
-FEWEST_TOKENS = 2
-"""An expert with fewer tokens than this for each of its neurons gets a pooled Hessian."""
-
-POOLED_TOKENS = 8192
-"""At most so many tokens of the layer make a pooled Hessian."""
 
 DENSE_SHARE = 0.5
 """Share of what the hidden state lacks, compared with the dense model's, that sequential mode refits for."""
@@ -42,65 +30,39 @@ _CHECKED = 32
 """Tokens on which the reading of a layer's experts is checked."""
 
 
-@dataclass(frozen=True)
-class MixturePlan:
-    """How to cut the experts of every layer.
-
-    Attributes
-    ----------
-    experts, width
-        Experts to keep, and neurons to keep in each.
-    by
-        Criterion for the experts: "second-order", or the name of a baseline.
-    criterion
-        Criterion for the neurons, as for other MLPs.
-    """
-
-    experts: int
-    width: int
-    by: str = "second-order"
-    criterion: str = "second-order"
-
-    def refits(self, block: ExpertBlock) -> bool:
-        """Whether a second-order choice is made, which a refit follows."""
-        fewer, narrower = self.experts < block.count, self.width < block.width
-        return (fewer and self.by == "second-order") or (
-            narrower and self.criterion == "second-order"
-        )
-
-
 @dataclass
 class CutExperts:
-    """The cuts of all layers.
+    """The cuts of all layers, in the dtype of the checkpoint.
 
     Attributes
     ----------
     cuts
-        By layer.
+        By layer, in memory or on disk.
     errors
         By layer, what the experts' output lacks as a share of its energy; 0 where nothing was refitted.
-    pooled
-        Number of experts with a pooled Hessian.
+    pooled, experts
+        Number of experts with a pooled Hessian, and of all that were cut.
     """
 
-    cuts: list[ExpertsCut]
-    errors: list[float]
+    cuts: MutableSequence[ExpertsCut] | SpilledCuts[ExpertsCut]
+    errors: list[float] = field(default_factory=list)
     pooled: int = 0
+    experts: int = 0
 
-    def add(self, cut: ExpertsCut, error: float, pooled: int) -> None:
+    def add(self, finished: FinishedExperts) -> None:
         """Add the next layer's."""
-        self.cuts.append(cut)
-        self.errors.append(error)
-        self.pooled += pooled
+        self.cuts.append(finished.cut)
+        self.errors.append(finished.error)
+        self.pooled += finished.pooled
+        self.experts += len(finished.cut.experts)
 
     def lines(self) -> list[str]:
         """Return what the user should know of the cut."""
         if not self.pooled:
             return []
         return [
-            f"{counted(self.pooled, 'expert')} of {sum(len(cut.experts) for cut in self.cuts)} got fewer than "
-            f"{FEWEST_TOKENS} tokens for each neuron: half of their Hessians comes from all tokens of the layer "
-            "(raise --tokens)"
+            f"{counted(self.pooled, 'expert')} of {self.experts} got fewer than {FEWEST_TOKENS} tokens for each "
+            "neuron: half of their Hessians comes from all tokens of the layer (raise --tokens)"
         ]
 
 
@@ -112,11 +74,17 @@ def cut_experts(
     *,
     clock: StageClock,
     stage: str = "prune",
+    store: Store | None = None,
 ) -> tuple[dict[Name, CutExperts], float]:
     """Make the cuts of several plans, without changing the model.
 
     Every layer is fitted to the dense model's activations, in one pass for all plans. In sequential mode each plan
     takes a pass of its own, in which a layer reads what the cut layers before it compute.
+
+    Parameters
+    ----------
+    store
+        Keeps the finished layers of a single plan, and provides those that an earlier run finished.
 
     Returns
     -------
@@ -131,23 +99,64 @@ def cut_experts(
         A layer's experts read NaN or Inf, or compute something else than their tensors say.
     """
     total = sum(batch.tokens for batch in batches) * adapter.num_layers
+    kept = _Kept(store or Store())
     if options.sequential:
         with clock.stage(stage, total * len(plans), "tokens x layers") as advance:
             passes = {
-                name: _in_sequence(adapter, batches, plan, options, advance)
+                name: _in_sequence(adapter, batches, plan, options, kept, advance)
                 for name, plan in plans.items()
             }
         return {name: cut for name, (cut, _) in passes.items()}, sum(s for _, s in passes.values())
-    done = {name: CutExperts([], []) for name in plans}
-    forward = LayerwiseForward(adapter, batches)
+    done = {name: CutExperts(adapter.cuts_list()) for name in plans}
     with clock.stage(stage, total, "tokens x layers") as advance:
+        if len(kept) == adapter.num_layers:
+            for made in done.values():
+                for layer in range(adapter.num_layers):
+                    made.add(kept[layer])
+            return done, 0.0
+        forward = LayerwiseForward(adapter, batches)
         for layer, block in enumerate(adapter.blocks):
+            if layer < len(kept):
+                forward.advance(on_batch=advance)
+                for made in done.values():
+                    made.add(kept[layer])
+                continue
             tokens = _recorded(forward, block, batches)
+            adapter.load_layer(layer)
             _check(block, tokens, layer)
             for name, plan in plans.items():
-                done[name].add(*cut_block(block, tokens, plan, options, layer=layer))
+                finished = cut_block(block, tokens, plan, options, layer=layer)
+                kept.keep(layer, finished)
+                done[name].add(finished)
             advance(len(tokens.hidden))
+    adapter.release()
     return done, forward.forward_seconds
+
+
+class _Kept:
+    """The finished layers in a run's store; those that an earlier run finished are read when they are asked for."""
+
+    def __init__(self, store: Store) -> None:
+        self._store, self._count = store, 0
+        while store.read(_name(self._count)) is not None:
+            self._count += 1
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, layer: int) -> FinishedExperts:
+        data = self._store.read(_name(layer))
+        if data is None:
+            raise FbnPruneError(f"{_name(layer)} was changed during the run: start the run again")
+        return FinishedExperts.from_bytes(data)
+
+    def keep(self, layer: int, finished: FinishedExperts) -> None:
+        """Keep another layer."""
+        self._store.write(_name(layer), lambda put: put(finished.to_bytes()))
+
+
+def _name(layer: int) -> str:
+    return f"{LAYERS}{layer:05d}.safetensors"
 
 
 def _in_sequence(
@@ -155,36 +164,65 @@ def _in_sequence(
     batches: Sequence[Batch],
     plan: MixturePlan,
     options: CutOptions,
+    kept: _Kept,
     advance: Advance,
 ) -> tuple[CutExperts, float]:
     """Return the cuts of one plan, each layer on the output of the cut ones, and the seconds of the dense pass."""
+    made = CutExperts(adapter.cuts_list())
+    if len(kept) == adapter.num_layers:
+        for layer in range(adapter.num_layers):
+            made.add(kept[layer])
+        return made, 0.0
     dense, pruned = LayerwiseForward(adapter, batches), LayerwiseForward(adapter, batches)
-    made, before = CutExperts([], []), [block.saved() for block in adapter.blocks]
+    adapter.release()
+    before = [block.saved() for block in adapter.blocks]
     try:
         for layer, block in enumerate(adapter.blocks):
-            scale = pruned.output_scale()
-            parts, lacking = [], []
-            for index, batch in enumerate(batches):
-                dense.hidden[index] = dense.run(index)
-                with block.recording() as seen:
-                    output = pruned.run(index)
-                parts.append(_valid(seen, batch))
-                if scale is not None:
-                    valid = batch.valid.to(output.device)
-                    lacks = dense.hidden[index].to(output)[valid].float() - output[valid].float()
-                    lacking.append(lacks * (DENSE_SHARE / scale))
-            dense.next_layer += 1
-            tokens = Routed.joined(parts)
-            _check(block, tokens, layer)
-            more = torch.cat(lacking) if lacking else None
-            made.add(*cut_block(block, tokens, plan, options, layer=layer, more=more))
-            block.cut(made.cuts[-1], round_to=options.round_to)
+            if layer < len(kept):
+                dense.advance(on_batch=advance)
+                finished = kept[layer]
+            else:
+                tokens, more = _both_recorded(dense, pruned, block, batches)
+                adapter.load_layer(layer)
+                _check(block, tokens, layer)
+                finished = cut_block(block, tokens, plan, options, layer=layer, more=more)
+                kept.keep(layer, finished)
+                advance(len(tokens.hidden))
+                del tokens, more
+            made.add(finished)
+            adapter.load_layer(layer)
+            block.cut(finished.cut, round_to=options.round_to)
             pruned.advance()
-            advance(len(tokens.hidden))
     finally:
+        adapter.release()
         for block, state in zip(adapter.blocks, before, strict=True):
             block.restore(state)
     return made, dense.forward_seconds
+
+
+def _both_recorded(
+    dense: LayerwiseForward,
+    pruned: LayerwiseForward,
+    block: ExpertBlock,
+    batches: Sequence[Batch],
+) -> tuple[Routed, Tensor | None]:
+    """Return what the router of the next layer sends after the cut layers, and what the hidden state lacks after it.
+
+    The dense stream advances; the pruned one stays before the layer.
+    """
+    scale = pruned.output_scale()
+    parts, lacking = [], []
+    for index, batch in enumerate(batches):
+        dense.hidden[index] = dense.run(index)
+        with block.recording() as seen:
+            output = pruned.run(index)
+        parts.append(_valid(seen, batch))
+        if scale is not None:
+            valid = batch.valid.to(output.device)
+            lacks = dense.hidden[index].to(output)[valid].float() - output[valid].float()
+            lacking.append(lacks * (DENSE_SHARE / scale))
+    dense.next_layer += 1
+    return Routed.joined(parts), torch.cat(lacking) if lacking else None
 
 
 def _check(block: ExpertBlock, tokens: Routed, layer: int) -> None:
@@ -212,116 +250,10 @@ def _valid(seen: Sequence[Routed], batch: Batch) -> Routed:
     """Return the one call that was recorded for a batch, without padding."""
     (one,) = seen
     valid = batch.valid.flatten().to(one.hidden.device)
-    return Routed(one.hidden[valid], one.index[valid], one.gates[valid])
-
-
-def cut_block(
-    block: ExpertBlock,
-    tokens: Routed,
-    plan: MixturePlan,
-    options: CutOptions,
-    *,
-    layer: int,
-    more: Tensor | None = None,
-) -> tuple[ExpertsCut, float, int]:
-    """Return the cut of one layer's experts, its error, and the number of experts with a pooled Hessian.
-
-    Parameters
-    ----------
-    tokens
-        The calibration tokens as the router sends them to the uncut experts.
-    layer
-        The layer's number, for the seed of random choices.
-    more
-        What the refit is to add to the dense block's output, [tokens, hidden]; None for nothing.
-    """
-    kept, routed = torch.arange(block.count), tokens
-    if plan.experts < block.count:
-        kept = choose_experts(
-            block,
-            tokens,
-            plan.experts,
-            criterion=plan.by,
-            seed=options.seed * 100003 + layer,
-        )
-        routed = block.route(tokens.hidden, kept)
-    cut, pooled = whole(block, kept), 0
-    if plan.width < block.width:
-        cut, pooled = _narrowed(block, routed, cut, plan, options, layer)
-    if not plan.refits(block):
-        return cut, 0.0, pooled
-    target = block_output(block, tokens)
-    if more is not None:
-        target = target.float() + more
-    cut, error = refitted(block, routed, cut, target, damping=options.refit_damping)
-    return cut, error, pooled
-
-
-def _narrowed(
-    block: ExpertBlock,
-    routed: Routed,
-    cut: ExpertsCut,
-    plan: MixturePlan,
-    options: CutOptions,
-    layer: int,
-) -> tuple[ExpertsCut, int]:
-    """Return the cut with narrower experts, each chosen and refitted by itself, and the number of pooled Hessians."""
-    neurons, down, bias, pooled = [], [], [], 0
-    for expert in cut.experts.tolist():
-        evidence, few = _evidence(block, routed, expert, options, layer)
-        pooled += few
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DampingWarning)
-            made = fitting_cuts(
-                evidence, {plan.width}, criterion=plan.criterion, stored=options.round_to
-            )[plan.width]
-        neurons.append(made.kept)
-        down.append(made.down_weight.double())
-        old = block.bias(expert)
-        if old is not None:
-            bias.append((old if made.down_bias is None else made.down_bias).double().cpu())
-    return (
-        ExpertsCut(cut.experts, tuple(neurons), tuple(down), tuple(bias) if bias else None),
-        pooled,
-    )
-
-
-def _evidence(
-    block: ExpertBlock, routed: Routed, expert: int, options: CutOptions, layer: int
-) -> tuple[LayerEvidence, bool]:
-    """Return what is known of an expert, and whether its Hessian is pooled."""
-    rows, gates = routed.of(expert)
-    squares = gates.square()
-    own = GramStatistics(block.width, block.device)
-    if len(rows):
-        weights = squares / squares.mean().clamp(min=1e-30)  # counts stay numbers of tokens
-        own.update(block.activation(expert, routed.hidden[rows]), weights)
-    few = len(rows) < FEWEST_TOKENS * block.width
-    gram, mean, tokens = own.gram, own.mean, own.count
-    if few:
-        every = max(1, -(-len(routed.hidden) // POOLED_TOKENS))
-        pool = GramStatistics(block.width, block.device)
-        pool.update(block.activation(expert, routed.hidden[::every]))
-        share = 0.5 if len(rows) else 1.0
-        gram = gram * (1 - share) + pool.gram * share
-        mean = mean * (1 - share) + pool.mean * share
-        tokens = pool.count
-    bias = block.bias(expert)
-    return (
-        LayerEvidence(
-            layer=layer * block.count + expert,
-            weight=block.down(expert).double(),
-            bias=None if bias is None else bias.double(),
-            input_norms=block.input_norms(expert),
-            loss_root=None,
-            can_have_bias=bias is not None,
-            damping=options.damping,
-            refit_damping=options.refit_damping,
-            seed=options.seed,
-            gram=gram,
-            mean=mean,
-            tokens=tokens,
-            shortfall=None,
-        ),
-        few,
+    weights = batch.token_weights
+    return Routed(
+        one.hidden[valid],
+        one.index[valid],
+        one.gates[valid],
+        None if weights is None else weights.to(valid.device),
     )

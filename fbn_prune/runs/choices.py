@@ -20,7 +20,7 @@ from fbn_prune.pruning.layout import (
 from fbn_prune.pruning.search import library_bytes, search_layout
 from fbn_prune.recipe import Recipe
 from fbn_prune.runs.budget import Budget
-from fbn_prune.runs.setup import Prepared
+from fbn_prune.runs.prepared import Prepared
 
 
 def kept_networks(recipe: Recipe, order: list[int]) -> list[int]:

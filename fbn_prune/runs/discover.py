@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from fbn_prune.errors import InvalidInput
 from fbn_prune.export.directory import atomic_directory
-from fbn_prune.model.mixture_checkpoint import is_mixture
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.progress import StageClock
 from fbn_prune.recipe import Recipe
-from fbn_prune.runs.mixture import checked_mixture
-from fbn_prune.runs.mixture_study import open_mixture_study
-from fbn_prune.runs.opening import OpenRun, open_run
+from fbn_prune.runs.opening import open_run
 from fbn_prune.runs.second_run import output_locked
 from fbn_prune.runs.setup import prepare
 from fbn_prune.runs.stages import find_networks
@@ -24,14 +19,9 @@ def run_discovery(recipe: Recipe, clock: StageClock) -> tuple[FunctionalNetworks
     """Find the networks, measure their recurrence, and write them; see :func:`fbn_prune.api.discover_checkpoint`."""
     if recipe.output is None:
         raise InvalidInput("--output is missing: name the folder to write")
-    opened: Callable[[], OpenRun]
-    if is_mixture(recipe.model, trust_remote_code=recipe.trust_remote_code):
-        checkpoint = checked_mixture(recipe, networks=True)
-        opened = partial(open_mixture_study, recipe, clock, checkpoint)
-    else:
-        opened = partial(open_run, prepare(recipe), clock)
+    prepared = prepare(recipe)
     with output_locked(recipe.output):
-        networks = find_networks(opened(), recurrence=True)
+        networks = find_networks(open_run(prepared, clock), recurrence=True)
         _write(networks, recipe, recipe.output)
     return networks, recipe.output / "networks.safetensors"
 

@@ -35,7 +35,8 @@ from fbn_prune.pruning.sensitivity import GRADIENT_TOKENS
 from fbn_prune.runs.budget import Budget
 from fbn_prune.runs.memory import free_memory
 from fbn_prune.runs.opening import read_texts
-from fbn_prune.runs.setup import Prepared, require_layout
+from fbn_prune.runs.prepared import Prepared
+from fbn_prune.runs.setup import require_layout
 from fbn_prune.runs.stages import KNOCKOUT_TOKENS
 from fbn_prune.runs.vocabulary import VocabularyFigures
 

@@ -19,15 +19,13 @@ from fbn_prune.data.examples import fingerprint, question_of, recorded_fingerpri
 from fbn_prune.data.harness_files import TaskConfig, task_from_file
 from fbn_prune.data.harness_tasks import document_question, load_tasks, task_manager
 from fbn_prune.errors import FbnPruneError, InvalidInput, counted
-from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.layerwise import check_runs
-from fbn_prune.model.mixture_adapter import MixtureAdapter
 from fbn_prune.model.mixture_checkpoint import open_any
-from fbn_prune.model.mixture_family import MixtureFamily
+from fbn_prune.model.opening import live_adapter
 from fbn_prune.networks.intervention_effects import TaskFigures
 from fbn_prune.recipe import DtypeName
 from fbn_prune.runs.early_checks import TASK_SUFFIXES
-from fbn_prune.runs.setup import chosen_device
+from fbn_prune.runs.machine import chosen_device
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -172,13 +170,7 @@ def _evaluate(model: str, tasks: Sequence[str | TaskConfig], options: HarnessOpt
     require_unseen_documents(checkpoint.path, seen, loaded["tasks"])
     dtype = torch.float32 if options.dtype == "auto" else getattr(torch, options.dtype)
     loaded_model = checkpoint.load_model(chosen_device(options.device), dtype)
-    family = checkpoint.family
-    adapter = (
-        MixtureAdapter(loaded_model, family)
-        if isinstance(family, MixtureFamily)
-        else ModelAdapter(loaded_model, family)
-    )
-    check_runs(adapter, checkpoint.path)
+    check_runs(live_adapter(loaded_model, checkpoint.family), checkpoint.path)
     raw = _run(loaded_model, checkpoint.load_tokenizer(), _top_level(loaded), options)
     return Evaluation(model, _figures(raw), raw)
 

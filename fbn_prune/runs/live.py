@@ -18,20 +18,24 @@ from fbn_prune.data.forms import Reading
 from fbn_prune.data.given import Dataset, as_source
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.adapter import ModelAdapter
-from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.depth import Depth, put_back
-from fbn_prune.model.experts import mixture
+from fbn_prune.model.mixture_checkpoint import headers_of
+from fbn_prune.model.mixture_family import MixtureFamily
+from fbn_prune.model.opening import adapter_of, live_adapter
 from fbn_prune.networks.activity import time_courses
 from fbn_prune.networks.functional_networks import HUB_Z, FunctionalNetworks
 from fbn_prune.networks.interventions import amplified, masked, retained
 from fbn_prune.progress import StageClock
 from fbn_prune.recipe import PruningConfig, build_recipe
+from fbn_prune.runs.machine import MAX_CONTEXT, chosen_context
 from fbn_prune.runs.memory import possible_plans
-from fbn_prune.runs.mixture_live import prune_live_mixture
+from fbn_prune.runs.mixture import MixtureRun
+from fbn_prune.runs.mixture_memory import MixtureSizes
+from fbn_prune.runs.mixture_setup import prepared_mixture_for, refuse_for_mixtures, require_size
 from fbn_prune.runs.opening import OpenRun, read_texts, read_training_text
 from fbn_prune.runs.prune import PruneRun
 from fbn_prune.runs.result import PruneResult
-from fbn_prune.runs.setup import MAX_CONTEXT, prepared_for, require_layout
+from fbn_prune.runs.setup import prepared_for, require_layout
 from fbn_prune.runs.stages import find_networks
 from fbn_prune.store import Store
 
@@ -46,23 +50,21 @@ def prune_live(
     clock: StageClock,
 ) -> PruneResult:
     """Prune a model in place; see :func:`fbn_prune.prune`."""
-    if mixture(model.config.to_dict()) is not None:
-        with _evaluating(model):
-            return prune_live_mixture(model, tokenizer, dataset, config, clock)
     with _opened(model, tokenizer, dataset, config, clock) as run:
-        require_layout(run.prepared)
+        of_experts = isinstance(run.prepared.family, MixtureFamily)
+        (require_size if of_experts else require_layout)(run.prepared)
         for line in run.prepared.recipe.notes:
             clock.note(line)
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         if model.config.tie_word_embeddings and head.weight is not embedding.weight:
             clock.note("the head is not tied to the embedding: the config now says so")
             model.config.tie_word_embeddings = False  # or loaders of what is saved would drop it
-        result = PruneRun(run, Store()).run()
+        result = (MixtureRun if of_experts else PruneRun)(run, Store()).run()
         if result.layers_left_out:
             put_back(run.adapter, result.layers_left_out)
             depth = Depth(run.prepared.layers, frozenset(result.layers_left_out))
             depth.apply(model, run.adapter.family)
-    after = Checkpoint.of_model(model)
+    after = headers_of(model)
     warning = result.warning
     if len(set(result.widths)) > 1:
         line = "the layers differ in width: only prune_checkpoint writes a folder that loads again"
@@ -101,7 +103,7 @@ def time_courses_live(
     InvalidInput
         If the text is too short for one block, or the model's widths differ from those of the networks.
     """
-    adapter = ModelAdapter(model)
+    adapter = adapter_of(model)
     if adapter.widths != list(networks.widths):
         raise InvalidInput(
             f"the networks were found in layers of widths {networks.widths}; the model has {adapter.widths}: "
@@ -141,15 +143,18 @@ def _opened(
     clock: StageClock,
 ) -> Iterator[OpenRun]:
     """Yield a run that works on this model object; the model is in evaluation mode inside the context."""
-    headers = Checkpoint.of_model(model)
-    headers.check_architecture()
-    headers.check_weights()
+    headers = headers_of(model)
     name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
     recipe = build_recipe({**config.model_dump(), "model": name}, where="config")
     longest = headers.family.context_length(headers.config)
-    context = recipe.context or min(longest, MAX_CONTEXT)
-    memory = next(possible_plans(recipe, headers, model.device, model.dtype, context))
-    prepared = prepared_for(recipe, headers, model.device, model.dtype, memory)
+    context = chosen_context(recipe, longest)
+    of_experts = isinstance(headers.family, MixtureFamily)
+    if of_experts:
+        refuse_for_mixtures(recipe)
+    sizes = MixtureSizes if of_experts else None
+    memory = next(possible_plans(recipe, headers, model.device, model.dtype, context, sizes))
+    check = prepared_mixture_for if of_experts else prepared_for
+    prepared = check(recipe, headers, model.device, model.dtype, memory)
     # The held-out share is read in addition, and the blocks at its start may be skipped.
     tokens = int(recipe.tokens / (1 - recipe.held_out)) + 2 * prepared.context
     source = as_source(dataset, tokens=tokens, reading=Reading(tokenizer, clock.note))
@@ -158,7 +163,7 @@ def _opened(
         training = read_training_text(prepared, tokenizer, data, clock.note)
     with _evaluating(model):
         dense = ModelAdapter(copy.deepcopy(model)) if recipe.recover else None
-        adapter = ModelAdapter(model)
+        adapter = live_adapter(model, headers.family)
         yield OpenRun(prepared, tokenizer, data, task, adapter, clock, dense, training)
 
 
@@ -198,14 +203,14 @@ def mask_networks(
     >>> bool((silenced == model(input_ids=inputs["input_ids"]).logits).all())
     False
     """
-    return _intervened(model, masked(ModelAdapter(model), _neurons(networks, ids, z)))
+    return _intervened(model, masked(adapter_of(model), _neurons(networks, ids, z)))
 
 
 def retain_networks(
     model: PreTrainedModel, networks: FunctionalNetworks, ids: Sequence[int], *, z: float = HUB_Z
 ) -> AbstractContextManager[PreTrainedModel]:
     """Return a context in which all neurons outside some networks output zero; see :func:`mask_networks`."""
-    return _intervened(model, retained(ModelAdapter(model), _neurons(networks, ids, z)))
+    return _intervened(model, retained(adapter_of(model), _neurons(networks, ids, z)))
 
 
 def amplify_networks(
@@ -217,7 +222,7 @@ def amplify_networks(
     z: float = HUB_Z,
 ) -> AbstractContextManager[PreTrainedModel]:
     """Return a context that multiplies the activations of some networks by `factor`; see :func:`mask_networks`."""
-    return _intervened(model, amplified(ModelAdapter(model), _neurons(networks, ids, z), factor))
+    return _intervened(model, amplified(adapter_of(model), _neurons(networks, ids, z), factor))
 
 
 def _neurons(networks: FunctionalNetworks, ids: Sequence[int], z: float) -> list[Tensor]:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import psutil
 import torch
@@ -91,10 +92,16 @@ def plan_memory(
     device: torch.device,
     dtype: torch.dtype,
     context: int,
+    sizes: type[Sizes] | None = None,
 ) -> MemoryPlan:
     """Return the fastest plan that stays within the recipe's `memory_budget`, or within the free memory.
 
     Without a budget, the smallest plan is returned if none fits.
+
+    Parameters
+    ----------
+    sizes
+        Predicts the stages. Default: those of models without experts.
 
     Raises
     ------
@@ -106,7 +113,7 @@ def plan_memory(
         budget = parse_size(recipe.memory_budget, "memory_budget")
     free = free_memory(device)
     plans: list[MemoryPlan] = []
-    for plan in possible_plans(recipe, checkpoint, device, dtype, context):
+    for plan in possible_plans(recipe, checkpoint, device, dtype, context, sizes):
         fits_device = plan.placement is not None or plan.peak_bytes <= free
         if budget is None:
             fits = fits_device
@@ -136,18 +143,20 @@ def possible_plans(
     device: torch.device,
     dtype: torch.dtype,
     context: int,
+    sizes: type[Sizes] | None = None,
 ) -> Iterator[MemoryPlan]:
     """Yield all plans for a run, fastest first; parameters as in :func:`plan_memory`."""
+    kind = sizes or Sizes
     usual = 16384 if device.type == "cuda" else 4096
     scratch = Path(tempfile.gettempdir()) if recipe.output is None else recipe.output.parent
 
     def planned(streamed: bool, batch: int, activations: bool, hidden: bool) -> MemoryPlan:
-        sizes = _Sizes(recipe, checkpoint, dtype, context, streamed, batch, activations, hidden)
-        return MemoryPlan(streamed, batch, activations, hidden, sizes.stages(), scratch)
+        found = kind(recipe, checkpoint, dtype, context, streamed, batch, activations, hidden)
+        return MemoryPlan(streamed, batch, activations, hidden, found.stages(), scratch)
 
     yield planned(False, usual, True, True)
     yield planned(False, usual, False, True)
-    if may_spread(device):
+    if may_spread(device) and kind.spreads:
         free = [free_on_device(gpu) for gpu in range(torch.cuda.device_count())]
         for activations in (True, False):
             plan = planned(False, usual, activations, True)
@@ -228,8 +237,11 @@ def free_memory(device: torch.device) -> int:
 
 
 @dataclass(frozen=True)
-class _Sizes:
+class Sizes:
     """Predicts the peak memory of each stage in bytes."""
+
+    spreads: ClassVar[bool] = True
+    """Whether the model may be spread over several GPUs."""
 
     recipe: Recipe
     checkpoint: Checkpoint

@@ -6,16 +6,22 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from fbn_prune.data.calibration import Batch
 from fbn_prune.errors import InvalidInput
 from fbn_prune.export.report.facts import Comparison as Compared
 from fbn_prune.model.mixture_family import MixtureFamily
-from fbn_prune.model.perplexity import NonFiniteLogits
+from fbn_prune.model.perplexity import NonFiniteLogits, perplexity
 from fbn_prune.progress import StageClock
-from fbn_prune.pruning.mixture_cutting import MixturePlan
+from fbn_prune.pruning.block_cutting import MixturePlan
+from fbn_prune.pruning.mixture_cutting import cut_experts
 from fbn_prune.recipe import Recipe
 from fbn_prune.runs.compare import Comparison, plot_path, replace_file
 from fbn_prune.runs.early_checks import check_results
-from fbn_prune.runs.mixture import OpenMixture, checked_mixture, open_mixture_run, width_for
+from fbn_prune.runs.mixture import experts_of, options_of
+from fbn_prune.runs.mixture_setup import width_for
+from fbn_prune.runs.opening import OpenRun
+from fbn_prune.runs.stages import measuring_dense, refuse_guessing
+from fbn_prune.runs.study import open_study, with_networks
 
 WAYS = ("neurons", "experts", "reap", "frequency", "random")
 """Neurons inside the experts and whole experts, both by second order with a refit; then whole experts by baselines
@@ -61,10 +67,10 @@ def compare_mixture(
         raise InvalidInput(
             f"{path} exists or names the plot: give another .json file for the results"
         )
-    checkpoint = checked_mixture(recipe)
-    on = open_mixture_run(recipe, checkpoint, clock)
+    on = open_study(recipe, clock)
+    adapter, family = experts_of(on)
     plans = {
-        f"{name} {share}": _plan(on.family, name, share, recipe) for share in kept for name in names
+        f"{name} {share}": _plan(family, name, share, recipe) for share in kept for name in names
     }
     facts = {
         "held_out_fingerprint": on.data.held_out.fingerprint,
@@ -76,16 +82,27 @@ def compare_mixture(
         },
     }
     widths = {
-        share: [_plan(on.family, "neurons", share, recipe).width] * len(on.family.mlp_layers)
+        share: [_plan(family, "neurons", share, recipe).width] * len(family.mlp_layers)
         for share in kept
     }
-    comparison = Comparison(recipe.model, facts, on.dense_perplexity(), widths)
-    made, _ = on.cuts(plans)
+    blocks = on.data.calibrating
+    if recipe.task is not None and (matched := with_networks(on).matched) is not None:
+        blocks = matched.blocks
+    batches = blocks.batches(on.prepared.batch_tokens)
+    held_out = on.data.held_out.batches(on.prepared.batch_tokens)
+    with measuring_dense(on, held_out):
+        dense = perplexity(adapter, held_out)
+    refuse_guessing(on, dense)
+    comparison = Comparison(recipe.model, facts, dense, widths)
+    options = options_of(on)
+    made, _ = cut_experts(adapter, batches, plans, options, clock=clock)
+    for line in dict.fromkeys(line for cuts in made.values() for line in cuts.lines()):
+        clock.note(f"warning: {line}")
     for share in kept:
         for name in names:
             cuts = made[f"{name} {share}"].cuts
-            with on.adapter.trying_experts(cuts, round_to=on.options.round_to):
-                comparison.cells[name, share] = _perplexity(on)
+            with adapter.trying_experts(cuts, round_to=options.round_to):
+                comparison.cells[name, share] = _perplexity(on, held_out)
     if path is not None:
         from fbn_prune.export.report.figures import comparison_svg
 
@@ -95,9 +112,11 @@ def compare_mixture(
     return comparison
 
 
-def _perplexity(on: OpenMixture) -> float:
+def _perplexity(on: OpenRun, batches: Sequence[Batch]) -> float:
+    total = sum(batch.tokens for batch in batches)
     try:
-        return on.perplexity("comparison")
+        with on.clock.stage("comparison", total, "tokens") as advance:
+            return perplexity(on.adapter, batches, advance)
     except NonFiniteLogits:
         return math.inf
 

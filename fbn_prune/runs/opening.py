@@ -35,9 +35,9 @@ from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.layerwise import check_runs
 from fbn_prune.networks.task_matching import TaskCalibration, task_calibration
 from fbn_prune.progress import StageClock
+from fbn_prune.runs.prepared import Prepared
 from fbn_prune.runs.result import tool_version
 from fbn_prune.runs.second_run import output_locked
-from fbn_prune.runs.setup import Prepared
 from fbn_prune.store import Store, default_place, fingerprint, store_in
 
 PLACES = frozenset({"output", "overwrite", "work_dir", "max_shard_size", "memory_budget"})

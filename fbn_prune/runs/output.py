@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from fbn_prune.data.examples import RECORD_NAME, record
 from fbn_prune.export.card import CardFacts, model_card, source_license
@@ -19,9 +20,11 @@ from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.cutting import CutModel
 from fbn_prune.recipe import parse_size
+from fbn_prune.runs.prepared import Prepared
 from fbn_prune.runs.result import PruneResult, tool_version
-from fbn_prune.runs.setup import Prepared
 from fbn_prune.store import Store
+
+NETWORKS_NAME = "networks.safetensors"
 
 
 def publish(
@@ -75,7 +78,7 @@ def publish(
         result.parameters_after = written.total_parameters
         result.bytes_after = written.total_bytes
         if networks is not None:
-            networks.save(folder / "networks.safetensors")
+            networks.save(folder / NETWORKS_NAME)
         full = prepared.widths
         staying = range(prepared.layers) if depth is None else depth.staying
         KeptNeurons(
@@ -83,19 +86,34 @@ def publish(
             tuple(cut.cuts[layer].kept.cpu() for layer in staying),
         ).save(folder / KEPT_FILE)
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-        if prepared.task is not None and result.task is not None:
-            seen = record(
-                prepared.task.examples,
-                source=public_name(prepared.task.source),
-                tokens=result.task["tokens"],
-                networks=result.task["matched_networks"],
-            )
-            (folder / RECORD_NAME).write_text(seen, encoding="utf-8")
+        write_task_record(prepared, result, folder)
         (folder / "README.md").write_text(
             _card(prepared, networks, result.kept_networks, result), encoding="utf-8"
         )
         write_json(folder / RESULT_NAME, result.lasting())
         write_report(read_facts(folder), folder / REPORT_NAME)
+
+
+def write_task_record(prepared: Prepared, result: PruneResult, folder: Path) -> None:
+    """Write which examples a model was made from, if it was made for a task."""
+    if prepared.task is not None and result.task is not None:
+        seen = record(
+            prepared.task.examples,
+            source=public_name(prepared.task.source),
+            tokens=result.task["tokens"],
+            networks=result.task["matched_networks"],
+        )
+        (folder / RECORD_NAME).write_text(seen, encoding="utf-8")
+
+
+def task_words(result: PruneResult) -> str:
+    """How the calibration text was weighted for a task, for the model card; empty without one."""
+    if result.task is None:
+        return ""
+    return (
+        f", weighted to match {result.task['examples']} examples of {public_name(result.task['file'])} "
+        f"(included) on {len(result.task['matched_networks'])} functional networks"
+    )
 
 
 _CRITERION_WORDS = {
@@ -132,12 +150,7 @@ def _card(
 ) -> str:
     recipe = prepared.recipe
     sources = ", ".join(map(public_name, recipe.calibration))
-    for_task = ""
-    if result.task is not None:
-        for_task = (
-            f", weighted to match {result.task['examples']} examples of {public_name(result.task['file'])} "
-            f"(included) on {len(result.task['matched_networks'])} functional networks"
-        )
+    for_task = task_words(result)
     facts = CardFacts(
         base_name=recipe.model,
         base_hub_id=prepared.checkpoint.hub_id,

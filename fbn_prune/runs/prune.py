@@ -1,6 +1,6 @@
-"""The main job, from a recipe to a smaller checkpoint: calibrate, discover, rank, prune, measure, export.
+"""The stages of the main job on an open model: discover, rank, prune, measure, recover, export.
 
-:func:`fbn_prune.runs.setup.prepare` refuses invalid input before any work; the output appears when it is complete.
+:func:`fbn_prune.runs.main_job.run_prune` opens the model; the output appears when it is complete.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-from fbn_prune import distributed
 from fbn_prune.data.calibration import Batch, TokenBlocks
 from fbn_prune.distributed import is_first
 from fbn_prune.errors import FbnPruneError
@@ -28,14 +27,12 @@ from fbn_prune.pruning.evidence import CutOptions
 from fbn_prune.pruning.layout import Layout, Subject
 from fbn_prune.pruning.prediction import advice, check_rise, predicted_rise
 from fbn_prune.pruning.recovery.gain import Recovery
-from fbn_prune.recipe import Recipe
 from fbn_prune.runs.choices import chosen_layout, kept_networks, layout_request, verdict
 from fbn_prune.runs.forget import CRITERION, Forgetting, choose_cut, plan_forgetting, without_like
 from fbn_prune.runs.kept import artifact, numbers
-from fbn_prune.runs.opening import OpenRun, open_run, store_of
+from fbn_prune.runs.opening import OpenRun
 from fbn_prune.runs.output import publish
 from fbn_prune.runs.result import PruneResult, peak_memory_bytes
-from fbn_prune.runs.setup import prepare, require_layout
 from fbn_prune.runs.stages import (
     find_networks,
     loss_roots_of,
@@ -46,24 +43,6 @@ from fbn_prune.runs.stages import (
     refuse_guessing,
 )
 from fbn_prune.store import Store
-
-
-def run_prune(recipe: Recipe, clock: StageClock) -> PruneResult:
-    """Run the main job; see :func:`fbn_prune.prune_checkpoint`. Without an `output`, nothing is written.
-
-    Raises
-    ------
-    InvalidInput
-        If the recipe cannot be used (:func:`prepare`), or a text cannot be read or is too short.
-    FbnPruneError
-        If the pruned model does not work, or the output cannot be written.
-    """
-    prepared = prepare(recipe, clock)
-    require_layout(prepared)
-    for line in prepared.notes:
-        clock.note(line)
-    with distributed.joined(prepared.device), store_of(prepared) as store:
-        return PruneRun(open_run(prepared, clock), store).run()
 
 
 class PruneRun:

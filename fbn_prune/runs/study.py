@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from fbn_prune.errors import InvalidInput
-from fbn_prune.model.mixture_checkpoint import is_mixture
 from fbn_prune.model.placement import layer_bytes
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.networks.ranking import strongest_first
@@ -14,9 +13,9 @@ from fbn_prune.networks.task_matching import MatchedCalibration
 from fbn_prune.progress import StageClock
 from fbn_prune.recipe import Recipe
 from fbn_prune.runs.memory import free_memory
-from fbn_prune.runs.mixture_study import open_mixture_study
 from fbn_prune.runs.opening import OpenRun, open_run
-from fbn_prune.runs.setup import Prepared, prepare
+from fbn_prune.runs.prepared import Prepared
+from fbn_prune.runs.setup import prepare
 from fbn_prune.runs.stages import find_networks, match_to_task, rank_scores
 from fbn_prune.store import Store
 
@@ -78,8 +77,6 @@ def open_study(recipe: Recipe, clock: StageClock) -> OpenRun:
     InvalidInput
         If the recipe names something that cannot be used, or the whole model does not fit into memory.
     """
-    if is_mixture(recipe.model, trust_remote_code=recipe.trust_remote_code):
-        return open_mixture_study(recipe, clock)
     prepared = prepare(recipe)
     if prepared.memory.streamed:
         layers, rest = layer_bytes(prepared.checkpoint, prepared.dtype)
