@@ -4,7 +4,7 @@
     python eval/speed/bench_memory.py compare --shape 1b
     python eval/speed/bench_memory.py reads --shape small --budget 1GB
 
-The checkpoints are Llama-shaped with random float16 weights, and use the tokenizer and the text of the built-in model;
+The checkpoints are Llama-shaped (`mixture`: a Qwen3-MoE) with random float16 weights, and use the tokenizer and the text of the built-in model;
 they are made once in --folder. `cap` makes a dry run, then runs the main job in a child process whose address space is
 limited (RLIMIT_AS, as `ulimit -v` does), and prints the predicted and the measured peak of resident memory and the
 longest time between two lines of progress. `compare` runs the job in memory and streamed, and compares weights, kept
@@ -31,10 +31,11 @@ import count_reads
 import torch
 import typer
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3MoeConfig
+from transformers.core_model_loading import revert_weight_conversion
 
 from fbn_prune.data import builtin
-from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.mixture_checkpoint import open_any
 from fbn_prune.recipe import parse_size
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -51,7 +52,7 @@ COPIED = ("stages", "forward_seconds", "perplexity_before", "perplexity_after", 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a Llama."""
+    """The sizes of a Llama, or of a Qwen3-MoE with so many experts of this width, of which a token is sent to four."""
 
     hidden: int
     width: int
@@ -59,6 +60,7 @@ class Shape:
     heads: int
     key_heads: int
     vocabulary: int = 32000
+    experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ SHAPES = {
     "1b": Shape(2048, 5632, 22, 32, 4),  # TinyLlama's
     "wide": Shape(4096, 3584, 3, 32, 32),
     "slim": Shape(1024, 1024, 24, 16, 4),
+    "mixture": Shape(1024, 512, 12, 16, 4, experts=32),
     "small": Shape(1024, 2816, 12, 16, 4),
     "tiny": Shape(128, 384, 4, 4, 2),
 }
@@ -178,7 +181,7 @@ def reads(
     ran = child.to_json()
     counted = next(line for _, line in child.lines if line.startswith(count_reads.PREFIX))
     found: dict[str, int] = json.loads(counted.removeprefix(count_reads.PREFIX))
-    tensors = Checkpoint.open(model).tensors
+    tensors = open_any(model).tensors
     times: dict[str, list[float]] = {}
     for name, info in tensors.items():
         kind = "layer 0" if ".layers.0." in name else "other layers"
@@ -203,18 +206,10 @@ def make_checkpoint(path: Path, shape: Shape) -> Path:
     if (path / "config.json").is_file():
         return path
     path.mkdir(parents=True, exist_ok=True)
-    config = LlamaConfig(
-        hidden_size=shape.hidden,
-        intermediate_size=shape.width,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.key_heads,
-        vocab_size=shape.vocabulary,
-        architectures=["LlamaForCausalLM"],
-        dtype="float16",
-    )
+    config = _config(shape)
     with torch.device("meta"):
-        empty = LlamaForCausalLM(config).state_dict()
+        model = AutoModelForCausalLM.from_config(config)
+        empty = revert_weight_conversion(model, model.state_dict())  # experts apiece, as on a disk
     parts: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, tensor in empty.items():
         layer = name.split(".")[2] if ".layers." in name else "embeddings"
@@ -240,6 +235,27 @@ def make_checkpoint(path: Path, shape: Shape) -> Path:
         shutil.copyfile(given, path / given.name)
     config.save_pretrained(path)
     return path
+
+
+def _config(shape: Shape) -> PretrainedConfig:
+    sizes: dict[str, Any] = {
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.width,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.key_heads,
+        "vocab_size": shape.vocabulary,
+        "dtype": "float16",
+    }
+    if not shape.experts:
+        return LlamaConfig(**sizes, architectures=["LlamaForCausalLM"])
+    routed = {
+        "moe_intermediate_size": shape.width,
+        "num_experts": shape.experts,
+        "num_experts_per_tok": 4,
+        "head_dim": shape.hidden // shape.heads,
+    }
+    return Qwen3MoeConfig(**sizes, **routed, architectures=["Qwen3MoeForCausalLM"])
 
 
 def run_child(flags: list[str], limit: int | None = None, program: Sequence[str] = PROGRAM) -> Ran:
@@ -288,7 +304,7 @@ def _flags(model: Path, tokens: int) -> list[str]:
 
 def _differences(first: Path, second: Path) -> tuple[float, bool]:
     """Return the largest difference of any weight, and whether all but the refitted weights are bit-equal."""
-    a, b = Checkpoint.open(first), Checkpoint.open(second)
+    a, b = open_any(first), open_any(second)
     largest, equal = 0.0, True
     for name in a.names:
         one, other = a.tensor(name), b.tensor(name)
