@@ -4,11 +4,12 @@
     python eval/speed/bench_memory.py compare --shape 1b
     python eval/speed/bench_memory.py reads --shape small --budget 1GB
 
-The checkpoints are Llama-shaped (`mixture`: a Qwen3-MoE) with random float16 weights, and use the tokenizer and the text of the built-in model;
-they are made once in --folder. `cap` makes a dry run, then runs the main job in a child process whose address space is
-limited (RLIMIT_AS, as `ulimit -v` does), and prints the predicted and the measured peak of resident memory and the
-longest time between two lines of progress. `compare` runs the job in memory and streamed, and compares weights, kept
-neurons and time. `reads` runs it streamed and counts how often each weight is read.
+The checkpoints are Llama-shaped (`mixture`: a Qwen3-MoE) with random float16 weights, and use the tokenizer and the
+text of the built-in model; they are made once in --folder. `cap` makes a dry run, then runs the main job in a child
+process whose address space is limited (RLIMIT_AS, as `ulimit -v` does), and prints the predicted and the measured
+peak of resident memory and the longest time between two lines of progress. `compare` runs the job in memory and
+streamed, and compares weights, kept neurons and time. `reads` runs it streamed and counts how often each weight is
+read.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ import count_reads
 import torch
 import typer
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 
 from fbn_prune.data import builtin
 from fbn_prune.model.mixture_checkpoint import open_any
