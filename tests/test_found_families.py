@@ -67,6 +67,15 @@ KINDS: dict[str, Callable[[], PretrainedConfig]] = {
         num_hidden_layers=2,
         layer_types=["linear_attention", "full_attention"],
     ),
+    # Text models inside multimodal ones.
+    "gemma3": lambda: config("gemma3", 2, num_hidden_layers=2, layer_types=ALTERNATING),
+    "mistral3": lambda: config("mistral3", 2),
+    "qwen2_5_vl": lambda: config(
+        "qwen2_5_vl",
+        2,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    ),
+    "qwen3_vl": lambda: config("qwen3_vl", 2),
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
 
