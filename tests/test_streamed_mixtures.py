@@ -172,7 +172,7 @@ def test_networks_say_how_much_of_a_mixture_stays(text: Path, tmp_path: Path) ->
     ]
     assert widths == [8, 8]  # the only width below 16 that the kernels take
     report = (tmp_path / "out-12" / "report.html").read_text(encoding="utf-8")
-    assert "experts" in report
+    assert "Each layer with experts keeps 6 of 6, and each of these 8 of 16 neurons." in report
     assert (tmp_path / "out-12" / "networks.safetensors").exists()
 
 
@@ -191,3 +191,14 @@ def test_a_task_weights_the_tokens_of_the_experts(text: Path, tmp_path: Path) ->
     assert any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.config.moe_intermediate_size == 8
+
+
+def test_the_report_lists_the_experts_of_each_layer(text: Path, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model", config=mixture_config("glm4_moe"))
+    prune(folder, text, tmp_path / "out", experts=4, expert_criterion="frequency")
+    report = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "keeps 4 of 6" in report
+    kept = load_file(tmp_path / "out" / "kept_experts.safetensors")["layers.2.experts"].tolist()
+    assert f"<tr><td>2</td><td>4</td><td>{', '.join(map(str, kept))}</td></tr>" in report
+    api.write_report(tmp_path / "out", tmp_path / "again.html")
+    assert (tmp_path / "again.html").read_text(encoding="utf-8") == report

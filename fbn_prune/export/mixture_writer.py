@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,13 +16,9 @@ from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.mixture_adapter import MixtureAdapter
 from fbn_prune.model.mixture_checkpoint import StoredForm, open_mixture
 from fbn_prune.model.mixture_family import MixtureFamily
-from fbn_prune.model.routed import ExpertsCut
-from fbn_prune.model.shards import TensorInfo, save_tensors
+from fbn_prune.model.shards import TensorInfo
 from fbn_prune.model.stock_names import with_stock_names
 from fbn_prune.store import Store
-
-KEPT_EXPERTS = "kept_experts.safetensors"
-"""File with the kept experts and neurons of each layer, by their numbers in the source."""
 
 
 def write_mixture(
@@ -104,15 +100,3 @@ def verify_mixture(directory: Path, count: int, width: int) -> None:
             f"the written config says {family.count} experts of {family.expert_width} neurons instead of {count} of "
             f"{width}"
         )
-
-
-def save_kept_experts(family: MixtureFamily, cuts: Sequence[ExpertsCut], path: Path) -> None:
-    """Write the kept experts and neurons of each layer.
-
-    The tensors are `layers.N.experts`, int64 [K], and `layers.N.neurons`, int64 [K, n], where N is the decoder layer.
-    """
-    kept: dict[str, Tensor] = {}
-    for layer, cut in zip(family.mlp_layers, cuts, strict=True):
-        kept[f"layers.{layer}.experts"] = cut.experts.cpu()
-        kept[f"layers.{layer}.neurons"] = torch.stack([each.cpu() for each in cut.neurons])
-    save_tensors(kept, path)

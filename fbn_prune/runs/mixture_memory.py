@@ -79,7 +79,7 @@ class MixtureSizes(Sizes):
                 forward + cut,
             )
         )
-        stages["export"] = int(base + cuts + part + cut + 2 * layer * size + 1.3 * largest + maps)
+        stages["export"] = int(base + cuts + part + cut + 1.3 * largest + maps)
         return stages
 
     def _experts(self, batch: int) -> int:

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 from fbn_prune.export.card import CardFacts, model_card, source_license
 from fbn_prune.export.directory import atomic_directory
-from fbn_prune.export.mixture_writer import KEPT_EXPERTS, save_kept_experts, write_mixture
+from fbn_prune.export.mixture_writer import write_mixture
 from fbn_prune.export.published import public_name
 from fbn_prune.export.report.facts import RESULT_NAME, read_facts
 from fbn_prune.export.report.page import REPORT_NAME, write_report
 from fbn_prune.export.shards import write_json
 from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.kept_experts import KEPT_EXPERTS, save_kept_experts
 from fbn_prune.model.mixture_adapter import MixtureAdapter
 from fbn_prune.model.mixture_checkpoint import open_mixture
 from fbn_prune.model.mixture_family import MixtureFamily

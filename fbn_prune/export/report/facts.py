@@ -6,8 +6,8 @@ Files are validated as they are read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from fbn_prune.errors import InvalidInput
 from fbn_prune.export.published import public_name, without_paths
+from fbn_prune.model.kept_experts import KEPT_EXPERTS, read_kept_experts
 from fbn_prune.model.kept_neurons import KEPT_FILE, KeptNeurons
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.networks.ranking import strongest_first
@@ -67,6 +68,7 @@ class RunResult(BaseModel):
     heads_total: int = 0
     widths: list[int] = Field(min_length=1)
     width_rule: str
+    experts: tuple[int, int] | None = None
     layers_left_out: list[int] = []
     layout_trials: dict[str, float] = {}
     search: Search | None = None
@@ -79,6 +81,12 @@ class RunResult(BaseModel):
     warning: str | None = None
     recovery: Recovered | None = None
     vocabulary: Vocabulary | None = None
+
+    @property
+    def neurons_by_layer(self) -> list[int]:
+        """The neurons that each layer keeps; in a mixture those of all its experts."""
+        experts = 1 if self.experts is None else self.experts[1]
+        return [experts * width for width in self.widths]
 
 
 class Budget(BaseModel):
@@ -188,6 +196,8 @@ class ReportFacts:
         All networks in the order of their rank, strongest first; empty without networks.
     widths_before
         Number of neurons in each layer of the source model; empty without a run.
+    kept_experts
+        The experts that each decoder layer has kept, by their numbers in the source; empty but for a mixture.
     """
 
     name: str
@@ -196,6 +206,7 @@ class ReportFacts:
     order: list[int]
     recipe: str | None
     widths_before: Sequence[int] = ()
+    kept_experts: Mapping[int, Sequence[int]] = field(default_factory=dict)
     comparison: Comparison | None = None
     ablation: Ablation | None = None
     evaluation: Evaluation | None = None
@@ -240,12 +251,14 @@ def read_facts(
         raise InvalidInput(
             f"{folder} holds neither {RESULT_NAME} nor networks.safetensors: give the output of a run or of discover"
         )
+    experts = folder / KEPT_EXPERTS
     return ReportFacts(
         name=public_name(_model(result, networks)),
         result=result,
         networks=networks,
         order=[] if networks is None else _order(networks, result),
         recipe=_recipe(folder / "recipe.yaml"),
+        kept_experts=read_kept_experts(experts) if experts.is_file() else {},
         widths_before=() if result is None else _widths_before(folder / KEPT_FILE, result),
         comparison=None if compare is None else _read(compare, Comparison),
         ablation=None if ablate is None else _read(ablate, Ablation),

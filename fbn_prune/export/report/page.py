@@ -63,6 +63,7 @@ def report_html(facts: ReportFacts) -> str:
         headline=None if facts.result is None else _headline(facts.result),
         result=facts.result,
         dial=facts.members_kept,
+        experts=None if facts.result is None else _experts(facts.result, facts),
         comparison=None if facts.comparison is None else _comparison(facts),
         ablation=None if facts.ablation is None else _ablation(facts.ablation),
         evaluation=None if facts.evaluation is None else _evaluation(facts.evaluation),
@@ -88,7 +89,7 @@ def _figures(facts: ReportFacts) -> dict[str, str]:
     drawn: dict[str, str] = {}
     result, networks = facts.result, facts.networks
     if result is not None:
-        drawn["widths"] = figures.widths_figure(facts.widths_before, result.widths)
+        drawn["widths"] = figures.widths_figure(facts.widths_before, result.neurons_by_layer)
         if result.search is not None and len(result.search.curve) > 1 and result.layout_trials:
             measured = list(result.layout_trials.values())
             drawn["search"] = figures.search_figure(
@@ -144,6 +145,25 @@ def _networks_worth(facts: ReportFacts, comparison: Comparison) -> list[float | 
     return worth
 
 
+def _experts(result: RunResult, facts: ReportFacts) -> dict[str, Any] | None:
+    """Return what a mixture's layers have kept; None for other models."""
+    if result.experts is None:
+        return None
+    before, after = result.experts
+    full = facts.widths_before[0] // before
+    rows = [
+        {"layer": layer, "kept": len(kept), "experts": ", ".join(map(str, kept))}
+        for layer, kept in facts.kept_experts.items()
+    ]
+    return {
+        "before": before,
+        "after": after,
+        "width": result.widths[0],
+        "full": full,
+        "rows": rows if after < before else [],
+    }
+
+
 def _headline(result: RunResult) -> list[dict[str, str]]:
     def row(name: str, before: float, after: float, form: str) -> dict[str, str]:
         change = f"{100 * (after / before - 1):+.1f} %" if before else ""
@@ -158,6 +178,8 @@ def _headline(result: RunResult) -> list[dict[str, str]]:
     ]
     if (found := result.vocabulary) is not None:
         rows.insert(2, row("tokens", found.tokens_before, found.tokens_after, "{:,}"))
+    if result.experts is not None:
+        rows.insert(1, row("experts of a layer", *result.experts, "{:,}"))
     if result.heads_kept < result.heads_total:
         rows.insert(2, row("attention heads", result.heads_total, result.heads_kept, "{:,}"))
     if result.recovery is not None and result.recovery.kept:
