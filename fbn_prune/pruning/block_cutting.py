@@ -42,15 +42,20 @@ class MixturePlan:
         Criterion for the experts: "second-order", or the name of a baseline.
     criterion
         Criterion for the neurons, as for other MLPs.
+    refit
+        Whether a refit follows; None for one after a second-order choice.
     """
 
     experts: int
     width: int
     by: str = "second-order"
     criterion: str = "second-order"
+    refit: bool | None = None
 
     def refits(self, block: ExpertBlock) -> bool:
-        """Whether a second-order choice is made, which a refit follows."""
+        """Whether the output weights of what stays are fitted."""
+        if self.refit is not None:
+            return self.refit
         fewer, narrower = self.experts < block.count, self.width < block.width
         return (fewer and self.by == "second-order") or (
             narrower and self.criterion == "second-order"
