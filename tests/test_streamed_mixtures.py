@@ -22,7 +22,7 @@ from fbn_prune.model.mixture_adapter import MixtureAdapter
 from fbn_prune.model.mixture_checkpoint import open_mixture
 from fbn_prune.model.opening import live_adapter, streamed_adapter
 from fbn_prune.model.streamed_mixture import StreamedMixture
-from fbn_prune.recipe import build_recipe
+from fbn_prune.recipe import PruningConfig, build_recipe
 from fbn_prune.runs import memory
 from fbn_prune.runs.memory import possible_plans
 from fbn_prune.store import Store
@@ -202,3 +202,16 @@ def test_the_report_lists_the_experts_of_each_layer(text: Path, tmp_path: Path) 
     assert f"<tr><td>2</td><td>4</td><td>{', '.join(map(str, kept))}</td></tr>" in report
     api.write_report(tmp_path / "out", tmp_path / "again.html")
     assert (tmp_path / "again.html").read_text(encoding="utf-8") == report
+
+
+def test_networks_of_a_live_mixture_are_found_and_masked() -> None:
+    model, tokenizer = make_model("", config=mixture_config("mixtral")), make_tokenizer()
+    settings = PruningConfig(
+        networks=6, keep_networks=1, network_tokens=400, tokens=600, context=32
+    )
+    networks = api.discover(model, tokenizer, TEXT.splitlines(), settings)
+    assert list(networks.widths) == [6 * 16] * 2
+    before = logits(model)
+    with api.mask_networks(model, networks, [0]):
+        assert not torch.allclose(logits(model), before)
+    assert torch.equal(logits(model), before)

@@ -1,4 +1,4 @@
-"""Held-out perplexity of a mixture of experts cut to 75, 50 and 25 % of its expert parameters, by each way to cut it.
+"""Held-out perplexity of a mixture of experts cut to 75 and 50 % of its expert parameters, by each way.
 
     cd eval && python -m builtin_model.mixture --output DIR --minutes 52
     python eval/quality/mixture_table.py DIR --output eval/results/mixture.json
@@ -22,11 +22,10 @@ from fbn_prune.progress import StageClock
 from fbn_prune.recipe import build_recipe
 from fbn_prune.runs.mixture_comparison import WAYS, compare_mixture
 
-SHARES = (0.75, 0.5, 0.25)
-
 
 def main(
     folder: Annotated[Path, typer.Argument(help="What the trainer has written.")],
+    shares: Annotated[str, typer.Option(help="Shares of the expert parameters.")] = "0.75,0.5",
     skills: Annotated[str, typer.Option(help="Kinds of its text.")] = ",".join(SKILLS),
     tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 65536,
     text_tokens: Annotated[int, typer.Option(help="Held-out tokens of each kind.")] = 16384,
@@ -38,7 +37,7 @@ def main(
     output: Output = None,
 ) -> None:
     """Print the table."""
-    files = Files(folder)
+    files, kept = Files(folder), [float(share) for share in shares.split(",")]
     calibrate = tuple(str(files.calibration(skill)) for skill in skills.split(","))
     texts = tuple(str(files.held_out(skill)) for skill in skills.split(","))
     recipe = build_recipe(
@@ -48,11 +47,11 @@ def main(
     )
     ways = WAYS[:3] if sequential else WAYS
     found = compare_mixture(
-        recipe, ways, SHARES, None, StageClock(), texts=texts, text_tokens=text_tokens
+        recipe, ways, kept, None, StageClock(), texts=texts, text_tokens=text_tokens
     )
     print(f"| kept (dense {found.dense:.3f}) | {' | '.join(ways)} |")
     print("|---|" + "---:|" * len(ways))
-    for share in SHARES:
+    for share in kept:
         cells = " | ".join(f"{found.cells[way, share]:.3f}" for way in ways)
         print(f"| {share:.0%} | {cells} |")
     facts = found.to_json()
