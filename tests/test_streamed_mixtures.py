@@ -12,8 +12,10 @@ import torch
 from mixtures import MIXTURES, mixture_config
 from safetensors.torch import load_file
 from small_runs import blocks
+from test_found_families import config as tiny_text_config
 from tiny_models import logits, make_model, make_tokenizer, save_tiny
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeForConditionalGeneration
 
 from fbn_prune import api
 from fbn_prune.errors import InvalidInput
@@ -22,6 +24,7 @@ from fbn_prune.model.mixture_adapter import MixtureAdapter
 from fbn_prune.model.mixture_checkpoint import open_mixture
 from fbn_prune.model.opening import live_adapter, streamed_adapter
 from fbn_prune.model.streamed_mixture import StreamedMixture
+from fbn_prune.model.tiny_copy import tiny_model
 from fbn_prune.recipe import PruningConfig, build_recipe
 from fbn_prune.runs import memory
 from fbn_prune.runs.memory import possible_plans
@@ -215,3 +218,29 @@ def test_networks_of_a_live_mixture_are_found_and_masked() -> None:
     with api.mask_networks(model, networks, [0]):
         assert not torch.allclose(logits(model), before)
     assert torch.equal(logits(model), before)
+
+
+def test_what_is_around_a_mixture_in_a_multimodal_model_is_written_as_it_was(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(tiny_text_config("qwen3_5_moe", 4))
+    model.generation_config = GenerationConfig(bos_token_id=256, eos_token_id=257, pad_token_id=257)
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    settings = {"experts": 2, "allow_untrained": True}
+    prune(folder, text, tmp_path / "whole", **settings)
+    monkeypatch.setattr("fbn_prune.runs.mixture_setup.plan_memory", frugal)
+    prune(folder, text, tmp_path / "streamed", **settings)
+    before = load_file(folder / "model.safetensors")
+    after = load_file(tmp_path / "whole" / "model.safetensors")
+    assert any("visual" in name for name in before)
+    for name, tensor in before.items():
+        if "mlp.experts" not in name and "mlp.gate." not in name:
+            assert torch.equal(after[name], tensor), name
+    streamed = load_file(tmp_path / "streamed" / "model.safetensors")
+    for name, tensor in after.items():
+        torch.testing.assert_close(streamed[name], tensor, rtol=1e-4, atol=1e-4)
+    loaded = Qwen3_5MoeForConditionalGeneration.from_pretrained(tmp_path / "whole").eval()
+    new = loaded.generate(torch.tensor([[72, 105]]), max_new_tokens=4, do_sample=False)
+    assert new.shape[1] > 2
