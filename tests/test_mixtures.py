@@ -220,6 +220,19 @@ def test_the_second_order_removes_a_twin_and_the_refit_makes_up_for_it() -> None
     )
 
 
+@torch.no_grad()
+def test_of_the_experts_that_the_second_order_and_reap_keep_those_with_less_error_stay() -> None:
+    for seed in range(3):
+        torch.manual_seed(seed)
+        block = opened("mixtral").blocks[0]
+        tokens = block.route(torch.randn(400, 16))
+        ours = cut_block(block, tokens, MixturePlan(2, 16), OPTIONS, layer=0)
+        theirs = cut_block(block, tokens, MixturePlan(2, 16, "reap", refit=True), OPTIONS, layer=0)
+        plain = cut_block(block, tokens, MixturePlan(2, 16, "reap"), OPTIONS, layer=0)
+        assert ours.error <= theirs.error
+        assert plain.error == 0, "a baseline does not refit"
+
+
 def test_reap_is_the_mean_of_gate_times_norm_over_an_experts_tokens() -> None:
     block = opened("mixtral").blocks[0]
     tokens = block.route(torch.randn(50, 16))

@@ -7,6 +7,7 @@ that the router sends it, weighted by the square of its gate, because that is th
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import safetensors.torch
@@ -103,24 +104,52 @@ def cut_block(
     more
         What the refit is to add to the dense block's output, [tokens, hidden]; None for nothing.
     """
-    kept, routed = torch.arange(block.count), tokens
-    if plan.experts < block.count:
-        kept = choose_experts(
-            block,
-            tokens,
-            plan.experts,
-            criterion=plan.by,
-            seed=options.seed * 100003 + layer,
-        )
+    target = None
+    if plan.refits(block):
+        target = block_output(block, tokens)
+        target = target if more is None else target.float() + more
+    made = [
+        _cut_to(block, tokens, kept, plan, options, layer=layer, target=target)
+        for kept in _candidates(block, tokens, plan, seed=options.seed * 100003 + layer)
+    ]
+    return min(made, key=lambda one: one.error)
+
+
+def _candidates(
+    block: ExpertBlock, tokens: Routed, plan: MixturePlan, *, seed: int
+) -> Sequence[Tensor]:
+    """Return the experts to keep; for a second-order choice with a refit also those that REAP keeps, if they differ.
+
+    The second order knows what the experts' absence costs, but not how much of it the refit will make up for.
+    """
+    if plan.experts == block.count:
+        return [torch.arange(block.count)]
+    names = ["second-order", "reap"] if plan.by == "second-order" else [plan.by]
+    if not plan.refits(block):
+        names = names[:1]
+    found = [choose_experts(block, tokens, plan.experts, criterion=n, seed=seed) for n in names]
+    return found[:1] if torch.equal(found[0], found[-1]) else found
+
+
+def _cut_to(
+    block: ExpertBlock,
+    tokens: Routed,
+    kept: Tensor,
+    plan: MixturePlan,
+    options: CutOptions,
+    *,
+    layer: int,
+    target: Tensor | None,
+) -> FinishedExperts:
+    """Return the cut to these experts, fitted to the target if there is one."""
+    routed = tokens
+    if len(kept) < block.count:
         routed = replace(block.route(tokens.hidden, kept), weights=tokens.weights)
     cut, pooled = whole(block, kept), 0
     if plan.width < block.width:
         cut, pooled = _narrowed(block, routed, cut, plan, options, layer)
-    if not plan.refits(block):
+    if target is None:
         return FinishedExperts(cut.rounded(options.round_to), 0.0, pooled)
-    target = block_output(block, tokens)
-    if more is not None:
-        target = target.float() + more
     cut, error = refitted(block, routed, cut, target, damping=options.refit_damping)
     return FinishedExperts(cut.rounded(options.round_to), error, pooled)
 

@@ -96,9 +96,8 @@ class MixtureSizes(Sizes):
         hidden, width, count = family.hidden_size(config), family.expert_width, family.count
         few = min(CHOICE_TOKENS, self.recipe.tokens, max(64, CHOICE_VALUES // (count * hidden)))
         choosing = few * hidden * (count * size + 4 * 4)
-        new = (
-            count * hidden * width * (4 + 4 + size)
-        )  # found, while solved, and in the stored dtype
+        each = 4 + 4 + 2 * size  # found, while solved, and two candidates as they are stored
+        new = count * hidden * width * each
         solving = int(self._fit(width, hidden)) + PART * (3 * width * (size + 4) + 2 * hidden * 4)
         return max(choosing, new + max(solving, self._experts(PART)))
 
