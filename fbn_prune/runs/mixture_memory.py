@@ -53,8 +53,13 @@ class MixtureSizes(Sizes):
             + self._hidden(held_out)
             + max(logits, head + batch * hidden * size, forward + cut)
         }
-        if not self.streamed:  # the files are memory-mapped while the weights are loaded
-            stages["load"] = base + checkpoint.total_bytes + 2 * layer * size
+        if not self.streamed:
+            # The files are memory-mapped while the weights are loaded; of experts that are stored apiece, transformers
+            # holds all before it puts them together.
+            apiece = (
+                0 if fused else checkpoint.total_parameters * size - checkpoint.total_bytes // 2
+            )
+            stages["load"] = base + checkpoint.total_bytes + max(apiece, 2 * layer * size)
         maps = 0
         if recipe.needs_networks:
             maps = 4 * recipe.networks * neurons * layers
