@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import overload
 
 from fbn_prune import distributed
@@ -30,7 +30,7 @@ from fbn_prune.progress import StageClock
 from fbn_prune.pruning.allocation import member_scores
 from fbn_prune.pruning.candidates import Candidates
 from fbn_prune.pruning.costs import HOPELESS, Costs, finite, interpolated, levels_to_measure
-from fbn_prune.pruning.cutting import CutPlan, try_cuts
+from fbn_prune.pruning.cutting import CutPlan, FinishedLayer, TriedCuts, try_cuts
 from fbn_prune.pruning.layout import (
     RAGGED_GAIN,
     UNIFORM,
@@ -38,7 +38,6 @@ from fbn_prune.pruning.layout import (
     LayoutRequest,
     Subject,
     even_layout,
-    tried_every,
 )
 
 SEARCH, LOSS = "search", "loss"
@@ -74,17 +73,29 @@ class Library:
     ----------
     widths
         For each layer the grid, ascending.
-    cuts
-        For each level of the grid, one cut for each layer; a layer with fewer widths repeats its last one. Empty if
-        layers are full or left out.
-    errors
-        For each layer the error of its output at each width of its grid, see
-        :func:`fbn_prune.pruning.prediction.rough_errors`.
+    tried
+        The cuts by the level of the grid; a layer with fewer widths repeats its last one. None if layers are full or
+        left out.
     """
 
     widths: list[list[int]]
-    cuts: list[Sequence[MlpCut]] = field(default_factory=list)
-    errors: list[list[float]] = field(default_factory=list)
+    tried: TriedCuts[int] | None = None
+
+    @property
+    def cuts(self) -> list[Sequence[MlpCut]]:
+        """For each level, one cut for each layer; empty if layers are full or left out."""
+        return [] if self.tried is None else [*self.tried.cuts.values()]
+
+    @property
+    def errors(self) -> list[list[float]]:
+        """For each layer the error of its output at each width of its grid, weighted by the loss if that is asked for;
+        empty if layers are full or left out."""
+        if (tried := self.tried) is None:
+            return []
+        return [
+            [tried.errors[level][layer].weighted for level in range(len(grid))]
+            for layer, grid in enumerate(self.widths)
+        ]
 
     def levels(self, widths: Sequence[int]) -> list[int]:
         """Return for each layer the level whose width is nearest."""
@@ -139,7 +150,31 @@ def grid(request: LayoutRequest) -> list[list[int]]:
     return found
 
 
-def search_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -> Layout:
+@dataclass(frozen=True)
+class Searched:
+    """What a search of widths found.
+
+    Attributes
+    ----------
+    layout
+        The widths.
+    """
+
+    layout: Layout
+    _library: Library
+
+    @property
+    def forward_seconds(self) -> float:
+        """See :class:`fbn_prune.pruning.cutting.CutModel`."""
+        return 0.0 if self._library.tried is None else self._library.tried.forward_seconds
+
+    def finished(self) -> Iterator[FinishedLayer]:
+        """Yield the layers, cut to these widths, in one-shot mode; none may be left out."""
+        assert self._library.tried is not None
+        return self._library.tried.finished(self._library.levels(self.layout.widths))
+
+
+def search_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -> Searched:
     """Choose the widths of a request by the divergence that they cost.
 
     The trials of the result are divergences from the dense model in nats a token. The even widths are kept unless
@@ -153,7 +188,7 @@ def search_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -
     InvalidInput
         The calibration text is a single block.
     """
-    shaping, trying = subject.blocks.split(tried_every(subject.blocks.tokens))
+    shaping, trying = subject.blocks.split(max(2, subject.blocks.tokens // TRIED_TOKENS))
     if not shaping.blocks:
         raise InvalidInput(
             "a search of widths needs at least two blocks of calibration text: give more text, or use --layout uniform"
@@ -167,7 +202,7 @@ def search_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -
     candidates = Candidates(request, library.widths, costs)
     trial = _Trial(library, reference, tokens, clock)
     by_loss = None
-    if subject.options.loss_aware and library.errors and not request.rest:
+    if subject.options.loss_aware and library.tried is not None and not request.rest:
         rises = [Costs(errors, HOPELESS) for errors in library.errors]
         by_loss = Candidates(request, library.widths, rises)
     if request.layout == UNIFORM:
@@ -182,16 +217,19 @@ def search_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -
     first = next(iter(tried.values()))
     summed = candidates.summed(first.widths)
     off = first.divergence / summed if summed > 0 else 1.0
-    return Layout(
+    layout = Layout(
         tried[best].widths,
         UNIFORM if best == UNIFORM else SEARCH,
         {name: each.divergence for name, each in tried.items()},
         {
+            "sums": {name: candidates.summed(each.widths) for name, each in tried.items()},
+            "all": {name: each.widths for name, each in tried.items()},
             "predicted": off * candidates.summed(tried[best].widths),
             "share": candidates.share(tried[best].widths),
             "curve": [(share, off * cost) for share, cost in candidates.curve(CURVE_SHARES)],
         },
     )
+    return Searched(layout, library)
 
 
 def _library(
@@ -221,11 +259,7 @@ def _library(
         stage="library",
         errors=True,
     )
-    errors = [
-        [tried.errors[level][layer] for level in range(len(grid))]
-        for layer, grid in enumerate(widths)
-    ]
-    return Library(widths, [tried.cuts[level] for level in levels], errors)
+    return Library(widths, tried)
 
 
 def _measured_costs(
@@ -238,18 +272,18 @@ def _measured_costs(
     """The costs of each layer, measured at a few widths and interpolated between them."""
     share = max(request.budget, 0) / sum(request.full)
     levels = [levels_to_measure(layer, share) for layer in library.widths]
-    entries = [library.chosen([each[place] for each in levels]) for place in range(PLACES)]
     leave_out = bool(request.rest)
-    if not library.cuts:
-        entries = []
+    entries = []
+    if library.tried is not None:
+        entries = [library.chosen([each[place] for each in levels]) for place in range(PLACES)]
+    errors = library.errors or [[0.0]] * len(library.widths)
     costs: list[Costs] = []
     total = (len(entries) + leave_out) * len(library.widths) * (tokens // 2)
     with clock.stage("costs of widths", total, "tokens") as advance:
         for layer, found in enumerate(reference.alone(entries, advance, leave_out=leave_out)):
             without = finite(found.pop()) if leave_out else HOPELESS
             measured = dict(zip(levels[layer], found, strict=False))
-            errors = library.errors[layer] if library.errors else [0.0]
-            costs.append(Costs(interpolated(errors, measured), without))
+            costs.append(Costs(interpolated(errors[layer], measured), without))
     return costs
 
 
@@ -282,7 +316,7 @@ class _Trial:
                     return False
                 left_out = {layer for layer, width in enumerate(widths) if width == 0}
                 cuts = None
-                if self._library.cuts:
+                if self._library.tried is not None:
                     cuts = self._library.chosen(self._library.levels(widths))
                 found = finite(self._reference.divergence(cuts, advance, left_out))
                 best = all(found < each.divergence for each in self.tried.values())
