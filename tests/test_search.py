@@ -21,10 +21,16 @@ from fbn_prune.model.divergence import EVERY, DenseReference
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.candidates import Candidates
 from fbn_prune.pruning.costs import Costs, interpolated
+from fbn_prune.pruning.criteria import cuts_to_widths
+from fbn_prune.pruning.evidence import CutOptions, EvidencePass
 from fbn_prune.pruning.layout import LayoutRequest
+from fbn_prune.pruning.prediction import relative_error, rough_errors
 from fbn_prune.pruning.search import grid
 from fbn_prune.pruning.solver import cheapest
-from fbn_prune.runs.prune import run_prune
+from fbn_prune.recipe import Recipe
+from fbn_prune.runs.opening import open_run, store_of
+from fbn_prune.runs.prune import PruneRun, run_prune
+from fbn_prune.runs.setup import prepare
 
 BATCHES = blocks(20, 33, 17).batches(1)
 
@@ -170,6 +176,42 @@ def test_the_result_does_not_depend_on_who_asks(tiny: Path, text: Path, tmp_path
     second = run_prune(recipe(tiny, text, tmp_path / "b", **settings), StageClock())
     assert first.widths == second.widths
     assert first.layout_trials == second.layout_trials
+
+
+def test_the_cut_that_the_search_tried_is_the_one_that_is_made(tiny: Path, text: Path) -> None:
+    settings = {"layout": "ragged", "widths": "search", "sparsity": 0.5, "keep_networks": None}
+    clock = StageClock()
+    found = search_once(recipe(tiny, text, **settings), clock)
+    layout, made = found.widths, found.pruned
+    library = found.searched
+    assert library is not None
+    for layer, one in enumerate(library.finished()):
+        assert made.cuts[layer].width == layout.widths[layer]
+        assert torch.equal(made.cuts[layer].kept, one.cut.kept)
+        assert torch.equal(made.cuts[layer].down_weight, one.cut.down_weight)
+        assert made.relative_errors[layer] == one.relative_error
+    assert 0 < min(made.relative_errors) < max(made.relative_errors) < 1
+
+
+def search_once(job: Recipe, clock: StageClock) -> PruneRun:
+    """Run the main job to the cut, without writing anything."""
+    prepared = prepare(job, clock)
+    with store_of(prepared) as store:
+        run = PruneRun(open_run(prepared, clock), store)
+        run.run()
+    return run
+
+
+def test_the_rough_errors_of_a_layer_are_its_errors_to_rounding() -> None:
+    adapter = ModelAdapter(make_model("gpt2"))
+    options = CutOptions(False, 0.01, 0.01, 0, torch.float32)
+    for evidence in EvidencePass(adapter, BATCHES, options, clock=StageClock()):
+        for criterion in ("second-order", "flap"):  # without and with a change of the bias
+            cuts = [*cuts_to_widths(criterion, evidence, {4, 9}).values()]
+            rough = rough_errors(evidence, cuts)
+            for cut, error in zip(cuts, rough, strict=True):
+                exact = relative_error(evidence, cut)
+                assert error.relative == pytest.approx(exact, rel=1e-3, abs=1e-6)
 
 
 def test_fewer_layers_are_predicted_by_their_costs() -> None:

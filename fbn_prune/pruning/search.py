@@ -16,7 +16,7 @@ A library of cuts with measured costs under one budget follows Puzzle (arXiv 241
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import overload
@@ -178,10 +178,11 @@ def search_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -
     """Choose the widths of a request by the divergence that they cost.
 
     The trials of the result are divergences from the dense model in nats a token. The even widths are kept unless
-    others are better; with the layout `auto`, by a tenth at least. `search` holds `predicted`, the divergence
-    that the sum of costs gives for the chosen widths, multiplied by how far that sum was off for the first candidate;
-    `share`, how much of the neurons (and of what layers have besides, in neurons) stays; and `curve`, pairs of such a
-    share and the divergence predicted for it.
+    others are better; with the layout `auto`, by a tenth at least. `search` holds `summed`, the sum of the costs of the
+    chosen widths; `predicted`, that sum times how far it was off for the most similar other candidate, which is what
+    would be expected without measuring the chosen one; `share`, how much of the neurons (and of what layers have
+    besides, in neurons) stays; and `curve`, pairs of such a share and the divergence that is expected there, through
+    the one measured.
 
     Raises
     ------
@@ -214,17 +215,14 @@ def search_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -
         needed = 1 - RAGGED_GAIN if request.layout == "auto" else 1.0
         if tried[best].divergence > needed * even.divergence:
             best = UNIFORM
-    first = next(iter(tried.values()))
-    summed = candidates.summed(first.widths)
-    off = first.divergence / summed if summed > 0 else 1.0
+    off = _off(candidates, tried[best])
     layout = Layout(
         tried[best].widths,
         UNIFORM if best == UNIFORM else SEARCH,
         {name: each.divergence for name, each in tried.items()},
         {
-            "sums": {name: candidates.summed(each.widths) for name, each in tried.items()},
-            "all": {name: each.widths for name, each in tried.items()},
-            "predicted": off * candidates.summed(tried[best].widths),
+            "summed": candidates.summed(tried[best].widths),
+            "predicted": _predicted(candidates, tried, best),
             "share": candidates.share(tried[best].widths),
             "curve": [(share, off * cost) for share, cost in candidates.curve(CURVE_SHARES)],
         },
@@ -293,6 +291,24 @@ class _Tried:
 
     widths: list[int]
     divergence: float
+
+
+def _off(candidates: Candidates, one: _Tried) -> float:
+    """How far the sum of costs is off: the measured divergence as a multiple of it."""
+    summed = candidates.summed(one.widths)
+    return one.divergence / summed if summed > 0 else 1.0
+
+
+def _predicted(candidates: Candidates, tried: Mapping[str, _Tried], name: str) -> float:
+    """The divergence of a candidate, from its sum of costs and the most similar other candidate."""
+    widths = tried[name].widths
+
+    def apart(other: _Tried) -> int:
+        return sum(abs(a - b) for a, b in zip(other.widths, widths, strict=True))
+
+    others = [each for key, each in tried.items() if key != name]
+    nearest = min(others, key=apart, default=tried[name])
+    return _off(candidates, nearest) * candidates.summed(widths)
 
 
 class _Trial:
