@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,14 +20,16 @@ from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.depth import leaving_out
 from fbn_prune.model.divergence import EVERY, DenseReference
+from fbn_prune.model.layerwise import LayerwiseForward
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.candidates import Candidates
 from fbn_prune.pruning.costs import Costs, interpolated
 from fbn_prune.pruning.criteria import cuts_to_widths
 from fbn_prune.pruning.evidence import CutOptions, EvidencePass
+from fbn_prune.pruning.gaps import gap_cuts, whole_cuts
 from fbn_prune.pruning.layout import LayoutRequest
+from fbn_prune.pruning.library import grid
 from fbn_prune.pruning.prediction import relative_error, rough_errors
-from fbn_prune.pruning.search import grid
 from fbn_prune.pruning.solver import cheapest
 from fbn_prune.recipe import Recipe
 from fbn_prune.runs.opening import open_run, store_of
@@ -116,16 +120,55 @@ def test_the_cost_of_a_layer_is_the_divergence_of_the_model_with_it_alone_cut(na
             apart.append((dense.exp() * (dense - changed)).sum(-1)[batch.valid][::every])
         return float(torch.cat(apart).mean())
 
-    found = list(reference.alone([cuts], nothing, leave_out=True))
+    found = list(reference.alone([cuts], nothing, below_gaps=cuts))
     for layer, (cut, without) in enumerate(found):
         with adapter.trying(cuts, alone=layer):
             assert cut == pytest.approx(measured(2, EVERY), rel=1e-4)
-        with leaving_out(adapter, [layer]):
+        below = adapter.trying(cuts, alone=layer - 1) if layer else nullcontext()
+        with leaving_out(adapter, [layer]), below:
             assert without == pytest.approx(measured(2, EVERY), rel=1e-4)
     with adapter.trying(cuts), leaving_out(adapter, [1]):
         both = measured()
     assert reference.divergence(cuts, nothing, [1]) == pytest.approx(both, rel=1e-4)
     assert measured() == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_layer_below_a_gap_makes_up_for_what_it_can(name: str, tmp_path: Path) -> None:
+    adapter = ModelAdapter(make_model(name))
+    batches = blocks(*[33] * 60).batches(20)  # enough tokens for the requested damping
+    whole = whole_cuts(adapter, tmp_path)
+    narrow = [
+        replace(cut, kept=cut.kept[::3], down_weight=cut.down_weight[:, ::3]) for cut in whole
+    ]
+    below = gap_cuts(
+        adapter,
+        batches,
+        [narrow, whole],
+        damping=1e-9,
+        round_to=torch.float32,
+        scratch=tmp_path,
+        advance=nothing,
+    )
+    forward = LayerwiseForward(adapter, batches)
+    valid = [batch.valid for batch in batches]
+    for layer in range(adapter.num_layers - 1):
+        x: list[torch.Tensor] = []
+        forward.advance(lambda _, seen, x=x: x.append(seen))  # type: ignore[misc]
+        before = torch.cat(
+            [hidden[rows] for hidden, rows in zip(forward.hidden, valid, strict=True)]
+        )
+        after = torch.cat([forward.run(index)[valid[index]] for index in range(len(batches))])
+        for base, made in ((narrow, below[0]), (whole, below[1])):
+            kept = base[layer].kept
+            added = (made[layer].down_weight - base[layer].down_weight).T
+            inputs = torch.cat(x)[:, kept]
+            missed = (after - before - inputs @ added).square().sum()
+            best = torch.linalg.lstsq(inputs.double(), (after - before).double()).solution
+            least = (after - before - inputs @ best.float()).square().sum()
+            assert missed <= 1.05 * least + 1e-6
+            assert missed < (after - before).square().sum()
+    assert torch.equal(below[1][-1].down_weight, whole[-1].down_weight)
 
 
 @torch.no_grad()

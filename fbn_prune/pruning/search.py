@@ -4,7 +4,8 @@
    once, in order of cost, gives all widths, and each gets its own refit.
 2. *Costs.* The cost of a width is the divergence from the dense model when this layer alone is cut to it, on a few
    tokens set aside (:mod:`fbn_prune.model.divergence`). It is measured at two widths of each layer; the others follow
-   from the errors of the layer's output.
+   from the errors of the layer's output. The cost of leaving a layer out counts what the layer below it makes up for
+   (:mod:`fbn_prune.pruning.gaps`).
 3. *Solver.* The widths with the least sum of costs within the budget (:mod:`fbn_prune.pruning.solver`).
 4. *Correction.* Costs are not additive: what a layer adds depends on the damage below it. So the divergence of whole
    candidates is measured, with the library's cuts: even widths, the solver's, and the solver's with the costs of the
@@ -16,34 +17,27 @@ A library of cuts with measured costs under one budget follows Puzzle (arXiv 241
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import overload
 
 from fbn_prune import distributed
-from fbn_prune.data.calibration import Batch
 from fbn_prune.errors import InvalidInput, counted
 from fbn_prune.model.divergence import DenseReference
-from fbn_prune.model.surgery import MlpCut
 from fbn_prune.progress import StageClock
-from fbn_prune.pruning.allocation import member_scores
 from fbn_prune.pruning.candidates import Candidates
 from fbn_prune.pruning.costs import HOPELESS, Costs, finite, interpolated, levels_to_measure
-from fbn_prune.pruning.cutting import CutPlan, FinishedLayer, TriedCuts, try_cuts
+from fbn_prune.pruning.cutting import FinishedLayer
 from fbn_prune.pruning.layout import (
     RAGGED_GAIN,
     UNIFORM,
     Layout,
     LayoutRequest,
     Subject,
-    even_layout,
 )
+from fbn_prune.pruning.library import Library, make_library
 
 SEARCH, LOSS = "search", "loss"
-
-LEVELS = 16
-"""Widths of each layer in the library, evenly spaced."""
 
 TRIED_TOKENS = 2048
 """Tokens on which the divergence of candidates is measured, and on half of them the costs of single layers; the same
@@ -63,91 +57,6 @@ CURVE_SHARES = tuple(tenth / 20 for tenth in range(4, 20))
 
 MOST_DEPTHS = 8
 """Most models of fewer layers that are measured."""
-
-
-@dataclass(frozen=True)
-class Library:
-    """Cuts of every layer to a grid of widths.
-
-    Attributes
-    ----------
-    widths
-        For each layer the grid, ascending.
-    tried
-        The cuts by the level of the grid; a layer with fewer widths repeats its last one. None if layers are full or
-        left out.
-    """
-
-    widths: list[list[int]]
-    tried: TriedCuts[int] | None = None
-
-    @property
-    def cuts(self) -> list[Sequence[MlpCut]]:
-        """For each level, one cut for each layer; empty if layers are full or left out."""
-        return [] if self.tried is None else [*self.tried.cuts.values()]
-
-    @property
-    def errors(self) -> list[list[float]]:
-        """For each layer the error of its output at each width of its grid, weighted by the loss if that is asked for;
-        empty if layers are full or left out."""
-        if (tried := self.tried) is None:
-            return []
-        return [
-            [tried.errors[level][layer].weighted for level in range(len(grid))]
-            for layer, grid in enumerate(self.widths)
-        ]
-
-    def levels(self, widths: Sequence[int]) -> list[int]:
-        """Return for each layer the level whose width is nearest."""
-        return [
-            min(range(len(grid)), key=lambda level: abs(grid[level] - width))
-            for grid, width in zip(self.widths, widths, strict=True)
-        ]
-
-    def chosen(self, levels: Sequence[int]) -> Sequence[MlpCut]:
-        """Return the cuts of a model whose layers have these levels."""
-        return _Chosen(self.cuts, levels)
-
-
-class _Chosen(Sequence[MlpCut]):
-    """One cut for each layer, read when it is needed."""
-
-    def __init__(self, cuts: Sequence[Sequence[MlpCut]], levels: Sequence[int]) -> None:
-        self._cuts, self._levels = cuts, levels
-
-    def __len__(self) -> int:
-        return len(self._levels)
-
-    @overload
-    def __getitem__(self, index: int) -> MlpCut: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[MlpCut]: ...
-    def __getitem__(self, index: int | slice) -> MlpCut | Sequence[MlpCut]:
-        if isinstance(index, slice):
-            return [self[layer] for layer in range(*index.indices(len(self)))]
-        return self._cuts[self._levels[index]][index]
-
-
-def library_bytes(request: LayoutRequest, hidden: int, itemsize: int) -> int:
-    """Return the bytes on disk that a library takes, with `hidden` output weights per neuron."""
-    return sum(sum(layer) for layer in grid(request)) * hidden * itemsize
-
-
-def grid(request: LayoutRequest) -> list[list[int]]:
-    """Return for each layer the widths of its cuts, ascending, with its even width and its full one."""
-    even = even_layout(request)
-    found: list[list[int]] = []
-    for layer, full in enumerate(request.full):
-        if layer in request.whole or not request.narrows:
-            found.append([full])
-            continue
-        step = full / LEVELS
-        steps = (
-            round(step * level / request.multiple) * request.multiple for level in range(1, LEVELS)
-        )
-        widths = {min(max(width, request.multiple), full) for width in steps}
-        found.append(sorted(widths | {even[layer], full}))
-    return found
 
 
 @dataclass(frozen=True)
@@ -194,7 +103,7 @@ def search_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -
         raise InvalidInput(
             "a search of widths needs at least two blocks of calibration text: give more text, or use --layout uniform"
         )
-    library = _library(subject, shaping.batches(subject.batch_tokens), request, clock)
+    library = make_library(subject, shaping, request, clock)
     few = trying.subset(TRIED_TOKENS).batches(1)  # single blocks, which several processes can share
     with clock.stage("dense outputs"):
         reference = DenseReference(subject.adapter, few, subject.options.round_to)
@@ -230,36 +139,6 @@ def search_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -
     return Searched(layout, library)
 
 
-def _library(
-    subject: Subject, batches: Sequence[Batch], request: LayoutRequest, clock: StageClock
-) -> Library:
-    widths = grid(request)
-    if not request.narrows:
-        return Library(widths)
-    levels = range(max(map(len, widths)))
-    members = None
-    if subject.networks is not None:
-        members = member_scores(subject.networks, subject.kept)
-    plans = {
-        level: CutPlan(
-            subject.criterion, [layer[min(level, len(layer) - 1)] for layer in widths], members
-        )
-        for level in levels
-    }
-    tried = try_cuts(  # the final cut reports the same changes of damping
-        subject.adapter,
-        batches,
-        plans,
-        subject.options,
-        loss_roots=subject.loss_roots if subject.options.loss_aware else None,
-        scratch=subject.scratch,
-        clock=clock,
-        stage="library",
-        errors=True,
-    )
-    return Library(widths, tried)
-
-
 def _measured_costs(
     library: Library,
     reference: DenseReference,
@@ -278,7 +157,8 @@ def _measured_costs(
     costs: list[Costs] = []
     total = (len(entries) + leave_out) * len(library.widths) * (tokens // 2)
     with clock.stage("costs of widths", total, "tokens") as advance:
-        for layer, found in enumerate(reference.alone(entries, advance, leave_out=leave_out)):
+        below = library.below_gaps[-1] if leave_out else None
+        for layer, found in enumerate(reference.alone(entries, advance, below_gaps=below)):
             without = finite(found.pop()) if leave_out else HOPELESS
             measured = dict(zip(levels[layer], found, strict=False))
             costs.append(Costs(interpolated(errors[layer], measured), without))
@@ -331,9 +211,8 @@ class _Trial:
                 if any(widths == each.widths for each in self.tried.values()):
                     return False
                 left_out = {layer for layer, width in enumerate(widths) if width == 0}
-                cuts = None
-                if self._library.tried is not None:
-                    cuts = self._library.chosen(self._library.levels(widths))
+                levels = self._library.levels(widths)
+                cuts = self._library.chosen(levels, left_out)
                 found = finite(self._reference.divergence(cuts, advance, left_out))
                 best = all(found < each.divergence for each in self.tried.values())
                 self.tried[name] = _Tried(widths, found)

@@ -17,7 +17,8 @@ from fbn_prune.pruning.layout import (
     choose_layout,
     trial_bytes,
 )
-from fbn_prune.pruning.search import Searched, library_bytes, search_layout
+from fbn_prune.pruning.library import library_bytes
+from fbn_prune.pruning.search import Searched, search_layout
 from fbn_prune.recipe import Recipe
 from fbn_prune.runs.budget import Budget
 from fbn_prune.runs.setup import Prepared
