@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from fbn_prune import distributed
 from fbn_prune.errors import FbnPruneError, InvalidInput
 
-FORMAT = 4
+FORMAT = 5
 RECORD = "work.json"
 LOCK = "lock"
 

@@ -250,6 +250,13 @@ def test_llama_cpp_finds_the_ids_that_transformers_finds(name: str, tmp_path: Pa
         assert_same_ids(source, lambda text: llama.tokenize(text.encode(), special=True))
 
 
+def test_ordinary_text_that_llama_cpp_takes_for_special_gets_a_note(tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "in", sentencepiece(pieces=[*PIECES, "<EOT>"]))
+    _, notes = written(source, tmp_path / "m.gguf")
+    (note,) = notes
+    assert note.startswith("llama.cpp takes '<EOT>' for special tokens because of their names")
+
+
 def test_merges_by_rank_become_scores_in_the_same_order(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "in", sentencepiece())
     found = gguf_tokenizer(source.path, source.load_tokenizer(), EMBEDDINGS)
@@ -362,7 +369,6 @@ REFUSED: list[tuple[Callable[[], Tokenizer], str]] = [
         lambda: with_token(with_token(byte_level(), "b"), "abc", normalized=True),
         "'b' is looked for before",
     ),
-    (lambda: sentencepiece(pieces=[*PIECES, "<EOT>"]), "takes '<EOT>' for a special"),
     (lambda: around(byte_level(), "<s> <s> $A"), "no more around a text"),
     (lambda: with_word("zzz", 900), "'zzz' has the id 900"),
     (lambda: with_word("", 650), "the token 650 is ''"),

@@ -37,6 +37,7 @@ MODES: dict[str, dict[str, Any]] = {
         "target_params": 10_600,
         "sparsity": None,
     },
+    "widths searched": {"layout": "ragged", "widths": "search"},
     "loss-aware ragged": {"layout": "ragged", "widths": "loss", "loss_aware": True},
     "task": {"task": "task.jsonl", "rank": "task"},
     "streamed": {},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,13 +20,22 @@ from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.depth import leaving_out
 from fbn_prune.model.divergence import EVERY, DenseReference
+from fbn_prune.model.layerwise import LayerwiseForward
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.candidates import Candidates
 from fbn_prune.pruning.costs import Costs, interpolated
+from fbn_prune.pruning.criteria import cuts_to_widths
+from fbn_prune.pruning.evidence import CutOptions, EvidencePass
+from fbn_prune.pruning.gaps import gap_cuts, whole_cuts
 from fbn_prune.pruning.layout import LayoutRequest
-from fbn_prune.pruning.search import grid
+from fbn_prune.pruning.library import grid
+from fbn_prune.pruning.prediction import relative_error, rough_errors
 from fbn_prune.pruning.solver import cheapest
+from fbn_prune.recipe import Recipe
 from fbn_prune.runs.main_job import run_prune
+from fbn_prune.runs.opening import open_run, store_of
+from fbn_prune.runs.prune import PruneRun
+from fbn_prune.runs.setup import prepare
 
 BATCHES = blocks(20, 33, 17).batches(1)
 
@@ -110,16 +121,55 @@ def test_the_cost_of_a_layer_is_the_divergence_of_the_model_with_it_alone_cut(na
             apart.append((dense.exp() * (dense - changed)).sum(-1)[batch.valid][::every])
         return float(torch.cat(apart).mean())
 
-    found = list(reference.alone([cuts], nothing, leave_out=True))
+    found = list(reference.alone([cuts], nothing, below_gaps=cuts))
     for layer, (cut, without) in enumerate(found):
         with adapter.trying(cuts, alone=layer):
             assert cut == pytest.approx(measured(2, EVERY), rel=1e-4)
-        with leaving_out(adapter, [layer]):
+        below = adapter.trying(cuts, alone=layer - 1) if layer else nullcontext()
+        with leaving_out(adapter, [layer]), below:
             assert without == pytest.approx(measured(2, EVERY), rel=1e-4)
     with adapter.trying(cuts), leaving_out(adapter, [1]):
         both = measured()
     assert reference.divergence(cuts, nothing, [1]) == pytest.approx(both, rel=1e-4)
     assert measured() == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_layer_below_a_gap_makes_up_for_what_it_can(name: str, tmp_path: Path) -> None:
+    adapter = ModelAdapter(make_model(name))
+    batches = blocks(*[33] * 60).batches(20)  # enough tokens for the requested damping
+    whole = whole_cuts(adapter, tmp_path)
+    narrow = [
+        replace(cut, kept=cut.kept[::3], down_weight=cut.down_weight[:, ::3]) for cut in whole
+    ]
+    below = gap_cuts(
+        adapter,
+        batches,
+        [narrow, whole],
+        damping=1e-9,
+        round_to=torch.float32,
+        scratch=tmp_path,
+        advance=nothing,
+    )
+    forward = LayerwiseForward(adapter, batches)
+    valid = [batch.valid for batch in batches]
+    for layer in range(adapter.num_layers - 1):
+        x: list[torch.Tensor] = []
+        forward.advance(lambda _, seen, x=x: x.append(seen))  # type: ignore[misc]
+        before = torch.cat(
+            [hidden[rows] for hidden, rows in zip(forward.hidden, valid, strict=True)]
+        )
+        after = torch.cat([forward.run(index)[valid[index]] for index in range(len(batches))])
+        for base, made in ((narrow, below[0]), (whole, below[1])):
+            kept = base[layer].kept
+            added = (made[layer].down_weight - base[layer].down_weight).T
+            inputs = torch.cat(x)[:, kept]
+            missed = (after - before - inputs @ added).square().sum()
+            best = torch.linalg.lstsq(inputs.double(), (after - before).double()).solution
+            least = (after - before - inputs @ best.float()).square().sum()
+            assert missed <= 1.05 * least + 1e-6
+            assert missed < (after - before).square().sum()
+    assert torch.equal(below[1][-1].down_weight, whole[-1].down_weight)
 
 
 @torch.no_grad()
@@ -170,6 +220,42 @@ def test_the_result_does_not_depend_on_who_asks(tiny: Path, text: Path, tmp_path
     second = run_prune(recipe(tiny, text, tmp_path / "b", **settings), StageClock())
     assert first.widths == second.widths
     assert first.layout_trials == second.layout_trials
+
+
+def test_the_cut_that_the_search_tried_is_the_one_that_is_made(tiny: Path, text: Path) -> None:
+    settings = {"layout": "ragged", "widths": "search", "sparsity": 0.5, "keep_networks": None}
+    clock = StageClock()
+    found = search_once(recipe(tiny, text, **settings), clock)
+    layout, made = found.widths, found.pruned
+    library = found.searched
+    assert library is not None
+    for layer, one in enumerate(library.finished()):
+        assert made.cuts[layer].width == layout.widths[layer]
+        assert torch.equal(made.cuts[layer].kept, one.cut.kept)
+        assert torch.equal(made.cuts[layer].down_weight, one.cut.down_weight)
+        assert made.relative_errors[layer] == one.relative_error
+    assert 0 < min(made.relative_errors) < max(made.relative_errors) < 1
+
+
+def search_once(job: Recipe, clock: StageClock) -> PruneRun:
+    """Run the main job to the cut, without writing anything."""
+    prepared = prepare(job, clock)
+    with store_of(prepared) as store:
+        run = PruneRun(open_run(prepared, clock), store)
+        run.run()
+    return run
+
+
+def test_the_rough_errors_of_a_layer_are_its_errors_to_rounding() -> None:
+    adapter = ModelAdapter(make_model("gpt2"))
+    options = CutOptions(False, 0.01, 0.01, 0, torch.float32)
+    for evidence in EvidencePass(adapter, BATCHES, options, clock=StageClock()):
+        for criterion in ("second-order", "flap"):  # without and with a change of the bias
+            cuts = [*cuts_to_widths(criterion, evidence, {4, 9}).values()]
+            rough = rough_errors(evidence, cuts)
+            for cut, error in zip(cuts, rough, strict=True):
+                exact = relative_error(evidence, cut)
+                assert error.relative == pytest.approx(exact, rel=1e-3, abs=1e-6)
 
 
 def test_fewer_layers_are_predicted_by_their_costs() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tokenizers import models, pre_tokenizers
@@ -95,12 +95,14 @@ def form_of(where: object, content: dict[str, Any]) -> Form:
     _check_added(where, content)
     steps = _steps(content.get("pre_tokenizer"), "pretokenizers")
     if steps and steps[-1].get("type") == "ByteLevel":
-        return _byte_level(where, content, steps)
-    if not model.get("byte_fallback"):
+        form = _byte_level(where, content, steps)
+    elif model.get("byte_fallback"):
+        form = _sentencepiece(where, content, steps)
+    else:
         raise InvalidInput(
             f"{where}: the tokenizer is neither byte-level nor with byte pieces; llama.cpp needs one"
         )
-    return _sentencepiece(where, content, steps)
+    return replace(form, notes=(*form.notes, *_taken_for_special(content)))
 
 
 def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
@@ -314,12 +316,6 @@ def _check_added(where: object, content: dict[str, Any]) -> None:
                 raise InvalidInput(
                     f"{where}: the added token {text!r} {does} ({key}), which llama.cpp does not support"
                 )
-    named = {token["content"] for token in added}
-    taken = sorted((_TAKEN_FOR_SPECIAL & set(content["model"]["vocab"])) - named)
-    if taken:
-        raise InvalidInput(
-            f"{where}: llama.cpp takes {taken[0]!r} for a special token because of its name; here it is ordinary text"
-        )
     composes = content.get("normalizer") is not None
     for token in added:
         if composes and unicodedata.normalize("NFC", token["content"]) != token["content"]:
@@ -327,6 +323,18 @@ def _check_added(where: object, content: dict[str, Any]) -> None:
                 f"{where}: the added token {token['content']!r} is not composed text (Unicode NFC)"
             )
     _check_overlaps(where, added)
+
+
+def _taken_for_special(content: dict[str, Any]) -> list[str]:
+    """Return a note if llama.cpp takes pieces of ordinary text for special tokens, as in every file of Qwen 2.5."""
+    named = {token["content"] for token in content.get("added_tokens") or []}
+    taken = sorted((_TAKEN_FOR_SPECIAL & set(content["model"]["vocab"])) - named)
+    if not taken:
+        return []
+    return [
+        f"llama.cpp takes {', '.join(map(repr, taken))} for special tokens because of their names; here they are "
+        "ordinary text"
+    ]
 
 
 def _check_overlaps(where: object, added: list[dict[str, Any]]) -> None:

@@ -8,7 +8,6 @@ To measure a change of one layer, only that layer and those above run: the dense
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -50,17 +49,15 @@ class DenseReference:
         self._dense = [self._forward.hidden[index] for index in range(len(self._batches))]
 
     def divergence(
-        self, cuts: Sequence[MlpCut] | None, advance: Advance, left_out: Collection[int] = ()
+        self, cuts: Sequence[MlpCut], advance: Advance, left_out: Collection[int] = ()
     ) -> float:
         """Return the mean divergence of the model with all these cuts, one for each layer.
-
-        Without cuts, the layers keep all neurons.
 
         The layers in `left_out` return their input instead.
         """
         with (
             leaving_out(self._adapter, left_out),
-            nullcontext() if cuts is None else self._adapter.trying(cuts, round_to=self._round_to),
+            self._adapter.trying(cuts, round_to=self._round_to),
         ):
             forward = self._past_all_layers()
         advance(sum(batch.tokens for batch in self._batches))
@@ -69,11 +66,16 @@ class DenseReference:
         return _mean(apart)
 
     def alone(
-        self, entries: Sequence[Sequence[MlpCut]], advance: Advance, *, leave_out: bool = False
+        self,
+        entries: Sequence[Sequence[MlpCut]],
+        advance: Advance,
+        *,
+        below_gaps: Sequence[MlpCut] | None = None,
     ) -> Iterator[list[float]]:
         """For each layer, the mean divergences of the model with this layer alone cut, one for each entry.
 
-        They are measured on half of the batches. With `leave_out`, a last one is that of the model without the layer.
+        They are measured on half of the batches. With `below_gaps`, a last one is that of the model without the layer,
+        where the layer below has its cut of `below_gaps`.
 
         Parameters
         ----------
@@ -86,13 +88,16 @@ class DenseReference:
         half = self._batches[: -(-len(self._batches) // 2)]
         dense = LayerwiseForward(adapter, half)
         indices = range(len(half))
+        skipped = [dense.hidden[index] for index in indices]  # the first layer has none below it
         for layer in range(adapter.num_layers):
             found: list[list[Tensor]] = []
             for cuts in entries:
                 with adapter.trying(cuts, alone=layer, round_to=self._round_to):
                     found.append([dense.run(index) for index in indices])
-            if leave_out:
-                found.append([dense.hidden[index] for index in indices])
+            if below_gaps is not None:
+                found.append(skipped)
+                with adapter.trying(below_gaps, alone=layer, round_to=self._round_to):
+                    skipped = [dense.run(index) for index in indices]
             with torch.inference_mode():
                 for above in range(layer + 1, adapter.num_layers):
                     found = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -27,6 +27,7 @@ from fbn_prune.pruning.evidence import CutOptions, EvidencePass
 from fbn_prune.pruning.fitting import DampingNotes, fitting_cuts, fitting_head_cut
 from fbn_prune.pruning.prediction import (
     HEAD_WEIGHT,
+    RoughError,
     relative_error,
     relative_head_error,
     rough_errors,
@@ -145,6 +146,36 @@ def cut_layers(
     return CutModel(adapter.cuts, evidence.forward_seconds, tuple(errors))
 
 
+def cut_as_tried(
+    adapter: ModelAdapter,
+    finished: Iterable[FinishedLayer],
+    options: CutOptions,
+    *,
+    forward_seconds: float,
+    clock: StageClock,
+    stage: str = "prune",
+) -> CutModel:
+    """Cut the layers of the model in place as :func:`try_cuts` cut them, and return the cuts."""
+    errors: list[float] = []
+    notes = DampingNotes()
+    with clock.stage(stage, adapter.num_layers, "layers") as advance:
+        for layer, one in enumerate(finished):
+            errors.append(one.relative_error)
+            notes.add(layer, one.notes)
+            adapter.cut(layer, one.cut, round_to=options.round_to)
+            advance(1)
+    for line in notes.lines():
+        clock.note(line)
+    return CutModel(adapter.cuts, forward_seconds, tuple(errors))
+
+
+def keep_finished(store: Store, finished: Iterable[FinishedLayer]) -> None:
+    """Store the layers, so that :func:`cut_layers` takes them as finished."""
+    for layer, one in enumerate(finished):
+        data = one.to_bytes()
+        store.write(_name(layer), lambda put, data=data: put(data))  # type: ignore[misc]
+
+
 @dataclass(frozen=True)
 class TriedCuts(Generic[Name]):
     """The cuts of several plans, by the names of the plans.
@@ -154,13 +185,22 @@ class TriedCuts(Generic[Name]):
     notes
         One line for each change of damping.
     errors
-        For each layer, the error of its output (:func:`fbn_prune.pruning.prediction.rough_errors`); NaN if they were
-        not asked for.
+        For each layer, the error of its output; empty if they were not asked for.
+    forward_seconds
+        See :class:`CutModel`.
     """
 
     cuts: Mapping[Name, SpilledCuts[MlpCut]]
     notes: list[str]
-    errors: Mapping[Name, list[float]]
+    errors: Mapping[Name, list[RoughError]]
+    forward_seconds: float
+    _heard: Mapping[Name, list[tuple[str, ...]]]
+
+    def finished(self, names: Sequence[Name]) -> Iterator[FinishedLayer]:
+        """Yield each layer as the plan with that name cut it; the errors must have been asked for."""
+        for layer, name in enumerate(names):
+            relative = self.errors[name][layer].relative
+            yield FinishedLayer(self.cuts[name][layer], relative, self._heard[name][layer])
 
 
 def try_cuts(
@@ -193,15 +233,18 @@ def try_cuts(
     cuts = {name: spilled_cuts(scratch) for name in plans}
     notes = DampingNotes()
     wanted = list(plans.values())
-    found: dict[Name, list[float]] = {name: [] for name in plans}
+    found: dict[Name, list[RoughError]] = {name: [] for name in plans}
+    heard: dict[Name, list[tuple[str, ...]]] = {name: [] for name in plans}
     for layer, finished in _finished_layers(
         evidence, adapter.num_layers, wanted, options, errors=errors
     ):
         for name, one in zip(plans, finished, strict=True):
             cuts[name].append(one.cut)
-            found[name].append(one.relative_error)
+            if errors:
+                found[name].append(RoughError(one.weighted_error, one.relative_error))
+            heard[name].append(one.notes)
             notes.add(layer, one.notes)
-    return TriedCuts(cuts, notes.lines(), found)
+    return TriedCuts(cuts, notes.lines(), found, evidence.forward_seconds, heard)
 
 
 def _finished_layers(
@@ -229,8 +272,10 @@ def _finished_layers(
             finished = _fitted(own, plans, options)
             if errors:
                 rough = rough_errors(own, [one.cut for one in finished])
-                pairs = zip(finished, rough, strict=True)
-                finished = [replace(one, relative_error=error) for one, error in pairs]
+                finished = [
+                    replace(one, relative_error=error.relative, weighted_error=error.weighted)
+                    for one, error in zip(finished, rough, strict=True)
+                ]
         own = None
         for number in group:
             source = distributed.owner(number)
@@ -279,6 +324,8 @@ class FinishedLayer:
     cut: MlpCut
     relative_error: float
     notes: tuple[str, ...] = ()
+    weighted_error: float = math.nan
+    """See :class:`fbn_prune.pruning.prediction.RoughError`; known only where many cuts are compared."""
 
     @classmethod
     def left_out(cls, adapter: ModelAdapter, layer: int) -> FinishedLayer:
@@ -292,7 +339,8 @@ class FinishedLayer:
     def to_bytes(self) -> bytes:
         """Return the content of a safetensors file."""
         parts = cut_parts(self.cut)
-        parts["relative_error"] = torch.tensor(self.relative_error, dtype=torch.float64)
+        errors = self.relative_error, self.weighted_error
+        parts["errors"] = torch.tensor(errors, dtype=torch.float64)
         parts["notes"] = torch.tensor(list(json.dumps(self.notes).encode()), dtype=torch.uint8)
         return packed(parts)
 
@@ -301,7 +349,8 @@ class FinishedLayer:
         """Read the bytes of :meth:`to_bytes`, to the CPU."""
         parts = safetensors.torch.load(data)
         notes = json.loads(bytes(parts["notes"].tolist()))
-        return cls(cut_of_parts(parts), float(parts["relative_error"]), tuple(notes))
+        relative, weighted = parts["errors"].tolist()
+        return cls(cut_of_parts(parts), relative, tuple(notes), weighted)
 
     @classmethod
     def shared(cls, finished: FinishedLayer | None, source: int) -> FinishedLayer:

@@ -59,19 +59,41 @@ def relative_error(evidence: LayerEvidence, cut: MlpCut) -> float:
     return _relative(evidence, cut.kept, cut.down_weight, cut.down_bias)
 
 
-def rough_errors(evidence: LayerEvidence, cuts: Sequence[MlpCut]) -> list[float]:
-    """Return E||y - y'||² for many cuts of a layer, in float32 and without changes of the bias.
+@dataclass(frozen=True)
+class RoughError:
+    """The error of a cut MLP's output in float32, see :func:`rough_errors`.
 
-    With a loss root R it is E||R (y - y')||², the rise of the loss to second order.
+    Attributes
+    ----------
+    weighted
+        E||y - y'||² without changes of the bias; with a loss root R, E||R (y - y')||², the rise of the loss to second
+        order.
+    relative
+        As :func:`relative_error`.
     """
-    root = evidence.loss_root
+
+    weighted: float
+    relative: float
+
+
+def rough_errors(evidence: LayerEvidence, cuts: Sequence[MlpCut]) -> list[RoughError]:
+    """Return the errors of many cuts of a layer."""
     gram = evidence.gram.float()
-    found: list[float] = []
+
+    def squared(difference: Tensor) -> float:
+        rough = difference.float()
+        return float(((rough @ gram) * rough).sum(dtype=torch.float64))
+
+    energy = squared(evidence.weight)
+    found: list[RoughError] = []
     for cut in cuts:
         difference = evidence.weight.clone()
         difference[:, cut.kept.to(difference.device)] -= cut.down_weight.to(difference)
-        rough = (difference if root is None else root @ difference).float()
-        found.append(float(((rough @ gram) * rough).sum(dtype=torch.float64)))
+        lost = squared(difference)
+        root = evidence.loss_root
+        weighted = lost if root is None else squared(root @ difference)
+        lost += _shifted(evidence, difference @ evidence.mean, cut.down_bias)
+        found.append(RoughError(weighted, max(lost, 0.0) / energy if energy > 0 else 0.0))
     return found
 
 
@@ -88,14 +110,19 @@ def _relative(
     weight, gram, mean = evidence.weight, evidence.gram, evidence.mean
     kept, new_weight = kept.to(weight.device), new_weight.to(weight)
     lost = output_error(weight, gram, kept, new_weight)
-    if new_bias is not None:
-        shift = -new_bias.to(weight)
-        if evidence.bias is not None:
-            shift = shift + evidence.bias
-        mean_error = weight @ mean - new_weight @ mean[kept]
-        lost += float(2 * shift @ mean_error + shift @ shift)
+    lost += _shifted(evidence, weight @ mean - new_weight @ mean[kept], new_bias)
     energy = float(((weight @ gram) * weight).sum())
     return max(lost, 0.0) / energy if energy > 0 else 0.0
+
+
+def _shifted(evidence: OutputEvidence, mean_error: Tensor, new_bias: Tensor | None) -> float:
+    """What a new bias adds to E||y - y'||², where `mean_error` is E[y - y'] without it."""
+    if new_bias is None:
+        return 0.0
+    shift = -new_bias.to(mean_error)
+    if evidence.bias is not None:
+        shift = shift + evidence.bias
+    return float(2 * shift @ mean_error + shift @ shift)
 
 
 def predicted_rise(errors: Sequence[float]) -> PredictedRise:

@@ -4,7 +4,8 @@
    once, in order of cost, gives all widths, and each gets its own refit.
 2. *Costs.* The cost of a width is the divergence from the dense model when this layer alone is cut to it, on a few
    tokens set aside (:mod:`fbn_prune.model.divergence`). It is measured at two widths of each layer; the others follow
-   from the errors of the layer's output.
+   from the errors of the layer's output. The cost of leaving a layer out counts what the layer below it makes up for
+   (:mod:`fbn_prune.pruning.gaps`).
 3. *Solver.* The widths with the least sum of costs within the budget (:mod:`fbn_prune.pruning.solver`).
 4. *Correction.* Costs are not additive: what a layer adds depends on the damage below it. So the divergence of whole
    candidates is measured, with the library's cuts: even widths, the solver's, and the solver's with the costs of the
@@ -16,35 +17,27 @@ A library of cuts with measured costs under one budget follows Puzzle (arXiv 241
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import overload
+from dataclasses import dataclass
 
 from fbn_prune import distributed
-from fbn_prune.data.calibration import Batch
 from fbn_prune.errors import InvalidInput, counted
 from fbn_prune.model.divergence import DenseReference
-from fbn_prune.model.surgery import MlpCut
 from fbn_prune.progress import StageClock
-from fbn_prune.pruning.allocation import member_scores
 from fbn_prune.pruning.candidates import Candidates
 from fbn_prune.pruning.costs import HOPELESS, Costs, finite, interpolated, levels_to_measure
-from fbn_prune.pruning.cutting import CutPlan, try_cuts
+from fbn_prune.pruning.cutting import FinishedLayer
 from fbn_prune.pruning.layout import (
     RAGGED_GAIN,
     UNIFORM,
     Layout,
     LayoutRequest,
     Subject,
-    even_layout,
-    tried_every,
 )
+from fbn_prune.pruning.library import Library, make_library
 
 SEARCH, LOSS = "search", "loss"
-
-LEVELS = 16
-"""Widths of each layer in the library, evenly spaced."""
 
 TRIED_TOKENS = 2048
 """Tokens on which the divergence of candidates is measured, and on half of them the costs of single layers; the same
@@ -67,98 +60,50 @@ MOST_DEPTHS = 8
 
 
 @dataclass(frozen=True)
-class Library:
-    """Cuts of every layer to a grid of widths.
+class Searched:
+    """What a search of widths found.
 
     Attributes
     ----------
-    widths
-        For each layer the grid, ascending.
-    cuts
-        For each level of the grid, one cut for each layer; a layer with fewer widths repeats its last one. Empty if
-        layers are full or left out.
-    errors
-        For each layer the error of its output at each width of its grid, see
-        :func:`fbn_prune.pruning.prediction.rough_errors`.
+    layout
+        The widths.
     """
 
-    widths: list[list[int]]
-    cuts: list[Sequence[MlpCut]] = field(default_factory=list)
-    errors: list[list[float]] = field(default_factory=list)
+    layout: Layout
+    _library: Library
 
-    def levels(self, widths: Sequence[int]) -> list[int]:
-        """Return for each layer the level whose width is nearest."""
-        return [
-            min(range(len(grid)), key=lambda level: abs(grid[level] - width))
-            for grid, width in zip(self.widths, widths, strict=True)
-        ]
+    @property
+    def forward_seconds(self) -> float:
+        """See :class:`fbn_prune.pruning.cutting.CutModel`."""
+        return 0.0 if self._library.tried is None else self._library.tried.forward_seconds
 
-    def chosen(self, levels: Sequence[int]) -> Sequence[MlpCut]:
-        """Return the cuts of a model whose layers have these levels."""
-        return _Chosen(self.cuts, levels)
+    def finished(self) -> Iterator[FinishedLayer]:
+        """Yield the layers, cut to these widths, in one-shot mode; none may be left out."""
+        assert self._library.tried is not None
+        return self._library.tried.finished(self._library.levels(self.layout.widths))
 
 
-class _Chosen(Sequence[MlpCut]):
-    """One cut for each layer, read when it is needed."""
-
-    def __init__(self, cuts: Sequence[Sequence[MlpCut]], levels: Sequence[int]) -> None:
-        self._cuts, self._levels = cuts, levels
-
-    def __len__(self) -> int:
-        return len(self._levels)
-
-    @overload
-    def __getitem__(self, index: int) -> MlpCut: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[MlpCut]: ...
-    def __getitem__(self, index: int | slice) -> MlpCut | Sequence[MlpCut]:
-        if isinstance(index, slice):
-            return [self[layer] for layer in range(*index.indices(len(self)))]
-        return self._cuts[self._levels[index]][index]
-
-
-def library_bytes(request: LayoutRequest, hidden: int, itemsize: int) -> int:
-    """Return the bytes on disk that a library takes, with `hidden` output weights per neuron."""
-    return sum(sum(layer) for layer in grid(request)) * hidden * itemsize
-
-
-def grid(request: LayoutRequest) -> list[list[int]]:
-    """Return for each layer the widths of its cuts, ascending, with its even width and its full one."""
-    even = even_layout(request)
-    found: list[list[int]] = []
-    for layer, full in enumerate(request.full):
-        if layer in request.whole or not request.narrows:
-            found.append([full])
-            continue
-        step = full / LEVELS
-        steps = (
-            round(step * level / request.multiple) * request.multiple for level in range(1, LEVELS)
-        )
-        widths = {min(max(width, request.multiple), full) for width in steps}
-        found.append(sorted(widths | {even[layer], full}))
-    return found
-
-
-def search_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -> Layout:
+def search_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -> Searched:
     """Choose the widths of a request by the divergence that they cost.
 
     The trials of the result are divergences from the dense model in nats a token. The even widths are kept unless
-    others are better; with the layout `auto`, by a tenth at least. `search` holds `predicted`, the divergence
-    that the sum of costs gives for the chosen widths, multiplied by how far that sum was off for the first candidate;
-    `share`, how much of the neurons (and of what layers have besides, in neurons) stays; and `curve`, pairs of such a
-    share and the divergence predicted for it.
+    others are better; with the layout `auto`, by a tenth at least. `search` holds `summed`, the sum of the costs of the
+    chosen widths; `predicted`, that sum times how far it was off for the most similar other candidate, which is what
+    would be expected without measuring the chosen one; `share`, how much of the neurons (and of what layers have
+    besides, in neurons) stays; and `curve`, pairs of such a share and the divergence that is expected there, through
+    the one measured.
 
     Raises
     ------
     InvalidInput
         The calibration text is a single block.
     """
-    shaping, trying = subject.blocks.split(tried_every(subject.blocks.tokens))
+    shaping, trying = subject.blocks.split(max(2, subject.blocks.tokens // TRIED_TOKENS))
     if not shaping.blocks:
         raise InvalidInput(
             "a search of widths needs at least two blocks of calibration text: give more text, or use --layout uniform"
         )
-    library = _library(subject, shaping.batches(subject.batch_tokens), request, clock)
+    library = make_library(subject, shaping, request, clock)
     few = trying.subset(TRIED_TOKENS).batches(1)  # single blocks, which several processes can share
     with clock.stage("dense outputs"):
         reference = DenseReference(subject.adapter, few, subject.options.round_to)
@@ -167,7 +112,7 @@ def search_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -
     candidates = Candidates(request, library.widths, costs)
     trial = _Trial(library, reference, tokens, clock)
     by_loss = None
-    if subject.options.loss_aware and library.errors and not request.rest:
+    if subject.options.loss_aware and library.tried is not None and not request.rest:
         rises = [Costs(errors, HOPELESS) for errors in library.errors]
         by_loss = Candidates(request, library.widths, rises)
     if request.layout == UNIFORM:
@@ -179,53 +124,19 @@ def search_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -
         needed = 1 - RAGGED_GAIN if request.layout == "auto" else 1.0
         if tried[best].divergence > needed * even.divergence:
             best = UNIFORM
-    first = next(iter(tried.values()))
-    summed = candidates.summed(first.widths)
-    off = first.divergence / summed if summed > 0 else 1.0
-    return Layout(
+    off = _off(candidates, tried[best])
+    layout = Layout(
         tried[best].widths,
         UNIFORM if best == UNIFORM else SEARCH,
         {name: each.divergence for name, each in tried.items()},
         {
-            "predicted": off * candidates.summed(tried[best].widths),
+            "summed": candidates.summed(tried[best].widths),
+            "predicted": _predicted(candidates, tried, best),
             "share": candidates.share(tried[best].widths),
             "curve": [(share, off * cost) for share, cost in candidates.curve(CURVE_SHARES)],
         },
     )
-
-
-def _library(
-    subject: Subject, batches: Sequence[Batch], request: LayoutRequest, clock: StageClock
-) -> Library:
-    widths = grid(request)
-    if not request.narrows:
-        return Library(widths)
-    levels = range(max(map(len, widths)))
-    members = None
-    if subject.networks is not None:
-        members = member_scores(subject.networks, subject.kept)
-    plans = {
-        level: CutPlan(
-            subject.criterion, [layer[min(level, len(layer) - 1)] for layer in widths], members
-        )
-        for level in levels
-    }
-    tried = try_cuts(  # the final cut reports the same changes of damping
-        subject.adapter,
-        batches,
-        plans,
-        subject.options,
-        loss_roots=subject.loss_roots if subject.options.loss_aware else None,
-        scratch=subject.scratch,
-        clock=clock,
-        stage="library",
-        errors=True,
-    )
-    errors = [
-        [tried.errors[level][layer] for level in range(len(grid))]
-        for layer, grid in enumerate(widths)
-    ]
-    return Library(widths, [tried.cuts[level] for level in levels], errors)
+    return Searched(layout, library)
 
 
 def _measured_costs(
@@ -238,18 +149,19 @@ def _measured_costs(
     """The costs of each layer, measured at a few widths and interpolated between them."""
     share = max(request.budget, 0) / sum(request.full)
     levels = [levels_to_measure(layer, share) for layer in library.widths]
-    entries = [library.chosen([each[place] for each in levels]) for place in range(PLACES)]
     leave_out = bool(request.rest)
-    if not library.cuts:
-        entries = []
+    entries = []
+    if library.tried is not None:
+        entries = [library.chosen([each[place] for each in levels]) for place in range(PLACES)]
+    errors = library.errors or [[0.0]] * len(library.widths)
     costs: list[Costs] = []
     total = (len(entries) + leave_out) * len(library.widths) * (tokens // 2)
     with clock.stage("costs of widths", total, "tokens") as advance:
-        for layer, found in enumerate(reference.alone(entries, advance, leave_out=leave_out)):
+        below = library.below_gaps[-1] if leave_out else None
+        for layer, found in enumerate(reference.alone(entries, advance, below_gaps=below)):
             without = finite(found.pop()) if leave_out else HOPELESS
             measured = dict(zip(levels[layer], found, strict=False))
-            errors = library.errors[layer] if library.errors else [0.0]
-            costs.append(Costs(interpolated(errors, measured), without))
+            costs.append(Costs(interpolated(errors[layer], measured), without))
     return costs
 
 
@@ -259,6 +171,24 @@ class _Tried:
 
     widths: list[int]
     divergence: float
+
+
+def _off(candidates: Candidates, one: _Tried) -> float:
+    """How far the sum of costs is off: the measured divergence as a multiple of it."""
+    summed = candidates.summed(one.widths)
+    return one.divergence / summed if summed > 0 else 1.0
+
+
+def _predicted(candidates: Candidates, tried: Mapping[str, _Tried], name: str) -> float:
+    """The divergence of a candidate, from its sum of costs and the most similar other candidate."""
+    widths = tried[name].widths
+
+    def apart(other: _Tried) -> int:
+        return sum(abs(a - b) for a, b in zip(other.widths, widths, strict=True))
+
+    others = [each for key, each in tried.items() if key != name]
+    nearest = min(others, key=apart, default=tried[name])
+    return _off(candidates, nearest) * candidates.summed(widths)
 
 
 class _Trial:
@@ -281,9 +211,8 @@ class _Trial:
                 if any(widths == each.widths for each in self.tried.values()):
                     return False
                 left_out = {layer for layer, width in enumerate(widths) if width == 0}
-                cuts = None
-                if self._library.cuts:
-                    cuts = self._library.chosen(self._library.levels(widths))
+                levels = self._library.levels(widths)
+                cuts = self._library.chosen(levels, left_out)
                 found = finite(self._reference.divergence(cuts, advance, left_out))
                 best = all(found < each.divergence for each in self.tried.values())
                 self.tried[name] = _Tried(widths, found)

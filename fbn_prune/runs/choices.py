@@ -17,7 +17,8 @@ from fbn_prune.pruning.layout import (
     choose_layout,
     trial_bytes,
 )
-from fbn_prune.pruning.search import library_bytes, search_layout
+from fbn_prune.pruning.library import library_bytes
+from fbn_prune.pruning.search import Searched, search_layout
 from fbn_prune.recipe import Recipe
 from fbn_prune.runs.budget import Budget
 from fbn_prune.runs.prepared import Prepared
@@ -58,13 +59,21 @@ def layout_request(
 
 def chosen_layout(
     prepared: Prepared, subject: Subject, request: LayoutRequest, clock: StageClock
-) -> Layout:
-    """Choose the widths, if the disk has room for the cuts that are tried."""
+) -> tuple[Layout, Searched | None]:
+    """Choose the widths, if the disk has room for the cuts that are tried.
+
+    A search has cut the layers to them as well, unless the cut is to differ from the one that it tried.
+    """
     hidden = prepared.family.hidden_size(prepared.checkpoint.config)
     searched = prepared.recipe.searches_widths
     needed = (library_bytes if searched else trial_bytes)(request, hidden, prepared.dtype.itemsize)
     check_room(subject.scratch, needed, "folder of temporary files")
-    return (search_layout if searched else choose_layout)(subject, request, clock)
+    if not searched:
+        return choose_layout(subject, request, clock), None
+    found = search_layout(subject, request, clock)
+    options = subject.options
+    same = request.narrows and not options.sequential and options.head_groups is None
+    return found.layout, found if same else None
 
 
 def verdict(layout: Layout) -> str:

@@ -30,6 +30,7 @@ from fbn_prune.pruning.allocation import (
     uniform_widths,
 )
 from fbn_prune.pruning.layout import MOST_TRIED_EVERY, STRENGTHS, TRIAL_TOKENS
+from fbn_prune.pruning.library import GAP_TOKENS
 from fbn_prune.pruning.search import PLACES, REGIONS, SCALES, TRIED_TOKENS
 from fbn_prune.pruning.sensitivity import GRADIENT_TOKENS
 from fbn_prune.runs.budget import Budget
@@ -198,13 +199,18 @@ def token_passes(prepared: Prepared) -> tuple[float, float]:
     tried = not searched and (
         recipe.layout == "auto" or (recipe.layout == "ragged" and recipe.widths != "members")
     )
-    passed = recipe.tokens * ((3 if recipe.fits_in_sequence else 1) + by_loss + tried + searched)
+    anew = not searched or recipe.fits_in_sequence or recipe.head_sparsity is not None
+    last = (
+        (3 if recipe.fits_in_sequence else 1) if anew else 0
+    )  # a search has cut the layers already
+    passed = recipe.tokens * (last + by_loss + tried + searched)
     passed += 2 * round(recipe.tokens * recipe.held_out)
     width = prepared.neurons / prepared.layers
-    more = 2 * width * (1 + by_loss + tried + searched)
+    more = 2 * width * (anew + by_loss + tried + searched)
     if searched:  # each cost takes the layers above, half of them on average
         measured = PLACES * prepared.layers // 4 + 3 + REGIONS * len(SCALES)
         passed += min(recipe.tokens, TRIED_TOKENS) * measured
+        passed += min(recipe.tokens, GAP_TOKENS) if recipe.leaves_out_layers else 0
     if recipe.needs_networks and prepared.networks is None:
         sampled = min(recipe.network_tokens, recipe.tokens)
         once = prepared.memory.streamed or prepared.memory.keep_activations

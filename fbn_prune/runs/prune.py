@@ -22,11 +22,18 @@ from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.networks.task_matching import MatchedCalibration
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.allocation import member_scores
-from fbn_prune.pruning.cutting import CutModel, CutPlan, cut_layers
+from fbn_prune.pruning.cutting import (
+    CutModel,
+    CutPlan,
+    cut_as_tried,
+    cut_layers,
+    keep_finished,
+)
 from fbn_prune.pruning.evidence import CutOptions
 from fbn_prune.pruning.layout import Layout, Subject
 from fbn_prune.pruning.prediction import advice, check_rise, predicted_rise
 from fbn_prune.pruning.recovery.gain import Recovery
+from fbn_prune.pruning.search import Searched
 from fbn_prune.runs.choices import chosen_layout, kept_networks, layout_request, verdict
 from fbn_prune.runs.forget import CRITERION, Forgetting, choose_cut, plan_forgetting, without_like
 from fbn_prune.runs.kept import artifact, numbers
@@ -56,6 +63,8 @@ class PruneRun:
     kept: list[int]
     subject: Subject
     widths: Layout
+    searched: Searched | None = None
+    """A search of widths whose cuts are the final ones; None if the layers are cut anew, or were by an earlier run."""
     pruned: CutModel
     recovery: Recovery | None = None
     forgetting: Forgetting | None
@@ -162,17 +171,28 @@ class PruneRun:
             return
         self.members = None if self.networks is None else member_scores(self.networks, self.kept)
         request = layout_request(prepared, self.networks, self.kept)
-        chosen = numbers(
-            self.store,
-            "layout",
-            lambda: asdict(chosen_layout(prepared, self.subject, request, self.clock)),
-        )
-        self.widths = Layout(**chosen)
+
+        def choose() -> dict[str, Any]:
+            layout, self.searched = chosen_layout(prepared, self.subject, request, self.clock)
+            if self.searched is not None:  # before the widths, which stand for them as well
+                keep_finished(self.store, self.searched.finished())
+            return asdict(layout)
+
+        self.widths = Layout(**numbers(self.store, "layout", choose))
         if recipe.layout == "auto":
             self.clock.note(verdict(self.widths))
 
     def cut(self) -> None:
         subject = self.subject
+        if self.searched is not None:
+            self.pruned = cut_as_tried(
+                self.adapter,
+                self.searched.finished(),
+                subject.options,
+                forward_seconds=self.searched.forward_seconds,
+                clock=self.clock,
+            )
+            return
         self.pruned = cut_layers(
             self.adapter,
             self.blocks.batches(self.prepared.batch_tokens),

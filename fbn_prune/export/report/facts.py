@@ -46,6 +46,7 @@ class Vocabulary(BaseModel):
 class Search(BaseModel):
     """What a search of widths found, see :func:`fbn_prune.pruning.search.search_layout`."""
 
+    summed: float | None = None
     predicted: float
     share: float
     curve: list[tuple[float, float]]
