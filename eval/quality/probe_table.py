@@ -87,13 +87,14 @@ def main(
     networks: int = 64,
     context: int = 128,
     splits: int = 5,
+    dtype: Annotated[str, typer.Option(help="Type that the model computes in.")] = "float32",
     raw: Annotated[bool, typer.Option(help="Also without standardising.")] = False,
     pooling: Annotated[list[str] | None, typer.Option(help="rms, mean, or both.")] = None,
     output: protocol.Output = None,
 ) -> None:
     recipe = build_recipe(
         {"model": model, "calibration": calibrate or ["builtin"], "tokens": tokens, "seed": 0}
-        | {"network_tokens": tokens, "networks": networks, "context": context, "dtype": "float32"}
+        | {"network_tokens": tokens, "networks": networks, "context": context, "dtype": dtype}
     )
     run: OpenRun = open_study(recipe, StageClock())
     on = with_networks(run)
@@ -103,6 +104,7 @@ def main(
         "model": Path(model).name,
         "tokens": tokens,
         "networks": networks,
+        "dtype": dtype,
         "sets": [f.stem for f in files],
     }
     for form, study in forms.items():
