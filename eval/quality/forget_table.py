@@ -6,8 +6,8 @@
 Each skill has a text to choose neurons and refit by and a text to measure on. It is removed in turn, and the others are
 the rest. A way to choose neurons (`forget_ways.py`) ranks all of them. A growing share of them is cut, the others are
 refitted, and the loss is measured on both. The figure of a way is the rise of the skill's loss where the rest has lost
-`--cost` nats a token, interpolated on the curve. `erased by the refit` cuts nothing: the refit itself makes the output on
-the skill small, and the dial is how much that weighs.
+`--cost` nats a token, interpolated on the curve. `erased by the refit` cuts nothing: the refit itself makes the output
+on the skill small, and the dial is how much that weighs.
 """
 
 from __future__ import annotations
@@ -260,8 +260,8 @@ def main(
 
 
 def show(facts: dict[str, Any], names: Sequence[str]) -> None:
-    table = Table("chosen by", *names, "mean share of the best",
-                  title=f"{facts['model']}: rise of the skill's loss where the rest has lost {facts['cost']} nats")  # fmt: skip
+    title = f"rise of the skill's loss where the rest has lost {facts['cost']} nats"
+    table = Table("chosen by", *names, "mean share of the best", title=title)
     skills = [facts["skills"][name]["ways"] for name in names]
     best = [max(row["at cost"] for row in one.values()) for one in skills]
     for way in skills[0]:
