@@ -222,7 +222,10 @@ def main(
     output: protocol.Output = None,
 ) -> None:  # fmt: skip
     start = time.monotonic()
-    files = {n: tuple(p.split(",")) for n, _, p in (each.partition("=") for each in skill or ())}
+    files: dict[str, tuple[str, str]] = {}
+    for name, _, both in (each.partition("=") for each in skill or ()):
+        fit, _, measured = both.partition(",")
+        files[name] = (fit, measured)
     if not files:
         last = builtin.held_out_files()
         files = {n: (str(p), str(last[n])) for n, p in builtin.calibration_files().items()}
