@@ -40,7 +40,9 @@ TUNE_STEPS, LEARNING_RATE = 50, 1e-4
 BATCH_TOKENS = 1024
 SMALLEST, STEPS = 1 / 512, 9
 """The shares of neurons to cut are SMALLEST * 2**n, up to a half."""
-ERASED, ERASED_SHARE, FIRST_WEIGHT = "erased by the refit", 1 / 64, 0.01
+ERASED, ERASED_SHARE = "erased by the refit", 1 / 64
+FIRST_WEIGHT, WEIGHT_STEPS = 0.01, 4
+"""Weights to erase with are FIRST_WEIGHT * 10 ** (n / 2), with n below WEIGHT_STEPS."""
 
 
 class Text:
@@ -122,10 +124,15 @@ def tuned(adapter: ModelAdapter, blocks: TokenBlocks, rows: int) -> ModelAdapter
 
 
 def forget(
-    trials: Trials, skill: Seen, rest: Seen, cost: float, only: Sequence[str], draws: int
+    trials: Trials,
+    skill: Seen,
+    rest: Seen,
+    refit: Refit,
+    cost: float,
+    only: Sequence[str],
+    draws: int,
 ) -> dict[str, Any]:
     """Return for each way to choose neurons the curves and the figure at the cost."""
-    refit = Refit(trials.adapter, rest, skill, 0.0)
     found: dict[str, Any] = {}
     for way, drawn in ways(trials.networks, skill, rest, refit.keep_costs, draws).items():
         if not only or way in only:
@@ -135,26 +142,28 @@ def forget(
 
 
 def erase(
-    trials: Trials, skill: Seen, rest: Seen, cost: float, cutting: Sequence[str]
+    trials: Trials, skill: Seen, rest: Seen, plain: Refit, cost: float, cutting: Sequence[str]
 ) -> dict[str, Any]:
     """Return the same for refits that make the skill's output small, alone and with 1 in 64 neurons cut.
 
     The first number of a point of a curve is the weight of the skill's output.
     """
     adapter, networks = trials.adapter, trials.networks
-    costs = Refit(adapter, rest, skill, 0.0).keep_costs
-    every = ways(networks, skill, rest, costs, 1)
+    every = ways(networks, skill, rest, plain.keep_costs, 1)
     shares = {ERASED: (0.0, every[RATIO][0])}
     shares |= {f"{ERASED}, cut by {way}": (ERASED_SHARE, every[way][0]) for way in cutting}
     curves: dict[str, dict[float, list[float]]] = {name: {} for name in shares}
-    weight, factor = FIRST_WEIGHT, 10**0.5
-    while weight not in curves[ERASED] and weight > FIRST_WEIGHT / 50:
+    tried: set[int] = set()
+    step = 0
+    while step not in tried and abs(step) < WEIGHT_STEPS:
+        weight = FIRST_WEIGHT * 10 ** (step / 2)
         refit = Refit(adapter, rest, skill, weight)
         for name, (share, scores) in shares.items():
             point = [weight, *trials.rises(refit, scores, share)]
             curves[name][weight] = point
             print(f"{name}: {point}", flush=True)
-        weight = round(weight * (factor if curves[ERASED][weight][1] <= cost else 1 / factor), 6)
+        tried.add(step)
+        step += 1 if curves[ERASED][weight][1] <= cost else -1
     return {name: _row([[c[w] for w in sorted(c)]], cost) for name, c in curves.items()}
 
 
@@ -165,12 +174,11 @@ def _row(curves: list[list[list[float]]], cost: float) -> dict[str, Any]:
 
 
 def relearned(
-    trials: Trials, text: Text, skill: Seen, rest: Seen, found: dict[str, Any], cost: float,
+    trials: Trials, text: Text, skill: Seen, rest: Seen, plain: Refit, found: dict[str, Any], cost: float,
     chosen: Sequence[str], rows: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the rise of the skill's loss before and after training, at the last measured point within the cost."""
     result: dict[str, Any] = {}
-    plain = Refit(trials.adapter, rest, skill, 0.0)
     every = {n: d[0] for n, d in ways(trials.networks, skill, rest, plain.keep_costs, 1).items()}
     for name in chosen:
         within = [point for point in found[name]["curves"][0] if point[1] <= cost]
@@ -248,14 +256,15 @@ def main(
         others = Seen(adapter, nets, [b for n, t in texts.items() if n != name for b in t.batches])
         trials = Trials(adapter, nets, texts, name)
         print(f"{name}: whole model {trials.dense}, {time.monotonic() - start:.0f} s", flush=True)
-        found = erase(trials, own, others, cost, erase_with or ())
+        plain = Refit(adapter, others, own, 0.0)
+        found = erase(trials, own, others, plain, cost, erase_with or ())
         facts["skills"][name] = {"dense": trials.dense, "ways": found}
         protocol.save_json(output, facts)
-        found |= forget(trials, own, others, cost, way or (), draws)
+        found |= forget(trials, own, others, plain, cost, way or (), draws)
         protocol.save_json(output, facts)
         if tune:
             facts["skills"][name]["relearned"] = relearned(
-                trials, texts[name], own, others, found, cost, tune, rows
+                trials, texts[name], own, others, plain, found, cost, tune, rows
             )
         facts["seconds"] = time.monotonic() - start
         protocol.save_json(output, facts)

@@ -167,16 +167,17 @@ class Refit:
         self._change: list[Tensor] = []
         for layer, weight in enumerate(adapter.down_weights()):
             w = weight.float()
-            gram = rest.grams[layer].double()
+            # The stronger ridge of erasing leaves float32 digits enough.
+            dtype = torch.float32 if erase else torch.float64
+            gram = rest.grams[layer].to(dtype, copy=True)
             ridge = (ERASE_DAMPING if erase else REFIT_DAMPING) * float(gram.diagonal().mean())
-            own = skill.grams[layer].double()
             if erase:
-                gram = gram + erase * own
+                gram.add_(skill.grams[layer], alpha=erase)
             gram.diagonal().add_(ridge)
             inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
             change = torch.zeros_like(w)
             if erase:
-                change = (erase * (w.double() @ own) @ inverse).float()
+                change = erase * (w @ skill.grams[layer]) @ inverse
             self.weights.append(w)
             self._inverse.append(inverse.float())
             self._change.append(change)
