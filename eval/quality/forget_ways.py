@@ -158,10 +158,17 @@ class Refit:
     """Output weights without some neurons, that do on the rest what they did, and on the skill as little as is asked.
 
     For weights W - D they minimise E_rest||D x||² + erase * E_skill||(W - D) x||² + ridge ||D||², where D is W on the
-    neurons that go. With B = H_rest + erase * H_skill + ridge, all sets of neurons need one inverse of B.
+    neurons that go. With B = H_rest + erase * H_skill + ridge, all sets of neurons need one inverse of B. The H are
+    E[xᵀx] of every layer.
     """
 
-    def __init__(self, adapter: ModelAdapter, rest: Seen, skill: Seen, erase: float) -> None:
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        rest: Sequence[Tensor],
+        skill: Sequence[Tensor] = (),
+        erase: float = 0.0,
+    ) -> None:
         self.weights: list[Tensor] = []
         self._inverse: list[Tensor] = []
         self._change: list[Tensor] = []
@@ -169,15 +176,15 @@ class Refit:
             w = weight.float()
             # The stronger ridge of erasing leaves float32 digits enough.
             dtype = torch.float32 if erase else torch.float64
-            gram = rest.grams[layer].to(dtype, copy=True)
+            gram = rest[layer].to(dtype, copy=True)
             ridge = (ERASE_DAMPING if erase else REFIT_DAMPING) * float(gram.diagonal().mean())
             if erase:
-                gram.add_(skill.grams[layer], alpha=erase)
+                gram.add_(skill[layer], alpha=erase)
             gram.diagonal().add_(ridge)
             inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
             change = torch.zeros_like(w)
             if erase:
-                change = erase * (w @ skill.grams[layer]) @ inverse
+                change = erase * (w @ skill[layer]) @ inverse
             self.weights.append(w)
             self._inverse.append(inverse.float())
             self._change.append(change)
