@@ -97,7 +97,8 @@ class Origin:
 
     def _documents(self) -> list[str]:
         return [
-            str(self.tokenizer.decode(block, skip_special_tokens=True)) for block in self.blocks.blocks
+            str(self.tokenizer.decode(block, skip_special_tokens=True))
+            for block in self.blocks.blocks
         ]
 
     def finetuned(self, model: PreTrainedModel, steps: int) -> PreTrainedModel:
