@@ -63,7 +63,8 @@ class Bench:
             grams[layer].addmm_(x.T, x)
 
         self.courses = torch.cat(time_courses(self.adapter, networks, batches, StageClock(), watch))
-        self.refit = Refit(self.adapter, [gram / len(self.courses) for gram in grams])
+        count = len(self.courses)
+        self.refit = Refit(self.adapter, [gram / count for gram in grams], count)
         self.dense = mean_loss(self.adapter, held)
 
     def bare(self, silent: Tensor) -> float:

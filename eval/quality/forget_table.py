@@ -157,7 +157,7 @@ def erase(
     step = 0
     while step not in tried and abs(step) < WEIGHT_STEPS:
         weight = FIRST_WEIGHT * 10 ** (step / 2)
-        refit = Refit(adapter, rest.grams, skill.grams, weight)
+        refit = Refit(adapter, rest.grams, rest.tokens, skill.grams, weight)
         for name, (share, scores) in shares.items():
             point = [weight, *trials.rises(refit, scores, share)]
             curves[name][weight] = point
@@ -186,7 +186,9 @@ def relearned(
             continue
         dial, rest_rise, rise = within[-1]
         erased, _, way = name.partition(", cut by ") if name.startswith(ERASED) else ("", "", name)
-        refit = Refit(trials.adapter, rest.grams, skill.grams, dial) if erased else plain
+        refit = (
+            Refit(trials.adapter, rest.grams, rest.tokens, skill.grams, dial) if erased else plain
+        )
         share = (ERASED_SHARE if way else 0.0) if erased else dial
         scores = every[way or RATIO]
         gone = marked(scores, round(share * len(scores))) < 0
@@ -256,7 +258,7 @@ def main(
         others = Seen(adapter, nets, [b for n, t in texts.items() if n != name for b in t.batches])
         trials = Trials(adapter, nets, texts, name)
         print(f"{name}: whole model {trials.dense}, {time.monotonic() - start:.0f} s", flush=True)
-        plain = Refit(adapter, others.grams)
+        plain = Refit(adapter, others.grams, others.tokens)
         found = erase(trials, own, others, plain, cost, erase_with or ())
         facts["skills"][name] = {"dense": trials.dense, "ways": found}
         protocol.save_json(output, facts)

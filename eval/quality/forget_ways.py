@@ -33,12 +33,13 @@ from fbn_prune.networks.controls import (
 from fbn_prune.networks.forgetting import activity_ratio, key_neurons, selectivity
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.progress import StageClock
+from fbn_prune.pruning.damping import refit_share, ridge
 
 RATIO, GRADIENT, RANDOM = "neurons, ratio", "neurons, gradient", "random"
 REFITTED_RATIO = "neurons, ratio after refit"
 REFIT_DAMPING, ERASE_DAMPING = 1e-3, 1e-2
-"""Shares of the mean diagonal of the rest's E[xᵀx], without and with erasing. Erasing moves the weights far from where
-they were, and with 1e-3 it cost text that it was not fitted on more (chosen on SmolLM2-135M)."""
+"""Least damping without and with erasing; it rises where tokens are few (`fbn_prune.pruning.damping.refit_share`).
+Erasing moves the weights far from where they were, and with less it cost other text more (SmolLM2-135M)."""
 
 Scores = dict[str, list[Tensor]]
 """Way to choose neurons -> a score of each neuron, [N], the highest first; several for random ones."""
@@ -166,6 +167,7 @@ class Refit:
         self,
         adapter: ModelAdapter,
         rest: Sequence[Tensor],
+        tokens: int,
         skill: Sequence[Tensor] = (),
         erase: float = 0.0,
     ) -> None:
@@ -174,13 +176,16 @@ class Refit:
         self._change: list[Tensor] = []
         for layer, weight in enumerate(adapter.down_weights()):
             w = weight.float()
-            # The stronger ridge of erasing leaves float32 digits enough.
-            dtype = torch.float32 if erase else torch.float64
-            gram = rest[layer].to(dtype, copy=True)
-            ridge = (ERASE_DAMPING if erase else REFIT_DAMPING) * float(gram.diagonal().mean())
+            gram = rest[layer].clone()
+            share = refit_share(REFIT_DAMPING, tokens, len(gram))
+            if erase:
+                share = max(share, ERASE_DAMPING)
+            # A strong ridge leaves float32 digits enough.
+            gram = gram if share >= ERASE_DAMPING else gram.double()
+            added = ridge(gram, share)
             if erase:
                 gram.add_(skill[layer], alpha=erase)
-            gram.diagonal().add_(ridge)
+            gram.diagonal().add_(added)
             inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
             change = torch.zeros_like(w)
             if erase:
