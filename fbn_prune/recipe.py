@@ -120,11 +120,12 @@ class PruningConfig(BaseModel):
     """FILE.jsonl with test questions of the task: kept out of calibration, and measured. lm_eval: and builtin:
     tasks have their own."""
     forget: Path | None = _more(CUT)
-    """FILE with examples of a skill to remove, in the forms of --task. Neurons that the examples need and other text
-    does not are cut; the other neurons are refitted on calibration text unlike the examples. Sets the size itself."""
-    forget_by: Literal["neurons", "networks"] = _more(CUT, "neurons")
-    """How --forget chooses neurons: by how much more active they are on the examples than on other text, or by their
-    weight in the networks that the examples engage."""
+    """FILE with examples of a skill to remove, in the forms of --task. All weights that change are fitted to
+    calibration text unlike the examples, within --forget-cost."""
+    forget_by: Literal["erasing", "neurons", "networks"] = _more(CUT, "erasing")
+    """How --forget removes the skill: by output weights that do little on the examples, with all neurons kept; by
+    cutting the neurons that are more active on the examples than on other text; or by cutting those of the networks
+    that the examples engage."""
     forget_cost: float = _more(CUT, 0.02, gt=0)
     """Most that the loss on the other text may rise by --forget, in nats a token."""
     criterion: str = _more(CUT, "second-order")
@@ -518,6 +519,8 @@ def _check_forgetting(recipe: PruningConfig) -> None:
     if recipe.criterion != "second-order" or recipe.loss_aware:
         key = "loss_aware" if recipe.loss_aware else "criterion"
         _refuse(recipe, key, "forget chooses the neurons itself, see forget_by")
+    if recipe.sequential and recipe.forget_by == "erasing":
+        _refuse(recipe, "sequential", "erasing fits every layer to the whole model")
     if recipe.leaves_out_layers:
         _refuse(recipe, "structures", "forget removes neurons only")
     if recipe.layout == "auto" or recipe.widths != "networks":

@@ -20,6 +20,7 @@ from fbn_prune.networks.forgetting import (
     largest_within,
     marked,
     selectivity,
+    strengths_between,
 )
 from fbn_prune.pruning import second_order
 from fbn_prune.pruning.criteria import CRITERIA, LayerEvidence
@@ -62,6 +63,7 @@ def test_the_search_stops_at_the_first_size_that_costs_too_much() -> None:
     assert largest_within(costs, 0.0005) == 0
     assert between(16, 32) == [19, 22, 26, 29]
     assert between(16, 17) == []
+    assert strengths_between(1e-3, 1e-2, 1) == pytest.approx([10**-2.5])
     worth = marked(torch.tensor([1.0, 5.0, 3.0]), 2)
     assert (worth < 0).tolist() == [False, True, True]
 
@@ -84,20 +86,37 @@ def test_what_is_forgotten_is_silent_and_what_stays_is_refitted() -> None:
     torch.testing.assert_close(cut.down_weight[:, [0, 2, 3, 4]], expected, atol=0.05, rtol=0.05)
 
 
+def test_what_is_erased_does_little_on_the_skill_and_the_same_on_the_rest() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rest = torch.randn(400, 8, generator=generator).double()
+    rest[:, :3] *= 0.01
+    skill = torch.randn(400, 8, generator=generator).double()
+    weight = torch.randn(4, 8, generator=generator).double()
+    grams = [x.T @ x / 400 for x in (rest, torch.cat([skill[:, :3], 0 * skill[:, 3:]], 1))]
+    changed = second_order.erased(weight, *grams, strength=10.0, damping=1e-4)
+    torch.testing.assert_close(rest @ changed.T, rest @ weight.T, atol=0.2, rtol=0)
+    assert (skill[:, :3] @ changed[:, :3].T).abs().max() < 0.1
+    weak = second_order.erased(weight, *grams, strength=1e-9, damping=1e-4)
+    torch.testing.assert_close(weak, weight, atol=1e-4, rtol=0)
+
+
 def written(folder: Path, texts: list[str], name: str) -> Path:
     path = folder / name
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
 
 
-@pytest.mark.parametrize("layout", ["uniform", "ragged"])
-def test_a_run_forgets_within_its_cost(layout: str, tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("by", "layout"), [("erasing", "uniform"), ("neurons", "uniform"), ("networks", "ragged")]
+)
+def test_a_run_forgets_within_its_cost(by: str, layout: str, tiny: Path, tmp_path: Path) -> None:
     skill = [f"{i}+{i * 3}={i * 4} {i + 5}-{i}=5" for i in range(40)]
     rest = [
         f"apples and pears and plums, ripe ones of {chr(97 + i % 26) * (1 + i)}" for i in range(80)
     ]
     recipe = build_recipe(
         {"model": str(tiny), "output": tmp_path / "out", "layout": layout, "forget_cost": 0.5}
+        | {"forget_by": by}
         | {"calibration": str(written(tmp_path, skill + rest, "text.jsonl")), "context": 32}
         | {"forget": written(tmp_path, skill[:12], "skill.jsonl"), "tokens": 3000}
         | {"networks": 6, "network_tokens": 400, "held_out": 0.2}
@@ -106,8 +125,9 @@ def test_a_run_forgets_within_its_cost(layout: str, tiny: Path, tmp_path: Path) 
         predict(recipe.model_copy(update={"output": None}))
     result = prune_checkpoint(recipe=recipe)
     found = result.to_json()["forgotten"]
-    assert found["neurons"] > 0
-    assert dict(map(tuple, found["trials"]))[found["neurons"]] <= 0.5
+    dial = found["strength"] if by == "erasing" else found["neurons"]
+    assert dial > 0
+    assert dict(map(tuple, found["trials"]))[dial] <= 0.5
     assert found["blocks_left_out"] > 20
     written_model = Checkpoint.open(tmp_path / "out")
     total = sum(written_model.family.widths(written_model.config))
@@ -115,12 +135,14 @@ def test_a_run_forgets_within_its_cost(layout: str, tiny: Path, tmp_path: Path) 
         assert total == result.neurons_total - found["neurons"]
     else:
         assert len(set(result.widths)) == 1
+    if by == "erasing":
+        assert total == result.neurons_total
 
 
 @pytest.mark.parametrize(
     ("more", "key"),
     [({"sparsity": 0.3}, "sparsity"), ({"recover": True}, "recover"), ({"layout": "auto"}, "layout"),
-     ({"criterion": "flap"}, "criterion")],
+     ({"criterion": "flap"}, "criterion"), ({"sequential": True}, "sequential")],
 )  # fmt: skip
 def test_what_does_not_go_with_forgetting_is_refused(more: dict[str, object], key: str) -> None:
     with pytest.raises(InvalidInput, match=key):

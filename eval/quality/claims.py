@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import protocol
 import torch
 import typer
+from forget_ways import Refit
 from recurrence_table import Subject
 from rich.console import Console
 from rich.table import Table
@@ -29,20 +30,15 @@ from fbn_prune.data import builtin
 from fbn_prune.data.calibration import Batch, TokenBlocks
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.perplexity import exp_or_infinite, mean_loss
-from fbn_prune.model.surgery import MlpCut
 from fbn_prune.networks.activity import time_courses
-from fbn_prune.networks.controls import NETWORKS, basis_maps, control_bases
+from fbn_prune.networks.controls import NETWORKS, ROTATIONS, basis_maps, control_bases
 from fbn_prune.networks.functional_networks import HUB_Z, FunctionalNetworks
 from fbn_prune.networks.intervention_effects import largest, random_like
 from fbn_prune.networks.interventions import masked
 from fbn_prune.networks.recurrence import STARTS, recurrence, recurrence_between_starts
 from fbn_prune.progress import StageClock
-from fbn_prune.pruning import second_order
-from fbn_prune.pruning.criteria import LayerEvidence
-from fbn_prune.pruning.evidence import EvidencePass
 
 RANDOM_SETS = 20
-REFIT_DAMPING = 1e-3
 
 
 class Bench:
@@ -59,10 +55,16 @@ class Bench:
         self.adapter, self.networks, self.held = ModelAdapter(model), networks, held
         batches = half.batches(protocol.BATCH_TOKENS)
         self.batches = batches
-        self.evidence: list[LayerEvidence] = list(
-            EvidencePass(self.adapter, batches, protocol.cut_options(0), clock=StageClock())
-        )
-        self.courses = torch.cat(time_courses(self.adapter, networks, batches, StageClock()))
+        grams = [torch.zeros(width, width) for width in networks.widths]
+
+        def watch(layer: int, index: int, z: Tensor) -> None:
+            span = networks.layer_slice(layer)
+            x = z * networks.std[span] + networks.mean[span]
+            grams[layer].addmm_(x.T, x)
+
+        self.courses = torch.cat(time_courses(self.adapter, networks, batches, StageClock(), watch))
+        count = len(self.courses)
+        self.refit = Refit(self.adapter, [gram / count for gram in grams], count)
         self.dense = mean_loss(self.adapter, held)
 
     def bare(self, silent: Tensor) -> float:
@@ -72,19 +74,7 @@ class Bench:
 
     def refitted(self, silent: Tensor) -> float:
         """Return the same with the output weights of the other neurons refitted."""
-        cuts = []
-        for evidence, gone in zip(self.evidence, self.networks.by_layer(silent), strict=True):
-            kept = torch.nonzero(~gone)[:, 0]
-            if not len(kept):  # a layer keeps one neuron, with an output of 0
-                cuts.append(MlpCut(torch.zeros(1, dtype=torch.int64), 0 * evidence.weight[:, :1]))
-                continue
-            weight = evidence.weight[:, kept]
-            if bool(gone.any()):
-                weight = second_order.refit(
-                    evidence.weight, evidence.gram, kept, damping=REFIT_DAMPING
-                )
-            cuts.append(MlpCut(kept, weight))
-        with self.adapter.trying(cuts):
+        with self.adapter.trying(self.refit.cuts(self.networks.by_layer(silent))):
             return mean_loss(self.adapter, self.held) - self.dense
 
 
@@ -103,10 +93,11 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if many else 0.0}
 
 
-def interventions(bench: Bench, sizes: Sequence[int]) -> dict[str, Any]:
+def interventions(bench: Bench, sizes: Sequence[int], draws: int) -> dict[str, Any]:
     """Return the rise of the loss for the strongest network, and for growing sets masked and retained."""
     networks, found = bench.networks, dict[str, Any]()
     bases = control_bases(bench.courses)
+    bases[ROTATIONS] = bases[ROTATIONS][:draws]
     orders: dict[str, list[tuple[Tensor, list[int]]]] = {}
     for name, drawn in bases.items():
         turned = [
@@ -118,14 +109,14 @@ def interventions(bench: Bench, sizes: Sequence[int]) -> dict[str, Any]:
     strongest = max(rises, key=rises.__getitem__)
     hubs = networks.hubs(strongest)
     generator = torch.Generator().manual_seed(0)
-    draws = [torch.cat(random_like(networks.by_layer(hubs), generator)) for _ in range(RANDOM_SETS)]
+    sets = [torch.cat(random_like(networks.by_layer(hubs), generator)) for _ in range(RANDOM_SETS)]
     found["strongest"] = {
         "network": strongest,
         "neurons": int(hubs.sum()),
         "rise": rises[strongest],
-        "random": spread([bench.bare(one) for one in draws]),
+        "random": spread([bench.bare(one) for one in sets]),
         "refitted": bench.refitted(hubs),
-        "random refitted": spread([bench.refitted(one) for one in draws[:5]]),
+        "random refitted": spread([bench.refitted(one) for one in sets[:draws]]),
     }
     for size in sizes:
         union = networks.union(order[:size], HUB_Z)
@@ -136,7 +127,7 @@ def interventions(bench: Bench, sizes: Sequence[int]) -> dict[str, Any]:
         }
         chosen[NETWORKS] = [union]
         chosen["random sets"] = [
-            torch.cat(random_like(networks.by_layer(union), generator)) for _ in range(5)
+            torch.cat(random_like(networks.by_layer(union), generator)) for _ in range(draws)
         ]
         found[str(size)] = {
             "neurons": count,
@@ -163,6 +154,9 @@ def main(
     tokens: Annotated[int, typer.Option(help="Tokens that networks are found on.")] = 8192,
     networks: int = 64,
     grow: Annotated[str, typer.Option(help="Sizes of growing sets.")] = "1,4,16,32",
+    measured: Annotated[int | None, typer.Option(help="Tokens to measure on.")] = None,
+    draws: Annotated[int, typer.Option(help="Random rotations and sets of growing size.")] = 5,
+    dtype: Annotated[str, typer.Option(help="Type that the model computes in.")] = "float32",
     output: protocol.Output = None,
 ) -> None:
     texts = {n: Path(p) for n, _, p in (entry.partition("=") for entry in text or ())}
@@ -170,14 +164,14 @@ def main(
     names = list(texts)
     path = builtin.path_or_id(model)
     on = Subject(Path(path), texts, context=context, tokens=tokens, networks=networks)
-    trained = on.checkpoint.load_model(torch.device("cpu"), torch.float32)
+    trained = on.checkpoint.load_model(torch.device("cpu"), getattr(torch, dtype))
     first, second = on.sample(names, 0), on.sample(names, 1)
     base = on.found(trained, first)
-    held = second.subset(tokens // 2).batches(protocol.BATCH_TOKENS)
+    held = second.subset(measured or tokens // 2).batches(protocol.BATCH_TOKENS)
     bench = Bench(on, trained, base, first, held)
     facts: dict[str, Any] = {"model": Path(model).name, "tokens": tokens, "networks": networks}
     facts["perplexity"] = exp_or_infinite(bench.dense)
-    found = interventions(bench, [int(n) for n in grow.split(",")])
+    found = interventions(bench, [int(n) for n in grow.split(",")], draws)
     facts["interventions"] = found
     starts = recurrence_between_starts(
         base.maps, [slice(0, base.maps.shape[1])], range(1, 1 + STARTS)

@@ -1,14 +1,13 @@
 """Print what removing a skill costs the rest, by how its neurons are chosen, and whether training brings it back.
 
     python eval/quality/forget_table.py
-    python eval/quality/forget_table.py --model DIR --skill code=c.jsonl,h.jsonl --skill prose=p.txt,q.txt
+    python eval/quality/forget_table.py --model DIR --skill python=c.txt,h.txt --skill prose=p.txt,q.txt --forget python
 
-Each skill has a text to choose neurons by and a text to measure on. It is removed in turn, and the others are the
-rest: the neurons that stay are refitted on the rest alone. A way to choose neurons ranks all of them. The first 32,
-64, ... are cut, and the loss is measured on text of the rest that was set aside and on the skill's measured text.
-The figure of a way is the rise of the skill's loss where the rest has lost `--cost` nats a token, interpolated on the
-curve. `ratio` is the ratio of mean abs activations (selective pruning, arXiv 2403.01267); `gradient` that of abs
-gradient times activation.
+Each skill has a text to choose neurons and refit by and a text to measure on. It is removed in turn, and the others are
+the rest. A way to choose neurons (`forget_ways.py`) ranks all of them. A growing share of them is cut, the others are
+refitted, and the loss is measured on both. The figure of a way is the rise of the skill's loss where the rest has lost
+`--cost` nats a token, interpolated on the curve. `erased by the refit` cuts nothing: the refit itself makes the output
+on the skill small, and the dial is how much that weighs.
 """
 
 from __future__ import annotations
@@ -16,129 +15,84 @@ from __future__ import annotations
 import copy
 import random
 import statistics
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import protocol
 import torch
 import typer
+from forget_ways import RATIO, Refit, Seen, ways
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from fbn_prune.data import builtin
-from fbn_prune.data.calibration import Batch, TokenBlocks, first_blocks
+from fbn_prune.data.calibration import Batch, TokenBlocks
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.perplexity import mean_loss
-from fbn_prune.model.surgery import MlpCut
-from fbn_prune.networks.activity import time_courses
-from fbn_prune.networks.controls import NETWORKS, basis_maps, control_bases
-from fbn_prune.networks.forgetting import activity_ratio, key_neurons, marked, selectivity
+from fbn_prune.networks.forgetting import marked
 from fbn_prune.networks.functional_networks import FunctionalNetworks
-from fbn_prune.progress import StageClock
-from fbn_prune.pruning import second_order
-from fbn_prune.pruning.criteria import LayerEvidence
-from fbn_prune.pruning.evidence import EvidencePass
 
-RATIO, GRADIENT, RANDOM, BOTH = "neurons, ratio", "neurons, gradient", "random", "networks x ratio"
-TUNE_STEPS, TUNE_ROWS, LEARNING_RATE = 50, 8, 1e-4
-REFIT_DAMPING = 1e-3
-SIZES = tuple(32 * 2**n for n in range(6))
-
-Blocks = TokenBlocks
-Scores = dict[str, list[Tensor]]
-"""Way to choose neurons -> a score of each neuron, [N], the highest first; several for random ones."""
+TUNE_STEPS, LEARNING_RATE = 50, 1e-4
+BATCH_TOKENS = 1024
+SMALLEST, STEPS = 1 / 512, 9
+"""The shares of neurons to cut are SMALLEST * 2**n, up to a half."""
+ERASED, ERASED_SHARE = "erased by the refit", 1 / 64
+FIRST_WEIGHT, WEIGHT_STEPS = 0.01, 4
+"""Weights to erase with are FIRST_WEIGHT * 10 ** (n / 2), with n below WEIGHT_STEPS."""
 
 
 class Text:
-    """One skill: blocks to choose and refit by, blocks set aside, and blocks to measure on."""
-
-    def __init__(self, own: str, measured: str, tokenizer: Any, context: int, tokens: int) -> None:
-        blocks = first_blocks(own, tokenizer, context, tokens=tokens)
-        rest, aside = blocks.split(4)
-        self.fitted, self.aside = rest.batches(4096), aside.batches(4096)
-        self.blocks = rest
-        self.measured = first_blocks(measured, tokenizer, context, tokens=1024).batches(4096)
-
-
-class Seen:
-    """Engagement of every basis, and mean abs activation and gradient of every neuron, on one text."""
+    """One skill: blocks to choose and refit by, and batches to measure on."""
 
     def __init__(
-        self, adapter: ModelAdapter, networks: FunctionalNetworks, batches: Sequence[Batch]
+        self, own: str, measured: str, tokenizer: Any, context: int, tokens: int, held: int
     ) -> None:
-        activity = torch.zeros(sum(networks.widths))
-        gradient = torch.zeros(sum(networks.widths))
-
-        def watch(layer: int, index: int, z: Tensor) -> None:
-            span = networks.layer_slice(layer)
-            activity[span] += (z * networks.std[span] + networks.mean[span]).abs().sum(0)
-
-        self.courses = torch.cat(time_courses(adapter, networks, batches, StageClock(), watch))
-        self.activity = activity / len(self.courses)
-        for batch in batches:
-            kept: list[Tensor] = []
-
-            def keep(module: Any, args: tuple[Tensor], kept: list[Tensor] = kept) -> None:
-                args[0].retain_grad()
-                kept.append(args[0])
-
-            handles = [
-                adapter.output_module(layer).register_forward_pre_hook(keep)
-                for layer in range(adapter.num_layers)
-            ]
-            targets = batch.input_ids.masked_fill(~batch.valid, -100)
-            adapter.model(input_ids=batch.input_ids, labels=targets).loss.backward()
-            for handle in handles:
-                handle.remove()
-            parts = [(x * x.grad).detach().abs()[batch.valid].sum(0) for x in kept]
-            gradient += torch.cat(parts) * batch.tokens  # the loss is a mean over tokens
-            adapter.model.zero_grad()
-        self.gradient = gradient / len(self.courses)
+        blocks = protocol.first_blocks(Path(own), tokenizer, context, tokens // context)
+        self.blocks = TokenBlocks(tuple(blocks), context, (own,))
+        self.batches = self.blocks.batches(BATCH_TOKENS)
+        last = protocol.first_blocks(Path(measured), tokenizer, context, held // context)
+        self.measured = TokenBlocks(tuple(last), context, (measured,)).batches(BATCH_TOKENS)
 
 
-def ways(networks: FunctionalNetworks, skill: Seen, rest: Sequence[Seen], seed: int) -> Scores:
-    """Return every way to choose neurons for a skill."""
-    others = torch.cat([one.courses for one in rest])
-    bases = control_bases(torch.cat([skill.courses, others]), seed=seed)
-    activity = activity_ratio(skill.activity, torch.stack([one.activity for one in rest]).mean(0))
-    gradient = activity_ratio(skill.gradient, torch.stack([one.gradient for one in rest]).mean(0))
-    found: Scores = {}
-    for name, drawn in bases.items():
-        found[name] = [
-            key_neurons(
-                basis_maps(networks.maps, basis),
-                selectivity(
-                    (skill.courses @ basis).square().mean(0), (others @ basis).square().mean(0)
-                ),
+class Trials:
+    """A model with a skill to remove, and the losses of the whole model."""
+
+    def __init__(
+        self, adapter: ModelAdapter, networks: FunctionalNetworks, texts: dict[str, Text], name: str
+    ) -> None:
+        self.adapter, self.networks = adapter, networks
+        self.rest: list[Batch] = [b for n, t in texts.items() if n != name for b in t.measured]
+        self.skill = texts[name].measured
+        self.dense = (mean_loss(adapter, self.rest), mean_loss(adapter, self.skill))
+
+    def rises(self, refit: Refit, scores: Tensor, share: float) -> tuple[float, float]:
+        """Return what the loss of the rest and of the skill rises by without the first neurons."""
+        gone = marked(scores, round(share * len(scores))) < 0
+        with self.adapter.trying(refit.cuts(self.networks.by_layer(gone))):
+            return (
+                mean_loss(self.adapter, self.rest) - self.dense[0],
+                mean_loss(self.adapter, self.skill) - self.dense[1],
             )
-            for basis in drawn
-        ]
-    found[BOTH] = [found[NETWORKS][0] * activity.clamp_min(1).log()]
-    found[RATIO], found[GRADIENT] = [activity], [gradient]
-    generator = torch.Generator().manual_seed(seed)
-    found[RANDOM] = [torch.rand(len(activity), generator=generator) for _ in range(5)]
-    return found
+
+    def curve(self, refit: Refit, scores: Tensor, cost: float) -> list[list[float]]:
+        """Return share, rise of the rest and of the skill, for the shares around the one that costs `cost`."""
+        found: dict[int, list[float]] = {}
+        step = 3
+        while step not in found and 0 <= step < STEPS:
+            share = SMALLEST * 2**step
+            found[step] = [share, *self.rises(refit, scores, share)]
+            step += 1 if found[step][1] <= cost else -1
+        return [found[step] for step in sorted(found)]
 
 
-def cuts_of(evidence: Sequence[LayerEvidence], worth: Sequence[Tensor]) -> list[MlpCut]:
-    """Cut the neurons of a worth below 0 and refit the others."""
-    cuts = []
-    for layer, part in zip(evidence, worth, strict=True):
-        kept = torch.nonzero(part >= 0)[:, 0]
-        weight = layer.weight[:, kept]
-        if 0 < len(kept) < len(part):
-            weight = second_order.refit(layer.weight, layer.gram, kept, damping=REFIT_DAMPING)
-        cuts.append(MlpCut(kept, weight))
-    return cuts
-
-
-def at_cost(curve: Sequence[tuple[float, float]], cost: float) -> float:
+def at_cost(curve: Sequence[Sequence[float]], cost: float) -> float:
     """Return the skill's rise where the rest's first reaches `cost`, on the line between two measured points."""
     before = (0.0, 0.0)
-    for rest, skill in curve:
+    for _, rest, skill in curve:
         if rest > cost:
             share = (cost - before[0]) / (rest - before[0])
             return before[1] + share * (skill - before[1])
@@ -146,130 +100,190 @@ def at_cost(curve: Sequence[tuple[float, float]], cost: float) -> float:
     return before[1]
 
 
-def tuned(adapter: ModelAdapter, blocks: TokenBlocks) -> ModelAdapter:
-    """Return a copy trained on a skill's text for a few steps."""
+def tuned(adapter: ModelAdapter, blocks: TokenBlocks, rows: int) -> ModelAdapter:
+    """Return a copy whose layers are trained on a skill's text for a few steps, with weights kept in float32."""
     again = copy.deepcopy(adapter)
-    optimizer = torch.optim.AdamW(again.model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
-    longest = [block for block in blocks.blocks if len(block) == len(blocks.blocks[0])]
+    again.model.requires_grad_(False)
+    live = list(again.layers.parameters())
+    for one in live:
+        one.requires_grad_(True)
+    exact = [one.detach().float().clone() for one in live]
+    optimizer = torch.optim.AdamW(exact, lr=LEARNING_RATE, weight_decay=0.0)
     draw = random.Random(0)
     for _ in range(TUNE_STEPS):
-        batch = torch.stack(draw.sample(longest, min(TUNE_ROWS, len(longest))))
+        batch = torch.stack(draw.sample(blocks.blocks, min(rows, len(blocks.blocks))))
         again.model(input_ids=batch, labels=batch).loss.backward()
+        for kept, one in zip(exact, live, strict=True):
+            assert one.grad is not None
+            kept.grad, one.grad = one.grad.float(), None
         optimizer.step()
-        optimizer.zero_grad()
+        with torch.no_grad():
+            for kept, one in zip(exact, live, strict=True):
+                one.copy_(kept)
     return again
 
 
 def forget(
-    adapter: ModelAdapter, networks: FunctionalNetworks, texts: dict[str, Text], seen: dict[str, Seen],
-    name: str, cost: float, *, tune: bool, note: Callable[[str], None],
-) -> dict[str, Any]:  # fmt: skip
-    """Return for each way the curve, the figure at the cost, and what training brings back there."""
-    rest = [other for other in texts if other != name]
-    evidence = list(
-        EvidencePass(adapter, [b for one in rest for b in texts[one].fitted],
-                     protocol.cut_options(0), clock=StageClock())
-    )  # fmt: skip
-    aside = [batch for one in rest for batch in texts[one].aside]
-    dense, skill_dense = mean_loss(adapter, aside), mean_loss(adapter, texts[name].measured)
+    trials: Trials,
+    skill: Seen,
+    rest: Seen,
+    refit: Refit,
+    cost: float,
+    only: Sequence[str],
+    draws: int,
+) -> dict[str, Any]:
+    """Return for each way to choose neurons the curves and the figure at the cost."""
     found: dict[str, Any] = {}
-    for way, drawn in ways(networks, seen[name], [seen[one] for one in rest], 0).items():
-        curves, figures = [], []
-        for scores in drawn:
-            curve: list[tuple[float, float]] = []
-            size_within = 0
-            for size in SIZES:
-                cuts = cuts_of(evidence, networks.by_layer(marked(scores, size)))
-                with adapter.trying(cuts):
-                    curve.append(
-                        (
-                            mean_loss(adapter, aside) - dense,
-                            mean_loss(adapter, texts[name].measured) - skill_dense,
-                        )
-                    )
-                size_within = size if curve[-1][0] <= cost else size_within
-                if curve[-1][0] > 2 * cost:
-                    break
-            curves.append(curve)
-            figures.append(at_cost(curve, cost))
-        found[way] = {
-            "at cost": statistics.fmean(figures),
-            "std": statistics.stdev(figures) if len(figures) > 1 else 0.0,
-            "curves": curves,
-        }
-        if tune and way in (NETWORKS, RATIO) and size_within:
-            cut = copy.deepcopy(adapter)
-            for layer, one in enumerate(
-                cuts_of(evidence, networks.by_layer(marked(drawn[0], size_within)))
-            ):
-                cut.cut(layer, one)
-            back = mean_loss(tuned(cut, texts[name].blocks), texts[name].measured)
-            found[way]["trained"] = back - skill_dense
-            found[way]["before training"] = mean_loss(cut, texts[name].measured) - skill_dense
-        note(f"{name}, {way}: {found[way]['at cost']:.3f}")
-    if tune:
-        dense_tuned = mean_loss(tuned(adapter, texts[name].blocks), texts[name].measured)
-        found["whole model, trained"] = dense_tuned - skill_dense
+    for way, drawn in ways(trials.networks, skill, rest, refit.keep_costs, draws).items():
+        if not only or way in only:
+            found[way] = _row([trials.curve(refit, scores, cost) for scores in drawn], cost)
+            print(f"{way}: {found[way]['at cost']:.3f}", flush=True)
     return found
+
+
+def erase(
+    trials: Trials, skill: Seen, rest: Seen, plain: Refit, cost: float, cutting: Sequence[str]
+) -> dict[str, Any]:
+    """Return the same for refits that make the skill's output small, alone and with 1 in 64 neurons cut.
+
+    The first number of a point of a curve is the weight of the skill's output.
+    """
+    adapter, networks = trials.adapter, trials.networks
+    every = ways(networks, skill, rest, plain.keep_costs, 1)
+    shares = {ERASED: (0.0, every[RATIO][0])}
+    shares |= {f"{ERASED}, cut by {way}": (ERASED_SHARE, every[way][0]) for way in cutting}
+    curves: dict[str, dict[float, list[float]]] = {name: {} for name in shares}
+    tried: set[int] = set()
+    step = 0
+    while step not in tried and abs(step) < WEIGHT_STEPS:
+        weight = FIRST_WEIGHT * 10 ** (step / 2)
+        refit = Refit(adapter, rest.grams, rest.tokens, skill.grams, weight)
+        for name, (share, scores) in shares.items():
+            point = [weight, *trials.rises(refit, scores, share)]
+            curves[name][weight] = point
+            print(f"{name}: {point}", flush=True)
+        tried.add(step)
+        step += 1 if curves[ERASED][weight][1] <= cost else -1
+    return {name: _row([[c[w] for w in sorted(c)]], cost) for name, c in curves.items()}
+
+
+def _row(curves: list[list[list[float]]], cost: float) -> dict[str, Any]:
+    figures = [at_cost(curve, cost) for curve in curves]
+    spread = statistics.stdev(figures) if len(figures) > 1 else 0.0
+    return {"at cost": statistics.fmean(figures), "std": spread, "curves": curves}
+
+
+def relearned(
+    trials: Trials, text: Text, skill: Seen, rest: Seen, plain: Refit, found: dict[str, Any], cost: float,
+    chosen: Sequence[str], rows: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the rise of the skill's loss before and after training, at the last measured point within the cost."""
+    result: dict[str, Any] = {}
+    every = {n: d[0] for n, d in ways(trials.networks, skill, rest, plain.keep_costs, 1).items()}
+    for name in chosen:
+        within = [point for point in found[name]["curves"][0] if point[1] <= cost]
+        if not within:
+            continue
+        dial, rest_rise, rise = within[-1]
+        erased, _, way = name.partition(", cut by ") if name.startswith(ERASED) else ("", "", name)
+        refit = (
+            Refit(trials.adapter, rest.grams, rest.tokens, skill.grams, dial) if erased else plain
+        )
+        share = (ERASED_SHARE if way else 0.0) if erased else dial
+        scores = every[way or RATIO]
+        gone = marked(scores, round(share * len(scores))) < 0
+        cut = copy.deepcopy(trials.adapter)
+        for layer, one in enumerate(refit.cuts(trials.networks.by_layer(gone))):
+            cut.cut(layer, one)
+        after = tuned(cut, text.blocks, rows)
+        result[name] = {
+            "dial": dial, "rest": rest_rise, "before": rise,
+            "after": mean_loss(after, trials.skill) - trials.dense[1],
+        }  # fmt: skip
+        print(f"{name}: {result[name]}", flush=True)
+    whole = tuned(trials.adapter, text.blocks, rows)
+    result["whole model"] = mean_loss(whole, trials.skill) - trials.dense[1]
+    print(f"whole model after training: {result['whole model']:.3f}", flush=True)
+    return result
 
 
 def main(
     model: Annotated[str, typer.Option(help="Checkpoint, or builtin.")] = "builtin",
     skill: Annotated[list[str] | None, typer.Option(help="NAME=TEXT,TEXT; repeat.")] = None,
+    forgotten: Annotated[
+        list[str] | None, typer.Option("--forget", help="Only these skills; repeat.")
+    ] = None,
     context: int = 128,
-    tokens: Annotated[int, typer.Option(help="Tokens of each skill.")] = 4096,
+    tokens: Annotated[int, typer.Option(help="Tokens of each skill to fit on.")] = 3072,
+    held: Annotated[int, typer.Option(help="Tokens of each skill to measure on.")] = 1024,
     networks: int = 64,
+    network_tokens: Annotated[int, typer.Option(help="Tokens to find networks on.")] = 8192,
     cost: Annotated[float, typer.Option(help="Nats a token that the rest may lose.")] = 0.02,
-    tune: Annotated[bool, typer.Option(help="Also train for 50 steps.")] = True,
+    erase_with: Annotated[
+        list[str] | None, typer.Option(help="Also cut neurons by this way when erasing; repeat.")
+    ] = None,
+    way: Annotated[list[str] | None, typer.Option(help="Only these ways; repeat.")] = None,
+    draws: Annotated[int, typer.Option(help="Random rotations and orders.")] = 5,
+    tune: Annotated[
+        list[str] | None, typer.Option(help="Rows to train again for 50 steps; repeat.")
+    ] = None,
+    rows: Annotated[int, typer.Option(help="Blocks of a training step.")] = 8,
+    dtype: Annotated[str, typer.Option(help="Type that the model computes in.")] = "float32",
     output: protocol.Output = None,
-) -> None:
-    files = {n: tuple(p.split(",")) for n, _, p in (each.partition("=") for each in skill or ())}
+) -> None:  # fmt: skip
+    start = time.monotonic()
+    files: dict[str, tuple[str, str]] = {}
+    for name, _, both in (each.partition("=") for each in skill or ()):
+        fit, _, measured = both.partition(",")
+        files[name] = (fit, measured)
     if not files:
-        held = builtin.held_out_files()
-        files = {n: (str(p), str(held[n])) for n, p in builtin.calibration_files().items()}
+        last = builtin.held_out_files()
+        files = {n: (str(p), str(last[n])) for n, p in builtin.calibration_files().items()}
     checkpoint = Checkpoint.open(builtin.path_or_id(model))
     tokenizer = checkpoint.load_tokenizer()
-    adapter = ModelAdapter(checkpoint.load_model("cpu", torch.float32))
-    texts = {name: Text(*pair, tokenizer, context, tokens) for name, pair in files.items()}
+    adapter = ModelAdapter(checkpoint.load_model("cpu", getattr(torch, dtype)))
+    texts = {name: Text(*pair, tokenizer, context, tokens, held) for name, pair in files.items()}
     mixed = [block for text in texts.values() for block in text.blocks.blocks]
     random.Random(0).shuffle(mixed)
     sample = TokenBlocks(tuple(mixed), context, tuple(files))
     nets = protocol.find_networks(
-        adapter, sample, tokenizer, networks, min(8192, sample.tokens - 1), 0
+        adapter, sample, tokenizer, networks, min(network_tokens, sample.tokens - 1), 0
     )
-    seen = {name: Seen(adapter, nets, text.fitted) for name, text in texts.items()}
-    facts: dict[str, Any] = {"model": Path(model).name, "cost": cost, "networks": networks}
-    for name in texts:
-        facts[name] = forget(
-            adapter,
-            nets,
-            texts,
-            seen,
-            name,
-            cost,
-            tune=tune,
-            note=lambda line: print(line, flush=True),
-        )
-    kinds = [way for way, value in facts[next(iter(texts))].items() if isinstance(value, dict)]
-    table = Table(
-        "chosen by", *texts, title=f"rise of the skill's loss where the rest has lost {cost} nats"
-    )
-    for way in kinds:
-        cells = [f"{facts[n][way]['at cost']:.2f} ± {facts[n][way]['std']:.2f}" for n in texts]
-        table.add_row(way, *cells)
-    if tune:
-        for way in (NETWORKS, RATIO):
-            cells = [
-                "{:.2f} -> {:.2f}".format(facts[n][way]["before training"], facts[n][way]["trained"])
-                if "trained" in facts[n][way] else "" for n in texts
-            ]  # fmt: skip
-            table.add_row(f"{way}, then {TUNE_STEPS} steps", *cells)
-        table.add_row(
-            "whole model, the same steps",
-            *[f"{facts[n]['whole model, trained']:.2f}" for n in texts],
-        )
+    print(f"networks after {time.monotonic() - start:.0f} s", flush=True)
+    facts: dict[str, Any] = {"model": Path(model).name, "cost": cost, "networks": networks,
+                             "tokens": tokens, "held": held, "dtype": dtype, "skills": {}}  # fmt: skip
+    wanted = forgotten or list(texts)
+    for name in wanted:
+        own = Seen(adapter, nets, texts[name].batches)
+        others = Seen(adapter, nets, [b for n, t in texts.items() if n != name for b in t.batches])
+        trials = Trials(adapter, nets, texts, name)
+        print(f"{name}: whole model {trials.dense}, {time.monotonic() - start:.0f} s", flush=True)
+        plain = Refit(adapter, others.grams, others.tokens)
+        found = erase(trials, own, others, plain, cost, erase_with or ())
+        facts["skills"][name] = {"dense": trials.dense, "ways": found}
+        protocol.save_json(output, facts)
+        found |= forget(trials, own, others, plain, cost, way or (), draws)
+        protocol.save_json(output, facts)
+        if tune:
+            facts["skills"][name]["relearned"] = relearned(
+                trials, texts[name], own, others, plain, found, cost, tune, rows
+            )
+        facts["seconds"] = time.monotonic() - start
+        protocol.save_json(output, facts)
+    show(facts, wanted)
+
+
+def show(facts: dict[str, Any], names: Sequence[str]) -> None:
+    title = f"rise of the skill's loss where the rest has lost {facts['cost']} nats"
+    table = Table("chosen by", *names, "mean share of the best", title=title)
+    skills = [facts["skills"][name]["ways"] for name in names]
+    best = [max(row["at cost"] for row in one.values()) for one in skills]
+    for way in skills[0]:
+        values = [one[way] for one in skills]
+        share = statistics.fmean(v["at cost"] / b for v, b in zip(values, best, strict=True))
+        cells = [f"{v['at cost']:.2f} ± {v['std']:.2f}" for v in values]
+        table.add_row(way, *cells, f"{share:.2f}")
     Console(width=150).print(table)
-    protocol.save_json(output, facts)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 
 Copies of each model are made here: pruned, fine-tuned, quantised, merged, and copies of the same function whose neurons
 are permuted or rescaled. A related pair is a model and one of its copies; an unrelated pair is a model and a model (or
-a copy) of another origin. AUC is the chance that a related pair scores higher than an unrelated one.
+a copy) of another origin. AUC is the chance that a related pair scores higher than an unrelated one. The threshold is
+set half-way between related and unrelated pairs of the first `--set-on` models; only pairs without them are judged.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from __future__ import annotations
 import copy
 import random
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import protocol
@@ -44,7 +47,7 @@ from fbn_prune.progress import StageClock
 from fbn_prune.runs.fingerprint import Fingerprint, fingerprint, passages_of
 
 CKA, COSINE = "linear CKA of activations", "cosine of weights"
-LEARNING_RATE, ROWS = 2e-4, 8
+LEARNING_RATE = 2e-4
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,19 @@ class Subject:
 class Origin:
     """A model of its own, and copies of it."""
 
-    def __init__(self, path: str, texts: Sequence[str], tokens: int, context: int) -> None:
+    def __init__(
+        self,
+        path: str,
+        texts: Sequence[str],
+        tokens: int,
+        context: int,
+        rows: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self.rows = rows
         checkpoint = Checkpoint.open(path)
         self.tokenizer = checkpoint.load_tokenizer()
-        self.model = checkpoint.load_model("cpu", torch.float32)
+        self.model = checkpoint.load_model("cpu", dtype)
         self.context = min(context, checkpoint.family.context_length(checkpoint.config))
         self.texts = list(texts)
         vocabulary = checkpoint.family.vocab_size(checkpoint.config)
@@ -76,23 +88,27 @@ class Origin:
     def pruned(self, sparsity: float) -> PreTrainedModel:
         model = copy.deepcopy(self.model)
         config = PruningConfig(
-            sparsity=sparsity, tokens=4096, context=self.context, allow_untrained=True
+            sparsity=sparsity,
+            tokens=min(4096, self.blocks.tokens),
+            context=self.context,
+            allow_untrained=True,
         )
         return prune(model, self.tokenizer, self._documents(), config).model  # type: ignore[return-value]
 
     def _documents(self) -> list[str]:
         return [
-            self.tokenizer.decode(block, skip_special_tokens=True) for block in self.blocks.blocks
+            str(self.tokenizer.decode(block, skip_special_tokens=True))
+            for block in self.blocks.blocks
         ]
 
     def finetuned(self, model: PreTrainedModel, steps: int) -> PreTrainedModel:
         """Train a copy of `model` on the first blocks of the text alone."""
         tuned = copy.deepcopy(model).train()
-        longest = [b for b in self.blocks.blocks if len(b) == self.context][: 4 * ROWS]
+        longest = [b for b in self.blocks.blocks if len(b) == self.context][: 4 * self.rows]
         optimizer = torch.optim.AdamW(tuned.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
         draw = random.Random(0)
         for _ in range(steps):
-            batch = torch.stack(draw.sample(longest, min(ROWS, len(longest))))
+            batch = torch.stack(draw.sample(longest, min(self.rows, len(longest))))
             tuned(input_ids=batch, labels=batch).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -201,15 +217,40 @@ def scores(a: Subject, b: Subject) -> dict[str, float]:
     return found
 
 
+def pairs_of(subjects: Sequence[Subject], most: int) -> list[dict[str, Any]]:
+    """Return the scores of each model and its copies, and of at most so many pairs of other origin."""
+    first = [s for s in subjects if s.name == "itself"]
+    related = [(a, b) for a in first for b in subjects if b.origin == a.origin and b is not a]
+    others = [(a, b) for a in first for b in subjects if b.origin != a.origin]
+    others = random.Random(0).sample(others, min(most, len(others)))
+    return [
+        {"a": [a.origin, a.name], "b": [b.origin, b.name], "related": is_related, **scores(a, b)}
+        for is_related, pairs in ((True, related), (False, others))
+        for a, b in pairs
+    ]
+
+
+def split_scores(rows: Sequence[dict[str, Any]], kind: str) -> tuple[list[float], list[float]]:
+    """Return the scores of the related and of the unrelated pairs."""
+    both = [[row[kind] for row in rows if row["related"] is wanted] for wanted in (True, False)]
+    return both[0], both[1]
+
+
 def main(
     independent: Annotated[list[str], typer.Option(help="A model of another origin; repeat.")],
     model: Annotated[str, typer.Option(help="The model with the most copies.")] = "builtin",
+    alone: Annotated[list[str] | None, typer.Option(help="Others without copies; repeat.")] = None,
+    set_on: Annotated[
+        list[str] | None, typer.Option(help="Models whose pairs set the threshold; repeat.")
+    ] = None,
     text: Annotated[list[str] | None, typer.Option(help="Text; repeat for several.")] = None,
     networks: int = 32,
     tokens: Annotated[int, typer.Option(help="Tokens to find networks on.")] = 4096,
     context: int = 128,
     steps: Annotated[int, typer.Option(help="Steps of a fine-tune.")] = 20,
+    rows: Annotated[int, typer.Option(help="Blocks of a step.")] = 8,
     unrelated: Annotated[int, typer.Option(help="Unrelated pairs to draw.")] = 60,
+    dtype: Annotated[str, typer.Option(help="Type that the models compute in.")] = "float32",
     output: protocol.Output = None,
 ) -> None:
     from fbn_prune.data import builtin
@@ -218,41 +259,53 @@ def main(
     if texts == ["builtin"]:
         texts = [str(path) for path in builtin.calibration_files().values()]
     passages = passages_of(texts)
-    subjects: list[Subject] = []
-    for number, path in enumerate([model, *independent]):
-        on = Origin(builtin.path_or_id(path), texts, tokens, context)
-        origin = "the model" if number == 0 else f"independent {number}"
-        subjects.append(on.subject(origin, "itself", on.model, passages, networks))
-        for name, made in on.copies(steps, few=number > 0).items():
-            subjects.append(on.subject(origin, name, made, passages, networks))
-            print(f"{origin}: {name}", flush=True)
-    first = [s for s in subjects if s.name == "itself"]
-    related = [(a, b) for a in first for b in subjects if b.origin == a.origin and b is not a]
-    others = [(a, b) for a in first for b in subjects if b.origin != a.origin]
-    others = random.Random(0).sample(others, min(unrelated, len(others)))
-    rows: list[dict[str, Any]] = [
-        {"a": [a.origin, a.name], "b": [b.origin, b.name], "related": is_related, **scores(a, b)}
-        for is_related, pairs in ((True, related), (False, others))
-        for a, b in pairs
-    ]
+    facts: dict[str, Any] = {"networks": networks, "tokens": tokens, "steps": steps, "dtype": dtype}
+
+    def subjects(paths: Sequence[str]) -> list[Subject]:
+        found: list[Subject] = []
+        for path in paths:
+            on = Origin(
+                builtin.path_or_id(path), texts, tokens, context, rows, getattr(torch, dtype)
+            )
+            origin = Path(path).parent.name if Path(path).name == "model" else Path(path).name
+            start = time.monotonic()
+            found.append(on.subject(origin, "itself", on.model, passages, networks))
+            facts.setdefault("seconds", {})[origin] = time.monotonic() - start
+            made = {} if path in (alone or ()) else on.copies(steps, few=path != model)
+            for name, copied in made.items():
+                found.append(on.subject(origin, name, copied, passages, networks))
+                print(f"{origin}: {name}", flush=True)
+        return found
+
     kinds = [NETWORKS, COMPONENTS, ROTATIONS, TEMPORAL, CKA, COSINE]
+    if set_on:
+        setting = pairs_of(subjects(set_on), unrelated)
+        facts["set on"] = setting
+        facts["thresholds"] = {
+            kind: (min(split_scores(setting, kind)[0]) + max(split_scores(setting, kind)[1])) / 2
+            for kind in kinds
+        }
+        protocol.save_json(output, facts)
+    judged = pairs_of(subjects([model, *independent, *(alone or ())]), unrelated)
+    facts["rows"] = judged
+    count = sum(row["related"] for row in judged)
     table = Table(
-        "copy of the model", *kinds, title=f"{len(related)} related, {len(others)} unrelated pairs"
+        "copy of the model", *kinds, title=f"{count} related, {len(judged) - count} unrelated pairs"
     )
-    for row in rows:
-        if row["related"] and row["a"][0] == "the model":
+    main_origin = judged[0]["a"][0]
+    for row in judged:
+        if row["related"] and row["a"][0] == main_origin:
             table.add_row(row["b"][1], *[f"{row[kind]:.3f}" for kind in kinds])
-    facts: dict[str, Any] = {"networks": networks, "tokens": tokens, "steps": steps, "rows": rows}
-    truth = [row["related"] for row in rows]
+    truth = [row["related"] for row in judged]
     for kind in kinds:
-        values = [row[kind] for row in rows]
-        yes, no = (
-            [v for v, t in zip(values, truth, strict=True) if t is wanted]
-            for wanted in (True, False)
-        )
-        facts[kind] = {"auc": float(roc_auc_score(truth, values)), "least_related": min(yes),
+        yes, no = split_scores(judged, kind)
+        facts[kind] = {"auc": float(roc_auc_score(truth, [row[kind] for row in judged])), "least_related": min(yes),
                        "highest_unrelated": max(no), "mean_unrelated": statistics.fmean(no)}  # fmt: skip
-    for name in ("auc", "least_related", "highest_unrelated", "mean_unrelated"):
+        if set_on:
+            line = facts["thresholds"][kind]
+            facts[kind]["wrong"] = sum(v < line for v in yes) + sum(v >= line for v in no)
+            facts[kind]["threshold"] = line
+    for name in facts[NETWORKS]:
         table.add_row(name.replace("_", " "), *[f"{facts[kind][name]:.3f}" for kind in kinds])
     Console(width=150).print(table)
     protocol.save_json(output, facts)

@@ -10,6 +10,7 @@ spread over splits. `raw` finds networks in activations that are centred and not
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -57,19 +58,22 @@ def raw_networks(on: Studied, tokens: int) -> FunctionalNetworks:
     )
 
 
-def measure(on: Studied, files: list[Path], splits: int, pooling: Pooling) -> dict[str, Any]:
-    """Return description -> k -> label set -> accuracies over splits."""
-    found: dict[str, Any] = {}
+def measure(
+    on: Studied, files: list[Path], splits: int, pooling: Pooling, sizes: list[int | None]
+) -> dict[int | None, dict[str, Any]]:
+    """Return texts of a label to train on -> description -> k -> label set -> accuracies over splits."""
+    found: dict[int | None, dict[str, Any]] = {size: {} for size in sizes}
     bases = bases_of(on, 0, StageClock())
     for file in files:
         given = read_labels(file)
         blocks, kept = text_blocks(given, on.tokenizer, on.prepared.context)
         labels = np.array([given.labels[i] for i in kept])
         features = describe(on, blocks, bases, seed=0, clock=StageClock(), pooling=pooling)
-        for name, results in probe_all(features, labels, range(splits)).items():
-            for count in COUNTS:
-                accuracies = [result[count].accuracy for result in results]
-                found.setdefault(name, {}).setdefault(count, {})[file.stem] = accuracies
+        for size in sizes:
+            probed = probe_all(features, labels, range(splits), each=size)
+            for name, count in itertools.product(probed, COUNTS):
+                accuracies = [result[count].accuracy for result in probed[name]]
+                found[size].setdefault(name, {}).setdefault(count, {})[file.stem] = accuracies
     return found
 
 
@@ -87,13 +91,24 @@ def main(
     networks: int = 64,
     context: int = 128,
     splits: int = 5,
+    dtype: Annotated[str, typer.Option(help="Type that the model computes in.")] = "float32",
+    few: Annotated[
+        list[int] | None, typer.Option(help="Also train on so many texts of each label; repeat.")
+    ] = None,
+    scope: Annotated[str, typer.Option(help="global or layer.")] = "global",
     raw: Annotated[bool, typer.Option(help="Also without standardising.")] = False,
     pooling: Annotated[list[str] | None, typer.Option(help="rms, mean, or both.")] = None,
     output: protocol.Output = None,
 ) -> None:
     recipe = build_recipe(
         {"model": model, "calibration": calibrate or ["builtin"], "tokens": tokens, "seed": 0}
-        | {"network_tokens": tokens, "networks": networks, "context": context, "dtype": "float32"}
+        | {
+            "network_tokens": tokens,
+            "networks": networks,
+            "context": context,
+            "dtype": dtype,
+            "scope": scope,
+        }
     )
     run: OpenRun = open_study(recipe, StageClock())
     on = with_networks(run)
@@ -103,22 +118,29 @@ def main(
         "model": Path(model).name,
         "tokens": tokens,
         "networks": networks,
+        "dtype": dtype,
         "sets": [f.stem for f in files],
     }
     for form, study in forms.items():
         for how in POOLINGS:
             if pooling and how not in pooling:
                 continue
-            found = measure(study, files, splits, how)
-            facts[f"{form}{how}"] = found
-            table = Table("features", *[f"k = {count}" for count in COUNTS], *[f.stem for f in files],
-                          title=f"{Path(model).name}, {form}{how}; sets at k = {COUNTS[-1]}")  # fmt: skip
-            for name, by_count in found.items():
-                cells = ["{:.3f} ± {:.3f}".format(*summary(by_count[count])) for count in COUNTS]
-                cells += [f"{statistics.fmean(by_count[COUNTS[-1]][f.stem]):.3f}" for f in files]
-                table.add_row(name, *cells)
-            Console(width=180).print(table)
+            sizes = [None, *(few or ())]
+            for size, found in measure(study, files, splits, how, sizes).items():
+                key = f"{form}{how}" if size is None else f"{form}{how}, {size} of each label"
+                facts[key] = found
+                show(f"{Path(model).name}, {key}", found, [file.stem for file in files])
     protocol.save_json(output, facts)
+
+
+def show(title: str, found: dict[str, Any], sets: list[str]) -> None:
+    table = Table("features", *[f"k = {count}" for count in COUNTS], *sets,
+                  title=f"{title}; sets at k = {COUNTS[-1]}")  # fmt: skip
+    for name, by_count in found.items():
+        cells = ["{:.3f} ± {:.3f}".format(*summary(by_count[count])) for count in COUNTS]
+        cells += [f"{statistics.fmean(by_count[COUNTS[-1]][one]):.3f}" for one in sets]
+        table.add_row(name, *cells)
+    Console(width=180).print(table)
 
 
 if __name__ == "__main__":

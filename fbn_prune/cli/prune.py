@@ -110,7 +110,7 @@ def _print_result(recipe: Recipe, result: PruneResult) -> None:
         console.print_line(f"networks kept: {kept}{more}")
     if (gone := result.forgotten) is not None:
         console.print_line(
-            f"forgotten: {gone['neurons']} neurons cut or silent; perplexity of the examples set aside "
+            f"forgotten: {gone['how']}; perplexity of the examples set aside "
             f"{gone['perplexity_before']:.3f} -> {gone['perplexity_after']:.3f}; the perplexities above are of the "
             "held-out text unlike them"
         )

@@ -12,6 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Strengths of erasing to try first: how much the output on the skill's text counts beside that on other text."""
+
 ROUNDS = 20
 """Most rounds of the search for the boundary between text like the examples and other text."""
 
@@ -93,26 +96,31 @@ def candidate_sizes(neurons: int, steps: int = 10) -> list[int]:
     return sorted({max(1, round(largest / 1.7**step)) for step in range(steps)})
 
 
-def between(low: int, high: int, steps: int = 4) -> list[int]:
-    """Return numbers between two sizes, for a closer look."""
+def between(low: float, high: float, steps: int = 4) -> list[int]:
+    """Return whole numbers between two sizes, for a closer look."""
     return sorted(
-        {low + round((high - low) * i / (steps + 1)) for i in range(1, steps + 1)} - {low, high}
+        {round(low + (high - low) * i / (steps + 1)) for i in range(1, steps + 1)} - {low, high}
     )
 
 
-def largest_within(costs: Sequence[tuple[int, float]], most: float) -> int:
-    """Return the largest size below which no size costs more than `most`; 0 if the smallest does.
+def strengths_between(low: float, high: float, steps: int = 3) -> list[float]:
+    """Return strengths of erasing between two, in equal ratios, for a closer look."""
+    return [low * (high / low) ** (i / (steps + 1)) for i in range(1, steps + 1)]
+
+
+def largest_within(costs: Sequence[tuple[float, float]], most: float) -> float:
+    """Return the largest dial below which none costs more than `most`; 0 if the smallest does.
 
     Parameters
     ----------
     costs
-        Sizes and what they cost.
+        Dials (numbers of neurons, or strengths), and what they cost.
     """
-    found = 0
-    for size, cost in sorted(costs):
+    found = 0.0
+    for dial, cost in sorted(costs):
         if cost > most:
             break
-        found = size
+        found = dial
     return found
 
 

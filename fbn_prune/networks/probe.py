@@ -96,8 +96,21 @@ def choose(features: Floats, labels: Ints, count: int) -> list[int]:
     return chosen
 
 
-def halves(labels: Ints, seed: int) -> tuple[Ints, Ints]:
-    """Return the indices of a training and a test half, with equal shares of every label in both."""
+def halves(labels: Ints, seed: int, each: int | None = None) -> tuple[Ints, Ints]:
+    """Return the indices of a training and a test half, with equal shares of every label in both.
+
+    Parameters
+    ----------
+    each
+        Train on so many texts of every label instead of on half of them, and test on all others.
+    """
+    if each is not None:
+        shuffled = np.random.default_rng(seed).permutation(len(labels))
+        rows = [shuffled[labels[shuffled] == label] for label in np.unique(labels)]
+        return (
+            np.sort(np.concatenate([row[:each] for row in rows])),
+            np.sort(np.concatenate([row[each:] for row in rows])),
+        )
     train, test = train_test_split(
         np.arange(len(labels)), test_size=0.5, random_state=seed, stratify=labels
     )
@@ -143,6 +156,7 @@ def probe_all(
     labels: Ints,
     seeds: Sequence[int],
     counts: Sequence[int] = COUNTS,
+    each: int | None = None,
 ) -> dict[str, list[dict[int, Probed]]]:
     """Probe every description with every split into halves.
 
@@ -152,13 +166,15 @@ def probe_all(
         Name -> features [texts, features]; several for a description that is drawn at random, one for each draw.
     seeds
         One for each split; split number i uses draw number i, and begins again where there are fewer draws.
+    each
+        See :func:`halves`.
 
     Returns
     -------
     dict of str to list
         For each description, the result of :func:`probe` for each seed.
     """
-    splits = [halves(labels, seed) for seed in seeds]
+    splits = [halves(labels, seed, each) for seed in seeds]
     return {
         name: [
             probe(draws[i % len(draws)], labels, *split, counts) for i, split in enumerate(splits)

@@ -76,6 +76,8 @@ class LayerEvidence(OutputEvidence):
         Whether the architecture can store a bias of the output projection.
     heads
         Evidence for the layer's attention; None unless its heads are cut too.
+    erased
+        E[xᵀx] on the text of a skill to erase, [N, N]; None without one.
     """
 
     layer: int
@@ -84,6 +86,7 @@ class LayerEvidence(OutputEvidence):
     seed: int
     membership: Tensor | None = None
     heads: HeadEvidence | None = None
+    erased: Tensor | None = None
 
 
 Cut = Callable[[LayerEvidence, int], MlpCut]
@@ -216,6 +219,23 @@ def second_order_cut(evidence: LayerEvidence, width: int) -> MlpCut:
     scored = _scored(evidence, signal)
     kept = second_order.choose_neurons(scored, signal.gram, width, damping=evidence.damping)
     return MlpCut(kept.cpu(), *_refitted(evidence, signal, kept))
+
+
+def erasure(evidence: LayerEvidence, strength: float) -> MlpCut:
+    """Keep all neurons, with output weights that do little on a skill's text; a bias stays as it is.
+
+    The damping is at least that for the choice of neurons: with less, text that the weights were not fitted on lost
+    more (`eval/quality/forget_table.py`).
+    """
+    assert evidence.erased is not None
+    warn_of_outliers(evidence.gram)
+    width = evidence.weight.shape[1]
+    share = refit_share(evidence.refit_damping, evidence.tokens, width)
+    weight = second_order.erased(
+        evidence.weight, evidence.gram, evidence.erased,
+        strength=strength, damping=max(evidence.damping, share),
+    )  # fmt: skip
+    return MlpCut(torch.arange(width), weight.cpu())
 
 
 def head_cut(evidence: HeadEvidence, groups: int) -> HeadCut:

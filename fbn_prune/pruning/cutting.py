@@ -24,7 +24,12 @@ from fbn_prune.model.surgery import MlpCut, cut_of_parts, cut_parts, rounded_cut
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.criteria import LayerEvidence
 from fbn_prune.pruning.evidence import CutOptions, EvidencePass
-from fbn_prune.pruning.fitting import DampingNotes, fitting_cuts, fitting_head_cut
+from fbn_prune.pruning.fitting import (
+    DampingNotes,
+    fitting_cuts,
+    fitting_erasure,
+    fitting_head_cut,
+)
 from fbn_prune.pruning.prediction import (
     HEAD_WEIGHT,
     RoughError,
@@ -72,12 +77,16 @@ class CutPlan:
         networks.
     left_out
         Layers that the cut model does not have; their widths do not matter.
+    erase
+        Strength with which the output on a skill's text is made small instead of cutting neurons, see
+        :func:`fbn_prune.pruning.second_order.erased`; None to cut.
     """
 
     criterion: str
     widths: Sequence[int]
     membership: Sequence[Tensor] | None = None
     left_out: frozenset[int] = frozenset()
+    erase: float | None = None
 
 
 def cut_layers(
@@ -87,6 +96,7 @@ def cut_layers(
     options: CutOptions,
     *,
     loss_roots: Sequence[Tensor] | None = None,
+    skill: Sequence[Batch] = (),
     clock: StageClock,
     store: Store | None = None,
 ) -> CutModel:
@@ -97,6 +107,8 @@ def cut_layers(
     loss_roots
         R [hidden, hidden] for each layer (see :func:`fbn_prune.pruning.second_order.loss_root`); None to count all
         errors alike.
+    skill
+        Text of a skill, for a plan that erases it.
     store
         Keeps finished layers, and provides those that an earlier run finished; None keeps nothing.
 
@@ -133,6 +145,7 @@ def cut_layers(
         batches,
         options,
         loss_roots=loss_roots,
+        skill=skill,
         clock=clock,
         done=_layers_done(store),
         again=again,
@@ -210,6 +223,7 @@ def try_cuts(
     options: CutOptions,
     *,
     loss_roots: Sequence[Tensor] | None = None,
+    skill: Sequence[Batch] = (),
     scratch: Path,
     clock: StageClock,
     stage: str = "prune",
@@ -221,6 +235,8 @@ def try_cuts(
 
     Parameters
     ----------
+    skill
+        Text of a skill, for plans that erase it.
     scratch
         Folder for the cuts, since those of many plans are larger than the model.
     errors
@@ -228,7 +244,7 @@ def try_cuts(
     """
     options = replace(options, sequential=False, head_groups=None)
     evidence = EvidencePass(
-        adapter, batches, options, loss_roots=loss_roots, clock=clock, stage=stage
+        adapter, batches, options, loss_roots=loss_roots, skill=skill, clock=clock, stage=stage
     )
     cuts = {name: spilled_cuts(scratch) for name in plans}
     notes = DampingNotes()
@@ -291,23 +307,27 @@ def _fitted(
 ) -> list[FinishedLayer]:
     """The cut of one layer by each plan, with error and notes."""
     layer, stored = evidence.layer, options.round_to
-    alike: dict[tuple[str, int], list[int]] = {}
+    alike: dict[tuple[str, int, float | None], list[int]] = {}
     for index, plan in enumerate(plans):
-        alike.setdefault((plan.criterion, id(plan.membership)), []).append(index)
+        alike.setdefault((plan.criterion, id(plan.membership), plan.erase), []).append(index)
     heads, head_error, head_notes = None, 0.0, DampingNotes()
     if evidence.heads is not None and options.head_groups is not None:
         with head_notes.heard(layer, "attention: "):
             heads = fitting_head_cut(evidence.heads, options.head_groups, stored=stored)
         head_error = HEAD_WEIGHT * relative_head_error(evidence.heads, heads)
     done: dict[int, FinishedLayer] = {}
-    for (criterion, _), group in alike.items():
+    for (criterion, _, erase), group in alike.items():
         members = plans[group[0]].membership
         membership = None if members is None else members[layer].to(evidence.weight.device)
         evidence = replace(evidence, membership=membership)
         widths = {plans[index].widths[layer] for index in group}
         notes = DampingNotes()
         with notes.heard(layer):
-            cuts = fitting_cuts(evidence, widths, criterion=criterion, stored=stored)
+            if erase is None:
+                cuts = fitting_cuts(evidence, widths, criterion=criterion, stored=stored)
+            else:
+                whole = fitting_erasure(evidence, erase, stored=stored)
+                cuts = dict.fromkeys(widths, whole)
         notes.add(layer, head_notes.of(layer))
         for index in group:
             cut = cuts[plans[index].widths[layer]]

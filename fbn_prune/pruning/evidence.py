@@ -66,6 +66,8 @@ class EvidencePass:
     ----------
     loss_roots
         R [hidden, hidden] for each layer, copied to the evidence; None to count all errors alike.
+    skill
+        Text of a skill to erase; not in sequential mode.
     done
         Number of leading layers that an earlier run has cut; they yield no evidence.
     again
@@ -89,6 +91,7 @@ class EvidencePass:
         options: CutOptions,
         *,
         loss_roots: Sequence[Tensor] | None = None,
+        skill: Sequence[Batch] = (),
         clock: StageClock,
         stage: str = "prune",
         done: int = 0,
@@ -102,6 +105,7 @@ class EvidencePass:
         self._set_aside: Sequence[Tensor | None] = []
         self._options, self._clock = options, clock
         self._loss_roots, self._stage = loss_roots, stage
+        self._skill = skill
         self._done, self._again = done, again
         self._left_out, self._passed = left_out, passed
         self.forward_seconds = 0.0
@@ -115,7 +119,10 @@ class EvidencePass:
         self._own_batches = distributed.share(self._batches)
         self._set_aside = distributed.share(tokens_set_aside(self._batches))
         dense = LayerwiseForward(adapter, self._own_batches)
-        pruned = None
+        pruned = skill = None
+        if self._skill:
+            assert not self._options.sequential
+            skill = LayerwiseForward(adapter, distributed.share(self._skill))
         if self._options.sequential:
             pruned = LayerwiseForward(adapter, self._own_batches)
         layers = adapter.num_layers
@@ -126,9 +133,12 @@ class EvidencePass:
                 if layer < self._done or layer in self._left_out:
                     if dense.next_layer <= layer:
                         dense.advance(on_batch=advance)
+                    if skill is not None:
+                        skill.advance()
                     (self._again if layer < self._done else self._passed)(layer)
                 else:
-                    yield self._evidence(layer, *self._watched(dense, pruned, layer, advance))
+                    sites = self._watched(dense, pruned, layer, advance)
+                    yield self._evidence(layer, *sites, self._of_skill(skill, layer))
                 if pruned is not None:
                     pruned.advance(on_batch=advance)
 
@@ -166,6 +176,15 @@ class EvidencePass:
                 )
         self.forward_seconds = dense.forward_seconds
         return sites[0], sites[1] if len(sites) > 1 else None
+
+    def _of_skill(self, stream: LayerwiseForward | None, layer: int) -> Tensor | None:
+        """E[xᵀx] of the skill's text, whose stream moves past the layer."""
+        if stream is None:
+            return None
+        sums = GramStatistics(self._adapter.widths[layer], self._adapter.layer_device(layer))
+        stream.advance(lambda index, x: sums.update(x))
+        sums.add_up()
+        return sums.gram
 
     def _weights(self, index: int, x: Tensor) -> Tensor | None:
         weights = self._own_batches[index].token_weights
@@ -211,7 +230,11 @@ class EvidencePass:
             yield layer
 
     def _evidence(
-        self, layer: int, neurons: _Statistics, heads: _Statistics | None
+        self,
+        layer: int,
+        neurons: _Statistics,
+        heads: _Statistics | None,
+        erased: Tensor | None,
     ) -> LayerEvidence:
         adapter, options = self._adapter, self._options
         adapter.load_layer(layer)
@@ -251,6 +274,7 @@ class EvidencePass:
             refit_damping=options.refit_damping,
             seed=options.seed,
             heads=head_evidence,
+            erased=erased,
             **neurons.facts(),
         )
 

@@ -19,6 +19,7 @@ from fbn_prune.pruning.criteria import (
     LayerEvidence,
     OutputEvidence,
     cuts_to_widths,
+    erasure,
     head_cut,
 )
 from fbn_prune.pruning.damping import DampingWarning
@@ -60,6 +61,17 @@ def fitting_cuts(
         )
         for width in widths
     }
+
+
+def fitting_erasure(evidence: LayerEvidence, strength: float, *, stored: torch.dtype) -> MlpCut:
+    """Erase a skill from a layer's output weights; the damping rises as in :func:`fitting_cuts`."""
+    return _fitting(
+        evidence,
+        stored,
+        erasure(evidence, strength),
+        lambda damped: erasure(damped, strength),
+        lambda cut: cut.down_weight,
+    )
 
 
 def fitting_head_cut(evidence: HeadEvidence, groups: int, *, stored: torch.dtype) -> HeadCut:

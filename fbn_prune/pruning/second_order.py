@@ -254,6 +254,26 @@ def refit(
     return weight[:, kept] + torch.cholesky_solve(residual.T, factor).T
 
 
+def erased(
+    weight: Tensor, gram: Tensor, skill: Tensor, *, strength: float, damping: float
+) -> Tensor:
+    """Return output weights that do on other text what they did, and little on a skill's text.
+
+    Minimises ``E||(W - W') x||² + strength * E_skill||W' x||² + ridge ||W - W'||²``; no neuron is removed.
+
+    Parameters
+    ----------
+    weight
+        [d, neurons], float64.
+    gram, skill
+        E[xᵀx] on other text and on the skill's, [neurons, neurons].
+    strength
+        How much the output on the skill's text counts, > 0.
+    """
+    factor = factored(gram + strength * skill, ridge(gram, damping))
+    return weight - torch.cholesky_solve((strength * (weight @ skill)).T, factor).T
+
+
 def output_error(weight: Tensor, gram: Tensor, kept: Tensor, new_weight: Tensor) -> float:
     """Return E||W x - W' x_kept||² under H, in units of the squared MLP output."""
     difference = weight.clone()

@@ -1,5 +1,6 @@
-"""Remove a skill that a few examples show: cut the neurons that it needs, as many as the other text can spare.
+"""Remove a skill that a few examples show, as far as the other text can spare it.
 
+The output weights are fitted to do little on the examples, or the neurons that the examples need are cut.
 The examples may resemble a part of the calibration text. That part is left out of everything: a refit on it would teach
 the remaining neurons the skill again, and a measurement on it would count the skill's loss as damage.
 """
@@ -19,6 +20,7 @@ from fbn_prune.errors import InvalidInput, counted
 from fbn_prune.model.perplexity import mean_loss
 from fbn_prune.networks.activity import time_courses
 from fbn_prune.networks.forgetting import (
+    STRENGTHS,
     activity_ratio,
     alike,
     between,
@@ -27,10 +29,11 @@ from fbn_prune.networks.forgetting import (
     largest_within,
     marked,
     selectivity,
+    strengths_between,
 )
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.pruning.cutting import CutPlan, try_cuts
-from fbn_prune.pruning.layout import Layout, Subject
+from fbn_prune.pruning.layout import Subject
 from fbn_prune.runs.kept import numbers, tensors
 from fbn_prune.runs.opening import OpenRun
 from fbn_prune.store import Store
@@ -124,75 +127,84 @@ def plan_forgetting(on: OpenRun, networks: FunctionalNetworks, store: Store) -> 
 
 def choose_cut(
     on: OpenRun, subject: Subject, what: Forgetting, store: Store
-) -> tuple[Layout, list[Tensor], dict[str, Any]]:
-    """Find how many neurons can go before the loss on the rest rises by more than `forget_cost`.
+) -> tuple[CutPlan, dict[str, Any]]:
+    """Find how far the skill can be removed before the loss on the rest rises by more than `forget_cost`.
+
+    The dial is the strength with which the skill is erased, or the number of neurons that are cut.
 
     Returns
     -------
-    layout, membership
-        The widths, and what each neuron is worth to the rest (below 0: it goes), for :class:`CutPlan`.
+    plan
+        What to do with the whole text; `membership` is what each neuron is worth to the rest (below 0: it goes).
     facts
         The course of the search, as JSON values.
 
     Raises
     ------
     InvalidInput
-        Even the smallest cut costs more.
+        Even the first step costs more.
     """
-    recipe, neurons = on.prepared.recipe, len(what.scores)
+    recipe, erasing = on.prepared.recipe, on.prepared.recipe.forget_by == "erasing"
     fitted, tried = what.rest.split(TRIED_EVERY)
     measuring = tried.batches(subject.batch_tokens)
 
-    def costs(sizes: Sequence[int]) -> list[list[float]]:
+    def costs(dials: Sequence[float]) -> list[list[float]]:
         cuts = try_cuts(
             on.adapter,
             fitted.batches(subject.batch_tokens),
-            {size: _plan(on, what, size) for size in sizes},
+            {dial: _plan(on, what, dial) for dial in dials},
             subject.options,
+            skill=what.examples.batches(subject.batch_tokens) if erasing else (),
             scratch=subject.scratch,
             clock=on.clock,
             stage="forget",
         ).cuts
         dense = mean_loss(on.adapter, measuring)
         found = []
-        for size, parts in cuts.items():
+        for dial, parts in cuts.items():
             with on.adapter.trying(parts):
-                found.append([size, mean_loss(on.adapter, measuring) - dense])
+                found.append([dial, mean_loss(on.adapter, measuring) - dense])
         return found
 
     def search() -> list[list[float]]:
-        found = costs(candidate_sizes(neurons))
-        low = largest_within([(int(s), c) for s, c in found], recipe.forget_cost)
-        above = [int(size) for size, _ in found if size > low]
-        if above and (closer := between(low, min(above))):
-            found += costs(closer)
+        found = costs(STRENGTHS if erasing else candidate_sizes(len(what.scores)))
+        low = largest_within([(d, c) for d, c in found], recipe.forget_cost)
+        above = [dial for dial, _ in found if dial > low]
+        if low and above:
+            closer = strengths_between if erasing else between
+            if steps := closer(low, min(above)):
+                found += costs(steps)
         return sorted(found)
 
     trials: list[list[float]] = numbers(store, "forget-trials", search)
-    size = largest_within([(int(s), c) for s, c in trials], recipe.forget_cost)
-    if size == 0:
+    dial = largest_within([(d, c) for d, c in trials], recipe.forget_cost)
+    if dial == 0:
         least = min(trials)
+        step = f"erasing with strength {least[0]:g}" if erasing else f"cutting {least[0]:g} neurons"
         raise InvalidInput(
-            f"forget_cost = {recipe.forget_cost}: cutting {int(least[0])} neurons already costs the other text "
-            f"{least[1]:.3f} nats a token: allow more, or give more calibration text"
+            f"forget_cost = {recipe.forget_cost}: {step} already costs the other text {least[1]:.3f} nats a token: "
+            "allow more, or give more calibration text"
         )
-    plan = _plan(on, what, size)
-    assert plan.membership is not None
     facts = {
         "file": str(recipe.forget),
         "examples": len(on.prepared.forget or ()),
         "blocks_left_out": what.left_out,
-        "neurons": size,
+        "by": recipe.forget_by,
+        "neurons": 0 if erasing else int(dial),
+        "strength": dial if erasing else None,
+        "how": f"erased with strength {dial:.3g}" if erasing else f"{dial:g} neurons are cut or silent",
         "cost_limit": recipe.forget_cost,
         "trials": trials,
-    }
-    return Layout(list(plan.widths), "forget"), list(plan.membership), facts
+    }  # fmt: skip
+    return _plan(on, what, dial), facts
 
 
-def _plan(on: OpenRun, what: Forgetting, size: int) -> CutPlan:
-    """The plan that cuts the `size` neurons that belong most to the skill."""
+def _plan(on: OpenRun, what: Forgetting, dial: float) -> CutPlan:
+    """The plan that erases with this strength, or cuts so many of the neurons that belong most to the skill."""
     full = on.prepared.widths
-    worth = list(torch.split(marked(what.scores, size), full))
+    if on.prepared.recipe.forget_by == "erasing":
+        return CutPlan("erasing", full, erase=dial)
+    worth = list(torch.split(marked(what.scores, int(dial)), full))
     left = [max(1, int((part >= 0).sum())) for part in worth]
     if on.prepared.recipe.layout == "uniform":
         multiple = on.prepared.width_multiple

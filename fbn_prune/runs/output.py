@@ -137,7 +137,7 @@ def _criterion(result: PruneResult) -> str:
     if (found := result.forgotten) is not None:
         return (
             f"the {found['examples']} examples of a skill to remove in {public_name(found['file'])}: "
-            f"{found['neurons']} neurons are cut or silent"
+            f"{found['how']}"
         )
     return _CRITERION_WORDS.get(result.criterion, f"the criterion {result.criterion}")
 

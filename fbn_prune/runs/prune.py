@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from torch import Tensor
-
 from fbn_prune.data.calibration import Batch, TokenBlocks
 from fbn_prune.distributed import is_first
 from fbn_prune.errors import FbnPruneError
@@ -35,7 +33,7 @@ from fbn_prune.pruning.prediction import advice, check_rise, predicted_rise
 from fbn_prune.pruning.recovery.gain import Recovery
 from fbn_prune.pruning.search import Searched
 from fbn_prune.runs.choices import chosen_layout, kept_networks, layout_request, verdict
-from fbn_prune.runs.forget import CRITERION, Forgetting, choose_cut, plan_forgetting, without_like
+from fbn_prune.runs.forget import Forgetting, choose_cut, plan_forgetting, without_like
 from fbn_prune.runs.kept import artifact, numbers
 from fbn_prune.runs.opening import OpenRun
 from fbn_prune.runs.output import publish
@@ -69,8 +67,7 @@ class PruneRun:
     recovery: Recovery | None = None
     forgetting: Forgetting | None
     forgotten: dict[str, Any] | None
-    members: list[Tensor] | None
-    """What each neuron is worth in each layer, for criteria that ask for it."""
+    cut_plan: CutPlan
 
     def __init__(self, on: OpenRun, store: Store) -> None:
         self.on, self.store, self.clock = on, store, on.clock
@@ -122,6 +119,7 @@ class PruneRun:
         self.on = without_like(self.on, what)
         self.held_out = self.on.data.held_out.batches(self.prepared.batch_tokens)
         self.measured = what.measured.batches(self.prepared.batch_tokens)
+        self.shown = what.examples.batches(self.prepared.batch_tokens)
         self.before, self.skill_before = numbers(
             self.store,
             "dense-rest",
@@ -165,11 +163,13 @@ class PruneRun:
             prepared.memory.scratch,
         )
         if self.forgetting is not None:
-            found = choose_cut(self.on, self.subject, self.forgetting, self.store)
-            self.widths, self.members, self.forgotten = found
-            self.subject = replace(self.subject, criterion=CRITERION)
+            self.cut_plan, self.forgotten = choose_cut(
+                self.on, self.subject, self.forgetting, self.store
+            )
+            self.widths = Layout(list(self.cut_plan.widths), "forget")
+            self.subject = replace(self.subject, criterion=self.cut_plan.criterion)
             return
-        self.members = None if self.networks is None else member_scores(self.networks, self.kept)
+        members = None if self.networks is None else member_scores(self.networks, self.kept)
         request = layout_request(prepared, self.networks, self.kept)
 
         def choose() -> dict[str, Any]:
@@ -179,6 +179,7 @@ class PruneRun:
             return asdict(layout)
 
         self.widths = Layout(**numbers(self.store, "layout", choose))
+        self.cut_plan = CutPlan(recipe.criterion, self.widths.widths, members, self.widths.left_out)
         if recipe.layout == "auto":
             self.clock.note(verdict(self.widths))
 
@@ -196,9 +197,10 @@ class PruneRun:
         self.pruned = cut_layers(
             self.adapter,
             self.blocks.batches(self.prepared.batch_tokens),
-            CutPlan(subject.criterion, self.widths.widths, self.members, self.widths.left_out),
+            self.cut_plan,
             subject.options,
             loss_roots=subject.loss_roots if self.recipe.loss_aware else None,
+            skill=() if self.cut_plan.erase is None else self.shown,
             clock=self.clock,
             store=self.store,
         )

@@ -1,0 +1,322 @@
+"""Print how well a real model cut for a task of a few examples does, by how the calibration documents are weighted.
+
+    python eval/quality/task_real.py --model DIR --domain prose=a.txt,b.txt --domain questions=q.jsonl --task questions
+
+As `task_table.py`, which explains the weightings, for models whose statistics of every document do not fit in memory:
+each weighting's statistics are summed in one pass over the layers. A domain is a text to calibrate on and one to
+measure on, or a file of multiple-choice questions, of which the last quarter is measured. The neurons to cut are chosen
+once by second-order costs, and the output weights of the others are refitted.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import protocol
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from fbn_prune.data.calibration import TokenBlocks, tokenize_document
+from fbn_prune.model.adapter import ModelAdapter
+from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.layerwise import LayerwiseForward
+from fbn_prune.model.perplexity import perplexity, token_losses
+from fbn_prune.model.surgery import MlpCut
+from fbn_prune.networks.activity import time_courses
+from fbn_prune.networks.controls import control_bases
+from fbn_prune.networks.function_matching import (
+    SHARPNESS,
+    match_documents,
+    mixture_weights,
+    score_weights,
+    standardised,
+)
+from fbn_prune.progress import StageClock
+
+BATCH_TOKENS = 1024
+DAMPING = 1e-2
+SHORTEST = 8
+GENERIC, ALONE, ORACLE = "generic text", "the examples alone", "oracle"
+MEANS = "cosine of mean activations"
+
+
+@dataclass(frozen=True)
+class Question:
+    stem: str
+    choices: list[str]
+    answer: int
+
+    @property
+    def text(self) -> str:
+        return self.stem + self.choices[self.answer]
+
+
+def read_questions(path: Path) -> list[Question]:
+    """Return multiple-choice questions in the forms of SciQ, ARC, OpenBookQA and PIQA."""
+    found = []
+    for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        if "correct_answer" in row:
+            texts = [row["correct_answer"], *[row[f"distractor{n}"] for n in (1, 2, 3)]]
+            stem, answer = row["question"], 0
+        elif "goal" in row:
+            stem, texts, answer = row["goal"], [row["sol1"], row["sol2"]], int(row["label"])
+        else:
+            stem, texts = row.get("question") or row["question_stem"], row["choices"]["text"]
+            answer = row["choices"]["label"].index(row["answerKey"])
+        found.append(Question(f"Question: {stem}\nAnswer:", [f" {text}" for text in texts], answer))
+    return found
+
+
+class Domain:
+    """A kind of text: documents to calibrate on, blocks to measure on, and questions to answer."""
+
+    def __init__(self, entry: str, tokenizer: Any, context: int, held: int) -> None:
+        self.name, _, files = entry.partition("=")
+        own, _, measured = files.partition(",")
+        self.questions: list[Question] = []
+        if measured:
+            self.documents = protocol.first_blocks(Path(own), tokenizer, context, 400)
+            blocks = protocol.first_blocks(Path(measured), tokenizer, context, held // context)
+        else:
+            every = read_questions(Path(own))
+            random.Random(0).shuffle(every)
+            last = len(every) // 4
+            self.questions = every[-last:]
+            self.documents, blocks = (
+                [b for q in part for b in tokenize_document(tokenizer, q.text, context)[:1] if len(b) >= SHORTEST]
+                for part in (every[:-last][:2000], self.questions[: held // 24])
+            )  # fmt: skip
+        self.measured = TokenBlocks(tuple(blocks), context, (self.name,)).batches(BATCH_TOKENS)
+
+
+class Pool:
+    """Generic documents of every domain and the examples of one, with what networks and neurons do on each."""
+
+    def __init__(
+        self, adapter: ModelAdapter, tokenizer: Any, domains: Sequence[Domain], task: str, *,
+        context: int, share: int, examples: int, networks: int, network_tokens: int, seed: int,
+    ) -> None:  # fmt: skip
+        draw = random.Random(seed)
+        self.adapter, documents = adapter, list[Tensor]()
+        own: list[int] = []
+        chosen: list[Tensor] = []
+        for domain in domains:
+            order = draw.sample(domain.documents, len(domain.documents))
+            if domain.name == task:
+                chosen, order = order[:examples], order[examples:]
+            tokens = 0
+            for document in order:
+                if tokens >= share:
+                    break
+                if domain.name == task:
+                    own.append(len(documents))
+                documents.append(document)
+                tokens += len(document)
+        self.generic, self.own = list(range(len(documents))), own
+        self.examples = list(range(len(documents), len(documents) + len(chosen)))
+        self.blocks = TokenBlocks((*documents, *chosen), context, ("pool",))
+        mixed = list(documents)
+        random.Random(seed).shuffle(mixed)
+        nets = protocol.find_networks(
+            adapter, TokenBlocks(tuple(mixed), context, ("pool",)), tokenizer, networks, network_tokens, 0
+        )  # fmt: skip
+        self.batches = self.blocks.batches(BATCH_TOKENS)
+        lengths = [batch.valid.sum(1).tolist() for batch in self.batches]
+        neurons: list[list[Tensor]] = [[] for _ in nets.widths]
+
+        def watch(layer: int, index: int, z: Tensor) -> None:
+            neurons[layer] += [part.mean(0) for part in torch.split(z, lengths[index])]
+
+        courses = torch.cat(time_courses(adapter, nets, self.batches, StageClock(), watch))
+        self.lengths = [length for batch in lengths for length in batch]
+        places = torch.argsort(torch.tensor(self.blocks.batch_order()))
+        bases = control_bases(courses)
+        self.activity = {
+            name: torch.stack([p.mean(0) for p in torch.split(courses @ drawn[0], self.lengths)])[places]
+            for name, drawn in bases.items()
+        }  # fmt: skip
+        self.neurons = torch.cat([torch.stack(each) for each in neurons], 1)[places].double()
+
+    def weights(self, matched: int) -> dict[str, Tensor]:
+        """Return for each weighting the weight of a token of each document, float64 [documents]."""
+        generic, examples = self.generic, self.examples
+        sizes = [len(block) for block in self.blocks.blocks]
+
+        def spread(of_generic: Tensor, share: float) -> Tensor:
+            weights = torch.zeros(len(sizes), dtype=torch.float64)
+            weights[generic], weights[examples] = mixture_weights(
+                of_generic, [sizes[i] for i in generic], [sizes[i] for i in examples], examples_share=share
+            )  # fmt: skip
+            return weights
+
+        alike = torch.ones(len(generic), dtype=torch.float64)
+        alone = torch.zeros(len(sizes), dtype=torch.float64)
+        alone[examples] = 1
+        oracle = alone.clone()
+        oracle[self.own] = 1
+        found = {
+            GENERIC: spread(alike, 0),
+            "generic with 30 % examples": spread(alike, 0.3),
+            ALONE: alone,
+        }
+        for name, activity in self.activity.items():
+            match = match_documents(
+                activity[generic], activity[examples], matched, sharpness=SHARPNESS
+            )
+            found[f"{name}, {matched}"] = spread(match.weights, 0.3)
+        means = standardised(self.neurons, self.neurons[generic])
+        scores = torch.nn.functional.cosine_similarity(
+            means[generic], means[examples].mean(0)[None], dim=1
+        )
+        found[MEANS] = spread(score_weights(scores, SHARPNESS), 0.3)
+        found[ORACLE] = oracle
+        return found  # fmt: skip
+
+    def cuts(
+        self, weights: dict[str, Tensor], keeps: Sequence[float]
+    ) -> dict[tuple[str, float], list[MlpCut]]:
+        """Return the cuts of every weighting to every share of neurons."""
+        order = self.blocks.batch_order()
+        rows = {
+            name: torch.cat([w[i].expand(n) for i, n in zip(order, self.lengths, strict=True)]).float()
+            for name, w in weights.items()
+        }  # fmt: skip
+        found: dict[tuple[str, float], list[MlpCut]] = {(n, k): [] for n in rows for k in keeps}
+        stream = LayerwiseForward(self.adapter, self.batches)
+        for layer in range(self.adapter.num_layers):
+            parts: list[Tensor] = []
+            stream.advance(lambda index, x, parts=parts: parts.append(x.float()))  # type: ignore[misc]
+            x, weight = torch.cat(parts), self.adapter.down_weight(layer).float()
+            for name, of_row in rows.items():
+                used = of_row > 1e-4 * of_row.max()
+                for keep, cut in _cuts(x[used], of_row[used], weight, keeps).items():
+                    found[name, keep].append(cut)
+        return found
+
+
+def _cuts(x: Tensor, rows: Tensor, weight: Tensor, keeps: Sequence[float]) -> dict[float, MlpCut]:
+    """Cut one layer: the cheapest neurons go at once, and the others take over what they can."""
+    scaled = x * (rows / rows.sum()).sqrt()[:, None]
+    gram = scaled.T @ scaled
+    gram.diagonal().add_(DAMPING * float(gram.diagonal().mean()))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+    order = torch.argsort(weight.square().sum(0) / inverse.diagonal(), descending=True, stable=True)
+    found = {}
+    for keep in keeps:
+        kept = order[: round(keep * len(order))].sort().values
+        inner = torch.linalg.cholesky(gram[kept[:, None], kept])
+        target = weight @ gram[:, kept]
+        found[keep] = MlpCut(kept, torch.cholesky_solve(target.T, inner).T)
+    return found
+
+
+def accuracy(
+    adapter: ModelAdapter, tokenizer: Any, questions: Sequence[Question], context: int
+) -> float:
+    """Return the share of questions whose right choice has the least loss in the mean over its characters."""
+    stems = [len(tokenizer(q.stem)["input_ids"]) for q in questions]
+    texts = [q.stem + choice for q in questions for choice in q.choices]
+    blocks = [torch.tensor(tokenizer(text)["input_ids"][:context]) for text in texts]
+    every = TokenBlocks(tuple(blocks), context, ("questions",))
+    losses = torch.split(
+        token_losses(adapter, every.batches(BATCH_TOKENS)),
+        [len(blocks[i]) - 1 for i in every.batch_order()],
+    )
+    by_block = dict(zip(every.batch_order(), losses, strict=True))
+    right, at = 0, 0
+    for q, stem in zip(questions, stems, strict=True):
+        sums = [
+            float(by_block[at + c][stem - 1 :].sum()) / len(q.choices[c])
+            for c in range(len(q.choices))
+        ]
+        right += sums.index(min(sums)) == q.answer
+        at += len(q.choices)
+    return right / len(questions)  # fmt: skip
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Checkpoint folder.")],
+    domain: Annotated[list[str], typer.Option(help="NAME=CALIBRATE,EVALUATE or NAME=QUESTIONS.jsonl.")],
+    task: Annotated[str, typer.Option(help="The domain to keep.")],
+    kept: Annotated[str, typer.Option(help="Shares of neurons kept.")] = "0.5,0.3",
+    context: protocol.Context = 128,
+    share: Annotated[int, typer.Option(help="Generic tokens of each domain.")] = 2048,
+    examples: int = 16,
+    draws: Annotated[int, typer.Option(help="Draws of documents and examples.")] = 3,
+    held: Annotated[int, typer.Option(help="Tokens to measure on.")] = 1024,
+    asked: Annotated[int, typer.Option(help="Questions to answer, in the first draw.")] = 0,
+    networks: int = 64,
+    network_tokens: int = 2048,
+    matched: int = 10,
+    method: Annotated[list[str] | None, typer.Option(help="Only weightings that begin so.")] = None,
+    dtype: Annotated[str, typer.Option(help="Type that the model computes in.")] = "float32",
+    output: protocol.Output = None,
+) -> None:  # fmt: skip
+    start = time.monotonic()
+    checkpoint = Checkpoint.open(model)
+    tokenizer = checkpoint.load_tokenizer()
+    adapter = ModelAdapter(checkpoint.load_model("cpu", getattr(torch, dtype)))
+    domains = [Domain(entry, tokenizer, context, held) for entry in domain]
+    on = next(one for one in domains if one.name == task)
+    keeps = [float(one) for one in kept.split(",")]
+    facts: dict[str, Any] = {
+        "model": Path(model).name, "task": task, "domains": [d.name for d in domains], "examples": examples,
+        "share": share, "networks": networks, "network_tokens": network_tokens, "matched": matched,
+        "dense": perplexity(adapter, on.measured), "rows": {},
+    }  # fmt: skip
+    if asked:
+        facts["dense exact"] = accuracy(adapter, tokenizer, on.questions[:asked], context)
+    print(f"whole model: {facts['dense']:.3f}, {facts.get('dense exact')}", flush=True)
+    for draw in range(draws):
+        pool = Pool(
+            adapter, tokenizer, domains, task, context=context, share=share, examples=examples,
+            networks=networks, network_tokens=network_tokens, seed=draw,
+        )  # fmt: skip
+        weights = {
+            name: each
+            for name, each in pool.weights(matched).items()
+            if not method or name.startswith(tuple(method))
+        }
+        print(f"draw {draw}: pool after {time.monotonic() - start:.0f} s", flush=True)
+        for (name, keep), cuts in pool.cuts(weights, keeps).items():
+            generic = weights[name][pool.generic]
+            row = facts["rows"].setdefault(name, {}).setdefault(str(keep), {"perplexity": []})
+            row["own"] = float(weights[name][pool.own].sum() / generic.sum().clamp_min(1e-300))
+            with adapter.trying(cuts):
+                row["perplexity"].append(perplexity(adapter, on.measured))
+                if asked and draw == 0:
+                    row["exact"] = accuracy(adapter, tokenizer, on.questions[:asked], context)
+            print(f"{name}, {keep:g} kept: {row}, {time.monotonic() - start:.0f} s", flush=True)
+            protocol.save_json(output, facts)
+    show(facts, keeps)
+
+
+def show(facts: dict[str, Any], keeps: Sequence[float]) -> None:
+    title = f"{facts['model']}, {facts['task']}: whole model {facts['dense']:.2f}"
+    table = Table("statistics", *[f"perplexity, {keep:g} kept" for keep in keeps],
+                  *[f"questions, {keep:g} kept" for keep in keeps], title=title)  # fmt: skip
+    for name, row in facts["rows"].items():
+        cells = []
+        for keep in keeps:
+            values = row[str(keep)]["perplexity"]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            cells.append(f"{statistics.fmean(values):.2f} ± {spread:.2f}")
+        table.add_row(
+            name, *cells, *[f"{row[str(k)]['exact']:.2f}" for k in keeps if "exact" in row[str(k)]]
+        )
+    Console(width=150).print(table)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    typer.run(main)
