@@ -124,10 +124,10 @@ def test_the_cost_of_a_layer_is_the_divergence_of_the_model_with_it_alone_cut(na
     found = list(reference.alone([cuts], nothing, below_gaps=cuts))
     for layer, (cut, without) in enumerate(found):
         with adapter.trying(cuts, alone=layer):
-            assert cut == pytest.approx(measured(2, EVERY), rel=1e-4)
+            assert cut == pytest.approx(measured(every=EVERY), rel=1e-4)
         below = adapter.trying(cuts, alone=layer - 1) if layer else nullcontext()
         with leaving_out(adapter, [layer]), below:
-            assert without == pytest.approx(measured(2, EVERY), rel=1e-4)
+            assert without == pytest.approx(measured(every=EVERY), rel=1e-4)
     with adapter.trying(cuts), leaving_out(adapter, [1]):
         both = measured()
     assert reference.divergence(cuts, nothing, [1]) == pytest.approx(both, rel=1e-4)

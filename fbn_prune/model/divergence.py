@@ -74,7 +74,7 @@ class DenseReference:
     ) -> Iterator[list[float]]:
         """For each layer, the mean divergences of the model with this layer alone cut, one for each entry.
 
-        They are measured on half of the batches. With `below_gaps`, a last one is that of the model without the layer,
+        With `below_gaps`, a last one is that of the model without the layer,
         where the layer below has its cut of `below_gaps`.
 
         Parameters
@@ -85,9 +85,8 @@ class DenseReference:
             Called with the number of tokens after each entry of a layer.
         """
         adapter = self._adapter
-        half = self._batches[: -(-len(self._batches) // 2)]
-        dense = LayerwiseForward(adapter, half)
-        indices = range(len(half))
+        dense = LayerwiseForward(adapter, self._batches)
+        indices = range(len(self._batches))
         skipped = [dense.hidden[index] for index in indices]  # the first layer has none below it
         for layer in range(adapter.num_layers):
             found: list[list[Tensor]] = []
@@ -105,7 +104,7 @@ class DenseReference:
                         for hidden in found
                     ]
             measured = [_mean(apart) for apart in self._apart(found, every=EVERY)]
-            advance(sum(batch.tokens for batch in half) * len(found))
+            advance(sum(batch.tokens for batch in self._batches) * len(found))
             dense.advance()
             yield measured
 

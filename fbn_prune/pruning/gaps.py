@@ -17,7 +17,7 @@ from fbn_prune import distributed
 from fbn_prune.data.calibration import Batch
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.layerwise import LayerwiseForward
-from fbn_prune.model.streaming import SpilledCuts
+from fbn_prune.model.streaming import SpilledCuts, spilled_cuts
 from fbn_prune.model.surgery import MlpCut, rounded_cut
 from fbn_prune.progress import Advance
 from fbn_prune.pruning.damping import factored, refit_share, ridge
@@ -34,7 +34,7 @@ def gap_cuts(
     round_to: torch.dtype,
     scratch: Path,
     advance: Advance,
-) -> list[SpilledCuts]:
+) -> list[SpilledCuts[MlpCut]]:
     """Return cuts like these, of layers whose next layer is left out.
 
     Parameters
@@ -53,7 +53,7 @@ def gap_cuts(
     """
     own = distributed.share(batches)
     forward = LayerwiseForward(adapter, own)
-    found = [SpilledCuts(scratch) for _ in cuts]
+    found = [spilled_cuts(scratch) for _ in cuts]
     below: tuple[list[Tensor], float | None] | None = None
     for layer in range(adapter.num_layers):
         scale = forward.output_scale()
@@ -127,9 +127,9 @@ def _nested(cuts: Sequence[MlpCut]) -> Tensor:
     return order
 
 
-def whole_cuts(adapter: ModelAdapter, scratch: Path) -> SpilledCuts:
+def whole_cuts(adapter: ModelAdapter, scratch: Path) -> SpilledCuts[MlpCut]:
     """Return cuts that keep every neuron as it is."""
-    found = SpilledCuts(scratch)
+    found = spilled_cuts(scratch)
     for weight in adapter.down_weights():
         found.append(MlpCut(torch.arange(weight.shape[1]), weight.detach().float().cpu()))
     return found

@@ -17,11 +17,14 @@ A library of cuts with measured costs under one budget follows Puzzle (arXiv 241
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
+
 from fbn_prune import distributed
+from fbn_prune.data.calibration import Batch
 from fbn_prune.errors import InvalidInput, counted
 from fbn_prune.model.divergence import DenseReference
 from fbn_prune.progress import StageClock
@@ -42,6 +45,9 @@ SEARCH, LOSS = "search", "loss"
 TRIED_TOKENS = 2048
 """Tokens on which the divergence of candidates is measured, and on half of them the costs of single layers; the same
 ones for all models, so few are enough to compare them."""
+
+PIECE = 128
+"""Tokens of a piece of text on which the costs of single layers are measured."""
 
 REGIONS = 3
 """The layers whose costs a correction scales together: the lower, middle and upper ones."""
@@ -107,10 +113,11 @@ def search_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -
     few = trying.subset(TRIED_TOKENS).batches(1)  # single blocks, which several processes can share
     with clock.stage("dense outputs"):
         reference = DenseReference(subject.adapter, few, subject.options.round_to)
-    tokens = sum(batch.tokens for batch in distributed.share(few))
-    costs = _measured_costs(library, reference, request, tokens, clock)
+        pieces = [_pieces(batch) for batch in few]
+        of_layers = DenseReference(subject.adapter, pieces, subject.options.round_to)
+    costs = _measured_costs(library, of_layers, request, _own_tokens(pieces), clock)
     candidates = Candidates(request, library.widths, costs)
-    trial = _Trial(library, reference, tokens, clock)
+    trial = _Trial(library, reference, _own_tokens(few), clock)
     by_loss = None
     if subject.options.loss_aware and library.tried is not None and not request.rest:
         rises = [Costs(errors, HOPELESS) for errors in library.errors]
@@ -139,6 +146,28 @@ def search_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -
     return Searched(layout, library)
 
 
+def _pieces(block: Batch) -> Batch:
+    """Every second piece of a block: half of its tokens, but more first tokens.
+
+    Of a few long blocks the divergence is noisy, because in many models a block's first token has massive activations
+    that all others depend on.
+    """
+    starts = range(0, block.input_ids.shape[1] - PIECE + 1, 2 * PIECE)
+    if len(starts) < 2:
+        return block
+    ids, valid = (
+        torch.cat([part[:, start : start + PIECE] for start in starts])
+        for part in (block.input_ids, block.valid)
+    )
+    some = valid.any(1)
+    return Batch(ids[some], valid[some])
+
+
+def _own_tokens(batches: Sequence[Batch]) -> int:
+    """The number of this process's tokens."""
+    return sum(batch.tokens for batch in distributed.share(batches))
+
+
 def _measured_costs(
     library: Library,
     reference: DenseReference,
@@ -155,7 +184,7 @@ def _measured_costs(
         entries = [library.chosen([each[place] for each in levels]) for place in range(PLACES)]
     errors = library.errors or [[0.0]] * len(library.widths)
     costs: list[Costs] = []
-    total = (len(entries) + leave_out) * len(library.widths) * (tokens // 2)
+    total = (len(entries) + leave_out) * len(library.widths) * tokens
     with clock.stage("costs of widths", total, "tokens") as advance:
         below = library.below_gaps[-1] if leave_out else None
         for layer, found in enumerate(reference.alone(entries, advance, below_gaps=below)):
@@ -235,7 +264,7 @@ def _search_ragged(
         starts |= {LOSS: best, f"{LOSS} 0.5": by_loss.halfway(best)}
     if (even := candidates.even()) is not None:
         starts = {UNIFORM: even, **starts}
-    with trial.measuring(len(starts) + REGIONS * len(SCALES)) as measure:
+    with trial.measuring(len(starts) + REGIONS * len(SCALES) + 1) as measure:
         for name, widths in starts.items():
             measure(name, widths)
         scales = [1.0] * REGIONS
@@ -243,11 +272,16 @@ def _search_ragged(
             for factor in SCALES:
                 scaled = [*scales]
                 scaled[region] *= factor
-                name = f"{SEARCH} {' '.join(format(scale, '.2g') for scale in scaled)}"
-                if measure(name, candidates.by_costs(scaled)):
+                if measure(_name(scaled), candidates.by_costs(scaled)):
                     scales = scaled
                     break
+        if max(scales) != min(scales):
+            measure(f"{_name(scales)} 0.5", candidates.halfway(candidates.by_costs(scales)))
     return trial.tried
+
+
+def _name(scales: Sequence[float]) -> str:
+    return f"{SEARCH} {' '.join(format(scale, '.2g') for scale in scales)}"
 
 
 def _search_equal(trial: _Trial, candidates: Candidates) -> dict[str, _Tried]:
