@@ -134,18 +134,24 @@ def test_the_cost_of_a_layer_is_the_divergence_of_the_model_with_it_alone_cut(na
     assert measured() == 0
 
 
+@pytest.mark.parametrize("apart", [False, True])  # whether a cut has neurons that a wider one lacks
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_a_layer_below_a_gap_makes_up_for_what_it_can(name: str, tmp_path: Path) -> None:
+def test_a_layer_below_a_gap_makes_up_for_what_it_can(
+    name: str, apart: bool, tmp_path: Path
+) -> None:
     adapter = ModelAdapter(make_model(name))
     batches = blocks(*[33] * 60).batches(20)  # enough tokens for the requested damping
     whole = whole_cuts(adapter, tmp_path)
     narrow = [
         replace(cut, kept=cut.kept[::3], down_weight=cut.down_weight[:, ::3]) for cut in whole
     ]
+    other = [
+        replace(cut, kept=cut.kept[1::3], down_weight=cut.down_weight[:, 1::3]) for cut in whole
+    ]
     below = gap_cuts(
         adapter,
         batches,
-        [narrow, whole],
+        [narrow, other, whole] if apart else [narrow, whole],
         damping=1e-9,
         round_to=torch.float32,
         scratch=tmp_path,
@@ -160,7 +166,7 @@ def test_a_layer_below_a_gap_makes_up_for_what_it_can(name: str, tmp_path: Path)
             [hidden[rows] for hidden, rows in zip(forward.hidden, valid, strict=True)]
         )
         after = torch.cat([forward.run(index)[valid[index]] for index in range(len(batches))])
-        for base, made in ((narrow, below[0]), (whole, below[1])):
+        for base, made in ((narrow, below[0]), (whole, below[-1])):
             kept = base[layer].kept
             added = (made[layer].down_weight - base[layer].down_weight).T
             inputs = torch.cat(x)[:, kept]
@@ -169,7 +175,7 @@ def test_a_layer_below_a_gap_makes_up_for_what_it_can(name: str, tmp_path: Path)
             least = (after - before - inputs @ best.float()).square().sum()
             assert missed <= 1.05 * least + 1e-6
             assert missed < (after - before).square().sum()
-    assert torch.equal(below[1][-1].down_weight, whole[-1].down_weight)
+    assert torch.equal(below[-1][-1].down_weight, whole[-1].down_weight)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ measured cost of leaving out a layer is up to ten times what it is once the mode
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from fbn_prune import distributed
 from fbn_prune.data.calibration import Batch
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.layerwise import LayerwiseForward
+from fbn_prune.model.spill import Spilled
 from fbn_prune.model.streaming import SpilledCuts, spilled_cuts
 from fbn_prune.model.surgery import MlpCut, rounded_cut
 from fbn_prune.progress import Advance
@@ -42,8 +44,7 @@ def gap_cuts(
     batches
         Text to fit them to.
     cuts
-        For some levels, from the narrowest to the widest, one cut for each layer. The neurons of a level are among
-        those of the next one.
+        For some levels, from the narrowest to the widest, one cut for each layer.
     damping
         As in :func:`fbn_prune.pruning.second_order.refit`.
     round_to
@@ -54,29 +55,42 @@ def gap_cuts(
     own = distributed.share(batches)
     forward = LayerwiseForward(adapter, own)
     found = [spilled_cuts(scratch) for _ in cuts]
-    below: tuple[list[Tensor], float | None] | None = None
+    below: _Below | None = None
     for layer in range(adapter.num_layers):
-        scale = forward.output_scale()
-        entered = [forward.hidden[index] for index in range(len(own))]
-        seen: list[Tensor] = []
-        forward.advance(lambda _, x, seen=seen: seen.append(x), on_batch=advance)  # type: ignore[misc]
+        here = _Below(forward.output_scale(), adapter.spill() or [])
+        lacking = None
         if below is not None:
-            statistics = _Lacking(
-                adapter.hidden_size, cuts[-1][layer - 1].width, adapter.layer_device(layer - 1)
-            )
-            for index, (x, batch) in enumerate(zip(below[0], own, strict=True)):
-                after = forward.hidden[index]
-                added = after - entered[index].to(after.device)
-                statistics.update(added[batch.valid.to(added.device)], x)
+            width, device = cuts[-1][layer - 1].width, adapter.layer_device(layer - 1)
+            lacking = _Lacking(adapter.hidden_size, width, device)
+        for index, batch in enumerate(own):
+            entered = forward.hidden[index]
+            output = forward.run(index, lambda _, x, here=here: here.activations.append(x))  # type: ignore[misc]
+            if below is not None and lacking is not None:
+                valid = batch.valid.to(output.device)
+                lacking.update(
+                    output[valid] - entered.to(output.device)[valid], below.activations[index]
+                )
+            forward.hidden[index] = output
+            advance(batch.tokens)
+        forward.next_layer += 1
+        if below is not None and lacking is not None:
             base = [each[layer - 1] for each in cuts]
             with DampingNotes().heard(layer):  # the final fit reports its own
-                made = statistics.made_up(base, below[1], damping)
+                made = lacking.made_up(base, below.scale, damping)
             for level, cut in enumerate(made):
                 found[level].append(rounded_cut(cut, round_to))
-        below = seen, scale
+        below = here
     for level, each in enumerate(cuts):
         found[level].append(each[adapter.num_layers - 1])
     return found
+
+
+@dataclass(frozen=True)
+class _Below:
+    """A layer's factor on its MLP's output, see `LayerwiseForward.output_scale`, and its activations by batch."""
+
+    scale: float | None
+    activations: list[Tensor] | Spilled
 
 
 class _Lacking:
@@ -98,32 +112,30 @@ class _Lacking:
             return list(cuts)
         gram, cross = self._gram.gram, self._cross.cross / scale
         share = refit_share(damping, self._gram.count, len(gram))
-        order = _nested(cuts).to(gram.device)
-        # One Cholesky factor holds those of all cuts in its upper left corner.
-        factor = factored(gram[order][:, order], ridge(gram, share))
+        added = ridge(gram, share)
+        order = _nested(cuts)
+        # Of nested cuts, one Cholesky factor holds those of all in its upper left corner.
+        factor = None if order is None else factored(gram[order][:, order], added)
         found: list[MlpCut] = []
         for cut in cuts:
-            inner, size = order[: cut.width], cut.width
-            fitted = torch.cholesky_solve(cross[:, inner].T, factor[:size, :size]).T
+            if order is None or factor is None:
+                inner = cut.kept.to(gram.device)
+                own = factored(gram[inner][:, inner], added)
+            else:
+                inner, own = order[: cut.width].to(gram.device), factor[: cut.width, : cut.width]
+            fitted = torch.cholesky_solve(cross[:, inner].T, own).T
             down = cut.down_weight.to(fitted) + fitted[:, inner.argsort()]
             found.append(MlpCut(cut.kept, down, cut.down_bias))
         return found
 
 
-def _nested(cuts: Sequence[MlpCut]) -> Tensor:
-    """The neurons, those of narrower cuts first.
-
-    Raises
-    ------
-    ValueError
-        The neurons of a cut are not among those of the next one.
-    """
+def _nested(cuts: Sequence[MlpCut]) -> Tensor | None:
+    """The neurons, those of narrower cuts first; None if a cut has neurons that the next one lacks."""
     order = cuts[0].kept
     for cut in cuts[1:]:
-        more = cut.kept[~torch.isin(cut.kept, order)]
-        order = torch.cat([order, more])
+        order = torch.cat([order, cut.kept[~torch.isin(cut.kept, order)]])
         if len(order) != cut.width:
-            raise ValueError("the neurons of a cut are not among those of the next one")
+            return None
     return order
 
 

@@ -200,10 +200,10 @@ def token_passes(prepared: Prepared) -> tuple[float, float]:
         recipe.layout == "auto" or (recipe.layout == "ragged" and recipe.widths != "members")
     )
     anew = not searched or recipe.fits_in_sequence or recipe.head_sparsity is not None
-    last = (
-        (3 if recipe.fits_in_sequence else 1) if anew else 0
-    )  # a search has cut the layers already
-    passed = recipe.tokens * (last + by_loss + tried + searched)
+    cutting = anew * (
+        3 if recipe.fits_in_sequence else 1
+    )  # a search may have cut the layers already
+    passed = recipe.tokens * (cutting + by_loss + tried + searched)
     passed += 2 * round(recipe.tokens * recipe.held_out)
     width = prepared.neurons / prepared.layers
     more = 2 * width * (anew + by_loss + tried + searched)
