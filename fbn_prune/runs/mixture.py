@@ -102,20 +102,12 @@ class MixtureRun(PruneRun):
 
     def _result(self) -> PruneResult:
         _, family = experts_of(self.on)
-        plan, recipe, checkpoint = self.plan, self.recipe, self.prepared.checkpoint
+        plan = self.plan
         layers = len(family.mlp_layers)
         return PruneResult(
-            model_name=recipe.model,
-            output=None if recipe.output is None else str(recipe.output),
-            criterion=recipe.criterion,
-            parameters_before=checkpoint.total_parameters,
-            parameters_after=checkpoint.total_parameters,
-            bytes_before=checkpoint.total_bytes,
-            bytes_after=checkpoint.total_bytes,
-            perplexity_before=self.before,
-            perplexity_after=self.after,
+            **self._known(),
+            criterion=self.recipe.criterion,
             perplexity_expected=None,
-            warning="; ".join(self.warnings) or None,
             neurons_kept=plan.experts * plan.width * layers,
             neurons_total=family.count * family.expert_width * layers,
             heads_kept=0,
@@ -125,13 +117,6 @@ class MixtureRun(PruneRun):
             layout_trials={},
             layers_left_out=[],
             search=None,
-            kept_networks=self.kept,
-            ranked_networks=self.ranked,
-            calibration_tokens=self.blocks.tokens,
-            held_out_tokens=self.on.data.held_out.tokens,
-            calibration_fingerprint=self.blocks.fingerprint,
-            task=self._task_facts(),
             forward_seconds=self.seconds,
-            peak_memory_bytes=0,
             experts=(family.count, plan.experts),
         )

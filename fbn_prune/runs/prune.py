@@ -295,19 +295,11 @@ class PruneRun:
 
     def _result(self) -> PruneResult:
         """Return the result; sizes after the cut are filled in when the output is written."""
-        prepared, recipe, checkpoint = self.prepared, self.recipe, self.prepared.checkpoint
+        prepared = self.prepared
         return PruneResult(
-            model_name=recipe.model,
-            output=None if recipe.output is None else str(recipe.output),
+            **self._known(),
             criterion=self.subject.criterion,
-            parameters_before=checkpoint.total_parameters,
-            parameters_after=checkpoint.total_parameters,
-            bytes_before=checkpoint.total_bytes,
-            bytes_after=checkpoint.total_bytes,
-            perplexity_before=self.before,
-            perplexity_after=self.after,
             perplexity_expected=self.expected.perplexity(self.before),
-            warning="; ".join(self.warnings) or None,
             neurons_kept=sum(self.widths.widths),
             neurons_total=prepared.neurons,
             heads_kept=prepared.heads_kept,
@@ -317,18 +309,33 @@ class PruneRun:
             width_rule=self.widths.rule,
             layout_trials=self.widths.trials,
             search=self.widths.search,
-            kept_networks=self.kept,
-            ranked_networks=self.ranked,
-            calibration_tokens=self.blocks.tokens,
-            held_out_tokens=self.on.data.held_out.tokens,
-            calibration_fingerprint=self.blocks.fingerprint,
-            task=self._task_facts(),
             forward_seconds=self.pruned.forward_seconds,
-            peak_memory_bytes=0,
             recovery=self.recovery,
             vocabulary=prepared.vocabulary_figures,
             forgotten=self.forgotten,
         )
+
+    def _known(self) -> dict[str, Any]:
+        """The fields of the result that are the same for models of every kind."""
+        recipe, checkpoint = self.recipe, self.prepared.checkpoint
+        return {
+            "model_name": recipe.model,
+            "output": None if recipe.output is None else str(recipe.output),
+            "parameters_before": checkpoint.total_parameters,
+            "parameters_after": checkpoint.total_parameters,
+            "bytes_before": checkpoint.total_bytes,
+            "bytes_after": checkpoint.total_bytes,
+            "perplexity_before": self.before,
+            "perplexity_after": self.after,
+            "warning": "; ".join(self.warnings) or None,
+            "kept_networks": self.kept,
+            "ranked_networks": self.ranked,
+            "calibration_tokens": self.blocks.tokens,
+            "held_out_tokens": self.on.data.held_out.tokens,
+            "calibration_fingerprint": self.blocks.fingerprint,
+            "task": self._task_facts(),
+            "peak_memory_bytes": 0,
+        }
 
     def _task_facts(self) -> dict[str, Any] | None:
         task, matched = self.on.task, self.matched
