@@ -21,6 +21,7 @@ from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.depth import leaving_out
 from fbn_prune.model.divergence import EVERY, DenseReference
 from fbn_prune.model.layerwise import LayerwiseForward
+from fbn_prune.model.streaming import StreamedModel
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.candidates import Candidates
 from fbn_prune.pruning.costs import Costs, interpolated
@@ -176,6 +177,26 @@ def test_a_layer_below_a_gap_makes_up_for_what_it_can(
             assert missed <= 1.05 * least + 1e-6
             assert missed < (after - before).square().sum()
     assert torch.equal(below[-1][-1].down_weight, whole[-1].down_weight)
+
+
+def test_the_cuts_below_gaps_are_the_same_from_a_streamed_model(tiny: Path, tmp_path: Path) -> None:
+    source = Checkpoint.open(tiny)
+    live = ModelAdapter(source.load_model("cpu", torch.float32))
+    streamed = StreamedModel(source, torch.device("cpu"), torch.float32, scratch=tmp_path)
+    found = [
+        gap_cuts(
+            adapter,
+            BATCHES,
+            [whole_cuts(adapter, tmp_path)],
+            damping=0.01,
+            round_to=torch.float32,
+            scratch=tmp_path,
+            advance=nothing,
+        )[0]
+        for adapter in (live, streamed)
+    ]
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one.down_weight, other.down_weight)
 
 
 @torch.no_grad()

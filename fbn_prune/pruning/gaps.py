@@ -1,8 +1,8 @@
 """Cuts of layers below a gap: besides their own work they make up for a layer above them that is left out.
 
 A layer that is left out returns its input, so the hidden state lacks what it would have added. The layer below can add
-a part of that: the output weights get the least-squares fit of what is lacking to the activations. Without it, the
-measured cost of leaving out a layer is up to ten times what it is once the model is refitted.
+a part of that: the output weights get the least-squares fit of what is lacking to the activations. Measured without it,
+leaving out a layer would seem far more expensive than it is once the model is refitted.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def gap_cuts(
     found = [spilled_cuts(scratch) for _ in cuts]
     below: _Below | None = None
     for layer in range(adapter.num_layers):
-        here = _Below(forward.output_scale(), adapter.spill() or [])
+        spilled = adapter.spill()
+        here = _Below(_shared(forward.output_scale()), [] if spilled is None else spilled)
         lacking = None
         if below is not None:
             width, device = cuts[-1][layer - 1].width, adapter.layer_device(layer - 1)
@@ -137,6 +138,12 @@ def _nested(cuts: Sequence[MlpCut]) -> Tensor | None:
         if len(order) != cut.width:
             return None
     return order
+
+
+def _shared(scale: float | None) -> float | None:
+    """The scale that the processes with text have found; None if they found none."""
+    found, processes = distributed.total(scale or 0.0, float(scale is not None))
+    return found / processes if processes else None
 
 
 def whole_cuts(adapter: ModelAdapter, scratch: Path) -> SpilledCuts[MlpCut]:
