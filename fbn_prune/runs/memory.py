@@ -298,6 +298,8 @@ class Sizes:
             waiting = 16 * channels**2
             if recipe.sequential:
                 waiting += self._aside(channels, hidden)
+        if recipe.forget is not None and recipe.forget_by == "erasing":
+            waiting += 2 * square  # the statistics of the skill's text, and what they are made from
         statistics = square + (self._aside(width, hidden) if recipe.sequential else 0)
         streams = 2 if recipe.sequential else 1
         stages["prune"] = int(
