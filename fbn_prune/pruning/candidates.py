@@ -134,6 +134,23 @@ class Candidates:
         )
         return kept / (sum(self._request.full) + sum(self._rest))
 
+    def parts(self, sizes: Sizes | None = None) -> list[tuple[int, int, int]]:
+        """Return what each layer keeps: neurons, attention and all else, in neurons that have as many parameters.
+
+        Without `sizes`, what the whole layers have. Attention counts as all else where no heads may go.
+        """
+        found: list[tuple[int, int, int]] = []
+        heads = self._request.heads
+        whole = 0 if heads is None else heads.whole
+        for layer, full in enumerate(self._request.full):
+            width = full if sizes is None else sizes.widths[layer]
+            saved = 0
+            if heads is not None and sizes is not None:
+                saved = heads.saved[sizes.heads[layer]]
+            other = self._rest[layer] - whole
+            found.append((width, whole - saved, other) if width else (0, 0, 0))
+        return found
+
     def curve(self, shares: Sequence[float]) -> list[tuple[float, float]]:
         """Return the sum of costs of the best model for each of these shares of the whole size that can be reached."""
         full = sum(self._request.full) + sum(self._rest)

@@ -104,10 +104,13 @@ class HeadLevels:
         The numbers, ascending; the last is that of all groups, and 0 leaves out the attention.
     saved
         For each of them, the number of neurons that have as many parameters as the attention loses, rounded down.
+    whole
+        The number of neurons that have as many parameters as a whole attention, rounded down.
     """
 
     groups: tuple[int, ...]
     saved: tuple[int, ...]
+    whole: int
 
     @property
     def all_groups(self) -> int:
@@ -253,6 +256,11 @@ def even_layout(request: LayoutRequest) -> list[int]:
     scores = even_scores(request.full)
     widths = ranked_widths(scores, request.budget, request.multiple, request.whole)
     return _within(request, widths)
+
+
+def networks_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -> list[int]:
+    """Return the widths by the networks' shares of each layer, as many neurons as the even ones."""
+    return _ranked(subject, request, "networks", clock)
 
 
 def _ranked(subject: Subject, request: LayoutRequest, rule: str, clock: StageClock) -> list[int]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -44,10 +44,11 @@ from fbn_prune.pruning.layout import (
     Layout,
     LayoutRequest,
     Subject,
+    networks_layout,
 )
 from fbn_prune.pruning.library import Library, make_library
 
-SEARCH, LOSS = "search", "loss"
+SEARCH, LOSS, NETWORKS = "search", "loss", "networks"
 
 TRIED_TOKENS = 2048
 """Tokens on which the divergence of candidates is measured, and on half of them the costs of single layers; the same
@@ -103,8 +104,9 @@ def search_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -
     others are better; with the layout `auto`, by a tenth at least. `search` holds `summed`, the sum of the costs of the
     chosen widths; `predicted`, that sum times how far it was off for the most similar other candidate, which is what
     would be expected without measuring the chosen one; `share`, how much of the neurons (and of what layers have
-    besides, in neurons) stays; and `curve`, pairs of such a share and the divergence that is expected there, through
-    the one measured.
+    besides, in neurons) stays; `whole_parts` and `kept_parts`, how it spreads over each layer's neurons, attention and
+    the rest, see :meth:`Candidates.parts`; and `curve`, pairs of such a share and the divergence that is expected
+    there, through the one measured.
 
     Raises
     ------
@@ -132,7 +134,11 @@ def search_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -
     if request.layout == UNIFORM:
         tried = _search_equal(trial, candidates)
     else:
-        tried = _search_ragged(request, trial, candidates, by_loss)
+        known: dict[str, Sizes] = {}
+        if subject.networks is not None and (even := candidates.even()) is not None:
+            widths = networks_layout(replace(subject, blocks=shaping), request, clock)
+            known[NETWORKS] = replace(even, widths=widths)
+        tried = _search_ragged(request, trial, candidates, known, by_loss)
     best = min(tried, key=lambda name: tried[name].divergence)
     if (even := tried.get(UNIFORM)) is not None and best != UNIFORM:
         needed = 1 - RAGGED_GAIN if request.layout == "auto" else 1.0
@@ -148,6 +154,8 @@ def search_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -
             "summed": candidates.summed(chosen),
             "predicted": _predicted(candidates, tried, best),
             "share": candidates.share(chosen),
+            "whole_parts": candidates.parts(),
+            "kept_parts": candidates.parts(chosen),
             "curve": [(share, off * cost) for share, cost in candidates.curve(CURVE_SHARES)],
         },
         None if request.heads is None else [request.heads.groups[place] for place in chosen.heads],
@@ -257,17 +265,22 @@ class _Trial:
 
 
 def _search_ragged(
-    request: LayoutRequest, trial: _Trial, candidates: Candidates, by_loss: Candidates | None
+    request: LayoutRequest,
+    trial: _Trial,
+    candidates: Candidates,
+    known: Mapping[str, Sizes],
+    by_loss: Candidates | None,
 ) -> dict[str, _Tried]:
     """Measure even widths and the solver's sizes, then the solver's with the costs of one region after another scaled.
 
-    `by_loss` has the rise of the loss to second order as costs; its widths are measured too. Where more than neurons
-    may go, so are the solver's sizes without each other structure, since the sum of costs may flatter one of them.
+    `known` has other sizes to start from. `by_loss` has the rise of the loss to second order as costs; its widths are
+    measured too. Where more than neurons may go, so are the solver's sizes without each other structure, since the sum
+    of costs may flatter one of them.
     """
     every = _structures(request)
     starts = {SEARCH: candidates.by_costs([1.0], every)}
     if (even := candidates.even()) is not None:
-        starts = {UNIFORM: even, **starts}
+        starts = {UNIFORM: even, **known, **starts}
     tries = {SEARCH: every}
     for parts in _smaller(every):
         tries[name := f"{SEARCH}, {' and '.join(['neurons', *sorted(parts)])}"] = parts

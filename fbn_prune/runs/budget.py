@@ -144,8 +144,10 @@ def head_levels(recipe: Recipe, checkpoint: Checkpoint, neuron_parameters: int) 
     if "attention" in recipe.removable:
         numbers.add(0)
     groups = (*sorted(numbers), shape.groups)
-    saved = (_attention_saved(checkpoint, kept) // neuron_parameters for kept in groups)
-    return HeadLevels(groups, tuple(saved))
+    whole, *saved = (
+        _attention_saved(checkpoint, kept) // neuron_parameters for kept in (0, *groups)
+    )
+    return HeadLevels(groups, tuple(saved), whole)
 
 
 def _attention_saved(checkpoint: Checkpoint, groups: int) -> int:

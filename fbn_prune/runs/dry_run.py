@@ -211,7 +211,7 @@ def token_passes(prepared: Prepared) -> tuple[float, float]:
     if searched:  # each cost takes the layers above, half of them on average
         measured = PLACES * prepared.layers // 4 + 3 + REGIONS * len(SCALES)
         passed += min(recipe.tokens, TRIED_TOKENS) * measured
-        again = recipe.leaves_out_layers
+        again = int(recipe.leaves_out_layers)
         if (heads := prepared.heads) is not None:
             again += len(heads.groups)
             passed += min(recipe.tokens, TRIED_TOKENS) * len(heads.groups) * prepared.layers // 4
