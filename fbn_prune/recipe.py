@@ -347,6 +347,8 @@ class Recipe(PruningConfig):
     """Further texts whose tokens stay, in the forms of --calibration. Repeat for several."""
     vocabulary_chars: str = _more(CUT, "")
     """Characters whose tokens stay in any case, as äöü."""
+    vocabulary_ascii: bool = _more(CUT, False)
+    """Keep all tokens of ASCII characters, whether the texts use them or not: for English and code."""
     calibration: tuple[str, ...] = _key(CALIBRATION, ("builtin",))
     """Calibration text: FILE[:field] (plain text, JSON, CSV, Parquet or Arrow, compressed or not), a folder,
     hf:dataset[:config[:split[:field]]] or `builtin`. Repeat for several."""
@@ -501,7 +503,7 @@ def _check(recipe: PruningConfig) -> None:
     if isinstance(recipe, Recipe):
         if not recipe.calibration:
             raise InvalidInput("calibration is empty: name at least one source of text")
-        for key in ("vocabulary_texts", "vocabulary_chars"):
+        for key in ("vocabulary_texts", "vocabulary_chars", "vocabulary_ascii"):
             if getattr(recipe, key) and recipe.least_uses is None:
                 refuse(key, "add vocabulary = 1 to trim the vocabulary")
     tokens = min(recipe.network_tokens, recipe.tokens)

@@ -201,6 +201,7 @@ def _vocabulary(
         (*recipe.calibration, *recipe.vocabulary_texts, *recipe.recover_text),
         recipe.least_uses,
         recipe.vocabulary_chars,
+        ascii=recipe.vocabulary_ascii,
     )
     more = () if task is None else [example.text for example in task.examples]
     with clock.stage("vocabulary"):
