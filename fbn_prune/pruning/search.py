@@ -135,9 +135,9 @@ def search_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -
         tried = _search_equal(trial, candidates)
     else:
         known: dict[str, Sizes] = {}
-        if subject.networks is not None and (even := candidates.even()) is not None:
+        if subject.networks is not None and (plain := candidates.even()) is not None:
             widths = networks_layout(replace(subject, blocks=shaping), request, clock)
-            known[NETWORKS] = replace(even, widths=widths)
+            known[NETWORKS] = replace(plain, widths=widths)
         tried = _search_ragged(request, trial, candidates, known, by_loss)
     best = min(tried, key=lambda name: tried[name].divergence)
     if (even := tried.get(UNIFORM)) is not None and best != UNIFORM:
