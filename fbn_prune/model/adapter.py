@@ -53,8 +53,8 @@ class ModelAdapter:
     left_out
         Layers that return their input, see :func:`fbn_prune.model.depth.leave_out`.
     attention_left_out
-        Layers whose attention returns zeros, see :mod:`fbn_prune.model.attention_blocks`, each with the attention's
-        own `forward` attribute if it had one.
+        Layers whose attention returns zeros, see :mod:`fbn_prune.model.attention_blocks`, each with that module and
+        its own `forward` attribute if it had one.
 
     Raises
     ------
@@ -68,7 +68,7 @@ class ModelAdapter:
         self.cuts: MutableSequence[MlpCut] = []
         self.calling: Calling | None = None
         self.left_out: set[int] = set()
-        self.attention_left_out: dict[int, Callable[..., Any] | None] = {}
+        self.attention_left_out: dict[int, tuple[nn.Module, Callable[..., Any] | None]] = {}
 
     # Sizes
 

@@ -23,15 +23,14 @@ def leave_out_attention(adapter: ModelAdapter, layers: Iterable[int]) -> None:
     for layer in set(layers) - adapter.attention_left_out.keys():
         module: Any = adapter.attention_module(layer)
         # What accelerate has put in place of the method comes back afterwards.
-        adapter.attention_left_out[layer] = vars(module).get("forward")
+        adapter.attention_left_out[layer] = module, vars(module).get("forward")
         module.forward = NoHeads(module.layer_idx).forward
 
 
 def put_back_attention(adapter: ModelAdapter, layers: Iterable[int]) -> None:
     """Let attention that was left out compute again."""
     for layer in layers:
-        module: Any = adapter.attention_module(layer)
-        before = adapter.attention_left_out.pop(layer)
+        module, before = adapter.attention_left_out.pop(layer)
         del module.forward
         if before is not None:
             module.forward = before

@@ -249,24 +249,17 @@ class StreamedModel(ModelAdapter):
             return
         self.release()
         self._loaded = part
-        trial = self._tried(part)
+        tried = self._trial if isinstance(part, int) and self._alone in (None, part) else None
         for prefix, module in self._modules[part].items():
             names = [prefix + name for name, _ in module.named_parameters()]
-            names = [
-                name for name in names if trial is None or not is_removed(self.family, name, trial)
-            ]
-            for name, value in self._values(names):
+            needed = [name for name in names if not is_removed(self.family, name, tried or ())]
+            for name, value in self._values(needed):
                 _set(module, name.removeprefix(prefix), value)
         if isinstance(part, int):
             self._set_sizes(part)
-            if trial is not None and (heads := trial[part].heads) is not None:
-                changed = trying_head_groups(self, part, len(heads.kept))
-                self._trial_heads.enter_context(changed)
-
-    def _tried(self, part: Part) -> Sequence[MlpCut] | None:
-        """The cuts that are tried on a part, which must be a layer; None without a trial of it."""
-        layer = isinstance(part, int) and self._alone in (None, part)
-        return self._trial if layer else None
+            if tried is not None and (heads := tried[part].heads) is not None:
+                groups = trying_head_groups(self, part, len(heads.kept))
+                self._trial_heads.enter_context(groups)
 
     def _set_sizes(self, layer: int) -> None:
         """Set the size attributes of a layer's modules to the shapes of the loaded weights."""
