@@ -157,4 +157,4 @@ def test_the_config_states_the_widths_in_the_standard_form(tiny: Path, tmp_path:
     }
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["model_type"] == "llama"
-    assert (out / "modeling_ragged.py").stat().st_size < 5000
+    assert (out / "modeling_ragged.py").stat().st_size < 9000

@@ -28,6 +28,7 @@ from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.family import as_config
 from fbn_prune.model.gguf_config import llama3_divisors
 from fbn_prune.model.gguf_facts import Gguf
+from fbn_prune.model.head_groups import has_own_head_groups
 from fbn_prune.model.streaming import check_tensors
 
 GgufType = Literal["auto", "f32", "f16", "bf16"]
@@ -142,6 +143,11 @@ def _architecture(source: Checkpoint) -> tuple[Gguf, str]:
     if facts is None or facts.arch is None:
         raise InvalidInput(
             f"{source.path}: {source.family.name} models are not converted to GGUF by fbn-prune"
+        )
+    if has_own_head_groups(source.family, source.config):
+        raise InvalidInput(
+            f"{source.path}: its layers keep different numbers of attention heads, which are not converted to GGUF; "
+            "prune without cutting attention by layer"
         )
     heads = source.family.head_shape(source.config)
     if not facts.own_head_size and heads.heads * heads.size != source.family.hidden_size(

@@ -19,6 +19,7 @@ from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.depth import Depth
 from fbn_prune.model.family import Family, Location
 from fbn_prune.model.folder import COMPANION_FILES, TOKENIZER_FILES, VOCABULARY_FILES, read_config
+from fbn_prune.model.head_groups import layer_facts
 from fbn_prune.model.header_checks import widths_by_tensors
 from fbn_prune.model.headers import read_object
 from fbn_prune.model.shards import TensorInfo
@@ -30,6 +31,7 @@ from fbn_prune.model.surgery import (
     cut_of,
     cut_shape,
     cut_tensor,
+    is_removed,
     require_bias,
     with_own_code,
 )
@@ -52,7 +54,7 @@ def write_checkpoint(
 ) -> None:
     """Write the cut model with its config, generation config, tokenizer and licence.
 
-    If layers differ in width, the code file that the config names is written too, see
+    If layers differ in width or in their heads, the code file that the config names is written too, see
     :func:`fbn_prune.model.surgery.cut_config`.
 
     Parameters
@@ -112,8 +114,8 @@ def write_checkpoint(
 
 
 def copy_own_code(family: Family, config: Mapping[str, Any], directory: Path) -> None:
-    """Copy the code file that the config names if the layers differ in width; it is this package's own."""
-    if family.has_own_widths(config):
+    """Copy the code file that the config names if the layers differ in size; it is this package's own."""
+    if layer_facts(family, config):
         code = Path(modeling_ragged.__file__)
         shutil.copyfile(code, directory / code.name)
 
@@ -213,7 +215,7 @@ def _config(source: Checkpoint, cuts: Sequence[MlpCut], depth: Depth | None) -> 
 
 def _whole_config(source: Checkpoint) -> dict[str, Any]:
     """Return the config of layers that stay as they are, without the names of code files that are not exported."""
-    if source.family.has_own_widths(source.config):
+    if layer_facts(source.family, source.config):
         return with_own_code(source.config, source.family)
     return with_stock_names(source.config)
 
@@ -230,6 +232,8 @@ def _plan(
         require_bias(family, config)
     plan: dict[str, TensorInfo] = {}
     for name, info in source.tensors.items():
+        if is_removed(family, name, cuts):
+            continue
         cut = cut_of(family, name, cuts)
         if vocabulary is not None and name in vocabulary.tensors:
             plan[name] = TensorInfo("", vocabulary.shape(info), info.dtype)

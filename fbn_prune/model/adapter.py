@@ -8,24 +8,24 @@ narrow adapter is SliceGPT's (`model_adapter.py`).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, MutableSequence, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import replace
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from fbn_prune.data.calibration import Batch
 from fbn_prune.model.calling import Calling
 from fbn_prune.model.families import family_of
 from fbn_prune.model.family import Family, Projection
+from fbn_prune.model.head_groups import layer_facts, set_layer_groups
 from fbn_prune.model.heads import HeadProjection
+from fbn_prune.model.modeling_ragged import set_features, set_groups, without_attention
 from fbn_prune.model.spill import Spilled
 from fbn_prune.model.surgery import MlpCut, cut_tensor, require_bias
+from fbn_prune.model.trial import WholeAttention, live_trial
 
 
 class Removable(Protocol):
@@ -52,6 +52,9 @@ class ModelAdapter:
         How the model calls its layers; None until the first layer-by-layer forward pass.
     left_out
         Layers that return their input, see :func:`fbn_prune.model.depth.leave_out`.
+    attention_left_out
+        Layers whose attention returns zeros, see :mod:`fbn_prune.model.attention_blocks`, each with that module and
+        its own `forward` attribute if it had one.
 
     Raises
     ------
@@ -65,6 +68,7 @@ class ModelAdapter:
         self.cuts: MutableSequence[MlpCut] = []
         self.calling: Calling | None = None
         self.left_out: set[int] = set()
+        self.attention_left_out: dict[int, tuple[nn.Module, Callable[..., Any] | None]] = {}
 
     # Sizes
 
@@ -93,6 +97,17 @@ class ModelAdapter:
         """The current number of neurons in each layer's MLP."""
         return [
             self.output_module(layer).weight.shape[self.family.output.neuron_axis]
+            for layer in range(self.num_layers)
+        ]
+
+    @property
+    def head_groups(self) -> list[int]:
+        """The current number of head groups in each layer's attention, where heads can be cut."""
+        width = self.family.head_shape(self.config).width
+        return [
+            self.attention_output(layer).weight.shape[1] // width
+            if any(True for _ in self.attention_module(layer).parameters())
+            else 0
             for layer in range(self.num_layers)
         ]
 
@@ -160,6 +175,11 @@ class ModelAdapter:
         """Return the attention's output projection; its input is the heads' output, [..., heads * size]."""
         assert self.family.attention is not None
         return self.module(layer, self.family.attention.output)
+
+    def attention_module(self, layer: int) -> nn.Module:
+        """Return the attention of a layer, where heads can be cut; it has no weights if it was left out for good."""
+        assert self.family.attention is not None
+        return self.layers[layer].get_submodule(self.family.attention.module)
 
     # Weights
 
@@ -242,7 +262,7 @@ class ModelAdapter:
             A new output weight is not finite in `round_to`.
         """
         self.make_place_for_bias([cut])
-        self._cut_layer(layer, cut, round_to)
+        self.cut_layer(layer, cut, round_to)
         if cut.heads is not None:
             self.set_head_groups(layer, len(cut.heads.kept))
         self.cuts.append(cut)
@@ -255,60 +275,35 @@ class ModelAdapter:
         *,
         alone: int | None = None,
         round_to: torch.dtype | None = None,
+        with_heads: bool = False,
     ) -> AbstractContextManager[None]:
-        """Return a context in which the model computes with cut MLPs; on exit it is unchanged.
+        """Return a context in which the model computes with cut layers; on exit it is unchanged.
 
-        A live layer is cut when it is called and restored when it returns, so that memory holds at most one cut MLP
+        A live layer is cut when it is called and restored when it returns, so that memory holds at most one cut layer
         beside the model. The model's own parameters are never modified.
 
         Parameters
         ----------
         cuts
-            One cut for each layer, read whenever the layer is called; attention heads stay whole.
+            One cut for each layer, read whenever the layer is called.
         alone
             Cut this layer only. Default: all.
         round_to
             See :meth:`cut`.
+        with_heads
+            Cut the attention too, where a cut says so. Default: heads stay whole.
 
         Raises
         ------
         InvalidInput, FbnPruneError
             As :meth:`cut`, but during the model's forward pass.
         """
-        return self._trying(cuts, alone, round_to)
+        return self._trying(cuts if with_heads else WholeAttention(cuts), alone, round_to)
 
-    @contextmanager
     def _trying(
         self, cuts: Sequence[MlpCut], alone: int | None, round_to: torch.dtype | None
-    ) -> Iterator[None]:
-        originals: list[tuple[nn.Linear, dict[str, nn.Parameter | None]]] = []
-
-        def cut(layer: int) -> None:
-            restore()  # an interrupted forward pass may have left a layer cut
-            modules = [self.module(layer, each) for each in self.family.projections]
-            originals.extend((module, dict(module._parameters)) for module in modules)
-            if cuts[layer].down_bias is not None and self.down_bias(layer) is None:
-                require_bias(self.family, self.config)
-                self._add_biases(layer)
-            self._cut_layer(layer, replace(cuts[layer], heads=None), round_to)
-
-        def restore() -> None:
-            for module, parameters in originals:
-                for part, parameter in parameters.items():
-                    setattr(module, part, parameter)
-                set_features(module)
-            originals.clear()
-
-        with ExitStack() as hooks:
-            hooks.callback(restore)
-            for layer, module in enumerate(self.layers):
-                if alone not in (None, layer):
-                    continue
-                before = module.register_forward_pre_hook(lambda _, args, layer=layer: cut(layer))
-                hooks.callback(before.remove)
-                after = module.register_forward_hook(lambda _, args, output: restore())
-                hooks.callback(after.remove)
-            yield
+    ) -> AbstractContextManager[None]:
+        return live_trial(self, cuts, alone, round_to)
 
     def make_place_for_bias(self, cuts: Sequence[MlpCut]) -> None:
         """Give all MLPs zero biases if a cut adds a bias and they have none.
@@ -322,25 +317,29 @@ class ModelAdapter:
         if missing and any(cut.down_bias is not None for cut in cuts):
             require_bias(self.family, self.config)
             for layer in range(self.num_layers):
-                self._add_biases(layer)
+                self.add_biases(layer)
             assert self.family.bias_key is not None
             setattr(self.config, self.family.bias_key, True)
 
     def set_head_groups(self, layer: int, groups: int) -> None:
-        """Set the number of head groups in one live attention module, after its weights are cut."""
+        """Set the number of head groups in one live attention module, whose weights are cut; 0 replaces the module."""
         assert self.family.attention is not None
-        module: Any = self.layers[layer].get_submodule(self.family.attention.module)
-        # The module gets its own config: the model's is shared with layers that are still whole.
-        module.config = copy.copy(module.config)
-        self.family.set_config_head_groups(module.config, groups)
-        if hasattr(module, "num_key_value_heads"):
-            module.num_key_value_heads = groups
+        if groups == 0:
+            without_attention(self.layers[layer], self.family.attention.module)
+            return
+        queries = self.family.head_shape(self.config).queries
+        set_groups(self.attention_module(layer), self.config, groups, queries)
 
-    def _cut_layer(self, layer: int, cut: MlpCut, round_to: torch.dtype | None) -> None:
+    def projections_of(self, cut: MlpCut) -> list[Projection | HeadProjection]:
+        """Return the projections whose weights a cut changes; attention that it leaves out has none of them."""
         projections: list[Projection | HeadProjection] = list(self.family.projections)
-        if cut.heads is not None and self.family.attention is not None:
+        if self.family.attention is not None and cut.heads is not None and len(cut.heads.kept):
             projections += self.family.attention.projections
-        for projection in projections:
+        return projections
+
+    def cut_layer(self, layer: int, cut: MlpCut, round_to: torch.dtype | None) -> None:
+        """Cut the weights of one layer in place."""
+        for projection in self.projections_of(cut):
             module = self.module(layer, projection)
             for part, old in list(module.named_parameters(recurse=False)):
                 number = self.family.decoder_layer(layer)
@@ -352,7 +351,7 @@ class ModelAdapter:
                 setattr(module, part, nn.Parameter(new, requires_grad=old.requires_grad))
             set_features(module)
 
-    def _add_biases(self, layer: int) -> None:
+    def add_biases(self, layer: int) -> None:
         """Give every MLP projection a zero bias: the config's flag applies to all of them."""
         for projection in self.family.projections:
             module = self.module(layer, projection)
@@ -361,30 +360,21 @@ class ModelAdapter:
 
     def _sync_widths(self) -> None:
         widths = [width for layer, width in enumerate(self.widths) if layer not in self.left_out]
-        own = "ragged_mlp"
         if not self.family.needs_own_code(self.config, widths):
             self.family.set_config_width(self.config, widths)
-            for key in (own, "auto_map"):
-                if hasattr(self.config, own) and hasattr(self.config, key):
-                    delattr(self.config, key)
-        elif hasattr(self.config, own):  # a class of `modeling_ragged.py`, which builds any widths
+            if hasattr(self.config, "ragged_mlp"):
+                del self.config.ragged_mlp
+        elif getattr(self.model, "_auto_class", None) is not None:
+            # A class of `modeling_ragged.py`, which builds any widths.
             self.family.set_config_own_widths(self.config, widths)
+            self.config.ragged_mlp = self.family.mlp_facts()
 
     def _sync_config(self) -> None:
         self._sync_widths()
-        if self.family.attention is None:
-            return
-        shape = self.family.head_shape(self.config)
-        layers = set(range(self.num_layers)) - self.left_out
-        channels = {self.attention_output(layer).weight.shape[1] for layer in layers}
-        if len(channels) == 1 and (groups := channels.pop() // shape.width) != shape.groups:
-            self.family.set_config_head_groups(self.config, groups)
-
-
-def set_features(module: nn.Linear | Conv1D) -> None:
-    """Set a linear module's size attributes to the shape of its weight."""
-    first, second = module.weight.shape
-    if isinstance(module, Conv1D):
-        module.nx, module.nf = first, second
-    else:
-        module.out_features, module.in_features = first, second
+        if self.family.attention is not None:
+            groups = dict(enumerate(self.head_groups))
+            staying = next(count for layer, count in groups.items() if layer not in self.left_out)
+            groups |= dict.fromkeys(self.left_out, staying)  # they must not make the others differ
+            set_layer_groups(self.family, self.config, [groups[layer] for layer in sorted(groups)])
+        if hasattr(self.config, "auto_map") and not layer_facts(self.family, self.config):
+            del self.config.auto_map

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.model.family import Family, as_config
+from fbn_prune.model.head_groups import layer_facts
 from fbn_prune.model.headers import INDEX_FILE, SINGLE_FILE, one_line, read_object
 from fbn_prune.model.modeling_ragged import ragged_class
 
@@ -163,8 +164,8 @@ def skeleton(config: Mapping[str, Any], family: Family, dtype: torch.dtype) -> P
     """Return the model of a `config.json` object on the meta device, without reading weights."""
     model: PreTrainedModel
     with init_empty_weights(include_buffers=False):
-        if family.has_own_widths(config):
-            typed = as_config({**config, "ragged_mlp": family.mlp_facts()})
+        if facts := layer_facts(family, config):
+            typed = as_config({**config, **facts})
             model = ragged_class(stock_class(typed))(typed)
         else:
             model = build(as_config(config), dtype)

@@ -41,6 +41,7 @@ from fbn_prune.model.folder import find_folder, read_config
 from fbn_prune.model.found_family import FoundFamily
 from fbn_prune.model.gguf_file import GgufFile, load_model, open_gguf
 from fbn_prune.model.gguf_parts import find_gguf
+from fbn_prune.model.head_groups import layer_facts
 from fbn_prune.model.header_checks import check_mlps, refuse_quantized, widths_by_tensors
 from fbn_prune.model.headers import one_line
 from fbn_prune.model.identities import failed_step
@@ -330,8 +331,7 @@ class Checkpoint:
         places: Any = "meta" if torch.device(device).type == "meta" else None
         if device_map is not None:
             places = dict(device_map)
-        if self.family.has_own_widths(self.config):
-            facts = {"ragged_mlp": self.family.mlp_facts()}
+        if facts := layer_facts(self.family, self.config):
             extra["config"] = as_config(self.config | facts)
             model_class = ragged_class(stock_class(extra["config"]))
         with (

@@ -13,6 +13,7 @@ from fbn_prune.errors import InvalidInput
 from fbn_prune.model.experts import mixture
 from fbn_prune.model.family import Family, Projection, per_layer
 from fbn_prune.model.gguf_facts import Gguf
+from fbn_prune.model.head_groups import has_own_head_groups, head_groups
 from fbn_prune.model.heads import Attention, HeadProjection
 from fbn_prune.model.quantization import can_undo
 
@@ -196,6 +197,8 @@ def family_of(config: Config) -> Family:
                 f"the config's per_layer_config gives layers their own {key}: only {family.width_key} may differ; "
                 f"{_supported()}"
             )
+    if has_own_head_groups(family, fields):
+        head_groups(family, fields)  # refuses what is malformed
     return family
 
 

@@ -102,7 +102,8 @@ class HeadCut:
     Attributes
     ----------
     kept
-        int64 [n]: the groups to keep, ascending (see :class:`HeadShape`).
+        int64 [n]: the groups to keep, ascending (see :class:`HeadShape`). With none the layer's attention is left out:
+        it adds nothing, whatever its output bias was.
     out_weight
         float32 or float64 [hidden, n * width of a group]: their new output weights.
     out_bias

@@ -1,11 +1,14 @@
-"""Load a causal language model whose layers have MLPs of different widths. Written by fbn-prune.
+"""Load a causal language model whose layers differ in size. Written by fbn-prune.
 
-This file is part of the checkpoint's folder and needs only transformers and torch. The config's `mlp_widths` or
-`per_layer_config` gives the widths, its `ragged_mlp` says where the MLPs are. transformers builds the stock
-architecture, then each MLP is narrowed to its layer's width before the weights are loaded; widths that transformers
-builds itself stay as they are.
+This file is part of the checkpoint's folder and needs only transformers and torch. transformers builds the stock
+architecture, then each layer is narrowed to its own size before the weights are loaded:
 
-For every model class of transformers this module has a class of the same name with ragged MLPs, such as
+- The config's `mlp_widths` or `per_layer_config` gives the widths of the MLPs, its `ragged_mlp` says where they are.
+  Widths that transformers builds itself stay as they are.
+- `attention_groups` gives the key-value heads of each layer's attention, with each of which its query heads stay;
+  `ragged_attention` says where they are. A layer with 0 has no attention.
+
+For every model class of transformers this module has a class of the same name with ragged layers, such as
 `LlamaForCausalLM`. The names are equal because transformers finds some settings by a class's name.
 """
 
@@ -13,8 +16,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 _AUTO = "AutoModelForCausalLM"
 """The auto class by which a saved model is loaded."""
@@ -30,8 +34,8 @@ def layer_widths(config: Any) -> list[int]:
     return [own.get(layer) or fields[key] for layer in range(config.num_hidden_layers)]
 
 
-class RaggedMlps:
-    """Mixin for a stock model class: builds the model with the MLP widths of `config.per_layer_config`."""
+class RaggedLayers:
+    """Mixin for a stock model class: builds the model with the sizes of each layer that the config states."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         try:
@@ -43,26 +47,108 @@ class RaggedMlps:
                 super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
             finally:
                 config.per_layer_config = different
-        mlps = config.to_dict().get("ragged_mlp")
-        if mlps is None:  # transformers may use this class for later, uniform models as well
-            return
-        layers = list(self._layers(mlps["layers"]))
-        if mlps.get("mlp_layers"):  # the others have none
-            layers = [layers[number] for number in mlps["mlp_layers"]]
-        for layer, width in zip(layers, layer_widths(config), strict=True):
-            for projection in mlps["inputs"]:
-                _fit(layer, projection, width, reads=False)
-            _fit(layer, mlps["output"], width, reads=True)
+        fields = config.to_dict()
+        # transformers may use this class for later, uniform models as well, which have neither key.
+        if (attention := fields.get("ragged_attention")) is not None:
+            layers = self._layers(attention["layers"])
+            for layer, groups in zip(layers, fields["attention_groups"], strict=True):
+                _fit_heads(layer, attention, groups, config)
+        if (mlps := fields.get("ragged_mlp")) is not None:
+            self._fit_mlps(mlps, layer_widths(config))
 
     @classmethod
     def is_custom_code(cls) -> bool:
         """Return False, so that transformers renames tensors on loading as it does for the stock class."""
         return False
 
-    def _layers(self, path: str) -> nn.ModuleList:
+    def _layers(self, path: str) -> list[nn.Module]:
         """The decoder layers, whether this is the whole model or its base model."""
         root, _, rest = path.partition(".")
-        return self.get_submodule(path if hasattr(self, root) else rest)  # type: ignore[attr-defined]
+        return list(self.get_submodule(path if hasattr(self, root) else rest))  # type: ignore[attr-defined]
+
+    def _fit_mlps(self, mlps: dict[str, Any], widths: list[int]) -> None:
+        layers = self._layers(mlps["layers"])
+        if mlps.get("mlp_layers"):  # the others have none
+            layers = [layers[number] for number in mlps["mlp_layers"]]
+        for layer, width in zip(layers, widths, strict=True):
+            for projection in mlps["inputs"]:
+                _fit(layer, projection, width, reads=False)
+            _fit(layer, mlps["output"], width, reads=True)
+
+    def _get_static_cache_init_shape(self) -> Any:
+        """Return None where the layers' heads differ: a static cache then takes its shapes from the layers."""
+        if getattr(self.config, "attention_groups", None) is not None:  # type: ignore[attr-defined]
+            return None
+        return super()._get_static_cache_init_shape()  # type: ignore[misc]
+
+
+class NoHeads(nn.Module):
+    """Stands where a layer's attention was left out: it adds nothing and has no weights.
+
+    It puts one number for each token into the cache, because caches tell by single layers, such as the first one, how
+    many tokens they hold. "Attention" in the class's name would let transformers take the whole file for a model that
+    computes attention in its own way, and refuse to change the implementation.
+    """
+
+    def __init__(self, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        cache: Any = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        cache = past_key_values if cache is None else cache  # the earlier name
+        if cache is not None:
+            marks = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+            cache.update(marks, marks, self.layer_idx)
+        return torch.zeros_like(hidden_states), None
+
+
+class LayerConfig:
+    """The model's config as one layer reads it: with numbers of its own, and all else as the model's is now."""
+
+    def __init__(self, config: Any, **own: Any) -> None:
+        vars(self).update(own, _of_model=config)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_of_model" not in vars(self):  # while it is copied
+            raise AttributeError(name)
+        return getattr(self._of_model, name)
+
+
+def set_groups(attention: Any, config: Any, groups: int, queries: int) -> None:
+    """Tell an attention module its number of key-value heads, each with `queries` query heads."""
+    heads = groups * queries
+    attention.config = LayerConfig(config, num_key_value_heads=groups, num_attention_heads=heads)
+    own = {"num_key_value_heads": groups, "num_attention_heads": heads, "num_heads": heads}
+    for name, number in own.items():
+        if hasattr(attention, name):
+            setattr(attention, name, number)
+
+
+def without_attention(layer: nn.Module, path: str) -> None:
+    """Replace a layer's attention by one without weights."""
+    parent, _, name = path.rpartition(".")
+    old: Any = layer.get_submodule(path)
+    setattr(layer.get_submodule(parent), name, NoHeads(old.layer_idx))
+
+
+def _fit_heads(layer: nn.Module, attention: dict[str, Any], groups: int, config: Any) -> None:
+    """Narrow a layer's attention to `groups` key-value heads."""
+    if groups == 0:
+        without_attention(layer, attention["module"])
+        return
+    for path in (*attention["inputs"], attention["output"]):
+        axis = int(path == attention["output"])
+        module: Any = layer.get_submodule(path)
+        size = module.weight.shape[axis] // attention["groups"] * groups
+        _narrow(module, axis, size, narrow_bias=axis == 0)
+    set_groups(layer.get_submodule(attention["module"]), config, groups, attention["queries"])
 
 
 def _fit(layer: nn.Module, projection: dict[str, Any], width: int, *, reads: bool) -> None:
@@ -77,10 +163,15 @@ def _fit(layer: nn.Module, projection: dict[str, Any], width: int, *, reads: boo
 
 
 def _narrow(module: Any, axis: int, size: int, narrow_bias: bool) -> None:
-    """Keep the first neurons; the values do not matter, because the weights are loaded later."""
+    """Keep the first neurons or heads; the values do not matter, because the weights are loaded later."""
     module.weight = nn.Parameter(module.weight.detach().narrow(axis, 0, size).clone())
     if narrow_bias and module.bias is not None:
         module.bias = nn.Parameter(module.bias.detach()[:size].clone())
+    set_features(module)
+
+
+def set_features(module: Any) -> None:
+    """Set a linear module's size attributes to the shape of its weight."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     else:  # the Conv1D of GPT-2
@@ -88,8 +179,10 @@ def _narrow(module: Any, axis: int, size: int, narrow_bias: bool) -> None:
 
 
 def ragged_class(stock: type) -> type:
-    """Return the class of `stock` models with ragged MLPs."""
-    return type(stock.__name__, (RaggedMlps, stock), {"__module__": __name__, "_auto_class": _AUTO})
+    """Return the class of `stock` models with ragged layers."""
+    return type(
+        stock.__name__, (RaggedLayers, stock), {"__module__": __name__, "_auto_class": _AUTO}
+    )
 
 
 def __getattr__(name: str) -> type:

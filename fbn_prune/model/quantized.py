@@ -23,6 +23,7 @@ from fbn_prune.model.family import Family
 from fbn_prune.model.folder import find_folder, read_config
 from fbn_prune.model.gguf_file import open_gguf
 from fbn_prune.model.gguf_parts import find_gguf
+from fbn_prune.model.head_groups import layer_facts
 from fbn_prune.model.header_checks import PACKED, WEIGHT_DTYPES, widths_by_tensors
 from fbn_prune.model.quantization import CONFIG_KEYS, known_method, quantization_of
 from fbn_prune.model.quantized_formats import stored_weights
@@ -183,7 +184,7 @@ def plain_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any
     """Return the `config.json` object of the plain checkpoint with weights in `dtype`."""
     result = copy.deepcopy({key: value for key, value in config.items() if key not in CONFIG_KEYS})
     result.pop("auto_map", None)  # names code files that are not copied
-    if (family := family_of(result)).has_own_widths(result):
+    if layer_facts(family := family_of(result), result):
         result = with_own_code(result, family)
     key = "torch_dtype" if "torch_dtype" in result and "dtype" not in result else "dtype"
     return result | {key: str(dtype).removeprefix("torch.")}

@@ -70,6 +70,8 @@ class Spilled(Sequence[Tensor]):
             return [self[i] for i in range(*index.indices(len(self)))]
         place = self._places[index]
         tensor = torch.empty(place.shape, dtype=place.dtype)
+        if not place.nbytes:
+            return tensor.to(place.device)
         self._file.seek(place.start)
         view = memoryview(_bytes(tensor)).cast("B")
         while len(view):  # one read call returns 2 GiB at most

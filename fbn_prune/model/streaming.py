@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -24,12 +24,22 @@ from transformers import PreTrainedModel
 from fbn_prune.data.calibration import Batch
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model import building, remedies
-from fbn_prune.model.adapter import ModelAdapter, set_features
+from fbn_prune.model.adapter import ModelAdapter
+from fbn_prune.model.attention_blocks import trying_head_groups
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.family import MOST_LAYERS
 from fbn_prune.model.layerwise import LayerwiseForward
+from fbn_prune.model.modeling_ragged import set_features
 from fbn_prune.model.spill import Spilled
-from fbn_prune.model.surgery import MlpCut, cut_of, cut_of_parts, cut_parts, cut_tensor, rounded_cut
+from fbn_prune.model.surgery import (
+    MlpCut,
+    cut_of,
+    cut_of_parts,
+    cut_parts,
+    cut_tensor,
+    is_removed,
+    rounded_cut,
+)
 
 Part = int | str
 """A decoder layer's number, or the name of an embedding."""
@@ -128,6 +138,7 @@ class StreamedModel(ModelAdapter):
         self._cuts = spilled_cuts(scratch)
         self.cuts = self._cuts  # type: ignore[assignment]
         self._cuts_heads = False
+        self._trial_heads = ExitStack()
         self._trial: Sequence[MlpCut] | None = None
         self._alone: int | None = None
         self._loaded: Part | None = None
@@ -199,6 +210,7 @@ class StreamedModel(ModelAdapter):
         """Free the weights of the loaded part, if there is one."""
         if self._loaded is None:
             return
+        self._trial_heads.close()
         modules, self._loaded = self._modules[self._loaded], None
         for module in modules.values():
             for name, parameter in list(module.named_parameters()):
@@ -212,7 +224,10 @@ class StreamedModel(ModelAdapter):
         """
         self.release()
         self.make_place_for_bias([cut])
-        self._cuts_heads = self._cuts_heads or cut.heads is not None
+        if cut.heads is not None:
+            self._cuts_heads = True
+            if len(cut.heads.kept) == 0:
+                self.set_head_groups(layer, 0)
         self._cuts.append(rounded_cut(cut, self._checkpoint.storage_dtype))
 
     @contextmanager
@@ -234,24 +249,30 @@ class StreamedModel(ModelAdapter):
             return
         self.release()
         self._loaded = part
+        tried = self._trial if isinstance(part, int) and self._alone in (None, part) else None
         for prefix, module in self._modules[part].items():
             names = [prefix + name for name, _ in module.named_parameters()]
-            for name, value in self._values(names):
+            needed = [name for name in names if not is_removed(self.family, name, tried or ())]
+            for name, value in self._values(needed):
                 _set(module, name.removeprefix(prefix), value)
         if isinstance(part, int):
             self._set_sizes(part)
+            if tried is not None and (heads := tried[part].heads) is not None:
+                groups = trying_head_groups(self, part, len(heads.kept))
+                self._trial_heads.enter_context(groups)
 
     def _set_sizes(self, layer: int) -> None:
         """Set the size attributes of a layer's modules to the shapes of the loaded weights."""
         for projection in self.family.projections:
             set_features(self.module(layer, projection))
         attention = self.family.attention
-        if attention is None or not self._cuts_heads:
+        if attention is None or not list(self.attention_module(layer).parameters()):
             return
         for head_projection in attention.projections:
             set_features(self.module(layer, head_projection))
-        width = self.family.head_shape(self._checkpoint.config).width
-        self.set_head_groups(layer, self.attention_output(layer).weight.shape[1] // width)
+        if self._cuts_heads:
+            width = self.family.head_shape(self._checkpoint.config).width
+            self.set_head_groups(layer, self.attention_output(layer).weight.shape[1] // width)
 
     def _add(self, module: nn.Module) -> str:
         name = next(name for name, other in self.model.named_modules() if other is module)

@@ -19,6 +19,15 @@ from fbn_prune.errors import InvalidInput
 from fbn_prune.model import modeling_ragged
 from fbn_prune.model.building import stock_class
 from fbn_prune.model.family import Family, Projection, as_config
+from fbn_prune.model.head_groups import (
+    ATTENTION,
+    attention_layer,
+    has_own_head_groups,
+    head_groups,
+    layer_facts,
+    layer_heads,
+    with_layer_groups,
+)
 from fbn_prune.model.heads import HeadCut, cut_heads, head_tensor_shape, rounded
 from fbn_prune.model.stock_names import with_stock_names
 
@@ -99,6 +108,15 @@ def cut_of(family: Family, name: str, cuts: Sequence[MlpCut]) -> MlpCut | None:
     return None
 
 
+def is_removed(family: Family, name: str, cuts: Sequence[MlpCut]) -> bool:
+    """Return whether a tensor goes because its layer's cut leaves the attention out."""
+    layer = attention_layer(family, name)
+    if layer is None or layer >= len(cuts):
+        return False
+    heads = cuts[layer].heads
+    return heads is not None and len(heads.kept) == 0
+
+
 def cut_tensor(
     family: Family,
     config: Any,
@@ -109,6 +127,8 @@ def cut_tensor(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return a tensor of a layer's MLP or attention after the cut, contiguous, on the device of `tensor`.
+
+    Tensors that :func:`is_removed` names have no form after the cut.
 
     Parameters
     ----------
@@ -136,7 +156,8 @@ def cut_tensor(
         heads = family.locate_heads(name)
         if heads is None or cut.heads is None:
             return tensor
-        return cut_heads(heads, tensor, cut.heads, family.head_shape(config), dtype)
+        shape = layer_heads(family, config, heads.layer)
+        return cut_heads(heads, tensor, cut.heads, shape, dtype)
     if location.projection is not family.output:
         return _cut_input(location.projection, location.part, tensor, cut.kept)
     if location.part == "weight":
@@ -155,36 +176,43 @@ def cut_shape(
     heads = family.locate_heads(name)
     if heads is None or cut.heads is None:
         return shape
-    return head_tensor_shape(heads, shape, len(cut.heads.kept), family.head_shape(config))
+    before = layer_heads(family, config, heads.layer)
+    return head_tensor_shape(heads, shape, len(cut.heads.kept), before)
 
 
 def cut_config(config: Mapping[str, Any], family: Family, cuts: Sequence[MlpCut]) -> dict[str, Any]:
     """Return the `config.json` object of a cut model.
 
-    Layers of equal width give a stock config. Different widths are written as transformers' `per_layer_config`. The
-    stock classes do not yet build models from it, so `auto_map` names `modeling_ragged.py`, which must be in the
-    checkpoint's folder. Other names of code are replaced, see
-    :func:`fbn_prune.model.stock_names.with_stock_names`.
+    Layers of equal width and equal numbers of heads give a stock config. Different widths are written as transformers'
+    `per_layer_config`, different numbers of head groups as :mod:`fbn_prune.model.head_groups` says. The stock classes
+    do not build models from them, so `auto_map` names `modeling_ragged.py`, which must be in the checkpoint's folder.
+    Other names of code are replaced, see :func:`fbn_prune.model.stock_names.with_stock_names`.
 
     Raises
     ------
     InvalidInput
-        A cut adds a bias that the architecture does not support, or the layers keep different numbers of heads.
+        A cut adds a bias that the architecture does not support, or cuts heads where that cannot be.
     """
     widths = [cut.width for cut in cuts]
     pruned = with_stock_names(family.with_widths(copy.deepcopy(dict(config)), widths))
-    pruned.pop("ragged_mlp", None)
-    if (groups := _kept_head_groups(cuts)) is not None:
-        pruned = family.with_head_groups(pruned, groups)
+    for key in ("ragged_mlp", ATTENTION):
+        pruned.pop(key, None)
+    if has_own_head_groups(family, config) or any(cut.heads is not None for cut in cuts):
+        before = head_groups(family, config)
+        groups = [
+            old if cut.heads is None else len(cut.heads.kept)
+            for old, cut in zip(before, cuts, strict=True)
+        ]
+        pruned = with_layer_groups(family, pruned, groups)
     if any(cut.down_bias is not None for cut in cuts) and not family.has_bias(config):
         require_bias(family, config)
         assert family.bias_key is not None
         pruned[family.bias_key] = True
-    return with_own_code(pruned, family) if family.needs_own_code(config, widths) else pruned
+    return with_own_code(pruned, family) if layer_facts(family, pruned) else pruned
 
 
 def with_own_code(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """Return the `config.json` object of a model with layers of different widths, naming the code that builds it."""
+    """Return the `config.json` object of a model whose layers differ in size, naming the code that builds it."""
     typed = as_config(config)
     stock: dict[str, Any] = {
         "AutoModel": MODEL_MAPPING[type(typed)],
@@ -202,18 +230,8 @@ def with_own_code(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
         **config,
         "architectures": [classes["AutoModelForCausalLM"]],
         "auto_map": {auto: f"{file}.{name}" for auto, name in classes.items()},
-        "ragged_mlp": family.mlp_facts(),
+        **layer_facts(family, config),
     }
-
-
-def _kept_head_groups(cuts: Sequence[MlpCut]) -> int | None:
-    groups = {None if cut.heads is None else len(cut.heads.kept) for cut in cuts}
-    if len(groups) > 1:
-        raise InvalidInput(
-            "all layers must keep the same number of attention heads, because the config has only one number: "
-            "give cuts with equal numbers"
-        )
-    return groups.pop()
 
 
 def require_bias(family: Family, config: Any) -> None:

@@ -16,6 +16,8 @@ from torch import Tensor
 from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.family import Location
+from fbn_prune.model.head_groups import head_groups
+from fbn_prune.model.heads import HeadShape
 from fbn_prune.model.kept_neurons import KEPT_FILE, KeptNeurons
 from fbn_prune.networks.functional_networks import MEMBER_Z, FunctionalNetworks
 
@@ -141,7 +143,7 @@ def task_of_pruned(
         )
     own_down: list[OwnDown | None] = [None] * len(widths)
     own_bias: list[Tensor | None] = [None] * len(widths)
-    if (family := base.family).head_shape(pruned.config) != family.head_shape(base.config):
+    if _heads(pruned) != _heads(base):
         raise InvalidInput(
             f"{pruned.path}: attention heads were cut too, but a served task uses all heads of the model; prune for a "
             "task without --head-sparsity"
@@ -167,6 +169,12 @@ def task_of_pruned(
         if progress is not None:
             progress(found.nbytes)
     return TaskSet(neurons, tuple(own_down), tuple(own_bias))
+
+
+def _heads(checkpoint: Checkpoint) -> tuple[HeadShape, list[int]]:
+    """The shape of the attention heads, and the number of their groups in each layer."""
+    family, config = checkpoint.family, checkpoint.config
+    return family.head_shape(config), head_groups(family, config)
 
 
 def _require_equal(
