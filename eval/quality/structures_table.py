@@ -57,12 +57,15 @@ def main(
     sparsity: Annotated[str, typer.Option(help="Shares of the neurons to remove.")] = "",
     tokens: int = 32768,
     context: int | None = None,
+    dtype: Annotated[str, typer.Option(help="Type that the model computes in.")] = "auto",
     only: Annotated[list[str] | None, typer.Option(help="Rows to print; repeat.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON to keep the cells in.")] = None,
 ) -> None:
     """Fill the table cell by cell."""
     common = {"model": model, "calibration": calibrate, "tokens": tokens, "context": context}
+    common["dtype"] = dtype
     facts: dict[str, Any] = {"model": Path(model).name, "tokens": tokens, "context": context}
+    facts |= {} if dtype == "auto" else {"dtype": dtype}
     facts["calibration"] = [Path(text).name for text in calibrate]
     cells: dict[str, dict[str, Any]] = {}
     if output is not None and output.exists():
