@@ -78,7 +78,10 @@ class Prepared:
     @property
     def heads_total(self) -> int:
         """Attention heads (query heads) of all layers."""
-        return self.family.head_shape(self.checkpoint.config).heads * self.layers
+        family, config = self.family, self.checkpoint.config
+        if family.attention is None:
+            return family.head_shape(config).heads * self.layers
+        return family.head_shape(config).queries * sum(head_groups(family, config))
 
     @property
     def heads_kept(self) -> int:
