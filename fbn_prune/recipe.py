@@ -44,8 +44,8 @@ WidthRule = Literal["networks", "search", "loss", "members", "auto"]
 BUDGET_KEYS = ("sparsity", "target_params", "target_size")
 """Keys that set the size of the result, instead of `keep_networks`; `experts` may go with `sparsity`."""
 
-STRUCTURES = ("neurons", "layers", "vocabulary")
-"""What may be removed to reach a size; attention heads have a share of their own."""
+STRUCTURES = ("neurons", "heads", "attention", "layers", "vocabulary")
+"""What may be removed to reach a size."""
 
 RECOVERY_STEPS = ("match", "distil")
 
@@ -143,9 +143,9 @@ class PruningConfig(BaseModel):
     (search), how the loss rises as neurons are removed (loss), membership in the kept networks (members), or the best
     of networks, loss and equal widths in a trial (auto)."""
     structures: str = _more(CUT, "neurons")
-    """What may be removed, separated by commas: neurons, layers (whole decoder layers, where that costs least) and
-    vocabulary (as --vocabulary 1), or all. With layers, widths are searched and each layer is fitted on those already
-    pruned."""
+    """What may be removed, separated by commas: neurons, layers (whole decoder layers), vocabulary (as --vocabulary 1)
+    and, with --layout ragged, heads (groups of attention heads) and attention (whole attention blocks), or all. What
+    goes is searched where it costs least, and each layer is fitted on those already pruned."""
     loss_aware: bool = _key(QUALITY, False)
     """Weigh output errors by their effect on the loss (needs a backward pass)."""
     keep_layers: str | None = _more(CUT)
@@ -205,21 +205,28 @@ class PruningConfig(BaseModel):
         return "layers" in self.removable
 
     @property
+    def removes_heads(self) -> bool:
+        """Whether layers may lose attention heads of their own, or their whole attention."""
+        return not self.removable.isdisjoint(("heads", "attention"))
+
+    @property
     def removable(self) -> frozenset[str]:
-        """The names in `structures`."""
+        """The names in `structures`; of `all`, those that the layout has a form for."""
         if self.structures.strip() == "all":
-            return frozenset(STRUCTURES)
+            apart = () if self.layout == "ragged" else ("heads", "attention")
+            return frozenset(STRUCTURES).difference(apart)
         return frozenset(part.strip() for part in self.structures.split(","))
 
     @property
     def searches_widths(self) -> bool:
-        """Whether widths, and layers to leave out, are searched by the divergence that they cost."""
-        return self.leaves_out_layers or (self.layout != "uniform" and self.widths == "search")
+        """Whether what goes is searched by the divergence that it costs."""
+        more = self.leaves_out_layers or self.removes_heads
+        return more or (self.layout != "uniform" and self.widths == "search")
 
     @property
     def fits_in_sequence(self) -> bool:
         """Whether each layer is fitted on the output of those that are already pruned."""
-        return self.sequential or self.leaves_out_layers
+        return self.sequential or self.leaves_out_layers or self.removes_heads
 
     @property
     def recover_passes_or_default(self) -> int:
@@ -340,6 +347,8 @@ class Recipe(PruningConfig):
     """Further texts whose tokens stay, in the forms of --calibration. Repeat for several."""
     vocabulary_chars: str = _more(CUT, "")
     """Characters whose tokens stay in any case, as äöü."""
+    vocabulary_ascii: bool = _more(CUT, False)
+    """Keep all tokens of ASCII characters, whether the texts use them or not: for English and code."""
     calibration: tuple[str, ...] = _key(CALIBRATION, ("builtin",))
     """Calibration text: FILE[:field] (plain text, JSON, CSV, Parquet or Arrow, compressed or not), a folder,
     hf:dataset[:config[:split[:field]]] or `builtin`. Repeat for several."""
@@ -494,7 +503,7 @@ def _check(recipe: PruningConfig) -> None:
     if isinstance(recipe, Recipe):
         if not recipe.calibration:
             raise InvalidInput("calibration is empty: name at least one source of text")
-        for key in ("vocabulary_texts", "vocabulary_chars"):
+        for key in ("vocabulary_texts", "vocabulary_chars", "vocabulary_ascii"):
             if getattr(recipe, key) and recipe.least_uses is None:
                 refuse(key, "add vocabulary = 1 to trim the vocabulary")
     tokens = min(recipe.network_tokens, recipe.tokens)
@@ -521,7 +530,7 @@ def _check_forgetting(recipe: PruningConfig) -> None:
         _refuse(recipe, key, "forget chooses the neurons itself, see forget_by")
     if recipe.sequential and recipe.forget_by == "erasing":
         _refuse(recipe, "sequential", "erasing fits every layer to the whole model")
-    if recipe.leaves_out_layers:
+    if recipe.leaves_out_layers or recipe.removes_heads:
         _refuse(recipe, "structures", "forget removes neurons only")
     if recipe.layout == "auto" or recipe.widths != "networks":
         key = "layout" if recipe.layout == "auto" else "widths"
@@ -576,12 +585,18 @@ def _check_structures(recipe: PruningConfig) -> None:
     if not recipe.removable <= set(STRUCTURES) or recipe.removable == {"vocabulary"}:
         alone = " (vocabulary alone is `fbn-prune trim-vocabulary`)"
         refuse("structures", f"give {', '.join(STRUCTURES)}, several of them, or all{alone}")
-    if "neurons" not in recipe.removable and not recipe.leaves_out_layers:
-        refuse("structures", "give neurons or layers as well")
-    if "neurons" not in recipe.removable and recipe.layout == "ragged":
+    heads, layers = recipe.removes_heads, recipe.leaves_out_layers
+    if heads and recipe.layout != "ragged":
+        why = "layers with different attention heads need layout ragged; head_sparsity removes the same from each"
+        refuse("structures", why)
+    if heads and recipe.head_sparsity is not None:
+        refuse("head_sparsity", "structures lets the search choose the heads: give one of the two")
+    if "neurons" not in recipe.removable and not (layers or heads):
+        refuse("structures", "give neurons, heads, attention or layers as well")
+    if "neurons" not in recipe.removable and recipe.layout == "ragged" and not heads:
         refuse("layout", "where no neurons go, the layers that stay are equal: use uniform")
-    if recipe.leaves_out_layers and recipe.widths not in ("networks", "search"):
-        why = "where layers can be left out, widths are searched: remove this key"
+    if (layers or heads) and recipe.widths not in ("networks", "search"):
+        why = "where more than neurons can go, widths are searched: remove this key"
         refuse("widths", why)
     if recipe.leaves_out_layers and recipe.layout == "auto":
         refuse("layout", "where layers can be left out, give uniform or ragged")

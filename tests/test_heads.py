@@ -33,7 +33,7 @@ from fbn_prune.model.heads import HeadCut
 from fbn_prune.model.perplexity import perplexity
 from fbn_prune.model.surgery import MlpCut
 from fbn_prune.progress import StageClock
-from fbn_prune.pruning.cutting import FinishedLayer
+from fbn_prune.pruning.finished import FinishedLayer
 from fbn_prune.pruning.second_order import choose_groups, choose_neurons, output_error, refit
 from fbn_prune.recipe import Recipe
 from fbn_prune.runs import memory

@@ -101,7 +101,7 @@ def test_a_grid_has_the_even_width_and_the_full_one() -> None:
     assert second == sorted(set(second))
     assert (first[-1], second[-1]) == (24, 64)
     for layer, even in zip(
-        (first, second), Candidates(request, grid(request), []).even() or [], strict=False
+        (first, second), Candidates(request, grid(request), []).even().widths, strict=False
     ):
         assert even in layer
     assert all(width % 4 == 0 for width in (*first, *second))
@@ -286,11 +286,13 @@ def test_the_rough_errors_of_a_layer_are_its_errors_to_rounding() -> None:
 
 
 def test_fewer_layers_are_predicted_by_their_costs() -> None:
-    request = LayoutRequest("uniform", "search", 40, False, (24,) * 4, 4, rest=(10,) * 4)
+    request = LayoutRequest(
+        "uniform", "search", 40, False, (24,) * 4, 4, rest=(10,) * 4, leaves_out=True
+    )
     levels = [[4, 8, 12, 16, 20, 24]] * 4
     costs = [Costs([6.0, 5, 4, 3, 2, 0], cost) for cost in (0.0, 1, 9, 0.5)]
     models = Candidates(request, levels, costs).with_fewer_layers()
-    assert [model.widths for model in models] == [
+    assert [model.sizes.widths for model in models] == [
         [8, 8, 8, 8],
         [16, 16, 16, 0],
         [24, 0, 24, 0],

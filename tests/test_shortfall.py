@@ -11,7 +11,7 @@ from tiny_models import CONTEXT, PATHS, make_model
 from fbn_prune.data.calibration import Batch, TokenBlocks
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.layerwise import LayerwiseForward
-from fbn_prune.pruning.evidence import ASIDE_TOKENS, tokens_set_aside
+from fbn_prune.pruning.output_sums import ASIDE_TOKENS, tokens_set_aside
 from fbn_prune.pruning.second_order import refit
 from fbn_prune.pruning.shortfall import USUAL_SHARE, SetAside, Shortfall, best_shares
 

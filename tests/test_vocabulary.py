@@ -135,6 +135,10 @@ def test_characters_and_rare_tokens_stay_as_asked(tmp_path: Path) -> None:
     assert rare <= kept()
     assert not rare & kept(min_count=2)
     assert asked <= kept(min_count=2, characters="é")
+    every = kept(min_count=10**6, ascii=True)
+    written = {whole.decode([token]): piece for piece, token in whole.get_vocab().items()}
+    assert {piece for text, piece in written.items() if text.isascii()} <= every
+    assert not all(piece in every for piece in written.values())
 
 
 NAMED = {

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from optipfair_depth import least_turning
 from rich.console import Console
 from rich.table import Table
 
@@ -141,11 +142,7 @@ def optipfair(
         one = sum(p.numel() for p in model.model.layers[0].parameters())
         mlp = sum(p.numel() for p in model.model.layers[0].mlp.parameters())
         gone = round((1 - kept) * mlp * layers / one)
-        turned = peer.analyze_layer_importance(model, rows, show_progress=False)
-        least = sorted(turned, key=lambda layer: float(turned[layer]))[:gone]
-        model = peer.prune_model(
-            model, pruning_type="DEPTH", layer_indices=sorted(least), show_progress=False
-        )
+        model = least_turning(model, rows, gone)
     model.to(torch.float16).save_pretrained(output)
     tokenizer.save_pretrained(output)
 

@@ -2,6 +2,7 @@
 
     python eval/quality/structures_table.py --model MODEL --calibrate TEXT --params 0.75,0.6,0.5 --output table.json
 
+With optipfair (`pip install 'fbn-prune[real]'`), a row has its depth pruning.
 Every cell is one run of `fbn-prune` with `--target-params` at that share of the model's parameters and its settings
 otherwise as they are; the perplexity is that on the held-out share of the text, of the checkpoint as it would be
 written. Beside it are the seconds of the run as a multiple of the first row's, and for a search the divergence from the
@@ -11,11 +12,13 @@ that share of neurons removed. A table in `--output` goes on where it was interr
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
+import optipfair_depth
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -24,6 +27,7 @@ from fbn_prune import prune_checkpoint
 from fbn_prune.errors import FbnPruneError
 from fbn_prune.recipe import Recipe
 
+OPTIPFAIR = "layers, by optipfair"
 SEARCHED = {"layout": "ragged", "widths": "search"}
 ROWS: dict[str, dict[str, Any]] = {
     "neurons, equal widths": {},
@@ -34,8 +38,14 @@ ROWS: dict[str, dict[str, Any]] = {
     "layers": {"structures": "layers"},
     "neurons and layers, equal widths": {"structures": "neurons,layers"},
     "neurons and layers": {"structures": "neurons,layers", "layout": "ragged"},
-    "neurons and heads": {"head_sparsity": "least"},
-    "neurons, layers and vocabulary": {"structures": "all", "layout": "ragged"},
+    "neurons and heads, the same in each layer": {"head_sparsity": "least"},
+    "heads and attention blocks": {"structures": "heads,attention", "layout": "ragged"},
+    "neurons, heads, attention and layers": {
+        "structures": "neurons,heads,attention,layers",
+        "layout": "ragged",
+    },
+    "all, with vocabulary": {"structures": "all", "layout": "ragged"},
+    OPTIPFAIR: {},
 }
 NEURONS_ALONE = [name for name in ROWS if name.startswith("neurons, ") and "layers" not in name]
 
@@ -67,7 +77,12 @@ def main(
             key = f"{kind} {share:g} / {name}"
             if key in cells or (only and name not in only):
                 continue
-            cells[key] = measured({**common, **ROWS[name]}, kind, share)
+            if name == OPTIPFAIR:
+                if importlib.util.find_spec("optipfair") is None:
+                    continue
+                cells[key] = optipfair_depth.cell(common, int(share * parameters(model)))
+            else:
+                cells[key] = measured({**common, **ROWS[name]}, kind, share)
             if output is not None:
                 content = json.dumps({**facts, "cells": cells}, indent=1) + "\n"
                 output.write_text(content, encoding="utf-8")
@@ -97,6 +112,7 @@ def measured(settings: dict[str, Any], kind: str, share: float) -> dict[str, Any
         "forward_seconds": round(result.forward_seconds, 1),
         "widths": result.widths,
         "layers_left_out": result.layers_left_out,
+        "head_groups": result.head_groups,
         "trials": result.layout_trials,
         "predicted": None if result.search is None else result.search["predicted"],
     }

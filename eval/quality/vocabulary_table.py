@@ -46,6 +46,7 @@ def main(
     held_out: Annotated[list[str], typer.Option(help="NAME=FILE to measure on; repeat.")],
     python: Annotated[bool, typer.Option(help="Also Python files of this installation.")] = False,
     min_count: int = 1,
+    ascii: Annotated[bool, typer.Option(help="Keep all tokens of ASCII characters.")] = False,
     documents: Annotated[int, typer.Option(help="Documents of each text to run.")] = 6,
     output: Annotated[Path | None, typer.Option(help="JSON to add the model to.")] = None,
 ) -> None:
@@ -58,10 +59,11 @@ def main(
             sources.append(str(Path(place) / "python.jsonl"))
             sets["Python files"] = python_files(Path(sources[-1]))
         result = trim_vocabulary(
-            str(model), small, sources, min_count=min_count, held_out=texts[:1]
+            str(model), small, sources, min_count=min_count, ascii=ascii, held_out=texts[:1]
         )
         facts = result.to_json()
-        facts |= {"model": model.name, "min_count": min_count, "python": python}
+        name = f"{model.name}{', ASCII kept' if ascii else ''}"
+        facts |= {"model": name, "min_count": min_count, "python": python}
         facts |= {"texts": [Path(text).name for text in texts]}
         del facts["output"]
         facts["vocabulary"] = {
@@ -75,7 +77,7 @@ def main(
     show(facts)
     if output is not None:
         found = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
-        found[model.name] = facts
+        found[name] = facts
         output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

@@ -125,11 +125,25 @@ def _print_result(recipe: Recipe, result: PruneResult) -> None:
         console.print_line(f"width of every expert: {result.widths[0]}")
     if result.layers_left_out:
         console.print_line(f"layers left out: {', '.join(map(str, result.layers_left_out))}")
+    if (groups := result.head_groups) is not None:
+        console.print_line(_head_groups(groups))
     seconds = ", ".join(f"{name} {took:.1f} s" for name, took in result.stages.items())
     console.print_line(
         f"{seconds}; peak memory {console.size(result.peak_memory_bytes)}; "
         f"bare forward passes {result.forward_seconds:.1f} s"
     )
+
+
+def _head_groups(groups: list[int]) -> str:
+    """One line on the attention of the layers that stay."""
+    without = [layer for layer, kept in enumerate(groups) if kept == 0]
+    fewer = [layer for layer, kept in enumerate(groups) if 0 < kept < max(groups)]
+    parts = [
+        f"{what}: layers {', '.join(map(str, layers))}"
+        for what, layers in (("no attention", without), ("fewer attention heads", fewer))
+        if layers
+    ]
+    return f"{'; '.join(parts)} of the pruned model" if parts else "all attention heads are kept"
 
 
 def _recovered(recovery: Recovery) -> str:

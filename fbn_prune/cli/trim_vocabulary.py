@@ -28,6 +28,10 @@ MinCount = Annotated[
 Characters = Annotated[
     str, typer.Option("--characters", help="Characters whose tokens stay in any case, as äöü.")
 ]
+Ascii = Annotated[
+    bool,
+    typer.Option("--ascii", help="Keep all tokens of ASCII characters: for English and code."),
+]
 HeldOut = Annotated[
     list[str] | None,
     typer.Option(
@@ -59,6 +63,7 @@ def command(
     held_out_texts: HeldOut = None,
     max_shard_size: ShardSize = "5GB",
     *,
+    ascii: Ascii = False,
     trust_remote_code: Trust = False,
     dry_run: DryRun = False,
     json: Json = False,
@@ -76,6 +81,7 @@ def command(
         texts,
         min_count=min_count,
         characters=characters,
+        ascii=ascii,
         held_out=held_out_texts or (),
         max_shard_size=max_shard_size,
         trust_remote_code=trust_remote_code,

@@ -109,6 +109,13 @@ def tokens_of_characters(tokenizer: Any, content: Content, characters: str) -> s
     return wanted
 
 
+def ascii_tokens(tokenizer: Any) -> set[int]:
+    """Return the ids of the tokens whose text is ASCII."""
+    ids = sorted(tokenizer.get_vocab().values())
+    texts = tokenizer.batch_decode([[token] for token in ids])
+    return {token for token, text in zip(ids, texts, strict=True) if text.isascii()}
+
+
 def closed(content: Content, wanted: Collection[int]) -> list[int]:
     """Return the ids of the wanted tokens, of those needed to make them, and of those kept always; ascending.
 

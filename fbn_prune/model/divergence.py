@@ -57,7 +57,7 @@ class DenseReference:
         """
         with (
             leaving_out(self._adapter, left_out),
-            self._adapter.trying(cuts, round_to=self._round_to),
+            self._adapter.trying(cuts, round_to=self._round_to, with_heads=True),
         ):
             forward = self._past_all_layers()
         advance(sum(batch.tokens for batch in self._batches))
@@ -91,7 +91,7 @@ class DenseReference:
         for layer in range(adapter.num_layers):
             found: list[list[Tensor]] = []
             for cuts in entries:
-                with adapter.trying(cuts, alone=layer, round_to=self._round_to):
+                with adapter.trying(cuts, alone=layer, round_to=self._round_to, with_heads=True):
                     found.append([dense.run(index) for index in indices])
             if below_gaps is not None:
                 found.append(skipped)

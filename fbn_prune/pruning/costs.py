@@ -1,4 +1,4 @@
-"""What the widths of a layer cost: from a few measured ones to all of them. Pure numbers."""
+"""What the sizes of a layer cost: from a few measured widths to all of them. Pure numbers."""
 
 from __future__ import annotations
 
@@ -33,10 +33,14 @@ class Costs:
         The cost of each width of the grid, ascending in width.
     left_out
         The cost of a model without the layer.
+    of_heads
+        The cost of each number of attention heads that the layer may keep, ascending, with all neurons; empty if it
+        keeps all.
     """
 
     of_widths: list[float]
     left_out: float
+    of_heads: Sequence[float] = ()
 
 
 def levels_to_measure(widths: Sequence[int], share: float) -> list[int]:
@@ -90,6 +94,14 @@ def _on_line(known: Sequence[tuple[float, float]], at: float) -> float:
         return value + at - place
     (left, low), (right, high) = known[after - 1], known[after]
     return low + (at - left) * (high - low) / (right - left)
+
+
+def falling(costs: Sequence[float]) -> list[float]:
+    """Return the costs of ascending sizes, where noise does not make a smaller one cheaper."""
+    found = [max(finite(cost), 0.0) for cost in costs]
+    for place in range(len(found) - 2, -1, -1):
+        found[place] = max(found[place], found[place + 1])
+    return found
 
 
 def finite(cost: float) -> float:

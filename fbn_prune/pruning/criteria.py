@@ -78,6 +78,8 @@ class LayerEvidence(OutputEvidence):
         Evidence for the layer's attention; None unless its heads are cut too.
     erased
         E[xᵀx] on the text of a skill to erase, [N, N]; None without one.
+    head_cut
+        The cut of the attention with which the other evidence was collected; None if it was whole.
     """
 
     layer: int
@@ -87,6 +89,16 @@ class LayerEvidence(OutputEvidence):
     membership: Tensor | None = None
     heads: HeadEvidence | None = None
     erased: Tensor | None = None
+    head_cut: FinishedHeads | None = None
+
+
+@dataclass(frozen=True)
+class FinishedHeads:
+    """The cut of one layer's attention, its relative error, and damping messages."""
+
+    cut: HeadCut
+    relative_error: float
+    notes: tuple[str, ...] = ()
 
 
 Cut = Callable[[LayerEvidence, int], MlpCut]
@@ -250,6 +262,11 @@ def head_cut(evidence: HeadEvidence, groups: int) -> HeadCut:
     inner = torch.arange(evidence.group, device=kept.device)
     channels = (kept[:, None] * evidence.group + inner).flatten()
     return HeadCut(kept.cpu(), *_refitted(evidence, signal, channels))
+
+
+def no_heads(hidden: int) -> HeadCut:
+    """Return the cut that leaves out an attention whose output has `hidden` channels."""
+    return HeadCut(torch.zeros(0, dtype=torch.int64), torch.zeros(hidden, 0))
 
 
 @dataclass(frozen=True)

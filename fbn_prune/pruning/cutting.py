@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
-import safetensors.torch
-import torch
 from torch import Tensor
 
 from fbn_prune import distributed
@@ -18,12 +15,12 @@ from fbn_prune.data.calibration import Batch
 from fbn_prune.errors import FbnPruneError
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.depth import leave_out
-from fbn_prune.model.shards import packed
 from fbn_prune.model.streaming import SpilledCuts, spilled_cuts
-from fbn_prune.model.surgery import MlpCut, cut_of_parts, cut_parts, rounded_cut
+from fbn_prune.model.surgery import MlpCut, rounded_cut
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.criteria import LayerEvidence
 from fbn_prune.pruning.evidence import CutOptions, EvidencePass
+from fbn_prune.pruning.finished import FinishedLayer, layer_file, layers_done
 from fbn_prune.pruning.fitting import (
     DampingNotes,
     fitting_cuts,
@@ -37,7 +34,7 @@ from fbn_prune.pruning.prediction import (
     relative_head_error,
     rough_errors,
 )
-from fbn_prune.store import LAYERS, Store
+from fbn_prune.store import Store
 
 Name = TypeVar("Name")
 
@@ -80,6 +77,8 @@ class CutPlan:
     erase
         Strength with which the output on a skill's text is made small instead of cutting neurons, see
         :func:`fbn_prune.pruning.second_order.erased`; None to cut.
+    head_groups
+        For each layer, the groups of attention heads that it keeps; needs sequential mode. None keeps all.
     """
 
     criterion: str
@@ -87,6 +86,7 @@ class CutPlan:
     membership: Sequence[Tensor] | None = None
     left_out: frozenset[int] = frozenset()
     erase: float | None = None
+    head_groups: Sequence[int] | None = None
 
 
 def cut_layers(
@@ -131,13 +131,15 @@ def cut_layers(
         adapter.cut(layer, finished.cut, round_to=options.round_to)
 
     def keep(layer: int, finished: FinishedLayer) -> None:
-        store.write(_name(layer), lambda put: put(finished.to_bytes()))
+        store.write(layer_file(layer), lambda put: put(finished.to_bytes()))
         apply(layer, finished)
 
     def again(layer: int) -> None:
-        data = store.read(_name(layer))
+        data = store.read(layer_file(layer))
         if data is None:
-            raise FbnPruneError(f"{_name(layer)} was changed during the run: start the run again")
+            raise FbnPruneError(
+                f"{layer_file(layer)} was changed during the run: start the run again"
+            )
         apply(layer, FinishedLayer.from_bytes(data))
 
     evidence = EvidencePass(
@@ -147,9 +149,10 @@ def cut_layers(
         loss_roots=loss_roots,
         skill=skill,
         clock=clock,
-        done=_layers_done(store),
+        done=layers_done(store),
         again=again,
         left_out=plan.left_out,
+        head_groups=plan.head_groups,
         passed=lambda layer: keep(layer, FinishedLayer.left_out(adapter, layer)),
     )
     for layer, (finished,) in _finished_layers(evidence, adapter.num_layers, [plan], options):
@@ -180,13 +183,6 @@ def cut_as_tried(
     for line in notes.lines():
         clock.note(line)
     return CutModel(adapter.cuts, forward_seconds, tuple(errors))
-
-
-def keep_finished(store: Store, finished: Iterable[FinishedLayer]) -> None:
-    """Store the layers, so that :func:`cut_layers` takes them as finished."""
-    for layer, one in enumerate(finished):
-        data = one.to_bytes()
-        store.write(_name(layer), lambda put, data=data: put(data))  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
@@ -315,6 +311,9 @@ def _fitted(
         with head_notes.heard(layer, "attention: "):
             heads = fitting_head_cut(evidence.heads, options.head_groups, stored=stored)
         head_error = HEAD_WEIGHT * relative_head_error(evidence.heads, heads)
+    elif (known := evidence.head_cut) is not None:
+        heads, head_error = known.cut, HEAD_WEIGHT * known.relative_error
+        head_notes.add(layer, known.notes)
     done: dict[int, FinishedLayer] = {}
     for (criterion, _, erase), group in alike.items():
         members = plans[group[0]].membership
@@ -335,61 +334,3 @@ def _fitted(
             cut = rounded_cut(replace(cut, heads=heads), stored)
             done[index] = FinishedLayer(cut, error, notes.of(layer))
     return [done[index] for index in range(len(plans))]
-
-
-@dataclass(frozen=True)
-class FinishedLayer:
-    """A layer's cut in the stored dtype, its relative error (MLP plus weighted attention), and damping messages."""
-
-    cut: MlpCut
-    relative_error: float
-    notes: tuple[str, ...] = ()
-    weighted_error: float = math.nan
-    """See :class:`fbn_prune.pruning.prediction.RoughError`; known only where many cuts are compared."""
-
-    @classmethod
-    def left_out(cls, adapter: ModelAdapter, layer: int) -> FinishedLayer:
-        """Return what stands for a layer that the cut model does not have: one neuron without an output.
-
-        Its relative error is that of an MLP and an attention that compute nothing.
-        """
-        nothing = torch.zeros(adapter.hidden_size, 1)
-        return cls(MlpCut(torch.zeros(1, dtype=torch.int64), nothing), 1 + HEAD_WEIGHT)
-
-    def to_bytes(self) -> bytes:
-        """Return the content of a safetensors file."""
-        parts = cut_parts(self.cut)
-        errors = self.relative_error, self.weighted_error
-        parts["errors"] = torch.tensor(errors, dtype=torch.float64)
-        parts["notes"] = torch.tensor(list(json.dumps(self.notes).encode()), dtype=torch.uint8)
-        return packed(parts)
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> FinishedLayer:
-        """Read the bytes of :meth:`to_bytes`, to the CPU."""
-        parts = safetensors.torch.load(data)
-        notes = json.loads(bytes(parts["notes"].tolist()))
-        relative, weighted = parts["errors"].tolist()
-        return cls(cut_of_parts(parts), relative, tuple(notes), weighted)
-
-    @classmethod
-    def shared(cls, finished: FinishedLayer | None, source: int) -> FinishedLayer:
-        """Broadcast the layer that the process `source` finished to all processes."""
-        if finished is not None and distributed.world() == 1:
-            return finished
-        data = distributed.broadcast(None if finished is None else finished.to_bytes(), source)
-        assert data is not None
-        return finished or cls.from_bytes(data)
-
-
-def _name(layer: int) -> str:
-    """File name of a finished layer in the store."""
-    return f"{LAYERS}{layer:05d}.safetensors"
-
-
-def _layers_done(store: Store) -> int:
-    """Number of consecutive layers, from the first, that an earlier run finished."""
-    count = 0
-    while store.read(_name(count)) is not None:
-        count += 1
-    return count

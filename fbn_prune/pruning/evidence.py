@@ -9,27 +9,23 @@ uncut layer's outputs on the two streams, and the difference of the hidden state
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fbn_prune import distributed
 from fbn_prune.data.calibration import Batch
-from fbn_prune.errors import InvalidInput
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.layerwise import LayerwiseForward, Observe
+from fbn_prune.model.surgery import MlpCut
 from fbn_prune.progress import Advance, StageClock
-from fbn_prune.pruning.criteria import HeadEvidence, LayerEvidence
-from fbn_prune.pruning.shortfall import SetAside, Shortfall
-from fbn_prune.pruning.statistics import CrossStatistics, GramStatistics
-
-ASIDE_TOKENS = 4096
-"""Tokens of sequential mode to choose the shares of a :class:`Shortfall` on."""
-
-LARGEST_PART = 8
-"""At most this part of the tokens, one in eight, is set aside."""
+from fbn_prune.pruning.criteria import FinishedHeads, HeadEvidence, LayerEvidence, no_heads
+from fbn_prune.pruning.fitting import DampingNotes, fitting_head_cut
+from fbn_prune.pruning.output_sums import OutputSums, SumsOfBoth, tokens_set_aside
+from fbn_prune.pruning.prediction import relative_head_error
+from fbn_prune.pruning.statistics import GramStatistics
 
 
 @dataclass(frozen=True)
@@ -77,6 +73,9 @@ class EvidencePass:
         what the hidden state lacks after it. Needs sequential mode.
     passed
         Called with each of them, once the dense stream has passed it.
+    head_groups
+        For each layer, the groups of attention heads that it keeps; None if all. The evidence is that of a layer whose
+        attention is cut already, so that the MLP can make up for it. Needs sequential mode.
 
     Attributes
     ----------
@@ -98,6 +97,7 @@ class EvidencePass:
         again: Callable[[int], None] = lambda layer: None,
         left_out: Collection[int] = (),
         passed: Callable[[int], None] = lambda layer: None,
+        head_groups: Sequence[int] | None = None,
     ) -> None:
         self._adapter = adapter
         self._batches: Sequence[Batch] = batches
@@ -108,6 +108,7 @@ class EvidencePass:
         self._skill = skill
         self._done, self._again = done, again
         self._left_out, self._passed = left_out, passed
+        self._head_groups = head_groups
         self.forward_seconds = 0.0
 
     def __iter__(self) -> Iterator[LayerEvidence]:
@@ -137,8 +138,10 @@ class EvidencePass:
                         skill.advance()
                     (self._again if layer < self._done else self._passed)(layer)
                 else:
-                    sites = self._watched(dense, pruned, layer, advance)
-                    yield self._evidence(layer, *sites, self._of_skill(skill, layer))
+                    cut_heads = self._cut_heads(dense, pruned, layer, advance)
+                    sites = self._watched(dense, pruned, layer, cut_heads, advance)
+                    erased = self._of_skill(skill, layer)
+                    yield self._evidence(layer, *sites, erased, cut_heads)
                 if pruned is not None:
                     pruned.advance(on_batch=advance)
 
@@ -147,9 +150,10 @@ class EvidencePass:
         dense: LayerwiseForward,
         pruned: LayerwiseForward | None,
         layer: int,
+        cut_heads: FinishedHeads | None,
         advance: Advance,
-    ) -> tuple[_Statistics, _Statistics | None]:
-        """Statistics of one layer's MLP, and of its attention if heads are cut.
+    ) -> tuple[OutputSums, OutputSums | None]:
+        """Statistics of one layer's MLP, and of its attention if that is cut at the same time.
 
         The dense stream moves past the layer; the pruned stream stays before it.
         """
@@ -157,25 +161,64 @@ class EvidencePass:
         weights = [self._adapter.down_weight(layer)]
         if self._options.head_groups is not None:
             weights.append(self._adapter.attention_output(layer).weight.detach())
-        sites: Sequence[_Statistics]
+        sites: Sequence[OutputSums]
         if pruned is None:
-            sites = [_Statistics(w) for w in weights]
+            sites = [OutputSums(w) for w in weights]
             dense.advance(*map(self._observer, sites), on_batch=advance)
         else:
             # Only the MLP's output is added to the hidden state that the next layer reads.
-            both = [_Shortfalls(w, parts) for w, parts in zip(weights, (2, 1), strict=False)]
-            self._watch_both(dense, pruned, both, advance)
+            both = [SumsOfBoth(w, parts) for w, parts in zip(weights, (2, 1), strict=False)]
+            self._watch_both(dense, pruned, both, self._trying(layer, cut_heads), advance)
             sites = both
         del weights
         for site, name in zip(sites, ("MLP", "attention"), strict=False):
-            site.add_up()
-            if not site.own.finite:
-                raise InvalidInput(
-                    f"NaN or Inf among the {name} activations of layer {layer}: the checkpoint is damaged, "
-                    "or the compute type overflows (try --dtype float32)"
-                )
+            site.add_up(name, layer)
         self.forward_seconds = dense.forward_seconds
         return sites[0], sites[1] if len(sites) > 1 else None
+
+    def _cut_heads(
+        self,
+        dense: LayerwiseForward,
+        pruned: LayerwiseForward | None,
+        layer: int,
+        advance: Advance,
+    ) -> FinishedHeads | None:
+        """The cut of a layer's attention that comes before that of its MLP; None if the attention stays as it is."""
+        adapter, options = self._adapter, self._options
+        if self._head_groups is None or pruned is None:
+            return None
+        groups = self._head_groups[layer]
+        if groups == adapter.family.head_shape(adapter.config).groups:
+            return None
+        if groups == 0:
+            return FinishedHeads(no_heads(adapter.hidden_size), 1.0)
+        adapter.load_layer(layer)
+        site = SumsOfBoth(adapter.attention_output(layer).weight.detach(), 1)
+        for index in range(len(dense.hidden)):
+            seen: list[Tensor] = []
+            for stream in (dense, pruned):
+                stream.run(index, observe_heads=lambda _, x, seen=seen: seen.append(x))  # type: ignore[misc]
+            weights = self._weights(index, seen[1])
+            site.update_both(seen[0], seen[1], None, self._set_aside[index], weights)
+            advance(2 * len(seen[0]))
+        site.add_up("attention", layer)
+        evidence = self._head_evidence(layer, site)
+        notes = DampingNotes()
+        with notes.heard(layer, "attention: "):
+            cut = fitting_head_cut(evidence, groups, stored=options.round_to)
+        return FinishedHeads(cut, relative_head_error(evidence, cut), notes.of(layer))
+
+    def _trying(
+        self, layer: int, cut: FinishedHeads | None
+    ) -> Callable[[], AbstractContextManager[None]]:
+        """A function that returns a context in which the layer has this cut of its attention."""
+        if cut is None:
+            return nullcontext
+        weight = self._adapter.down_weight(layer).float().cpu()
+        uncut = MlpCut(torch.arange(weight.shape[1]), weight, heads=cut.cut)
+        cuts = [uncut] * self._adapter.num_layers
+        round_to = self._options.round_to
+        return lambda: self._adapter.trying(cuts, alone=layer, round_to=round_to, with_heads=True)
 
     def _of_skill(self, stream: LayerwiseForward | None, layer: int) -> Tensor | None:
         """E[xᵀx] of the skill's text, whose stream moves past the layer."""
@@ -190,17 +233,21 @@ class EvidencePass:
         weights = self._own_batches[index].token_weights
         return None if weights is None else weights.to(x.device)
 
-    def _observer(self, site: _Statistics) -> Observe:
+    def _observer(self, site: OutputSums) -> Observe:
         return lambda index, x: site.update(x, self._weights(index, x))
 
     def _watch_both(
         self,
         dense: LayerwiseForward,
         pruned: LayerwiseForward,
-        sites: Sequence[_Shortfalls],
+        sites: Sequence[SumsOfBoth],
+        trying: Callable[[], AbstractContextManager[None]],
         advance: Advance,
     ) -> None:
-        """Add the pruned stream's activations, and what the outputs lack compared with the dense stream's."""
+        """Add the pruned stream's activations, and what the outputs lack compared with the dense stream's.
+
+        The pruned stream runs in the context that `trying` makes.
+        """
         scale = pruned.output_scale()
         above = [*self._left_out_after(dense.next_layer)]
         for index in range(len(dense.hidden)):
@@ -210,7 +257,8 @@ class EvidencePass:
             for layer in above:
                 with torch.inference_mode():
                     output = dense.through(layer, output, index)
-            changed = pruned.run(index, *watching)
+            with trying():
+                changed = pruned.run(index, *watching)
             valid = self._own_batches[index].valid.to(output.device)
             lacking: list[Tensor | None] = [None for _ in sites]
             if scale is not None:
@@ -232,9 +280,10 @@ class EvidencePass:
     def _evidence(
         self,
         layer: int,
-        neurons: _Statistics,
-        heads: _Statistics | None,
+        neurons: OutputSums,
+        heads: OutputSums | None,
         erased: Tensor | None,
+        cut_heads: FinishedHeads | None,
     ) -> LayerEvidence:
         adapter, options = self._adapter, self._options
         adapter.load_layer(layer)
@@ -250,18 +299,7 @@ class EvidencePass:
             ),
             start=weight.new_zeros(weight.shape[1]),
         )
-        head_evidence = None
-        if heads is not None:
-            out = adapter.attention_output(layer)
-            head_evidence = HeadEvidence(
-                weight=out.weight.detach().double(),
-                bias=None if out.bias is None else out.bias.detach().double(),
-                loss_root=None,  # loss gradients are known only at the MLPs' outputs
-                group=adapter.family.head_shape(adapter.config).width,
-                damping=options.damping,
-                refit_damping=options.refit_damping,
-                **heads.facts(),
-            )
+        head_evidence = None if heads is None else self._head_evidence(layer, heads)
         adapter.release()  # the evidence contains all that the cut needs
         return LayerEvidence(
             layer=layer,
@@ -275,99 +313,19 @@ class EvidencePass:
             seed=options.seed,
             heads=head_evidence,
             erased=erased,
+            head_cut=cut_heads,
             **neurons.facts(),
         )
 
-
-class _Statistics:
-    """Sums over the input of one output projection with `weight` [d, N]."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self.own = GramStatistics(weight.shape[1], weight.device)
-
-    def update(self, x: Tensor, weights: Tensor | None) -> None:
-        self.own.update(x, weights)
-
-    def add_up(self) -> None:
-        """Add the sums of all processes."""
-        self.own.add_up()
-
-    def facts(self) -> dict[str, Any]:
-        """Arguments for :class:`OutputEvidence`."""
-        own = self.own
-        return {"gram": own.gram, "mean": own.mean, "tokens": own.count, "shortfall": None}
-
-
-class _Shortfalls(_Statistics):
-    """The same sums in sequential mode, and those for a :class:`Shortfall`."""
-
-    def __init__(self, weight: Tensor, parts: int) -> None:
-        super().__init__(weight)
-        self._weight = weight
-        self._parts = [
-            CrossStatistics(weight.shape[0], weight.shape[1], weight.device) for _ in range(parts)
-        ]
-        self._aside: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def update_both(
-        self,
-        x_dense: Tensor,
-        x: Tensor,
-        lacking: Tensor | None,
-        set_aside: Tensor | None,
-        weights: Tensor | None,
-    ) -> None:
-        """Add a batch's tokens; `lacking` [tokens, d] is all that the output lacks, None if that is not known."""
-        self.own.update(x, weights)
-        own = ((x_dense - x) @ self._weight.to(x).T).float()
-        more = torch.zeros_like(own) if lacking is None else lacking - own
-        parts = [own, more][: len(self._parts)]
-        for sums, part in zip(self._parts, parts, strict=True):
-            sums.update(part, x, weights)
-        if set_aside is not None:
-            rows = set_aside.to(x.device)
-            counts = x.new_ones(len(x), dtype=torch.float64) if weights is None else weights
-            self._aside.append((x[rows].float(), torch.stack(parts)[:, rows], counts[rows]))
-
-    def add_up(self) -> None:
-        super().add_up()
-        for sums in self._parts:
-            sums.add_up()
-
-    def facts(self) -> dict[str, Any]:
-        cross = torch.stack([sums.cross for sums in self._parts])
-        mean = torch.stack([sums.target_mean for sums in self._parts])
-        return super().facts() | {"shortfall": Shortfall(cross, mean, self._joined_aside())}
-
-    def _joined_aside(self) -> SetAside | None:
-        outputs, width = self._weight.shape
-        empty = self._parts[0].cross.new_zeros(0, dtype=torch.float32)
-        found = self._aside or [
-            (empty.view(0, width), empty.view(len(self._parts), 0, outputs), empty.double())
-        ]
-        x, parts, weights = (list(each) for each in zip(*found, strict=True))
-        rows = distributed.joined_rows(torch.cat(x))
-        lacking = distributed.joined_rows(torch.cat(parts, 1).transpose(0, 1).contiguous())
-        counts = distributed.joined_rows(torch.cat(weights))
-        return SetAside(rows, lacking.transpose(0, 1), counts) if len(rows) else None
-
-
-def tokens_set_aside(batches: Sequence[Batch]) -> list[Tensor | None]:
-    """Return for each batch which of its valid tokens are set aside, bool [tokens]; None for a batch without any.
-
-    Whole blocks are set aside, about :data:`ASIDE_TOKENS` tokens but at most an eighth of all; of fewer than eight
-    blocks, one; of a single block, none.
-    """
-    blocks = sum(len(batch.input_ids) for batch in batches)
-    tokens = sum(batch.tokens for batch in batches)
-    if blocks < 2:
-        return [None for _ in batches]
-    every = min(max(LARGEST_PART, tokens // ASIDE_TOKENS), blocks)
-    found: list[Tensor | None] = []
-    first = 0
-    for batch in batches:
-        chosen = torch.arange(first, first + len(batch.input_ids)) % every == every - 1
-        first += len(chosen)
-        rows = chosen[:, None].expand(batch.valid.shape)[batch.valid]
-        found.append(rows if bool(rows.any()) else None)
-    return found
+    def _head_evidence(self, layer: int, heads: OutputSums) -> HeadEvidence:
+        adapter, options = self._adapter, self._options
+        out = adapter.attention_output(layer)
+        return HeadEvidence(
+            weight=out.weight.detach().double(),
+            bias=None if out.bias is None else out.bias.detach().double(),
+            loss_root=None,  # loss gradients are known only at the MLPs' outputs
+            group=adapter.family.head_shape(adapter.config).width,
+            damping=options.damping,
+            refit_damping=options.refit_damping,
+            **heads.facts(),
+        )

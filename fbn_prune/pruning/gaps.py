@@ -8,7 +8,7 @@ leaving out a layer would seem far more expensive than it is once the model is r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -58,11 +58,11 @@ def gap_cuts(
     below: _Below | None = None
     for layer in range(adapter.num_layers):
         spilled = adapter.spill()
-        here = _Below(_shared(forward.output_scale()), [] if spilled is None else spilled)
+        here = _Below(shared_scale(forward.output_scale()), [] if spilled is None else spilled)
         lacking = None
         if below is not None:
             width, device = cuts[-1][layer - 1].width, adapter.layer_device(layer - 1)
-            lacking = _Lacking(adapter.hidden_size, width, device)
+            lacking = Lacking(adapter.hidden_size, width, device)
         for index, batch in enumerate(own):
             entered = forward.hidden[index]
             output = forward.run(index, lambda _, x, here=here: here.activations.append(x))  # type: ignore[misc]
@@ -94,24 +94,37 @@ class _Below:
     activations: list[Tensor] | Spilled
 
 
-class _Lacking:
-    """Statistics of a layer's activations x [tokens, neurons] and of what is lacking above it [tokens, d]."""
+class Lacking:
+    """Statistics of a layer's activations x [tokens, neurons] and of what an output lacks [tokens, d]."""
 
     def __init__(self, hidden: int, neurons: int, device: torch.device) -> None:
         self._gram = GramStatistics(neurons, device)
         self._cross = CrossStatistics(hidden, neurons, device)
 
     def update(self, lacking: Tensor, x: Tensor) -> None:
+        """Add a batch's tokens."""
         self._gram.update(x)
         self._cross.update(lacking.to(x.device), x)
 
-    def made_up(self, cuts: Sequence[MlpCut], scale: float | None, damping: float) -> list[MlpCut]:
-        """Return the cuts with what is lacking, divided by `scale`, fitted to their neurons; None changes nothing."""
+    def made_up(
+        self,
+        cuts: Sequence[MlpCut],
+        scale: float | None,
+        damping: float,
+        whole: Tensor | None = None,
+    ) -> list[MlpCut]:
+        """Return the cuts with what is lacking, divided by `scale`, fitted to their neurons; None changes nothing.
+
+        With `whole`, the output weights [d, neurons] of the uncut layer, they also make up for the neurons that they
+        lack, on these activations.
+        """
         self._gram.add_up()
         self._cross.add_up()
         if scale is None:
             return list(cuts)
         gram, cross = self._gram.gram, self._cross.cross / scale
+        if whole is not None:
+            cross = cross + whole.to(gram) @ gram
         share = refit_share(damping, self._gram.count, len(gram))
         added = ridge(gram, share)
         order = _nested(cuts)
@@ -124,9 +137,12 @@ class _Lacking:
                 own = factored(gram[inner][:, inner], added)
             else:
                 inner, own = order[: cut.width].to(gram.device), factor[: cut.width, : cut.width]
-            fitted = torch.cholesky_solve(cross[:, inner].T, own).T
-            down = cut.down_weight.to(fitted) + fitted[:, inner.argsort()]
-            found.append(MlpCut(cut.kept, down, cut.down_bias))
+            back, down = inner.argsort(), cut.down_weight.to(gram)
+            target = cross[:, inner]
+            if whole is not None:  # only what the cut does not do already
+                target = target - down[:, back.argsort()] @ gram[inner][:, inner]
+            fitted = torch.cholesky_solve(target.T, own).T
+            found.append(replace(cut, down_weight=down + fitted[:, back]))
         return found
 
 
@@ -140,8 +156,8 @@ def _nested(cuts: Sequence[MlpCut]) -> Tensor | None:
     return order
 
 
-def _shared(scale: float | None) -> float | None:
-    """The scale that the processes with text have found; None if they found none."""
+def shared_scale(scale: float | None) -> float | None:
+    """Return the scale that the processes with text have found; None if they found none."""
     found, processes = distributed.total(scale or 0.0, float(scale is not None))
     return found / processes if processes else None
 

@@ -71,10 +71,14 @@ class LayoutRequest:
     multiple, whole
         See :func:`fbn_prune.pruning.allocation.ranked_widths`.
     rest
-        For each layer, the parameters outside its MLP, as the number of neurons that have as many; leaving the layer
-        out saves them too. Empty if no layer may be left out.
+        For each layer, the parameters outside its MLP, as the number of neurons that have as many. Empty if nothing but
+        neurons may go.
     narrows
         Whether layers may lose neurons, and not only go as a whole.
+    leaves_out
+        Whether whole layers may go.
+    heads
+        The numbers of attention heads that a layer may keep; None if it keeps all.
     """
 
     layout: str
@@ -86,6 +90,42 @@ class LayoutRequest:
     whole: Collection[int] = ()
     rest: tuple[int, ...] = ()
     narrows: bool = True
+    leaves_out: bool = False
+    heads: HeadLevels | None = None
+
+
+@dataclass(frozen=True)
+class HeadLevels:
+    """The numbers of groups of attention heads that a layer may keep, see :class:`fbn_prune.model.heads.HeadShape`.
+
+    Attributes
+    ----------
+    groups
+        The numbers, ascending; the last is that of all groups, and 0 leaves out the attention.
+    saved
+        For each of them, the number of neurons that have as many parameters as the attention loses, rounded down.
+    whole
+        The number of neurons that have as many parameters as a whole attention, rounded down.
+    """
+
+    groups: tuple[int, ...]
+    saved: tuple[int, ...]
+    whole: int
+
+    @property
+    def all_groups(self) -> int:
+        """The number of groups of a whole layer."""
+        return self.groups[-1]
+
+    def first_layer(self, level: int) -> bool:
+        """Return whether the first layer can have this level: generation needs an attention there."""
+        return self.groups[level] > 0
+
+    def most_saved(self, layer: int) -> int:
+        """Return the most that a layer can save."""
+        return next(
+            saved for level, saved in enumerate(self.saved) if layer > 0 or self.first_layer(level)
+        )
 
 
 @dataclass(frozen=True)
@@ -94,13 +134,14 @@ class Layout:
 
     A layer of width 0 is left out of the model. A rule's name with a number, as in "networks 0.5", is that part of the
     way from the even split to the rule's own widths. `search` is what a search of
-    widths found.
+    widths found. `head_groups` has the number of groups of attention heads that each layer keeps, if it was searched.
     """
 
     widths: list[int]
     rule: str
     trials: dict[str, float] = field(default_factory=dict)
     search: dict[str, Any] | None = None
+    head_groups: list[int] | None = None
 
     @property
     def left_out(self) -> frozenset[int]:
@@ -215,6 +256,11 @@ def even_layout(request: LayoutRequest) -> list[int]:
     scores = even_scores(request.full)
     widths = ranked_widths(scores, request.budget, request.multiple, request.whole)
     return _within(request, widths)
+
+
+def networks_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -> list[int]:
+    """Return the widths by the networks' shares of each layer, as many neurons as the even ones."""
+    return _ranked(subject, request, "networks", clock)
 
 
 def _ranked(subject: Subject, request: LayoutRequest, rule: str, clock: StageClock) -> list[int]:

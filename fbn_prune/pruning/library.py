@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import overload
 
 from fbn_prune import distributed
@@ -11,15 +11,17 @@ from fbn_prune.data.calibration import Batch, TokenBlocks
 from fbn_prune.model.surgery import MlpCut
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.allocation import member_scores
+from fbn_prune.pruning.candidates import Sizes
 from fbn_prune.pruning.cutting import CutPlan, TriedCuts, try_cuts
 from fbn_prune.pruning.gaps import gap_cuts, whole_cuts
+from fbn_prune.pruning.head_cuts import cuts_with_fewer_heads
 from fbn_prune.pruning.layout import LayoutRequest, Subject, even_layout
 
 LEVELS = 16
 """Widths of each layer in the library, evenly spaced."""
 
 GAP_TOKENS = 8192
-"""Tokens on which layers below a gap are fitted, if so many are given."""
+"""Tokens on which layers below a gap, and layers with fewer heads, are fitted, if so many are given."""
 
 
 @dataclass(frozen=True)
@@ -31,18 +33,21 @@ class Library:
     widths
         For each layer the grid, ascending.
     tried
-        The cuts by the level of the grid; a layer with fewer widths repeats its last one. None if layers are full or
+        The cuts by the place in the grid; a layer with fewer widths repeats its last one. None if layers are full or
         left out.
     cuts
         The same, or whole layers.
     below_gaps
         The same, for layers whose next one is left out; empty if no layers may be.
+    fewer_heads
+        The same, for layers with each number of attention heads of the request but the last.
     """
 
     widths: list[list[int]]
     tried: TriedCuts[int] | None
     cuts: Sequence[Sequence[MlpCut]]
     below_gaps: Sequence[Sequence[MlpCut]] = ()
+    fewer_heads: Sequence[Sequence[Sequence[MlpCut]]] = ()
 
     @property
     def errors(self) -> list[list[float]]:
@@ -55,31 +60,50 @@ class Library:
             for layer, grid in enumerate(self.widths)
         ]
 
-    def levels(self, widths: Sequence[int]) -> list[int]:
-        """Return for each layer the level whose width is nearest."""
+    def places(self, widths: Sequence[int]) -> list[int]:
+        """Return for each layer the place in its grid of the width that is nearest."""
         return [
-            min(range(len(grid)), key=lambda level: abs(grid[level] - width))
+            min(range(len(grid)), key=lambda place: abs(grid[place] - width))
             for grid, width in zip(self.widths, widths, strict=True)
         ]
 
-    def chosen(self, levels: Sequence[int], left_out: Collection[int] = ()) -> Sequence[MlpCut]:
-        """Return the cuts of a model whose layers have these levels, or are left out."""
-        below = {layer - 1 for layer in left_out}
-        cuts = [
-            (self.below_gaps if layer in below else self.cuts)[level]
-            for layer, level in enumerate(levels)
-        ]
-        return _OnePerLayer(cuts)
+    def with_heads(self, level: int) -> Sequence[MlpCut]:
+        """Return the cuts of all layers to this level of heads, with the widest MLPs."""
+        return self.fewer_heads[level][-1]
+
+    def narrowed(self, places: Sequence[int]) -> Sequence[MlpCut]:
+        """Return the cuts of layers whose widths are at these places of the grid, and that keep all else."""
+        return _Cuts(lambda layer: self.cuts[places[layer]][layer], len(places))
+
+    def chosen(self, sizes: Sizes) -> Sequence[MlpCut]:
+        """Return the cuts of a model of these sizes."""
+        places, left_out = self.places(sizes.widths), sizes.left_out
+
+        def cut(layer: int) -> MlpCut:
+            place, heads = places[layer], sizes.heads[layer] if sizes.heads else None
+            found = plain = self.cuts[place][layer]
+            if layer + 1 in left_out:
+                found = self.below_gaps[place][layer]
+            if heads is None or heads == len(self.fewer_heads):
+                return found
+            fewer = self.fewer_heads[heads][place][layer]
+            if found is plain:
+                return fewer
+            # It makes up for both; the cuts have the same neurons, and each change of weights is added.
+            change = found.down_weight.float() - plain.down_weight.float()
+            return replace(fewer, down_weight=fewer.down_weight.float() + change)
+
+        return _Cuts(cut, len(places))
 
 
-class _OnePerLayer(Sequence[MlpCut]):
-    """One cut for each layer, from a sequence of its own, read when it is needed."""
+class _Cuts(Sequence[MlpCut]):
+    """One cut for each layer, read when it is needed."""
 
-    def __init__(self, cuts: Sequence[Sequence[MlpCut]]) -> None:
-        self._cuts = cuts
+    def __init__(self, cut: Callable[[int], MlpCut], layers: int) -> None:
+        self._cut, self._layers = cut, layers
 
     def __len__(self) -> int:
-        return len(self._cuts)
+        return self._layers
 
     @overload
     def __getitem__(self, index: int) -> MlpCut: ...
@@ -88,12 +112,14 @@ class _OnePerLayer(Sequence[MlpCut]):
     def __getitem__(self, index: int | slice) -> MlpCut | Sequence[MlpCut]:
         if isinstance(index, slice):
             return [self[layer] for layer in range(*index.indices(len(self)))]
-        return self._cuts[index][index]
+        return self._cut(range(self._layers)[index])
 
 
 def library_bytes(request: LayoutRequest, hidden: int, itemsize: int) -> int:
     """Return the bytes on disk that a library takes, with `hidden` output weights per neuron."""
-    sets = 2 if request.rest else 1  # with those of layers below gaps
+    sets = 2 if request.leaves_out else 1  # with those of layers below gaps
+    if request.heads is not None:
+        sets += len(request.heads.groups) - 1
     return sets * sum(sum(layer) for layer in grid(request)) * hidden * itemsize
 
 
@@ -117,7 +143,10 @@ def grid(request: LayoutRequest) -> list[list[int]]:
 def make_library(
     subject: Subject, text: TokenBlocks, request: LayoutRequest, clock: StageClock
 ) -> Library:
-    """Cut every layer to each width of the grid, and, if layers may be left out, once more for a gap above it."""
+    """Cut every layer to each width of the grid.
+
+    If layers or attention heads may go, also cut them for a gap above, and with each smaller number of heads.
+    """
     widths = grid(request)
     cuts: Sequence[Sequence[MlpCut]]
     tried = None
@@ -126,21 +155,33 @@ def make_library(
         cuts = [*tried.cuts.values()]
     else:
         cuts = [whole_cuts(subject.adapter, subject.scratch)]
-    if not request.rest:
-        return Library(widths, tried, cuts)
     few = text.subset(GAP_TOKENS).batches(subject.batch_tokens)
     total = sum(batch.tokens for batch in distributed.share(few)) * subject.adapter.num_layers
-    with clock.stage("gaps", total, "tokens x layers") as advance:
-        below = gap_cuts(
-            subject.adapter,
-            few,
-            cuts,
-            damping=subject.options.refit_damping,
-            round_to=subject.options.round_to,
-            scratch=subject.scratch,
-            advance=advance,
-        )
-    return Library(widths, tried, cuts, below)
+    below: Sequence[Sequence[MlpCut]] = ()
+    if request.leaves_out:
+        with clock.stage("gaps", total, "tokens x layers") as advance:
+            below = gap_cuts(
+                subject.adapter,
+                few,
+                cuts,
+                damping=subject.options.refit_damping,
+                round_to=subject.options.round_to,
+                scratch=subject.scratch,
+                advance=advance,
+            )
+    fewer: Sequence[Sequence[Sequence[MlpCut]]] = ()
+    if (heads := request.heads) is not None:
+        with clock.stage("heads", len(heads.groups) * total, "tokens x layers") as advance:
+            fewer = cuts_with_fewer_heads(
+                subject.adapter,
+                few,
+                cuts,
+                heads,
+                subject.options,
+                scratch=subject.scratch,
+                advance=advance,
+            )
+    return Library(widths, tried, cuts, below, fewer)
 
 
 def _tried_widths(

@@ -18,8 +18,8 @@ A library of cuts with measured costs under one budget follows Puzzle (arXiv 241
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,19 +28,27 @@ from fbn_prune.data.calibration import Batch
 from fbn_prune.errors import InvalidInput, counted
 from fbn_prune.model.divergence import DenseReference
 from fbn_prune.progress import StageClock
-from fbn_prune.pruning.candidates import Candidates
-from fbn_prune.pruning.costs import HOPELESS, Costs, finite, interpolated, levels_to_measure
-from fbn_prune.pruning.cutting import FinishedLayer
+from fbn_prune.pruning.candidates import HEADS, LAYERS, Candidates, Sizes
+from fbn_prune.pruning.costs import (
+    HOPELESS,
+    Costs,
+    falling,
+    finite,
+    interpolated,
+    levels_to_measure,
+)
+from fbn_prune.pruning.finished import FinishedLayer
 from fbn_prune.pruning.layout import (
     RAGGED_GAIN,
     UNIFORM,
     Layout,
     LayoutRequest,
     Subject,
+    networks_layout,
 )
 from fbn_prune.pruning.library import Library, make_library
 
-SEARCH, LOSS = "search", "loss"
+SEARCH, LOSS, NETWORKS = "search", "loss", "networks"
 
 TRIED_TOKENS = 2048
 """Tokens on which the divergence of candidates is measured, and on half of them the costs of single layers; the same
@@ -84,9 +92,9 @@ class Searched:
         return 0.0 if self._library.tried is None else self._library.tried.forward_seconds
 
     def finished(self) -> Iterator[FinishedLayer]:
-        """Yield the layers, cut to these widths, in one-shot mode; none may be left out."""
+        """Yield the layers, cut to these widths, in one-shot mode; nothing but neurons may be left out."""
         assert self._library.tried is not None
-        return self._library.tried.finished(self._library.levels(self.layout.widths))
+        return self._library.tried.finished(self._library.places(self.layout.widths))
 
 
 def search_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -> Searched:
@@ -96,8 +104,9 @@ def search_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -
     others are better; with the layout `auto`, by a tenth at least. `search` holds `summed`, the sum of the costs of the
     chosen widths; `predicted`, that sum times how far it was off for the most similar other candidate, which is what
     would be expected without measuring the chosen one; `share`, how much of the neurons (and of what layers have
-    besides, in neurons) stays; and `curve`, pairs of such a share and the divergence that is expected there, through
-    the one measured.
+    besides, in neurons) stays; `whole_parts` and `kept_parts`, how it spreads over each layer's neurons, attention and
+    the rest, see :meth:`Candidates.parts`; and `curve`, pairs of such a share and the divergence that is expected
+    there, through the one measured.
 
     Raises
     ------
@@ -125,23 +134,31 @@ def search_layout(subject: Subject, request: LayoutRequest, clock: StageClock) -
     if request.layout == UNIFORM:
         tried = _search_equal(trial, candidates)
     else:
-        tried = _search_ragged(trial, candidates, by_loss)
+        known: dict[str, Sizes] = {}
+        if subject.networks is not None and (plain := candidates.even()) is not None:
+            widths = networks_layout(replace(subject, blocks=shaping), request, clock)
+            known[NETWORKS] = replace(plain, widths=widths)
+        tried = _search_ragged(request, trial, candidates, known, by_loss)
     best = min(tried, key=lambda name: tried[name].divergence)
     if (even := tried.get(UNIFORM)) is not None and best != UNIFORM:
         needed = 1 - RAGGED_GAIN if request.layout == "auto" else 1.0
         if tried[best].divergence > needed * even.divergence:
             best = UNIFORM
     off = _off(candidates, tried[best])
+    chosen = tried[best].sizes
     layout = Layout(
-        tried[best].widths,
+        chosen.widths,
         UNIFORM if best == UNIFORM else SEARCH,
         {name: each.divergence for name, each in tried.items()},
         {
-            "summed": candidates.summed(tried[best].widths),
+            "summed": candidates.summed(chosen),
             "predicted": _predicted(candidates, tried, best),
-            "share": candidates.share(tried[best].widths),
+            "share": candidates.share(chosen),
+            "whole_parts": candidates.parts(),
+            "kept_parts": candidates.parts(chosen),
             "curve": [(share, off * cost) for share, cost in candidates.curve(CURVE_SHARES)],
         },
+        None if request.heads is None else [request.heads.groups[place] for place in chosen.heads],
     )
     return Searched(layout, library)
 
@@ -177,47 +194,46 @@ def _measured_costs(
 ) -> list[Costs]:
     """The costs of each layer, measured at a few widths and interpolated between them."""
     share = max(request.budget, 0) / sum(request.full)
-    levels = [levels_to_measure(layer, share) for layer in library.widths]
-    leave_out = bool(request.rest)
+    places = [levels_to_measure(layer, share) for layer in library.widths]
     entries = []
     if library.tried is not None:
-        entries = [library.chosen([each[place] for each in levels]) for place in range(PLACES)]
+        entries = [library.narrowed([each[nth] for each in places]) for nth in range(PLACES)]
+    widths = len(entries)
+    heads = 0 if request.heads is None else len(request.heads.groups) - 1
+    entries += [library.with_heads(level) for level in range(heads)]
     errors = library.errors or [[0.0]] * len(library.widths)
     costs: list[Costs] = []
-    total = (len(entries) + leave_out) * len(library.widths) * tokens
+    total = (len(entries) + request.leaves_out) * len(library.widths) * tokens
     with clock.stage("costs of widths", total, "tokens") as advance:
-        below = library.below_gaps[-1] if leave_out else None
+        below = library.below_gaps[-1] if request.leaves_out else None
         for layer, found in enumerate(reference.alone(entries, advance, below_gaps=below)):
-            without = finite(found.pop()) if leave_out else HOPELESS
-            measured = dict(zip(levels[layer], found, strict=False))
-            costs.append(Costs(interpolated(errors[layer], measured), without))
+            without = finite(found.pop()) if request.leaves_out else HOPELESS
+            measured = dict(zip(places[layer], found[:widths], strict=False))
+            of_heads = falling([*found[widths:], 0.0]) if heads else ()
+            costs.append(Costs(interpolated(errors[layer], measured), without, of_heads))
     return costs
 
 
 @dataclass(frozen=True)
 class _Tried:
-    """A candidate's widths, and the divergence of the model cut so."""
+    """A candidate's sizes, and the divergence of the model cut so."""
 
-    widths: list[int]
+    sizes: Sizes
     divergence: float
 
 
 def _off(candidates: Candidates, one: _Tried) -> float:
     """How far the sum of costs is off: the measured divergence as a multiple of it."""
-    summed = candidates.summed(one.widths)
+    summed = candidates.summed(one.sizes)
     return one.divergence / summed if summed > 0 else 1.0
 
 
 def _predicted(candidates: Candidates, tried: Mapping[str, _Tried], name: str) -> float:
     """The divergence of a candidate, from its sum of costs and the most similar other candidate."""
-    widths = tried[name].widths
-
-    def apart(other: _Tried) -> int:
-        return sum(abs(a - b) for a, b in zip(other.widths, widths, strict=True))
-
+    sizes = tried[name].sizes
     others = [each for key, each in tried.items() if key != name]
-    nearest = min(others, key=apart, default=tried[name])
-    return _off(candidates, nearest) * candidates.summed(widths)
+    nearest = min(others, key=lambda other: sizes.apart(other.sizes), default=tried[name])
+    return _off(candidates, nearest) * candidates.summed(sizes)
 
 
 class _Trial:
@@ -231,57 +247,81 @@ class _Trial:
         self.tried: dict[str, _Tried] = {}
 
     @contextmanager
-    def measuring(self, most: int) -> Iterator[Callable[[str, list[int]], bool]]:
+    def measuring(self, most: int) -> Iterator[Callable[[str, Sizes], bool]]:
         """Yield a function that measures a named candidate, and returns whether it is the best so far."""
         self._clock.note(f"search of widths: at most {counted(most, 'layout')} are measured")
         with self._clock.stage("candidates", most * self._tokens, "tokens") as advance:
 
-            def measure(name: str, widths: list[int]) -> bool:
-                if any(widths == each.widths for each in self.tried.values()):
+            def measure(name: str, sizes: Sizes) -> bool:
+                if any(sizes == each.sizes for each in self.tried.values()):
                     return False
-                left_out = {layer for layer, width in enumerate(widths) if width == 0}
-                levels = self._library.levels(widths)
-                cuts = self._library.chosen(levels, left_out)
-                found = finite(self._reference.divergence(cuts, advance, left_out))
+                cuts = self._library.chosen(sizes)
+                found = finite(self._reference.divergence(cuts, advance, sizes.left_out))
                 best = all(found < each.divergence for each in self.tried.values())
-                self.tried[name] = _Tried(widths, found)
+                self.tried[name] = _Tried(sizes, found)
                 return best
 
             yield measure
 
 
 def _search_ragged(
-    trial: _Trial, candidates: Candidates, by_loss: Candidates | None
+    request: LayoutRequest,
+    trial: _Trial,
+    candidates: Candidates,
+    known: Mapping[str, Sizes],
+    by_loss: Candidates | None,
 ) -> dict[str, _Tried]:
-    """Measure even widths and the solver's, then the solver's with the costs of one region after another scaled.
+    """Measure even widths and the solver's sizes, then the solver's with the costs of one region after another scaled.
 
-    `by_loss` has the rise of the loss to second order as costs; its widths are measured too.
+    `known` has other sizes to start from. `by_loss` has the rise of the loss to second order as costs; its widths are
+    measured too. Where more than neurons may go, so are the solver's sizes without each other structure, since the sum
+    of costs may flatter one of them.
     """
-    best = candidates.by_costs([1.0] * REGIONS)
-    starts = {SEARCH: best, f"{SEARCH} 0.5": candidates.halfway(best)}
+    every = _structures(request)
+    starts = {SEARCH: candidates.by_costs([1.0], every)}
+    if (even := candidates.even()) is not None:
+        starts = {UNIFORM: even, **known, **starts}
+    tries = {SEARCH: every}
+    for parts in _smaller(every):
+        tries[name := f"{SEARCH}, {' and '.join(['neurons', *sorted(parts)])}"] = parts
+        with suppress(InvalidInput):  # without that structure the model may be too large
+            starts[name] = candidates.by_costs([1.0], parts)
+    starts[f"{SEARCH} 0.5"] = candidates.halfway(starts[SEARCH])
     if by_loss is not None:
         best = by_loss.by_costs([1.0])
         starts |= {LOSS: best, f"{LOSS} 0.5": by_loss.halfway(best)}
-    if (even := candidates.even()) is not None:
-        starts = {UNIFORM: even, **starts}
     with trial.measuring(len(starts) + REGIONS * len(SCALES) + 1) as measure:
-        for name, widths in starts.items():
-            measure(name, widths)
-        scales = [1.0] * REGIONS
+        for name, sizes in starts.items():
+            measure(name, sizes)
+        base = min(tries.keys() & trial.tried.keys(), key=lambda name: trial.tried[name].divergence)
+        parts, scales = tries[base], [1.0] * REGIONS
         for region in range(REGIONS):
             for factor in SCALES:
                 scaled = [*scales]
                 scaled[region] *= factor
-                if measure(_name(scaled), candidates.by_costs(scaled)):
+                if measure(_name(base, scaled), candidates.by_costs(scaled, parts)):
                     scales = scaled
                     break
         if max(scales) != min(scales):
-            measure(f"{_name(scales)} 0.5", candidates.halfway(candidates.by_costs(scales)))
+            halfway = candidates.halfway(candidates.by_costs(scales, parts))
+            measure(f"{_name(base, scales)} 0.5", halfway)
     return trial.tried
 
 
-def _name(scales: Sequence[float]) -> str:
-    return f"{SEARCH} {' '.join(format(scale, '.2g') for scale in scales)}"
+def _structures(request: LayoutRequest) -> frozenset[str]:
+    """What may go besides neurons."""
+    asked = {LAYERS: request.leaves_out, HEADS: request.heads is not None}
+    return frozenset(part for part, may_go in asked.items() if may_go)
+
+
+def _smaller(parts: frozenset[str]) -> list[frozenset[str]]:
+    """The sets of structures with one less, and the empty one."""
+    found = [parts - {part} for part in sorted(parts)]
+    return list(dict.fromkeys([*found, frozenset[str]()] if parts else []))
+
+
+def _name(base: str, scales: Sequence[float]) -> str:
+    return f"{base} {' '.join(format(scale, '.2g') for scale in scales)}"
 
 
 def _search_equal(trial: _Trial, candidates: Candidates) -> dict[str, _Tried]:
@@ -295,7 +335,7 @@ def _search_equal(trial: _Trial, candidates: Candidates) -> dict[str, _Tried]:
             nonlocal left
             model = models[index]
             if model.name not in trial.tried:
-                measure(model.name, model.widths)
+                measure(model.name, model.sizes)
                 left -= 1
             return trial.tried[model.name].divergence
 

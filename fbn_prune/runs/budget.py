@@ -16,6 +16,7 @@ from fbn_prune.model.head_groups import require_equal_groups
 from fbn_prune.model.heads import head_tensor_shape
 from fbn_prune.model.vocabulary import VocabularyCut
 from fbn_prune.pruning.allocation import at_most, budget_from_sparsity, uniform_widths
+from fbn_prune.pruning.layout import HeadLevels
 from fbn_prune.recipe import Recipe, parse_count, parse_layers, parse_size
 
 
@@ -130,6 +131,45 @@ def other_parameters(
     return tuple(parameters // neuron_parameters for parameters in found)
 
 
+HEAD_STEPS = 4
+"""A search of attention heads tries this many numbers of them, evenly spaced."""
+
+
+def head_levels(recipe: Recipe, checkpoint: Checkpoint, neuron_parameters: int) -> HeadLevels:
+    """Return the numbers of groups of attention heads that a layer may keep."""
+    family, config = checkpoint.family, checkpoint.config
+    shape, numbers = family.head_shape(config), set[int]()
+    if "heads" in recipe.removable:
+        steps = (round(shape.groups * step / HEAD_STEPS) for step in range(1, HEAD_STEPS))
+        numbers |= {groups for groups in steps if 0 < groups < shape.groups}
+    if "attention" in recipe.removable:
+        numbers.add(0)
+    groups = (*sorted(numbers), shape.groups)
+    whole, *saved = (
+        _attention_saved(checkpoint, kept) // neuron_parameters for kept in (0, *groups)
+    )
+    return HeadLevels(groups, tuple(saved), whole)
+
+
+def _attention_saved(checkpoint: Checkpoint, groups: int) -> int:
+    """The parameters that each layer's attention loses if it keeps `groups` groups, at least."""
+    family, config = checkpoint.family, checkpoint.config
+    assert family.attention is not None
+    shape, found = family.head_shape(config), [0] * family.num_layers(config)
+    part = f".{family.attention.module}."
+    for name, info in checkpoint.tensors.items():
+        layer = family.layer_of(name)
+        if layer is None or layer >= len(found):
+            continue
+        location = family.locate_heads(name)
+        if groups == 0:
+            found[layer] += info.parameters if part in name else 0
+        elif location is not None:
+            left = math.prod(head_tensor_shape(location, info.shape, groups, shape))
+            found[layer] += info.parameters - left
+    return min(found)
+
+
 def kept_head_groups(recipe: Recipe, checkpoint: Checkpoint) -> int | None:
     """Return the number of attention head groups that every layer keeps, or None if no heads are removed.
 
@@ -229,6 +269,8 @@ def stated_budget(
 
 
 def _what_stays(recipe: Recipe) -> str:
+    if recipe.removes_heads and not recipe.leaves_out_layers:
+        return "embeddings, norms and the narrowest MLPs"
     if recipe.leaves_out_layers:
         return "embeddings and the narrowest layer that stays"
     return "attention, embeddings and the narrowest MLPs"

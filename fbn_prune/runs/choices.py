@@ -54,6 +54,8 @@ def layout_request(
         whole=prepared.whole,
         rest=prepared.rest,
         narrows="neurons" in recipe.removable,
+        leaves_out=recipe.leaves_out_layers,
+        heads=prepared.heads,
     )
 
 

@@ -133,6 +133,7 @@ def plan(prepared: Prepared) -> Plan:
     if prepared.rest:  # the budget counts what left-out layers save beside their neurons as neurons
         neurons = min(budget.neurons, total)
         estimated += [name for name in sizes if name not in estimated]
+        estimated += ["heads_kept"] if prepared.heads is not None else []
     low, high = seconds_range(prepared) or (None, None)
     return Plan(
         parameters_before=checkpoint.total_parameters,
@@ -142,7 +143,7 @@ def plan(prepared: Prepared) -> Plan:
         neurons_total=total,
         neurons_kept=max(neurons, 0),
         heads_total=prepared.heads_total,
-        heads_kept=prepared.heads_kept,
+        heads_kept=prepared.heads_kept(),
         widths=widths,
         same_budget={
             "sparsity": round(1 - neurons / total, 4),
@@ -210,7 +211,11 @@ def token_passes(prepared: Prepared) -> tuple[float, float]:
     if searched:  # each cost takes the layers above, half of them on average
         measured = PLACES * prepared.layers // 4 + 3 + REGIONS * len(SCALES)
         passed += min(recipe.tokens, TRIED_TOKENS) * measured
-        passed += min(recipe.tokens, GAP_TOKENS) if recipe.leaves_out_layers else 0
+        again = int(recipe.leaves_out_layers)
+        if (heads := prepared.heads) is not None:
+            again += len(heads.groups)
+            passed += min(recipe.tokens, TRIED_TOKENS) * len(heads.groups) * prepared.layers // 4
+        passed += min(recipe.tokens, GAP_TOKENS) * again
     if recipe.needs_networks and prepared.networks is None:
         sampled = min(recipe.network_tokens, recipe.tokens)
         once = prepared.memory.streamed or prepared.memory.keep_activations

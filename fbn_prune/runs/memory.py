@@ -290,7 +290,7 @@ class Sizes:
         square = 8 * width * width
         second_order = max(self._fit(width, hidden), part + 8 * hidden * width + 12.8 * width**2)
         waiting = 0
-        if recipe.head_sparsity is not None:
+        if recipe.head_sparsity is not None or recipe.removes_heads:
             shape = family.head_shape(config)
             channels = shape.heads * shape.size
             second_order = max(second_order, self._fit(channels, hidden))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from fbn_prune.model.placement import device_map
 from fbn_prune.model.streaming import skeleton
 from fbn_prune.model.vocabulary import VocabularyCut
 from fbn_prune.networks.functional_networks import FunctionalNetworks
+from fbn_prune.pruning.layout import HeadLevels, Layout
 from fbn_prune.recipe import Recipe
 from fbn_prune.runs.budget import Budget, ModelSize, rounding_note
 from fbn_prune.runs.memory import MemoryPlan
@@ -49,7 +50,8 @@ class Prepared:
     vocabulary: tuple[VocabularyCut, VocabularyFigures] | None = None
     """The tokens that stay and the figures of that choice; None if all stay."""
     rest: tuple[int, ...] = ()
-    """See :class:`fbn_prune.pruning.layout.LayoutRequest`."""
+    heads: HeadLevels | None = None
+    """Both as in :class:`fbn_prune.pruning.layout.LayoutRequest`."""
 
     @property
     def family(self) -> Family:
@@ -83,13 +85,17 @@ class Prepared:
             return family.head_shape(config).heads * self.layers
         return family.head_shape(config).queries * sum(head_groups(family, config))
 
-    @property
-    def heads_kept(self) -> int:
-        """Attention heads of all layers after the cut."""
-        if self.head_groups is None:
-            return self.heads_total
+    def heads_kept(self, layout: Layout | None = None) -> int:
+        """Return the attention heads of all layers after the cut; of a layout in which they were searched, its own."""
         shape = self.family.head_shape(self.checkpoint.config)
-        return self.head_groups * shape.queries * self.layers
+        every = shape.groups if self.head_groups is None else self.head_groups
+        groups = [every] * self.layers
+        left_out: Collection[int] = ()
+        if layout is not None:
+            groups, left_out = layout.head_groups or groups, layout.left_out
+        return shape.queries * sum(
+            kept for layer, kept in enumerate(groups) if layer not in left_out
+        )
 
     @property
     def vocabulary_cut(self) -> VocabularyCut | None:

@@ -25,9 +25,9 @@ from fbn_prune.pruning.cutting import (
     CutPlan,
     cut_as_tried,
     cut_layers,
-    keep_finished,
 )
 from fbn_prune.pruning.evidence import CutOptions
+from fbn_prune.pruning.finished import keep_finished
 from fbn_prune.pruning.layout import Layout, Subject
 from fbn_prune.pruning.prediction import advice, check_rise, predicted_rise
 from fbn_prune.pruning.recovery.gain import Recovery
@@ -179,7 +179,13 @@ class PruneRun:
             return asdict(layout)
 
         self.widths = Layout(**numbers(self.store, "layout", choose))
-        self.cut_plan = CutPlan(recipe.criterion, self.widths.widths, members, self.widths.left_out)
+        self.cut_plan = CutPlan(
+            recipe.criterion,
+            self.widths.widths,
+            members,
+            self.widths.left_out,
+            head_groups=self.widths.head_groups,
+        )
         if recipe.layout == "auto":
             self.clock.note(verdict(self.widths))
 
@@ -287,6 +293,14 @@ class PruneRun:
         left_out = self.widths.left_out
         return Depth(self.prepared.layers, left_out) if left_out else None
 
+    @property
+    def _head_groups(self) -> list[int] | None:
+        """The groups of attention heads of each layer that stays; None if they were not searched."""
+        found = self.widths.head_groups
+        if found is None:
+            return None
+        return [groups for layer, groups in enumerate(found) if layer not in self.widths.left_out]
+
     def _pruned_perplexity(self, name: str) -> float | None:
         found: float | None = numbers(
             self.store, name, lambda: _pruned_perplexity(self.adapter, self.held_out, self.clock)
@@ -302,10 +316,11 @@ class PruneRun:
             perplexity_expected=self.expected.perplexity(self.before),
             neurons_kept=sum(self.widths.widths),
             neurons_total=prepared.neurons,
-            heads_kept=prepared.heads_kept,
+            heads_kept=prepared.heads_kept(self.widths),
             heads_total=prepared.heads_total,
             widths=[width for width in self.widths.widths if width],
             layers_left_out=sorted(self.widths.left_out),
+            head_groups=self._head_groups,
             width_rule=self.widths.rule,
             layout_trials=self.widths.trials,
             search=self.widths.search,

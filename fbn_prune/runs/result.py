@@ -38,6 +38,8 @@ class PruneResult:
         What a search of widths found, see :func:`fbn_prune.pruning.search.search_layout`; None without a search.
     layers_left_out
         Layers of the dense model that the pruned one does not have.
+    head_groups
+        Groups of attention heads of each layer that stays; None if they were not searched.
     kept_networks, ranked_networks
         Indices of the networks, strongest first.
     vocabulary
@@ -83,6 +85,7 @@ class PruneResult:
     vocabulary: VocabularyFigures | None = None
     experts: tuple[int, int] | None = None
     forgotten: dict[str, Any] | None = None
+    head_groups: list[int] | None = None
     stages: dict[str, float] = field(default_factory=dict)
     model: PreTrainedModel | None = field(default=None, repr=False, compare=False)
 

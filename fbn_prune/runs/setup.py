@@ -8,6 +8,7 @@ from fbn_prune.data import builtin
 from fbn_prune.data.examples import read_examples
 from fbn_prune.data.tasks import Task
 from fbn_prune.errors import InvalidInput
+from fbn_prune.model.attention_blocks import require_attention
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.depth import require_depth
 from fbn_prune.model.mixture_checkpoint import open_any
@@ -17,9 +18,11 @@ from fbn_prune.model.surgery import require_bias
 from fbn_prune.model.vocabulary import VocabularyCut
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.allocation import at_most, default_multiple, uniform_widths
+from fbn_prune.pruning.layout import HeadLevels
 from fbn_prune.recipe import Recipe
 from fbn_prune.runs.budget import (
     ModelSize,
+    head_levels,
     kept_head_groups,
     other_parameters,
     stated_budget,
@@ -111,12 +114,19 @@ def prepared_for(
     rest: tuple[int, ...] = ()
     if recipe.leaves_out_layers:
         require_depth(family, checkpoint.config)
+    heads = _heads(recipe, checkpoint)
+    if recipe.leaves_out_layers or heads is not None:
         each = ModelSize.of(checkpoint).neuron_parameters
         rest = other_parameters(checkpoint, head_groups, each)
-        # One layer stays, and all that the others have is room.
-        stays = whole | {0}
-        least = sum(widths[i] if i in whole else min(widths[i], multiple) for i in stays)
+        # One layer stays if layers can go, and all that the others have is room.
+        stays = whole | {0} if recipe.leaves_out_layers else frozenset(range(layers))
+        narrow = "neurons" in recipe.removable
+        least = sum(
+            min(widths[i], multiple) if narrow and i not in whole else widths[i] for i in stays
+        )
         least -= sum(size for layer, size in enumerate(rest) if layer not in stays)
+        if heads is not None:
+            least -= sum(heads.most_saved(layer) for layer in stays - whole)
     budget = stated_budget(recipe, checkpoint, least, head_groups, kept)
     return Prepared(
         recipe,
@@ -134,7 +144,27 @@ def prepared_for(
         None if recipe.forget is None else tuple(read_examples(recipe.forget)),
         vocabulary,
         rest,
+        heads,
     )
+
+
+def _heads(recipe: Recipe, checkpoint: Checkpoint) -> HeadLevels | None:
+    """The numbers of attention heads that the search may choose; None if every layer keeps all of them.
+
+    Raises
+    ------
+    InvalidInput
+        They are to be chosen by name, not as part of `all`, and the architecture has no form for it.
+    """
+    if not recipe.removes_heads:
+        return None
+    try:
+        require_attention(checkpoint.family, checkpoint.config)
+    except InvalidInput:
+        if recipe.structures.strip() == "all":
+            return None
+        raise
+    return head_levels(recipe, checkpoint, ModelSize.of(checkpoint).neuron_parameters)
 
 
 def require_layout(prepared: Prepared) -> None:
@@ -171,6 +201,7 @@ def _vocabulary(
         (*recipe.calibration, *recipe.vocabulary_texts, *recipe.recover_text),
         recipe.least_uses,
         recipe.vocabulary_chars,
+        ascii=recipe.vocabulary_ascii,
     )
     more = () if task is None else [example.text for example in task.examples]
     with clock.stage("vocabulary"):

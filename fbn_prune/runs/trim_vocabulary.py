@@ -53,6 +53,7 @@ def trim_vocabulary(
     *,
     min_count: int = 1,
     characters: str = "",
+    ascii: bool = False,
     held_out: Sequence[str] = (),
     max_shard_size: str = "5GB",
     trust_remote_code: bool = False,
@@ -76,6 +77,8 @@ def trim_vocabulary(
         How often the texts must use a token.
     characters
         Characters whose tokens stay in any case.
+    ascii
+        Whether all tokens of ASCII characters stay.
     held_out
         Sources to measure the vocabulary on. Default: a tenth of the texts; their tokens stay all the same.
     max_shard_size
@@ -107,7 +110,7 @@ def trim_vocabulary(
         refuse_second_run(output)
         check_output(output, overwrite, source.path, needed_bytes=source.total_bytes)
     clock = StageClock(display)
-    rule = VocabularyRule(tuple(texts), min_count, characters, tuple(held_out))
+    rule = VocabularyRule(tuple(texts), min_count, characters, tuple(held_out), ascii)
     with clock.stage("vocabulary"):
         cut, figures = choose_vocabulary(source, rule)
     if output is not None:

@@ -20,6 +20,7 @@ from fbn_prune.data.documents import read_documents
 from fbn_prune.data.forms import Reading
 from fbn_prune.data.pieces import (
     Content,
+    ascii_tokens,
     batches,
     check_content,
     closed,
@@ -56,12 +57,15 @@ class VocabularyRule:
         Characters whose tokens stay however often the texts use them.
     held_out
         Sources to measure on. Default: every tenth document of the texts.
+    ascii
+        Whether all tokens that consist of ASCII characters stay.
     """
 
     texts: tuple[str, ...]
     min_count: int = 1
     characters: str = ""
     held_out: tuple[str, ...] = ()
+    ascii: bool = False
 
 
 @dataclass(frozen=True)
@@ -204,6 +208,8 @@ class _Chooser:
         self._wanted = self._always() | tokens_of_characters(
             self.tokenizer, self._content, rule.characters
         )
+        if rule.ascii:
+            self._wanted |= ascii_tokens(self.tokenizer)
 
     def cut(self, counts: dict[int, int]) -> VocabularyCut:
         """Return the cut to the tokens with these counts."""

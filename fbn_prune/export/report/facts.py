@@ -50,6 +50,8 @@ class Search(BaseModel):
     predicted: float
     share: float
     curve: list[tuple[float, float]]
+    whole_parts: list[tuple[int, int, int]] = []
+    kept_parts: list[tuple[int, int, int]] = []
 
 
 class RunResult(BaseModel):
@@ -71,6 +73,7 @@ class RunResult(BaseModel):
     width_rule: str
     experts: tuple[int, int] | None = None
     layers_left_out: list[int] = []
+    head_groups: list[int] | None = None
     layout_trials: dict[str, float] = {}
     search: Search | None = None
     kept_networks: list[int]

@@ -80,6 +80,33 @@ def widths_figure(before: Sequence[int], after: Sequence[int]) -> str:
     return _svg(figure, "widths")
 
 
+def structures_figure(
+    whole: Sequence[tuple[int, int, int]], kept: Sequence[tuple[int, int, int]]
+) -> str:
+    """Draw what each layer of the source keeps, by structure, as a share of the layer.
+
+    Parameters
+    ----------
+    whole, kept
+        For each layer its neurons, attention and the rest, in one unit of size, before and after.
+    """
+    figure, axes = _figure(1.9)
+    layers = range(len(whole))
+    sizes = [sum(parts) for parts in whole]
+    axes.bar(layers, [100] * len(whole), color=PALE, label="removed")
+    below = [0.0] * len(whole)
+    names = zip(("neurons", "attention", "the rest"), (KEPT, OTHER, MUTED), strict=True)
+    for part, (name, color) in enumerate(names):
+        shares = [100 * parts[part] / size for parts, size in zip(kept, sizes, strict=True)]
+        if any(shares):
+            axes.bar(layers, shares, bottom=below, color=color, label=name)
+        below = [low + share for low, share in zip(below, shares, strict=True)]
+    axes.set(xlabel="layer", ylabel="% of its parameters", xlim=(-0.6, len(whole) - 0.4))
+    _whole_numbers(axes)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
+    return _svg(figure, "structures")
+
+
 def dial_figure(members_kept: Sequence[int], neurons: int, kept: int | None) -> str:
     """Draw the share of neurons that are members of the strongest K networks; `kept` marks the run's K."""
     figure, axes = _figure(1.9)

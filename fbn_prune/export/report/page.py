@@ -31,6 +31,7 @@ REPORT_NAME = "report.html"
 FIGURES = (
     "widths",
     "search",
+    "structures",
     "recovery",
     "dial",
     "connectivity",
@@ -95,6 +96,10 @@ def _figures(facts: ReportFacts) -> dict[str, str]:
             drawn["search"] = figures.search_figure(
                 result.search.curve, result.search.share, measured, min(measured)
             )
+            if result.search.kept_parts:
+                drawn["structures"] = figures.structures_figure(
+                    result.search.whole_parts, result.search.kept_parts
+                )
         if result.recovery is not None and len(result.recovery.curve) > 1:
             drawn["recovery"] = figures.recovery_figure(result.recovery.curve)
     members = facts.members_kept

@@ -1,0 +1,142 @@
+"""Cuts of layers that keep fewer attention heads, or none: the MLP makes up for what the attention lacks.
+
+The heads that stay get a refit of their output weights. The MLP then reads a changed hidden state; its output weights
+are refitted, on the activations that it has now, to give what the layer adds to the hidden state as a whole. Measured
+without that, an attention block would seem more expensive than it is once the model is refitted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fbn_prune import distributed
+from fbn_prune.data.calibration import Batch
+from fbn_prune.model.adapter import ModelAdapter
+from fbn_prune.model.heads import HeadCut
+from fbn_prune.model.layerwise import LayerwiseForward
+from fbn_prune.model.streaming import SpilledCuts, spilled_cuts
+from fbn_prune.model.surgery import MlpCut, rounded_cut
+from fbn_prune.progress import Advance
+from fbn_prune.pruning.criteria import HeadEvidence, no_heads
+from fbn_prune.pruning.evidence import CutOptions
+from fbn_prune.pruning.fitting import DampingNotes, fitting_head_cut
+from fbn_prune.pruning.gaps import Lacking, shared_scale
+from fbn_prune.pruning.layout import HeadLevels
+from fbn_prune.pruning.statistics import GramStatistics
+
+
+def cuts_with_fewer_heads(
+    adapter: ModelAdapter,
+    batches: Sequence[Batch],
+    cuts: Sequence[Sequence[MlpCut]],
+    heads: HeadLevels,
+    options: CutOptions,
+    *,
+    scratch: Path,
+    advance: Advance,
+) -> list[list[SpilledCuts[MlpCut]]]:
+    """Return cuts like these for each number of head groups but the last.
+
+    The first layer keeps all heads where it must have some.
+
+    Parameters
+    ----------
+    batches
+        Text to fit them to.
+    cuts
+        For some widths, from the narrowest to the widest, one cut for each layer.
+    advance
+        Called with the number of tokens after each batch of a layer, for all heads and for each smaller number.
+    """
+    own = distributed.share(batches)
+    forward = LayerwiseForward(adapter, own)
+    found = [[spilled_cuts(scratch) for _ in cuts] for _ in heads.groups[:-1]]
+    for layer in range(adapter.num_layers):
+        scale = shared_scale(forward.output_scale())
+        statistics = GramStatistics(
+            adapter.attention_output(layer).weight.shape[1], adapter.layer_device(layer)
+        )
+        after = adapter.hidden_states()
+        for index, batch in enumerate(own):
+            after.append(
+                forward.run(index, observe_heads=lambda _, x, to=statistics: to.update(x))  # type: ignore[misc]
+            )
+            advance(batch.tokens)
+        statistics.add_up()
+        adapter.load_layer(layer)
+        evidence = _head_evidence(adapter, layer, statistics, options)
+        whole = adapter.down_weight(layer).clone()
+        base = [each[layer] for each in cuts]
+        for level, groups in enumerate(heads.groups[:-1]):
+            if layer == 0 and not heads.first_layer(level):
+                made = base
+            else:
+                head_cut = _head_cut(evidence, groups, layer, options.round_to)
+                lacking = _lacking(
+                    adapter, forward, after, own, whole, head_cut, options.round_to, advance
+                )
+                with DampingNotes().heard(layer):  # the final fit reports its own
+                    made = lacking.made_up(base, scale, options.refit_damping, whole)
+                made = [replace(cut, heads=head_cut) for cut in made]
+            for place, cut in enumerate(made):
+                found[level][place].append(rounded_cut(cut, options.round_to))
+        for index in range(len(own)):
+            forward.hidden[index] = after[index]
+        forward.next_layer += 1
+    return found
+
+
+def _head_cut(evidence: HeadEvidence, groups: int, layer: int, stored: torch.dtype) -> HeadCut:
+    if groups == 0:
+        return no_heads(evidence.weight.shape[0])
+    with DampingNotes().heard(layer):
+        return fitting_head_cut(evidence, groups, stored=stored)
+
+
+def _head_evidence(
+    adapter: ModelAdapter, layer: int, statistics: GramStatistics, options: CutOptions
+) -> HeadEvidence:
+    out = adapter.attention_output(layer)
+    return HeadEvidence(
+        weight=out.weight.detach().double(),
+        bias=None if out.bias is None else out.bias.detach().double(),
+        gram=statistics.gram,
+        mean=statistics.mean,
+        tokens=statistics.count,
+        shortfall=None,
+        loss_root=None,
+        damping=options.damping,
+        refit_damping=options.refit_damping,
+        group=adapter.family.head_shape(adapter.config).width,
+    )
+
+
+def _lacking(
+    adapter: ModelAdapter,
+    forward: LayerwiseForward,
+    after: Sequence[Tensor],
+    batches: Sequence[Batch],
+    whole: Tensor,
+    heads: HeadCut,
+    round_to: torch.dtype,
+    advance: Advance,
+) -> Lacking:
+    """What the output of the next layer lacks if its attention is cut and its MLP is whole."""
+    layer = forward.next_layer
+    hidden, neurons = whole.shape
+    lacking = Lacking(hidden, neurons, whole.device)
+    uncut = MlpCut(torch.arange(neurons), whole.float().cpu(), heads=heads)
+    cuts = [uncut] * adapter.num_layers
+    with adapter.trying(cuts, alone=layer, round_to=round_to, with_heads=True):
+        for index, batch in enumerate(batches):
+            seen: list[Tensor] = []
+            output = forward.run(index, lambda _, x, seen=seen: seen.append(x))  # type: ignore[misc]
+            valid = batch.valid.to(output.device)
+            lacking.update(after[index].to(output.device)[valid] - output[valid], seen[0])
+            advance(batch.tokens)
+    return lacking
