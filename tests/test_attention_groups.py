@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from fbn_prune.model.layerwise import LayerwiseForward
 from fbn_prune.model.perplexity import mean_loss
 from fbn_prune.model.streaming import StreamedModel
 from fbn_prune.model.surgery import MlpCut
+from fbn_prune.serving import load as load_bundle
 from fbn_prune.serving.tasks import task_of_pruned
 
 WITH_HEADS = [name for name, config in FAMILY_CONFIGS.items() if family_of(config()).attention]
@@ -308,9 +310,7 @@ def test_its_neurons_are_pruned_again(
     layout: str, unequal: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = ["--sparsity", "0.5", "--layout", layout, "--width-multiple", "1"]
-    result = run_json(
-        capsys, "prune", *arguments(unequal, text, tmp_path / "out", *more, "--recover")
-    )
+    result = run_json(capsys, *arguments(unequal, text, tmp_path / "out", *more, "--recover"))
     assert result["heads_kept"] == result["heads_total"] == QUERIES * 3
     written = Checkpoint.open(tmp_path / "out")
     assert head_groups(written.family, written.config) == [1, 0, 2]
@@ -322,24 +322,36 @@ def test_its_neurons_are_pruned_again(
     assert "`attention_groups` in `config.json`" in card
 
 
-def test_its_vocabulary_is_trimmed_its_networks_are_found_and_it_is_evaluated(
+def test_every_command_takes_it(
     unequal: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "out"
-    run_json(capsys, "trim-vocabulary", unequal, out, "--text", text)
-    assert head_groups(family_of(Checkpoint.open(out).config), load(out).config) == [1, 0, 2]
-    networks = arguments(unequal, text, None, "--output", str(tmp_path / "networks.safetensors"))
-    run_json(capsys, "discover", *networks)
-    found = run_json(capsys, "evaluate", unequal, "--text", text, "--context", 48)
-    assert found
+    pruned = ["--sparsity", "0.5", "--recover", "--recover-passes", "1"]
+    for name, flags in {
+        "run": [*pruned, "--output", str(tmp_path / "pruned")],
+        "discover": ["--output", str(tmp_path / "networks")],
+        "rank": [],
+        "compare": [],
+    }.items():
+        command = [] if name == "run" else [name]
+        assert run_json(capsys, *command, *arguments(unequal, text, None, *flags)), name
+    trim = ["--model", unequal, "--texts", text, "--output", tmp_path / "trimmed"]
+    run_json(capsys, "trim-vocabulary", *trim)
+    trimmed = Checkpoint.open(tmp_path / "trimmed")
+    assert head_groups(trimmed.family, trimmed.config) == [1, 0, 2]
+    assert torch.isfinite(load(trimmed.path)(torch.arange(5)[None]).logits).all()
+    run_json(capsys, *arguments(unequal, text, tmp_path / "task", "--sparsity", "0.5"))
+    bundle = ["--model", unequal, f"again={tmp_path / 'task'}", "--output", tmp_path / "bundle"]
+    run_json(capsys, "bundle", *bundle)
+    served = load_bundle(tmp_path / "bundle")
+    torch.testing.assert_close(logits(served.model), logits(load(unequal)), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["prune", "--head-sparsity", "0.5"], "which are not cut again"),
+        (["--sparsity", "0.5", "--head-sparsity", "0.5"], "which are not cut again"),
         (
-            ["prune", "--sparsity", "0.5", "--layout", "ragged", "--structures", "neurons,heads"],
+            ["--sparsity", "0.5", "--layout", "ragged", "--structures", "neurons,heads"],
             "which are not cut again",
         ),
     ],
@@ -352,8 +364,7 @@ def test_its_heads_are_not_cut_again(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    name, *more = command
-    refused(capsys, [name, *arguments(unequal, text, tmp_path / "out", *more)], message)
+    refused(capsys, arguments(unequal, text, tmp_path / "out", *command), message)
 
 
 def test_it_becomes_neither_a_gguf_file_nor_a_task(
@@ -361,14 +372,13 @@ def test_it_becomes_neither_a_gguf_file_nor_a_task(
 ) -> None:
     refused(
         capsys,
-        ["convert", str(unequal), str(tmp_path / "x.gguf")],
+        ["convert", "--model", str(unequal), "--output", str(tmp_path / "x.gguf")],
         "different numbers of attention heads",
     )
     source = Checkpoint.open(save_tiny(tmp_path / "in"))
-    cut = Checkpoint.open(unequal)
-    KeptNeurons((WIDTH,) * LAYERS, tuple(torch.arange(16) for _ in range(LAYERS))).save(
-        cut.path / KEPT_FILE
-    )
+    cut = Checkpoint.open(shutil.copytree(unequal, tmp_path / "cut"))
+    kept = KeptNeurons((WIDTH,) * LAYERS, tuple(torch.arange(16) for _ in range(LAYERS)))
+    kept.save(cut.path / KEPT_FILE)
     with pytest.raises(InvalidInput, match="attention heads were cut"):
         task_of_pruned(source, cut, "full", 8)
 
