@@ -195,7 +195,7 @@ def test_a_live_model_gets_the_weights_of_the_written_one(text: Path, tmp_path: 
     ("extra", "message"),
     [
         (["--structures", "vocabulary"], "vocabulary alone is `fbn-prune trim-vocabulary`"),
-        (["--structures", "neurons,attics"], "give neurons, layers, vocabulary"),
+        (["--structures", "neurons,attics"], "give neurons, heads, attention, layers, vocabulary"),
         (["--structures", "layers", "--layout", "ragged"], "where no neurons go"),
         (["--structures", "neurons,layers", "--layout", "auto"], "give uniform or ragged"),
         (

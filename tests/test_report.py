@@ -26,7 +26,7 @@ from fbn_prune.export.report.text import visible
 
 HEADINGS = {
     "size": "Size",
-    "search": "Search of widths",
+    "search": "Where the size went",
     "quality": "Quality against size",
     "ablation": "What the networks do",
     "evaluation": "Evaluation",

@@ -293,7 +293,8 @@ def _search_ragged(
     with trial.measuring(len(starts) + REGIONS * len(SCALES) + 1) as measure:
         for name, sizes in starts.items():
             measure(name, sizes)
-        base = min(tries.keys() & trial.tried.keys(), key=lambda name: trial.tried[name].divergence)
+        tried = (name for name in tries if name in trial.tried)  # not the same as others
+        base = min(tried, key=lambda name: trial.tried[name].divergence, default=SEARCH)
         parts, scales = tries[base], [1.0] * REGIONS
         for region in range(REGIONS):
             for factor in SCALES:
