@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_runs import blocks, cut_live, export, random_cuts
+from small_runs import arguments, blocks, cut_live, export, random_cuts, refused, run_json
 from tiny_models import FAMILY_CONFIGS, HIDDEN, LAYERS, TOKENS, WIDTH, logits, save_tiny
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from fbn_prune import PruningConfig, prune
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.attention_blocks import leaving_out_attention, require_attention
@@ -22,10 +24,13 @@ from fbn_prune.model.depth import Depth, leaving_out
 from fbn_prune.model.families import family_of
 from fbn_prune.model.head_groups import head_groups
 from fbn_prune.model.heads import HeadCut
+from fbn_prune.model.kept_neurons import KEPT_FILE, KeptNeurons
 from fbn_prune.model.layerwise import LayerwiseForward
 from fbn_prune.model.perplexity import mean_loss
 from fbn_prune.model.streaming import StreamedModel
 from fbn_prune.model.surgery import MlpCut
+from fbn_prune.serving import load as load_bundle
+from fbn_prune.serving.tasks import task_of_pruned
 
 WITH_HEADS = [name for name, config in FAMILY_CONFIGS.items() if family_of(config()).attention]
 ALL, SIZE, QUERIES = 2, 4, 2
@@ -155,7 +160,8 @@ def test_every_kind_of_cache_and_attention_works(name: str, tmp_path: Path) -> N
     model.gradient_checkpointing_enable()
     model.train()
     model(TOKENS, labels=TOKENS).loss.backward()
-    assert all(each.grad is not None for each in model.parameters())
+    unused = [key for key, each in model.named_parameters() if each.grad is None]
+    assert unused == ["model.layers.1.input_layernorm.weight"]
 
 
 def test_heads_and_widths_may_differ_together_and_also_with_layers_left_out(tmp_path: Path) -> None:
@@ -179,7 +185,8 @@ def test_heads_and_widths_may_differ_together_and_also_with_layers_left_out(tmp_
     assert torch.equal(generated(adapter.model), generated(loaded))
     # What differs is left out, so that the rest is a stock model again.
     one = Checkpoint.open(out)
-    rest = export(one, random_cuts(one, [8, 8]), tmp_path / "rest", depth=Depth(2, frozenset({1})))
+    eight = MlpCut(torch.arange(8), torch.randn(HIDDEN, 8))
+    rest = export(one, [eight, eight], tmp_path / "rest", depth=Depth(2, frozenset({1})))
     assert "attention_groups" not in json.loads((rest / "config.json").read_text())
     assert AutoModelForCausalLM.from_pretrained(rest).config.num_key_value_heads == 1
 
@@ -288,3 +295,96 @@ def test_models_with_one_layer_or_unequal_layers_are_refused() -> None:
     config.num_hidden_layers, config.attention_groups = 3, [2, 1, 0]
     with pytest.raises(InvalidInput, match="which are not cut again"):
         require_attention(family, config)
+
+
+@pytest.fixture(scope="module")
+def unequal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with equal widths and unequal heads, to read."""
+    folder = tmp_path_factory.mktemp("unequal")
+    source = Checkpoint.open(save_tiny(folder / "in"))
+    return export(source, cuts_of(source), folder / "out")
+
+
+@pytest.mark.parametrize("layout", ["uniform", "ragged"])
+def test_its_neurons_are_pruned_again(
+    layout: str, unequal: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--sparsity", "0.5", "--layout", layout, "--width-multiple", "1"]
+    result = run_json(capsys, *arguments(unequal, text, tmp_path / "out", *more, "--recover"))
+    assert result["heads_kept"] == result["heads_total"] == QUERIES * 3
+    written = Checkpoint.open(tmp_path / "out")
+    assert head_groups(written.family, written.config) == [1, 0, 2]
+    assert written.total_parameters == result["parameters_after"]
+    expected = logits(written.load_model("cpu", torch.float32))
+    torch.testing.assert_close(logits(load(tmp_path / "out")), expected, rtol=0, atol=1e-5)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "trust_remote_code=True" in card
+    assert "`attention_groups` in `config.json`" in card
+
+
+def test_every_command_takes_it(
+    unequal: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pruned = ["--sparsity", "0.5", "--recover", "--recover-passes", "1"]
+    for name, flags in {
+        "run": [*pruned, "--output", str(tmp_path / "pruned")],
+        "discover": ["--output", str(tmp_path / "networks")],
+        "rank": [],
+        "compare": [],
+    }.items():
+        command = [] if name == "run" else [name]
+        assert run_json(capsys, *command, *arguments(unequal, text, None, *flags)), name
+    trim = ["--model", unequal, "--texts", text, "--output", tmp_path / "trimmed"]
+    run_json(capsys, "trim-vocabulary", *trim)
+    trimmed = Checkpoint.open(tmp_path / "trimmed")
+    assert head_groups(trimmed.family, trimmed.config) == [1, 0, 2]
+    assert torch.isfinite(load(trimmed.path)(torch.arange(5)[None]).logits).all()
+    run_json(capsys, *arguments(unequal, text, tmp_path / "task", "--sparsity", "0.5"))
+    bundle = ["--model", unequal, f"again={tmp_path / 'task'}", "--output", tmp_path / "bundle"]
+    run_json(capsys, "bundle", *bundle)
+    served = load_bundle(tmp_path / "bundle")
+    torch.testing.assert_close(logits(served.model), logits(load(unequal)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["--sparsity", "0.5", "--head-sparsity", "0.5"], "which are not cut again"),
+        (
+            ["--sparsity", "0.5", "--layout", "ragged", "--structures", "neurons,heads"],
+            "which are not cut again",
+        ),
+    ],
+)
+def test_its_heads_are_not_cut_again(
+    command: list[str],
+    message: str,
+    unequal: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    refused(capsys, arguments(unequal, text, tmp_path / "out", *command), message)
+
+
+def test_it_does_not_become_a_task(unequal: Path, tmp_path: Path) -> None:
+    source = Checkpoint.open(save_tiny(tmp_path / "in"))
+    cut = Checkpoint.open(shutil.copytree(unequal, tmp_path / "cut"))
+    kept = KeptNeurons((WIDTH,) * LAYERS, tuple(torch.arange(16) for _ in range(LAYERS)))
+    kept.save(cut.path / KEPT_FILE)
+    with pytest.raises(InvalidInput, match="attention heads were cut"):
+        task_of_pruned(source, cut, "full", 8)
+
+
+def test_a_live_model_is_pruned_with_them_and_its_config_tells_the_truth(
+    unequal: Path, text: Path
+) -> None:
+    live = load(unequal)
+    tokenizer = AutoTokenizer.from_pretrained(unequal)
+    settings = {"sparsity": 0.5, "tokens": 600, "context": 48, "width_multiple": 4}
+    result = prune(live, tokenizer, str(text), PruningConfig(**settings))
+    assert result.warning is not None
+    assert "the layers differ in attention heads" in result.warning
+    assert live.config.attention_groups == [1, 0, 2]
+    assert result.parameters_after == sum(each.numel() for each in live.parameters())
+    assert ModelAdapter(live).head_groups == [1, 0, 2]

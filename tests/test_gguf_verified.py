@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 from small_runs import export, random_cuts, refused, run_json
+from test_attention_groups import cuts_of
 from test_gguf_config import stated
 from tiny_models import LAYERS, WIDTH
 
 from fbn_prune.cli.main import _exit_code
-from fbn_prune.errors import FbnPruneError
+from fbn_prune.errors import FbnPruneError, InvalidInput
 from fbn_prune.export import llama_cpp
 from fbn_prune.export.to_gguf import write as write_gguf
 from fbn_prune.model.checkpoint import Checkpoint
@@ -44,6 +45,28 @@ def test_a_ragged_model_is_verified_too(tmp_path: Path) -> None:
     written = Checkpoint.open(tmp_path / "out")
     write_gguf(written, tmp_path / "m.gguf", verify=True, note=lines.append)
     assert "verified" in lines[-1]
+
+
+@installed
+@pytest.mark.parametrize("name", ["llama", "llama-mlp-bias"])
+def test_layers_with_fewer_heads_or_none_are_verified_too(name: str, tmp_path: Path) -> None:
+    source = Checkpoint.open(stated(tmp_path / "in", name, {}))
+    written = Checkpoint.open(export(source, cuts_of(source), tmp_path / "out"))
+    lines: list[str] = []
+    assert write_gguf(written, tmp_path / "m.gguf", verify=True, note=lines.append) == "deci"
+    assert "verified" in lines[-1]
+
+
+def test_a_first_layer_without_attention_and_other_arithmetic_are_refused(tmp_path: Path) -> None:
+    for name, groups, message in (
+        ("llama", [[], [1], [0, 1]], "its first layer has no attention"),
+        ("qwen3", [[1], [], [0, 1]], "different numbers of attention heads only with Llama's"),
+    ):
+        source = Checkpoint.open(stated(tmp_path / name, name, {}))
+        out = export(source, cuts_of(source, groups), tmp_path / f"{name}-out")
+        with pytest.raises(InvalidInput, match=message):
+            write_gguf(Checkpoint.open(out), tmp_path / "m.gguf")
+    assert not (tmp_path / "m.gguf").exists()
 
 
 @installed

@@ -32,6 +32,8 @@ class CardFacts:
         Number of neurons in the source, by layer.
     heads_before, heads_after
         Number of attention heads in all layers.
+    own_head_groups
+        Groups of attention heads of each layer, where no stock class builds them; None where one does.
     tokens
         Number of tokens before and after; None if the vocabulary was not trimmed.
     kept_networks, total_networks
@@ -67,6 +69,7 @@ class CardFacts:
     version: str
     heads_before: int = 0
     heads_after: int = 0
+    own_head_groups: tuple[int, ...] | None = None
     tokens: tuple[int, int] | None = None
     kept_networks: int | None = None
     total_networks: int | None = None
@@ -124,20 +127,27 @@ tokenizer = AutoTokenizer.from_pretrained("PATH_TO_THIS_FOLDER")
 """
 
 
-def _ragged(facts: CardFacts) -> bool:
-    return len(set(facts.widths)) > 1
+def _differ_in(facts: CardFacts) -> list[str]:
+    """In what the layers differ, so that no stock class builds them."""
+    different = []
+    if len(set(facts.widths)) > 1:
+        different.append("width (`per_layer_config` in `config.json`)")
+    if facts.own_head_groups is not None:
+        different.append("attention heads (`attention_groups` in `config.json`)")
+    return different
 
 
 def _trust(facts: CardFacts) -> str:
-    return ", trust_remote_code=True" if _ragged(facts) else ""
+    return ", trust_remote_code=True" if _differ_in(facts) else ""
 
 
 def _why_trust(facts: CardFacts) -> str:
-    if not _ragged(facts):
+    different = _differ_in(facts)
+    if not different:
         return ""
-    return """
-The layers differ in width (`per_layer_config` in `config.json`), which transformers does not yet support for this
-architecture. The short file `modeling_ragged.py` in this folder gives each MLP its width.
+    return f"""
+The layers differ in {_listed(different)}, which transformers does not yet support for this
+architecture. The short file `modeling_ragged.py` in this folder gives each layer its size.
 """
 
 
@@ -199,7 +209,7 @@ def _the_rest(facts: CardFacts) -> str:
     heads = ""
     if facts.heads_after < facts.heads_before:
         heads = (
-            f"{facts.heads_after:,} of {facts.heads_before:,} attention heads remain, the same number in each layer, "
+            f"{facts.heads_after:,} of {facts.heads_before:,} attention heads remain, {_heads_by_layer(facts)}, "
             "chosen by second-order cost in whole key-value groups and refitted. "
         )
     unchanged = ["attention", "norms", "embeddings"]
@@ -223,6 +233,17 @@ def _the_rest(facts: CardFacts) -> str:
         f"which reduced the perplexity from {facts.perplexity_cut:.2f} to {facts.perplexity_after:.2f}; "
         f"{_listed(unchanged)} are unchanged.{vocabulary}"
     )
+
+
+def _heads_by_layer(facts: CardFacts) -> str:
+    groups = facts.own_head_groups
+    if groups is None:
+        return "the same number in each layer"
+    none = groups.count(0)
+    without = f", and no attention in {none} of {len(groups)}" if none else ""
+    kept = [count for count in groups if count]
+    spread = _span(tuple(kept)) if kept else "0"
+    return f"with {spread} key-value heads in a layer{without}"
 
 
 def _listed(words: list[str]) -> str:

@@ -1,7 +1,7 @@
 """Write a checkpoint as a GGUF file for llama.cpp, tensor by tensor, with the `gguf` package.
 
-If the layers differ in width, the file names an architecture for which llama.cpp reads a width for each layer. Vectors
-are stored in float32, as llama.cpp requires; matrices keep their dtype or get the requested one.
+If the layers differ in width or in their heads, the file names an architecture for which llama.cpp reads the sizes of
+each layer. Vectors are stored in float32, as llama.cpp requires; matrices keep their dtype or get the requested one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.family import as_config
 from fbn_prune.model.gguf_config import llama3_divisors
 from fbn_prune.model.gguf_facts import Gguf
-from fbn_prune.model.head_groups import has_own_head_groups
+from fbn_prune.model.head_groups import has_own_head_groups, head_groups
 from fbn_prune.model.streaming import check_tensors
 
 GgufType = Literal["auto", "f32", "f16", "bf16"]
@@ -144,11 +144,6 @@ def _architecture(source: Checkpoint) -> tuple[Gguf, str]:
         raise InvalidInput(
             f"{source.path}: {source.family.name} models are not converted to GGUF by fbn-prune"
         )
-    if has_own_head_groups(source.family, source.config):
-        raise InvalidInput(
-            f"{source.path}: its layers keep different numbers of attention heads, which are not converted to GGUF; "
-            "prune without cutting attention by layer"
-        )
     heads = source.family.head_shape(source.config)
     if not facts.own_head_size and heads.heads * heads.size != source.family.hidden_size(
         source.config
@@ -157,12 +152,19 @@ def _architecture(source: Checkpoint) -> tuple[Gguf, str]:
             f"{source.path}: for {source.family.name} llama.cpp requires heads * head size = hidden size; "
             "prune without --head-sparsity"
         )
-    if len(set(source.family.widths(source.config))) == 1:
+    own_heads = has_own_head_groups(source.family, source.config)
+    if len(set(source.family.widths(source.config))) == 1 and not own_heads:
         return facts, facts.arch
     if facts.ragged_arch is None:
+        what = "numbers of attention heads" if own_heads else "widths"
         raise InvalidInput(
-            f"{source.path}: llama.cpp reads layers of different widths only with Llama's arithmetic, not that of "
+            f"{source.path}: llama.cpp reads layers of different {what} only with Llama's arithmetic, not that of "
             f"{source.family.name}; prune with --layout uniform"
+        )
+    if head_groups(source.family, source.config)[0] == 0:
+        raise InvalidInput(
+            f"{source.path}: its first layer has no attention, from which llama.cpp reads the model's heads; convert a "
+            "model whose first layer has some"
         )
     return facts, facts.ragged_arch
 
@@ -209,7 +211,12 @@ class _Stored:
 
 
 def _plan(source: Checkpoint, names: _Names, matrices: GgufType) -> dict[str, _Stored]:
-    """Return the tensors by GGUF name, in the order of the file."""
+    """Return the tensors by GGUF name, in the order of the file.
+
+    Where a layer has no attention, llama.cpp has no norm before it either.
+    """
+    groups = head_groups(source.family, source.config)
+    unused = {f"blk.{layer}.attn_norm.weight" for layer, kept in enumerate(groups) if kept == 0}
     plan: dict[str, _Stored] = {}
     for stored, info in source.tensors.items():
         if stored.endswith("rotary_emb.inv_freq"):
@@ -217,6 +224,8 @@ def _plan(source: Checkpoint, names: _Names, matrices: GgufType) -> dict[str, _S
         name = names(stored)
         if name is None:
             raise InvalidInput(f"{source.path}: GGUF has no tensor for {stored}")
+        if name in unused:
+            continue
         dtype = info.dtype if matrices == "auto" else _DTYPES[matrices]
         plan[name] = _Stored(stored, info.shape, torch.float32 if len(info.shape) == 1 else dtype)
     return plan
@@ -244,34 +253,31 @@ def _array(tensor: Tensor) -> Any:
 
 def _reordered(tensor: Tensor, name: str, config: _OwnAttributes) -> Tensor:
     """Reorder query and key rows, whose rotary pairs are the halves of a head, so that pairs are neighbours."""
-    match = re.search(r"self_attn\.([qk])_proj\.", name)
-    if match is None:
+    if re.search(r"self_attn\.[qk]_proj\.", name) is None:
         return tensor
-    heads = config.num_attention_heads if match[1] == "q" else config.num_key_value_heads
-    rows = tensor.shape[0] // heads // 2
-    split = tensor.reshape(heads, 2, rows, *tensor.shape[1:])
+    size = config.head_dim or config.hidden_size // config.num_attention_heads
+    split = tensor.reshape(-1, 2, size // 2, *tensor.shape[1:])
     return split.swapaxes(1, 2).reshape(tensor.shape)
 
 
 def _add_facts(writer: Any, source: Checkpoint, config: _OwnAttributes) -> None:
     family = source.family
     widths = family.widths(source.config)
-    layers, heads = len(widths), config.num_attention_heads
-    shared = config.num_key_value_heads or heads
-    ragged = len(set(widths)) > 1
-    head = config.head_dim or config.hidden_size // heads
+    groups, shape = head_groups(family, source.config), family.head_shape(source.config)
+    heads = [shape.queries * each for each in groups]
+    ragged = len(set(widths)) > 1 or has_own_head_groups(family, source.config)
     name = source.path.resolve().name
     if not any(word in name.lower() for word in _NAMES_WITH_RULES):
         writer.add_name(name)
-    writer.add_block_count(layers)
+    writer.add_block_count(len(widths))
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(widths if ragged else widths[0])
-    writer.add_head_count([heads] * layers if ragged else heads)
-    writer.add_head_count_kv([shared] * layers if ragged else shared)
-    writer.add_key_length(head)
-    writer.add_value_length(head)
-    writer.add_rope_dimension_count(head)
+    writer.add_head_count(heads if ragged else heads[0])
+    writer.add_head_count_kv(groups if ragged else groups[0])
+    writer.add_key_length(shape.size)
+    writer.add_value_length(shape.size)
+    writer.add_rope_dimension_count(shape.size)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_rope_freq_base(_rope(config)["rope_theta"])

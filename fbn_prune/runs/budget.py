@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.head_groups import require_equal_groups
 from fbn_prune.model.heads import head_tensor_shape
 from fbn_prune.model.vocabulary import VocabularyCut
 from fbn_prune.pruning.allocation import at_most, budget_from_sparsity, uniform_widths
@@ -181,6 +182,7 @@ def kept_head_groups(recipe: Recipe, checkpoint: Checkpoint) -> int | None:
     if recipe.head_sparsity is None:
         return None
     family, config = checkpoint.family, checkpoint.config
+    require_equal_groups(family, config)
     heads = family.head_shape(config)
     asked = f"head_sparsity = {recipe.head_sparsity:g}"
     kept = round(heads.groups * (1 - recipe.head_sparsity))

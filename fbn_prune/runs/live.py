@@ -19,6 +19,7 @@ from fbn_prune.data.given import Dataset, as_source
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.depth import Depth, put_back
+from fbn_prune.model.head_groups import has_own_head_groups
 from fbn_prune.model.mixture_checkpoint import headers_of
 from fbn_prune.model.mixture_family import MixtureFamily
 from fbn_prune.model.opening import adapter_of, live_adapter
@@ -66,8 +67,11 @@ def prune_live(
             depth.apply(model, run.adapter.family)
     after = headers_of(model)
     warning = result.warning
-    if len(set(result.widths)) > 1:
-        line = "the layers differ in width: only prune_checkpoint writes a folder that loads again"
+    different = ["width"] if len(set(result.widths)) > 1 else []
+    if has_own_head_groups(after.family, after.config):
+        different.append("attention heads")
+    if different:
+        line = f"the layers differ in {' and '.join(different)}: only prune_checkpoint writes a folder that loads again"
         clock.note(f"warning: {line}")
         warning = line if warning is None else f"{warning}; {line}"
     return replace(

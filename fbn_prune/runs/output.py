@@ -15,6 +15,7 @@ from fbn_prune.export.shards import write_json
 from fbn_prune.export.writer import verify_export, write_checkpoint
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.depth import Depth
+from fbn_prune.model.head_groups import has_own_head_groups, head_groups
 from fbn_prune.model.kept_neurons import KEPT_FILE, KeptNeurons
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.progress import StageClock
@@ -88,7 +89,7 @@ def publish(
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         write_task_record(prepared, result, folder)
         (folder / "README.md").write_text(
-            _card(prepared, networks, result.kept_networks, result), encoding="utf-8"
+            _card(prepared, networks, result.kept_networks, result, written), encoding="utf-8"
         )
         write_json(folder / RESULT_NAME, result.lasting())
         write_report(read_facts(folder), folder / REPORT_NAME)
@@ -147,8 +148,10 @@ def _card(
     networks: FunctionalNetworks | None,
     kept: Sequence[int],
     result: PruneResult,
+    written: Checkpoint,
 ) -> str:
     recipe = prepared.recipe
+    own = has_own_head_groups(written.family, written.config)
     sources = ", ".join(map(public_name, recipe.calibration))
     for_task = task_words(result)
     facts = CardFacts(
@@ -159,6 +162,7 @@ def _card(
         widths_before=tuple(prepared.widths),
         heads_before=result.heads_total,
         heads_after=result.heads_kept,
+        own_head_groups=tuple(head_groups(written.family, written.config)) if own else None,
         tokens=_tokens(result),
         parameters_before=result.parameters_before,
         parameters_after=result.parameters_after,

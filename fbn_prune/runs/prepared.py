@@ -13,6 +13,7 @@ from fbn_prune.errors import InvalidInput, counted
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.family import Family
+from fbn_prune.model.head_groups import head_groups
 from fbn_prune.model.opening import live_adapter, streamed_adapter
 from fbn_prune.model.placement import device_map
 from fbn_prune.model.streaming import skeleton
@@ -80,13 +81,15 @@ class Prepared:
     @property
     def heads_total(self) -> int:
         """Attention heads (query heads) of all layers."""
-        return self.family.head_shape(self.checkpoint.config).heads * self.layers
+        family, config = self.family, self.checkpoint.config
+        return family.head_shape(config).queries * sum(head_groups(family, config))
 
     def heads_kept(self, layout: Layout | None = None) -> int:
         """Return the attention heads of all layers after the cut; of a layout in which they were searched, its own."""
-        shape = self.family.head_shape(self.checkpoint.config)
-        every = shape.groups if self.head_groups is None else self.head_groups
-        groups = [every] * self.layers
+        family, config = self.family, self.checkpoint.config
+        shape, groups = family.head_shape(config), head_groups(family, config)
+        if self.head_groups is not None:
+            groups = [self.head_groups] * self.layers
         left_out: Collection[int] = ()
         if layout is not None:
             groups, left_out = layout.head_groups or groups, layout.left_out

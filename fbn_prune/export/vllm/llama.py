@@ -17,6 +17,11 @@ class RaggedLlamaDecoderLayer(LlamaDecoderLayer):
 
     def __init__(self, vllm_config: Any, prefix: str = "", config: Any = None) -> None:
         config = config or vllm_config.model_config.hf_config
+        if getattr(config, "attention_groups", None) is not None:
+            raise ValueError(
+                "vLLM's Llama has the same number of attention heads in every layer, this checkpoint has not "
+                "(attention_groups): load it with transformers"
+            )
         own = config.per_layer_config[extract_layer_index(prefix)]
         super().__init__(vllm_config=vllm_config, prefix=prefix, config=own)
 
