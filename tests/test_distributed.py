@@ -119,16 +119,20 @@ def warnings_of(said: str) -> list[str]:
     return [line for line in said.splitlines() if line.startswith("warning: layer")]
 
 
+SEARCHED = "--structures=neurons,heads,attention,layers --layout=ragged"
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("mode", ["--sequential --head-sparsity=0.5", SEARCHED])
 def test_two_processes_end_in_the_weights_of_one(
-    place: Path, job: Callable[..., list[str]], capsys: Any
+    mode: str, place: Path, job: Callable[..., list[str]], capsys: Any
 ) -> None:
     # So few tokens that the damping is adapted, and said.
-    mode = ["--sequential", "--head-sparsity=0.5", "--tokens=300"]
+    flags = [*mode.split(), "--tokens=300", "--overwrite"]
     capsys.readouterr()
-    assert _exit_code(job("one", *mode)) == 0
+    assert _exit_code(job("one", *flags)) == 0
     said = warnings_of(capsys.readouterr().err)
-    done = launched(2, ["-m", "fbn_prune", *job("two", *mode)])
+    done = launched(2, ["-m", "fbn_prune", *job("two", *flags)])
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["output"] == str(place / "two")
     assert said

@@ -32,7 +32,7 @@ from fbn_prune.store import Store, locked, owned, store_in
 MODES: dict[str, dict[str, Any]] = {
     "sequential": {"sequential": True},
     "searched": {
-        "structures": "neurons,layers",
+        "structures": "neurons,heads,attention,layers",
         "layout": "ragged",
         "target_params": 10_600,
         "sparsity": None,
