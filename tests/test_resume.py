@@ -143,7 +143,7 @@ def test_what_is_finished_is_not_done_again(
     with pytest.raises(Killed), killed_after(4) as kept:
         run(place, tmp_path / "out")
     assert (kept[0], kept[-1]) == ("ranking.json", "layer-00001.safetensors")
-    for stage in ("find_networks", "rank_networks", "chosen_layout", "_dense_perplexity"):
+    for stage in ("find_networks", "rank_networks", "chosen_layout", "dense_perplexity"):
         monkeypatch.setattr(prune, stage, again)
     with killed_after(99) as kept:
         run(place, tmp_path / "out")

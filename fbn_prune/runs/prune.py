@@ -5,20 +5,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from fbn_prune.data.calibration import Batch, TokenBlocks
+from fbn_prune.data.calibration import TokenBlocks
 from fbn_prune.distributed import is_first
 from fbn_prune.errors import FbnPruneError
-from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.depth import Depth
-from fbn_prune.model.perplexity import NonFiniteLogits, perplexity
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 from fbn_prune.networks.task_matching import MatchedCalibration
-from fbn_prune.progress import StageClock
 from fbn_prune.pruning.allocation import member_scores
 from fbn_prune.pruning.cutting import (
     CutModel,
@@ -37,12 +32,12 @@ from fbn_prune.runs.forget import Forgetting, choose_cut, plan_forgetting, witho
 from fbn_prune.runs.kept import artifact, numbers
 from fbn_prune.runs.opening import OpenRun
 from fbn_prune.runs.output import publish
+from fbn_prune.runs.perplexities import dense_perplexity, perplexity_on_task, pruned_perplexity
 from fbn_prune.runs.result import PruneResult, peak_memory_bytes
 from fbn_prune.runs.stages import (
     find_networks,
     loss_roots_of,
     match_to_task,
-    measuring_dense,
     rank_networks,
     recover_model,
     refuse_guessing,
@@ -97,11 +92,9 @@ class PruneRun:
             self.clock.note(f"continuing from {self.store.words}")
 
     def measure_dense(self) -> None:
-        self.before = numbers(
-            self.store, "dense", lambda: _dense_perplexity(self.on, self.held_out)
-        )
+        self.before = numbers(self.store, "dense", lambda: dense_perplexity(self.on, self.held_out))
         refuse_guessing(self.on, self.before)
-        self.before_on_task = numbers(self.store, "dense-task", lambda: _test_perplexity(self.on))
+        self.before_on_task = numbers(self.store, "dense-task", lambda: perplexity_on_task(self.on))
 
     def find(self) -> None:
         """Load the networks of the recipe's file, or discover them if they are needed."""
@@ -123,7 +116,7 @@ class PruneRun:
         self.before, self.skill_before = numbers(
             self.store,
             "dense-rest",
-            lambda: [_dense_perplexity(self.on, part) for part in (self.held_out, self.measured)],
+            lambda: [dense_perplexity(self.on, part) for part in (self.held_out, self.measured)],
         )
 
     def match(self) -> None:
@@ -237,7 +230,7 @@ class PruneRun:
                 "perplexity_after": numbers(
                     self.store,
                     "pruned-skill",
-                    lambda: _pruned_perplexity(self.adapter, self.measured, self.clock),
+                    lambda: pruned_perplexity(self.adapter, self.measured, self.clock),
                 ),
             }
         # The oddities were shown when the checkpoint was opened; the result repeats them.
@@ -303,7 +296,7 @@ class PruneRun:
 
     def _pruned_perplexity(self, name: str) -> float | None:
         found: float | None = numbers(
-            self.store, name, lambda: _pruned_perplexity(self.adapter, self.held_out, self.clock)
+            self.store, name, lambda: pruned_perplexity(self.adapter, self.held_out, self.clock)
         )
         return found
 
@@ -368,35 +361,12 @@ class PruneRun:
             "test_questions": len(task.task.test),
         }
         if self.before_on_task is not None:
-            after = numbers(self.store, "pruned-task", lambda: _test_perplexity(self.on))
+            after = numbers(self.store, "pruned-task", lambda: perplexity_on_task(self.on))
             facts |= {
                 "test_perplexity_before": self.before_on_task,
                 "test_perplexity_after": after,
             }
         return facts
-
-
-def _perplexity(
-    adapter: ModelAdapter, batches: Sequence[Batch], clock: StageClock, stage: str
-) -> float:
-    with clock.stage(stage, sum(batch.tokens for batch in batches), "tokens") as advance:
-        return perplexity(adapter, batches, advance)
-
-
-def _dense_perplexity(on: OpenRun, batches: Sequence[Batch]) -> float:
-    with measuring_dense(on, batches):
-        return _perplexity(on.adapter, batches, on.clock, "dense perplexity")
-
-
-def _pruned_perplexity(
-    adapter: ModelAdapter, batches: Sequence[Batch], clock: StageClock
-) -> float | None:
-    """Return the perplexity; None if it is not finite."""
-    try:
-        found = _perplexity(adapter, batches, clock, "pruned perplexity")
-    except NonFiniteLogits:
-        return None
-    return found if math.isfinite(found) else None
 
 
 def _not_kept(recovery: Recovery) -> str:
@@ -411,10 +381,3 @@ def _not_kept(recovery: Recovery) -> str:
         f"the recovery raised the perplexity from {cut:.4g} to {recovered:.4g}, so the model is left as it was cut: "
         "recover on more text (--tokens), or on text more like the held-out share"
     )
-
-
-def _test_perplexity(on: OpenRun) -> float | None:
-    if on.task is None or on.task.test is None:
-        return None
-    batches = on.task.test.batches(on.prepared.batch_tokens)
-    return _perplexity(on.adapter, batches, on.clock, "task perplexity")
