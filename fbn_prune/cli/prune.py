@@ -191,13 +191,17 @@ def _predict(recipe: Recipe, *, json: bool) -> None:
         f"{predicted.parameters_before:,}",
         about("parameters_after", f"{predicted.parameters_after:,}"),
     )
+    for part, parameters in predicted.structures.items():
+        share = parameters / predicted.parameters_before
+        table.add_row(f"  {part}", f"{parameters:,} ({share:.0%})", "")
     table.add_row(
         "MLP neurons",
         f"{predicted.neurons_total:,}",
         about("neurons_kept", f"{predicted.neurons_kept:,}"),
     )
     if predicted.heads_kept < predicted.heads_total:
-        table.add_row("attention heads", f"{predicted.heads_total:,}", f"{predicted.heads_kept:,}")
+        kept = about("heads_kept", f"{predicted.heads_kept:,}")
+        table.add_row("attention heads", f"{predicted.heads_total:,}", kept)
     if (found := predicted.vocabulary) is not None:
         table.add_row("tokens", f"{found.tokens_before:,}", f"{found.tokens_after:,}")
         table.add_row("", "", console.vocabulary(asdict(found)))

@@ -7,6 +7,7 @@ with `head_sparsity`, attention heads) are removed.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from fbn_prune.errors import InvalidInput
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.head_groups import require_equal_groups
 from fbn_prune.model.heads import head_tensor_shape
-from fbn_prune.model.vocabulary import VocabularyCut
+from fbn_prune.model.vocabulary import VocabularyCut, vocabulary_tensors
 from fbn_prune.pruning.allocation import at_most, budget_from_sparsity, uniform_widths
 from fbn_prune.pruning.layout import HeadLevels
 from fbn_prune.recipe import Recipe, parse_count, parse_layers, parse_size
@@ -129,6 +130,32 @@ def other_parameters(
             shape = head_tensor_shape(heads, shape, head_groups, family.head_shape(config))
         found[layer] += math.prod(shape)
     return tuple(parameters // neuron_parameters for parameters in found)
+
+
+def by_structure(checkpoint: Checkpoint) -> dict[str, int]:
+    """Return the parameters of all MLP neurons, of the attention, of all else in layers, of the vocabulary, and others.
+
+    The vocabulary's are the embedding and the head; the attention counts as all else in layers where it is not known.
+    """
+    family, found = checkpoint.family, Counter[str]()
+    layers = family.num_layers(checkpoint.config)
+    tokens = vocabulary_tensors(checkpoint)
+    attention = None if family.attention is None else f".{family.attention.module}."
+    for name, info in checkpoint.tensors.items():
+        layer = family.layer_of(name)
+        if name in tokens:
+            part = "vocabulary"
+        elif layer is None or layer >= layers:
+            part = "others"
+        elif family.locate(name) is not None:
+            part = "neurons"
+        elif attention is not None and attention in name:
+            part = "attention"
+        else:
+            part = "the rest of layers"
+        found[part] += info.parameters
+    parts = ("neurons", "attention", "the rest of layers", "vocabulary", "others")
+    return {part: found[part] for part in parts if found[part]}
 
 
 HEAD_STEPS = 4

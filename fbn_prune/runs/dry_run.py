@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ from fbn_prune.pruning.layout import MOST_TRIED_EVERY, STRENGTHS, TRIAL_TOKENS
 from fbn_prune.pruning.library import GAP_TOKENS
 from fbn_prune.pruning.search import PLACES, REGIONS, SCALES, TRIED_TOKENS
 from fbn_prune.pruning.sensitivity import GRADIENT_TOKENS
-from fbn_prune.runs.budget import Budget
+from fbn_prune.runs.budget import Budget, by_structure
 from fbn_prune.runs.memory import free_memory
 from fbn_prune.runs.opening import read_texts
 from fbn_prune.runs.prepared import Prepared
@@ -77,6 +77,8 @@ class Plan:
         Names of the fields that are estimates.
     vocabulary
         What trimming the vocabulary saves, and does to held-out text; None if it is not trimmed.
+    structures
+        The parameters of the whole model by structure; empty for a mixture of experts.
     """
 
     parameters_before: int
@@ -95,6 +97,7 @@ class Plan:
     seconds_high: float | None
     estimated: list[str]
     vocabulary: VocabularyFigures | None = None
+    structures: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -156,6 +159,7 @@ def plan(prepared: Prepared) -> Plan:
         seconds_high=high,
         estimated=estimated,
         vocabulary=prepared.vocabulary_figures,
+        structures=by_structure(checkpoint),
     )
 
 
