@@ -164,6 +164,21 @@ def test_every_kind_of_cache_and_attention_works(name: str, tmp_path: Path) -> N
     assert unused == ["model.layers.1.input_layernorm.weight"]
 
 
+@pytest.mark.parametrize("name", WITH_HEADS)
+def test_stock_classes_refuse_it_instead_of_making_up_an_attention(
+    name: str, tmp_path: Path
+) -> None:
+    source = Checkpoint.open(save_tiny(tmp_path / "in", name))
+    out = export(source, cuts_of(source, [None, [], None], [WIDTH] * LAYERS), tmp_path / "out")
+    with pytest.raises(RuntimeError, match="num_key_value_heads"):
+        AutoModelForCausalLM.from_pretrained(out)
+    again = load(out)
+    again.save_pretrained(tmp_path / "again")
+    with pytest.raises(RuntimeError, match="num_key_value_heads"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again")), logits(again))
+
+
 def test_heads_and_widths_may_differ_together_and_also_with_layers_left_out(tmp_path: Path) -> None:
     source = Checkpoint.open(save_tiny(tmp_path / "in"))
     cuts = cuts_of(source, [[0], [1], []], [24, 8, 16])
