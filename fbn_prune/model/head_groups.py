@@ -5,8 +5,8 @@ keeps, and the numbers of heads in the config are those before the cut: transfor
 :mod:`fbn_prune.model.modeling_ragged` narrows each one to its groups. A *group* is defined in
 :mod:`fbn_prune.model.heads`.
 
-`per_layer_config`, transformers' own form, states them too: it lets the stock classes refuse the config, where they would
-otherwise give layers without attention a random one.
+`per_layer_config`, transformers' own form, states them too: it lets the stock classes refuse the config, where they
+would otherwise give layers without attention a random one.
 """
 
 from __future__ import annotations
