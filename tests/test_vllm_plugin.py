@@ -125,6 +125,15 @@ def test_registering_twice_is_registering_once(registry: Registry) -> None:
     assert registry.models.keys() - {"LlamaForCausalLM"} == vllm_plugin.ARCHITECTURES.keys()
 
 
+def test_a_checkpoint_whose_layers_differ_in_heads_is_refused(registry: Registry) -> None:
+    vllm_plugin.register()
+    module, _, name = registry.models["RaggedLlamaForCausalLM"].partition(":")
+    hf_config = SimpleNamespace(num_hidden_layers=LAYERS, attention_groups=[2, 0, 1])
+    vllm_config = SimpleNamespace(model_config=SimpleNamespace(hf_config=hf_config))
+    with pytest.raises(ValueError, match="same number of attention heads in every layer"):
+        getattr(importlib.import_module(module), name)(vllm_config=vllm_config)
+
+
 @pytest.mark.parametrize("prefix", ["", "draft"])
 def test_its_llama_takes_a_ragged_checkpoints_weights_and_computes_its_mlps(
     prefix: str, registry: Registry, tiny: Path, tmp_path: Path

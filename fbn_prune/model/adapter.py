@@ -372,9 +372,8 @@ class ModelAdapter:
     def _sync_config(self) -> None:
         self._sync_widths()
         if self.family.attention is not None:
-            groups = dict(enumerate(self.head_groups))
-            staying = next(count for layer, count in groups.items() if layer not in self.left_out)
-            groups |= dict.fromkeys(self.left_out, staying)  # they must not make the others differ
-            set_layer_groups(self.family, self.config, [groups[layer] for layer in sorted(groups)])
+            every = enumerate(self.head_groups)
+            groups = [kept for layer, kept in every if layer not in self.left_out]
+            set_layer_groups(self.family, self.config, groups)
         if hasattr(self.config, "auto_map") and not layer_facts(self.family, self.config):
             del self.config.auto_map

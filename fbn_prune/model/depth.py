@@ -57,8 +57,9 @@ class Depth:
         for key, values in self._lists(typed).items():
             changed[key] = values
         if own := changed.get("per_layer_config"):
+            by_layer = {int(layer): values for layer, values in own.items()}  # "00" is layer 0
             changed["per_layer_config"] = {
-                str(new): own[str(old)] for new, old in enumerate(self.staying) if str(old) in own
+                str(new): by_layer[old] for new, old in enumerate(self.staying) if old in by_layer
             }
         return changed
 

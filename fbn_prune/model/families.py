@@ -13,7 +13,7 @@ from fbn_prune.errors import InvalidInput
 from fbn_prune.model.experts import mixture
 from fbn_prune.model.family import Family, Projection, per_layer
 from fbn_prune.model.gguf_facts import Gguf
-from fbn_prune.model.head_groups import has_own_head_groups, head_groups
+from fbn_prune.model.head_groups import KEY_HEADS, has_own_head_groups, head_groups
 from fbn_prune.model.heads import Attention, HeadProjection
 from fbn_prune.model.quantization import can_undo
 
@@ -191,14 +191,16 @@ def family_of(config: Config) -> Family:
         except NotFound as reason:
             raise refusal(model_type, str(reason)) from reason
     family = _BY_MODEL_TYPE[model_type]
+    may_differ = {family.width_key}
+    if has_own_head_groups(family, fields):
+        head_groups(family, fields)  # refuses what is malformed
+        may_differ.add(KEY_HEADS)
     for key, value in _own_values(fields):
-        if key != family.width_key and value != fields.get(key):
+        if key not in may_differ and value != fields.get(key):
             raise InvalidInput(
                 f"the config's per_layer_config gives layers their own {key}: only {family.width_key} may differ; "
                 f"{_supported()}"
             )
-    if has_own_head_groups(family, fields):
-        head_groups(family, fields)  # refuses what is malformed
     return family
 
 

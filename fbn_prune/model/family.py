@@ -228,7 +228,8 @@ class Family:
         """The shape of every layer's attention heads."""
         config = _typed(config)
         heads = int(config.num_attention_heads)
-        groups = int(getattr(config, "num_key_value_heads", None) or heads)
+        # The attribute cannot be read where `per_layer_config` states it by layer.
+        groups = int(config.to_dict().get("num_key_value_heads") or heads)
         size = getattr(config, "head_dim", None) or self.hidden_size(config) // heads
         return HeadShape(groups, heads // groups, int(size))
 

@@ -4,6 +4,9 @@ A stock config has one number for all layers. Where they differ, `attention_grou
 keeps, and the numbers of heads in the config are those before the cut: transformers builds the layers from them, and
 :mod:`fbn_prune.model.modeling_ragged` narrows each one to its groups. A *group* is defined in
 :mod:`fbn_prune.model.heads`.
+
+`per_layer_config`, transformers' own form, states them too: it lets the stock classes refuse the config, where they
+would otherwise give layers without attention a random one.
 """
 
 from __future__ import annotations
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
 
 GROUPS = "attention_groups"
 """Config key of the head groups of each layer, where they differ."""
+
+KEY_HEADS = "num_key_value_heads"
+"""The key by which `per_layer_config` states them."""
 
 ATTENTION = "ragged_attention"
 """Config key of what `modeling_ragged.py` must know of the attention."""
@@ -90,11 +96,15 @@ def set_layer_groups(family: Family, config: PretrainedConfig, groups: Sequence[
     for key in (GROUPS, ATTENTION):
         if hasattr(config, key):
             delattr(config, key)
+    if (before := config.to_dict().get("per_layer_config")) is not None:
+        config.per_layer_config = _without_heads(before) or None
     if set(groups) == {family.head_shape(config).groups}:
         return
     if _needs_own_code(family, {**config.to_dict(), "model_type": config.model_type}, groups):
-        setattr(config, GROUPS, list(groups))
         setattr(config, ATTENTION, _attention_facts(family, config))
+        setattr(config, GROUPS, list(groups))
+        most = family.head_shape(config).groups
+        config.per_layer_config = _with_heads(config.to_dict(), groups, most)
     else:
         family.set_config_head_groups(config, groups[0])
 
@@ -119,6 +129,15 @@ def layer_facts(family: Family, config: Config) -> dict[str, Any]:
     return facts
 
 
+def own_code_fields(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the `config.json` object of a model that stock classes do not build states for its own code."""
+    fields = layer_facts(family, config)
+    if has_own_head_groups(family, config):
+        groups, most = head_groups(family, config), family.head_shape(config).groups
+        fields["per_layer_config"] = _with_heads(config, groups, most)
+    return fields
+
+
 def require_equal_groups(family: Family, config: Config) -> None:
     """Raise InvalidInput if the layers differ in their head groups, so that heads are not cut again."""
     if has_own_head_groups(family, config):
@@ -130,6 +149,26 @@ def require_equal_groups(family: Family, config: Config) -> None:
 
 def _stated(config: Config) -> object:
     return config.get(GROUPS) if isinstance(config, Mapping) else getattr(config, GROUPS, None)
+
+
+def _with_heads(
+    config: Mapping[str, Any], groups: Sequence[int], most: int
+) -> dict[int | str, dict[str, Any]]:
+    """The `per_layer_config` of a config with the key-value heads of the layers that have fewer than the most."""
+    own = _without_heads(config.get("per_layer_config") or {})
+    for layer, count in enumerate(groups):
+        if count != most:
+            own.setdefault(str(layer), {})[KEY_HEADS] = count
+    return own
+
+
+def _without_heads(own: Mapping[str, Any]) -> dict[int | str, dict[str, Any]]:
+    """A `per_layer_config` without key-value heads, and without the zeros that pad the numbers of layers."""
+    bare = {
+        str(int(layer)): {key: value for key, value in values.items() if key != KEY_HEADS}
+        for layer, values in own.items()
+    }
+    return {layer: values for layer, values in bare.items() if values}
 
 
 def _needs_own_code(family: Family, config: Mapping[str, Any], groups: Sequence[int]) -> bool:

@@ -26,6 +26,7 @@ from fbn_prune.model.head_groups import (
     head_groups,
     layer_facts,
     layer_heads,
+    own_code_fields,
     with_layer_groups,
 )
 from fbn_prune.model.heads import HeadCut, cut_heads, head_tensor_shape, rounded
@@ -230,7 +231,7 @@ def with_own_code(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
         **config,
         "architectures": [classes["AutoModelForCausalLM"]],
         "auto_map": {auto: f"{file}.{name}" for auto, name in classes.items()},
-        **layer_facts(family, config),
+        **own_code_fields(family, config),
     }
 
 
