@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.model.head_groups import require_equal_groups
-from fbn_prune.model.head_groups import attention_layer
+from fbn_prune.model.head_groups import attention_layer, require_equal_groups
 from fbn_prune.model.heads import head_tensor_shape
 from fbn_prune.model.vocabulary import VocabularyCut, vocabulary_tensors
 from fbn_prune.pruning.allocation import at_most, budget_from_sparsity, uniform_widths
@@ -296,7 +295,8 @@ def stated_budget(
 
 def _what_stays(recipe: Recipe) -> str:
     if recipe.removes_heads and not recipe.leaves_out_layers:
-        return "embeddings, norms and the narrowest MLPs"
+        narrow = "neurons" in recipe.removable
+        return f"embeddings, norms and the {'narrowest ' if narrow else ''}MLPs"
     if recipe.leaves_out_layers:
         return "embeddings and the narrowest layer that stays"
     return "attention, embeddings and the narrowest MLPs"
