@@ -43,6 +43,7 @@ def test_the_sizes_predicted_are_those_written(
     assert not (tmp_path / "out").exists()
     result = run_json(capsys, *args)
     assert {key: said[key] for key in exact} == {key: result[key] for key in exact}
+    assert sum(said["structures"].values()) == said["parameters_before"]
 
 
 @pytest.mark.parametrize("name", PATHS)

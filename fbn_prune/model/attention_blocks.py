@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.family import Family
 from fbn_prune.model.head_groups import require_equal_groups
+from fbn_prune.model.live_layers import WithAttention
 from fbn_prune.model.modeling_ragged import NoHeads
 
-if TYPE_CHECKING:
-    from fbn_prune.model.adapter import ModelAdapter
 
-
-def leave_out_attention(adapter: ModelAdapter, layers: Iterable[int]) -> None:
+def leave_out_attention(adapter: WithAttention, layers: Iterable[int]) -> None:
     """Let the attention of these layers of a live or streamed model return zeros; its weights stay.
 
     Layers whose attention is left out already are passed over.
@@ -27,7 +25,7 @@ def leave_out_attention(adapter: ModelAdapter, layers: Iterable[int]) -> None:
         module.forward = NoHeads(module.layer_idx).forward
 
 
-def put_back_attention(adapter: ModelAdapter, layers: Iterable[int]) -> None:
+def put_back_attention(adapter: WithAttention, layers: Iterable[int]) -> None:
     """Let attention that was left out compute again."""
     for layer in layers:
         module, before = adapter.attention_left_out.pop(layer)
@@ -37,7 +35,7 @@ def put_back_attention(adapter: ModelAdapter, layers: Iterable[int]) -> None:
 
 
 @contextmanager
-def leaving_out_attention(adapter: ModelAdapter, layers: Iterable[int]) -> Iterator[None]:
+def leaving_out_attention(adapter: WithAttention, layers: Iterable[int]) -> Iterator[None]:
     """Leave the attention of these layers out within the context only."""
     layers = set(layers) - adapter.attention_left_out.keys()
     leave_out_attention(adapter, layers)
@@ -48,7 +46,7 @@ def leaving_out_attention(adapter: ModelAdapter, layers: Iterable[int]) -> Itera
 
 
 @contextmanager
-def trying_head_groups(adapter: ModelAdapter, layer: int, groups: int) -> Iterator[None]:
+def trying_head_groups(adapter: WithAttention, layer: int, groups: int) -> Iterator[None]:
     """Let a layer's attention module compute with so many head groups within the context; weights are the caller's."""
     if groups == 0:
         with leaving_out_attention(adapter, [layer]):

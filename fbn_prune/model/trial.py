@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, overload
+from typing import overload
 
 import torch
 from torch import nn
 
 from fbn_prune.model.attention_blocks import trying_head_groups
+from fbn_prune.model.live_layers import CuttableLayers
 from fbn_prune.model.modeling_ragged import set_features
 from fbn_prune.model.surgery import MlpCut, require_bias
-
-if TYPE_CHECKING:
-    from fbn_prune.model.adapter import ModelAdapter
 
 
 class WholeAttention(Sequence[MlpCut]):
@@ -39,7 +37,7 @@ class WholeAttention(Sequence[MlpCut]):
 
 @contextmanager
 def live_trial(
-    adapter: ModelAdapter,
+    adapter: CuttableLayers,
     cuts: Sequence[MlpCut],
     alone: int | None,
     round_to: torch.dtype | None,

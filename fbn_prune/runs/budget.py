@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.checkpoint import Checkpoint
-from fbn_prune.model.head_groups import require_equal_groups
+from fbn_prune.model.head_groups import attention_layer, require_equal_groups
 from fbn_prune.model.heads import head_tensor_shape
 from fbn_prune.model.vocabulary import VocabularyCut, vocabulary_tensors
 from fbn_prune.pruning.allocation import at_most, budget_from_sparsity, uniform_widths
@@ -140,7 +140,6 @@ def by_structure(checkpoint: Checkpoint) -> dict[str, int]:
     family, found = checkpoint.family, Counter[str]()
     layers = family.num_layers(checkpoint.config)
     tokens = vocabulary_tensors(checkpoint)
-    attention = None if family.attention is None else f".{family.attention.module}."
     for name, info in checkpoint.tensors.items():
         layer = family.layer_of(name)
         if name in tokens:
@@ -149,7 +148,7 @@ def by_structure(checkpoint: Checkpoint) -> dict[str, int]:
             part = "others"
         elif family.locate(name) is not None:
             part = "neurons"
-        elif attention is not None and attention in name:
+        elif attention_layer(family, name) == layer:
             part = "attention"
         else:
             part = "the rest of layers"
@@ -183,14 +182,13 @@ def _attention_saved(checkpoint: Checkpoint, groups: int) -> int:
     family, config = checkpoint.family, checkpoint.config
     assert family.attention is not None
     shape, found = family.head_shape(config), [0] * family.num_layers(config)
-    part = f".{family.attention.module}."
     for name, info in checkpoint.tensors.items():
         layer = family.layer_of(name)
         if layer is None or layer >= len(found):
             continue
         location = family.locate_heads(name)
         if groups == 0:
-            found[layer] += info.parameters if part in name else 0
+            found[layer] += info.parameters if attention_layer(family, name) == layer else 0
         elif location is not None:
             left = math.prod(head_tensor_shape(location, info.shape, groups, shape))
             found[layer] += info.parameters - left
@@ -297,7 +295,8 @@ def stated_budget(
 
 def _what_stays(recipe: Recipe) -> str:
     if recipe.removes_heads and not recipe.leaves_out_layers:
-        return "embeddings, norms and the narrowest MLPs"
+        narrow = "neurons" in recipe.removable
+        return f"embeddings, norms and the {'narrowest ' if narrow else ''}MLPs"
     if recipe.leaves_out_layers:
         return "embeddings and the narrowest layer that stays"
     return "attention, embeddings and the narrowest MLPs"
