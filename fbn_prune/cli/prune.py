@@ -127,6 +127,8 @@ def _print_result(recipe: Recipe, result: PruneResult) -> None:
         console.print_line(f"layers left out: {', '.join(map(str, result.layers_left_out))}")
     if (groups := result.head_groups) is not None:
         console.print_line(_head_groups(groups))
+        if len(set(result.widths)) == 1 and len(set(groups)) > 1:
+            console.print_line("loads with trust_remote_code=True")
     seconds = ", ".join(f"{name} {took:.1f} s" for name, took in result.stages.items())
     console.print_line(
         f"{seconds}; peak memory {console.size(result.peak_memory_bytes)}; "

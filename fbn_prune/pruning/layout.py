@@ -118,7 +118,7 @@ class HeadLevels:
         return self.groups[-1]
 
     def first_layer(self, level: int) -> bool:
-        """Return whether the first layer can have this level: generation needs an attention there."""
+        """Return whether the first layer can have this level: llama.cpp needs an attention there."""
         return self.groups[level] > 0
 
     def most_saved(self, layer: int) -> int:
