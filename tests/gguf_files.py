@@ -88,7 +88,8 @@ def settings_of(model: PreTrainedModel) -> dict[str, Any]:
     if "rms_norm_eps" in fields:
         found["attention.layer_norm_rms_epsilon"] = config.rms_norm_eps
     else:
-        found["attention.layer_norm_epsilon"] = config.layer_norm_epsilon
+        key = "layer_norm_eps" if kind == "stablelm" else "layer_norm_epsilon"
+        found["attention.layer_norm_epsilon"] = fields[key]
     if kind not in ("gpt2", "falcon"):
         found |= {"attention.key_length": head, "attention.value_length": head}
     if kind != "gpt2":

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    StableLmConfig,
 )
 
 from fbn_prune.cli.main import _exit_code
@@ -50,6 +51,7 @@ _SIZES = {
     "max_position_embeddings": 64,
 }
 _GEMMA = {**_SIZES, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 32}
+_STABLELM = {**_SIZES, "num_attention_heads": 2}  # a quarter of 8 channels is rotated
 _FALCON = {**_SPECIAL, "hidden_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
 
 CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
@@ -59,6 +61,10 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "gemma2": lambda: Gemma2Config(**_GEMMA, final_logit_softcapping=20.0),
     "gemma3": lambda: Gemma3TextConfig(**_GEMMA),
     "phi3": lambda: Phi3Config(**_SIZES, original_max_position_embeddings=64),
+    "stablelm": lambda: StableLmConfig(**_STABLELM),
+    "stablelm-parallel": lambda: StableLmConfig(
+        **_STABLELM, use_parallel_residual=True, use_qkv_bias=True
+    ),
     "gpt2": lambda: GPT2Config(  # transformers reads no other number of positions
         **_SPECIAL, n_embd=16, n_layer=LAYERS, n_head=4, n_positions=1024
     ),

@@ -33,6 +33,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    StableLmConfig,
 )
 
 torch.set_num_threads(1)  # threads cost more than they give on matrices this small
@@ -75,6 +76,9 @@ FAMILY_CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "gemma2": lambda: Gemma2Config(**_GEMMA, query_pre_attn_scalar=4),
     "gemma3_text": lambda: Gemma3TextConfig(**_GEMMA, query_pre_attn_scalar=4),
     "granite": lambda: GraniteConfig(**{k: v for k, v in _MODERN.items() if k != "head_dim"}),
+    "stablelm": lambda: StableLmConfig(
+        **{k: v for k, v in _MODERN.items() if k not in ("head_dim", "rms_norm_eps")}
+    ),
     "phi3": lambda: Phi3Config(**_PHI3, original_max_position_embeddings=CONTEXT),
     "gpt2": lambda: GPT2Config(
         **_SPECIAL, n_embd=HIDDEN, n_layer=LAYERS, n_head=4, n_positions=CONTEXT

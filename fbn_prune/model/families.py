@@ -66,6 +66,14 @@ def _falcon_form(fields: dict[str, Any], names: Collection[str]) -> None:
     fields["bias"] = "blk.0.ffn_up.bias" in names
 
 
+def _stablelm_form(fields: dict[str, Any], names: Collection[str]) -> None:
+    """Tell StableLM's forms apart: biases of queries, keys and values, and one norm a layer or two."""
+    if "blk.0.attn_q_norm.weight" in names:
+        raise InvalidInput("its queries and keys have a norm for each head, which is not read")
+    fields["use_qkv_bias"] = "blk.0.attn_q.bias" in names
+    fields["use_parallel_residual"] = "blk.0.ffn_norm.weight" not in names
+
+
 FAMILIES: tuple[Family, ...] = (
     _gated(  # SmolLM and SmolLM2 have this type too
         "Llama",
@@ -99,6 +107,12 @@ FAMILIES: tuple[Family, ...] = (
         ),
     ),
     _gated("Granite", "granite", bias_key="mlp_bias"),
+    _gated(
+        "StableLM",
+        "stablelm",
+        attention=None,
+        gguf=Gguf(None, read_as={"stablelm": "stablelm"}, complete=_stablelm_form),
+    ),
     Family(
         "Phi-3",
         ("phi3",),

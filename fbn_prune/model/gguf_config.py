@@ -30,13 +30,17 @@ _SETTINGS = {
     "attention.head_count_kv": ("num_key_value_heads", "num_kv_heads"),
     "attention.key_length": ("head_dim",),
     "attention.layer_norm_rms_epsilon": ("rms_norm_eps",),
-    "attention.layer_norm_epsilon": ("layer_norm_epsilon",),
+    "attention.layer_norm_epsilon": ("layer_norm_epsilon", "layer_norm_eps"),
     "attention.sliding_window": ("sliding_window",),
     "attn_logit_softcapping": ("attn_logit_softcapping",),
     "final_logit_softcapping": ("final_logit_softcapping",),
     "rope.scaling.original_context_length": ("original_max_position_embeddings",),
 }
 """GGUF's keys, and the attributes of config classes that mean the same; a class has at most one of them."""
+
+_PARTLY_ROTATED = ("phi3", "stablelm")
+_STATE_ROTATED = ("stablelm",)
+"""Model types in which a part of a head's channels may be rotated, and those whose default is not all of them."""
 
 _COUNTS = ("context_length", "embedding_length", "block_count", "attention.head_count")
 _LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -194,8 +198,8 @@ def _rotary(
     if (local := settings.get("rope.freq_base_swa")) is not None:
         rotary["rope_local_base_freq"] = local
     rotated = settings.get("rope.dimension_count") or head
-    if rotated != head:
-        if fields["model_type"] != "phi3":
+    if rotated != head or fields["model_type"] in _STATE_ROTATED:
+        if fields["model_type"] not in _PARTLY_ROTATED:
             raise InvalidInput(f"{rotated} of a head's {head} channels are rotated: not supported")
         rotary["partial_rotary_factor"] = rotated / head
     kind = settings.get("rope.scaling.type") or "none"
