@@ -105,22 +105,15 @@ def tuned(adapter: ModelAdapter, blocks: TokenBlocks, rows: int, steps: int) -> 
     """Return a copy whose layers are trained on a skill's text for a few steps, with weights kept in float32."""
     again = copy.deepcopy(adapter)
     again.model.requires_grad_(False)
-    live = list(again.layers.parameters())
-    for one in live:
+    for one in again.layers.parameters():
         one.requires_grad_(True)
-    exact = [one.detach().float().clone() for one in live]
-    optimizer = torch.optim.AdamW(exact, lr=LEARNING_RATE, weight_decay=0.0)
+    weights = protocol.ExactWeights(again.layers.parameters())
+    optimizer = torch.optim.AdamW(weights.exact, lr=LEARNING_RATE, weight_decay=0.0)
     draw = random.Random(0)
     for _ in range(steps):
         batch = torch.stack(draw.sample(blocks.blocks, min(rows, len(blocks.blocks))))
         again.model(input_ids=batch, labels=batch).loss.backward()
-        for kept, one in zip(exact, live, strict=True):
-            assert one.grad is not None
-            kept.grad, one.grad = one.grad.float(), None
-        optimizer.step()
-        with torch.no_grad():
-            for kept, one in zip(exact, live, strict=True):
-                one.copy_(kept)
+        weights.step(optimizer)
     return again
 
 
