@@ -186,6 +186,11 @@ class Pool:
         found[ORACLE] = oracle
         return found  # fmt: skip
 
+    def own_share(self, weights: Tensor) -> float:
+        """Return the share of the generic tokens' weight that lies on the task's domain."""
+        mass = weights * torch.tensor([len(block) for block in self.blocks.blocks])
+        return float(mass[self.own].sum() / mass[self.generic].sum().clamp_min(1e-300))
+
     def cuts(
         self, weights: dict[str, Tensor], keeps: Sequence[float]
     ) -> dict[tuple[str, float], list[MlpCut]]:
@@ -356,7 +361,6 @@ def main(
         }
         print(f"draw {draw}: pool after {time.monotonic() - start:.0f} s", flush=True)
         for (name, keep), cuts in pool.cuts(weights, keeps).items():
-            generic = weights[name][pool.generic]
             row = facts["rows"].setdefault(name, {}).setdefault(str(keep), {})
             with adapter.trying(cuts):
                 figures = measure(adapter, on.measured)
@@ -364,7 +368,7 @@ def main(
                     figures["questions"] = accuracy(
                         adapter, tokenizer, on.questions[:asked], context
                     )
-            figures["own"] = float(weights[name][pool.own].sum() / generic.sum().clamp_min(1e-300))
+            figures["own"] = pool.own_share(weights[name])
             for figure, value in figures.items():
                 row.setdefault(figure, []).append(value)
             print(f"{name}, {keep:g} kept: {row}, {time.monotonic() - start:.0f} s", flush=True)
