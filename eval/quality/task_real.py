@@ -11,19 +11,18 @@ text stand the share of its tokens that are predicted first, and that of `--aske
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import protocol
 import torch
 import typer
+from multiple_choice import Question, accuracy, read_questions
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -32,7 +31,7 @@ from fbn_prune.data.calibration import Batch, TokenBlocks, tokenize_document
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.layerwise import LayerwiseForward
-from fbn_prune.model.perplexity import exp_or_infinite, token_losses
+from fbn_prune.model.perplexity import exp_or_infinite
 from fbn_prune.model.surgery import MlpCut
 from fbn_prune.networks.activity import time_courses
 from fbn_prune.networks.controls import control_bases
@@ -52,33 +51,6 @@ DAMPING, REFIT_DAMPING = 1e-2, 1e-3
 SHORTEST = 8
 GENERIC, ALONE, ORACLE = "generic text", "the examples alone", "oracle"
 MEANS = "cosine of mean activations"
-
-
-@dataclass(frozen=True)
-class Question:
-    stem: str
-    choices: list[str]
-    answer: int
-
-    @property
-    def text(self) -> str:
-        return self.stem + self.choices[self.answer]
-
-
-def read_questions(path: Path) -> list[Question]:
-    """Return multiple-choice questions in the forms of SciQ, ARC, OpenBookQA and PIQA."""
-    found = []
-    for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-        if "correct_answer" in row:
-            texts = [row["correct_answer"], *[row[f"distractor{n}"] for n in (1, 2, 3)]]
-            stem, answer = row["question"], 0
-        elif "goal" in row:
-            stem, texts, answer = row["goal"], [row["sol1"], row["sol2"]], int(row["label"])
-        else:
-            stem, texts = row.get("question") or row["question_stem"], row["choices"]["text"]
-            answer = row["choices"]["label"].index(row["answerKey"])
-        found.append(Question(f"Question: {stem}\nAnswer:", [f" {text}" for text in texts], answer))
-    return found
 
 
 class Domain:
@@ -108,7 +80,7 @@ class Pool:
 
     def __init__(
         self, adapter: ModelAdapter, tokenizer: Any, domains: Sequence[Domain], task: str, *,
-        context: int, share: int, examples: int, networks: int, network_tokens: int, seed: int,
+        context: int, share: int, examples: int, example_tokens: int, networks: int, network_tokens: int, seed: int,
     ) -> None:  # fmt: skip
         draw = random.Random(seed)
         self.adapter, documents = adapter, list[Tensor]()
@@ -117,7 +89,7 @@ class Pool:
         for domain in domains:
             order = draw.sample(domain.documents, len(domain.documents))
             if domain.name == task:
-                chosen, order = order[:examples], order[examples:]
+                chosen, order = [b[:example_tokens] for b in order[:examples]], order[examples:]
             tokens = 0
             for document in order:
                 if tokens >= share:
@@ -291,30 +263,6 @@ def measure(adapter: ModelAdapter, batches: Sequence[Batch]) -> dict[str, float]
     return {"perplexity": exp_or_infinite(loss / count), "next token": right / count}
 
 
-def accuracy(
-    adapter: ModelAdapter, tokenizer: Any, questions: Sequence[Question], context: int
-) -> float:
-    """Return the share of questions whose right choice has the least loss in the mean over its characters."""
-    stems = [len(tokenizer(q.stem)["input_ids"]) for q in questions]
-    texts = [q.stem + choice for q in questions for choice in q.choices]
-    blocks = [torch.tensor(tokenizer(text)["input_ids"][:context]) for text in texts]
-    every = TokenBlocks(tuple(blocks), context, ("questions",))
-    losses = torch.split(
-        token_losses(adapter, every.batches(BATCH_TOKENS)),
-        [len(blocks[i]) - 1 for i in every.batch_order()],
-    )
-    by_block = dict(zip(every.batch_order(), losses, strict=True))
-    right, at = 0, 0
-    for q, stem in zip(questions, stems, strict=True):
-        sums = [
-            float(by_block[at + c][stem - 1 :].sum()) / len(q.choices[c])
-            for c in range(len(q.choices))
-        ]
-        right += sums.index(min(sums)) == q.answer
-        at += len(q.choices)
-    return right / len(questions)  # fmt: skip
-
-
 def main(
     model: Annotated[str, typer.Option(help="Checkpoint folder.")],
     domain: Annotated[list[str], typer.Option(help="NAME=CALIBRATE,EVALUATE or NAME=QUESTIONS.jsonl.")],
@@ -323,6 +271,7 @@ def main(
     context: protocol.Context = 128,
     share: Annotated[int, typer.Option(help="Generic tokens of each domain.")] = 2048,
     examples: int = 16,
+    example_tokens: Annotated[int, typer.Option(help="Most tokens of an example.")] = 128,
     draws: Annotated[int, typer.Option(help="Draws of documents and examples.")] = 3,
     held: Annotated[int, typer.Option(help="Tokens to measure on.")] = 1024,
     asked: Annotated[int, typer.Option(help="Questions of the task to answer, in the first draw.")] = 0,
@@ -342,8 +291,9 @@ def main(
     on = next(one for one in domains if one.name == task)
     keeps = [float(one) for one in kept.split(",")]
     facts: dict[str, Any] = {
-        "model": Path(model).name, "task": task, "domains": [d.name for d in domains], "examples": examples,
-        "share": share, "networks": networks, "network_tokens": network_tokens, "matched": matched,
+        "model": Path(model).name, "task": task, "domains": [d.name for d in domains],
+        "examples": examples, "example_tokens": example_tokens, "share": share,
+        "networks": networks, "network_tokens": network_tokens, "matched": matched,
         "held": held, "asked": asked, "dtype": dtype, "dense": measure(adapter, on.measured), "rows": {},
     }  # fmt: skip
     if asked:
@@ -352,7 +302,7 @@ def main(
     for draw in range(draws):
         pool = Pool(
             adapter, tokenizer, domains, task, context=context, share=share, examples=examples,
-            networks=networks, network_tokens=network_tokens, seed=draw,
+            example_tokens=example_tokens, networks=networks, network_tokens=network_tokens, seed=draw,
         )  # fmt: skip
         weights = {
             name: each
