@@ -123,7 +123,7 @@ class Pool:
         }  # fmt: skip
         self.neurons = torch.cat([torch.stack(each) for each in neurons], 1)[places].double()
 
-    def weights(self, matched: int) -> dict[str, Tensor]:
+    def weights(self, matched: int, sharpness: Sequence[float]) -> dict[str, Tensor]:
         """Return for each weighting the weight of a token of each document, float64 [documents]."""
         generic, examples = self.generic, self.examples
         sizes = [len(block) for block in self.blocks.blocks]
@@ -145,16 +145,18 @@ class Pool:
             "generic with 30 % examples": spread(alike, 0.3),
             ALONE: alone,
         }
-        for name, activity in self.activity.items():
-            match = match_documents(
-                activity[generic], activity[examples], matched, sharpness=SHARPNESS
-            )
-            found[f"{name}, {matched}"] = spread(match.weights, 0.3)
         means = standardised(self.neurons, self.neurons[generic])
         scores = torch.nn.functional.cosine_similarity(
             means[generic], means[examples].mean(0)[None], dim=1
         )
-        found[MEANS] = spread(score_weights(scores, SHARPNESS), 0.3)
+        for sharp in sharpness:
+            more = f", {sharp:g}" if len(sharpness) > 1 else ""
+            for name, activity in self.activity.items():
+                match = match_documents(
+                    activity[generic], activity[examples], matched, sharpness=sharp
+                )
+                found[f"{name}, {matched}{more}"] = spread(match.weights, 0.3)
+            found[f"{MEANS}{more}"] = spread(score_weights(scores, sharp), 0.3)
         found[ORACLE] = oracle
         return found  # fmt: skip
 
@@ -278,6 +280,7 @@ def main(
     networks: int = 64,
     network_tokens: int = 2048,
     matched: int = 10,
+    sharpness: Annotated[list[float], typer.Option(help="How steeply weights grow; repeat.")] = [SHARPNESS],  # noqa: B006
     method: Annotated[list[str] | None, typer.Option(help="Only weightings that begin so.")] = None,
     dtype: Annotated[str, typer.Option(help="Type that the model computes in.")] = "float32",
     output: protocol.Output = None,
@@ -293,7 +296,7 @@ def main(
     facts: dict[str, Any] = {
         "model": Path(model).name, "task": task, "domains": [d.name for d in domains],
         "examples": examples, "example_tokens": example_tokens, "share": share,
-        "networks": networks, "network_tokens": network_tokens, "matched": matched,
+        "networks": networks, "network_tokens": network_tokens, "matched": matched, "sharpness": sharpness,
         "held": held, "asked": asked, "dtype": dtype, "dense": measure(adapter, on.measured), "rows": {},
     }  # fmt: skip
     if asked:
@@ -306,7 +309,7 @@ def main(
         )  # fmt: skip
         weights = {
             name: each
-            for name, each in pool.weights(matched).items()
+            for name, each in pool.weights(matched, sharpness).items()
             if not method or name.startswith(tuple(method))
         }
         print(f"draw {draw}: pool after {time.monotonic() - start:.0f} s", flush=True)
