@@ -1,4 +1,4 @@
-"""Claims about the report in a real browser: no errors, nothing fetched, nothing wider than the screen, nothing blank.
+"""Claims about the report and the page of networks in a real browser: no errors, nothing fetched, nothing too wide.
 
 Needs Chromium or Chrome among the system's packages (`apt-get install chromium`) and playwright to drive it.
 """
@@ -14,9 +14,11 @@ import pytest
 from figures_as_data import drawn
 from report_material import HOSTILE, write_material
 
+from fbn_prune.export.report.browser import write_browser
 from fbn_prune.export.report.facts import read_facts
 from fbn_prune.export.report.page import write_report
 from fbn_prune.export.report.text import visible
+from fbn_prune.networks.functional_networks import FunctionalNetworks
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 SIZES = {1280: 900, 390: 844}
@@ -33,6 +35,10 @@ OVERLAPPING_TEXT = """() => [...document.querySelectorAll('.drawing svg')].flatM
   }
   return bad.map(String);
 })"""
+
+
+BEYOND_THE_SCREEN = """width => [...document.querySelectorAll('body *')].filter(e => !e.closest('.wide')
+  && !e.closest('svg') && e.getBoundingClientRect().right > width + 1).map(e => e.outerHTML.slice(0, 80))"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,11 +93,7 @@ def test_the_browser_complains_of_nothing_and_fetches_nothing_else(
 def test_nothing_is_wider_than_the_screen(opened: Any) -> None:
     width = opened.viewport_size["width"]
     assert opened.evaluate("document.documentElement.scrollWidth") <= width
-    beyond = opened.evaluate(
-        """width => [...document.querySelectorAll('body *')].filter(e => !e.closest('.wide') && !e.closest('svg')
-             && e.getBoundingClientRect().right > width + 1).map(e => e.outerHTML.slice(0, 80))""",
-        width,
-    )
+    beyond = opened.evaluate(BEYOND_THE_SCREEN, width)
     assert beyond == []
 
 
@@ -136,3 +138,28 @@ def test_it_prints(chromium: Any, page_file: Path) -> None:
     page.close()
     assert printed.startswith(b"%PDF")
     assert len(printed) > 50_000
+
+
+@pytest.mark.parametrize("width", SIZES)
+def test_the_page_of_networks_fits_the_screen_and_finds_a_word(
+    width: int, chromium: Any, page_file: Path
+) -> None:
+    networks = FunctionalNetworks.load(page_file.parent / "out" / "networks.safetensors")
+    file = page_file.parent / f"networks-{width}.html"
+    write_browser(networks, file)
+    page = chromium.new_page(viewport={"width": width, "height": SIZES[width]})
+    said: list[str] = []
+    fetched: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda wanted: fetched.append(wanted.url))
+    page.goto(file.as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate(BEYOND_THE_SCREEN, width) == []
+    shown = page.locator("article:visible")
+    assert shown.count() == len(networks.maps)
+    page.fill("#words", "no network has this word")
+    assert shown.count() == 0
+    page.close()
+    assert said == []
+    assert fetched == [file.as_uri()]

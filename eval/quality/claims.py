@@ -37,8 +37,17 @@ from fbn_prune.networks.intervention_effects import largest, random_like
 from fbn_prune.networks.interventions import masked
 from fbn_prune.networks.recurrence import STARTS, recurrence, recurrence_between_starts
 from fbn_prune.progress import StageClock
+from fbn_prune.pruning.damping import outliers
 
 RANDOM_SETS = 20
+STRONGEST, GROWN, RECURRENCE, SEEDS, TUNED = (
+    "strongest",
+    "grown",
+    "recurrence",
+    "seeds",
+    "fine-tuned",
+)
+PARTS = (STRONGEST, GROWN, RECURRENCE, SEEDS, TUNED)
 
 
 class Bench:
@@ -51,6 +60,8 @@ class Bench:
         networks: FunctionalNetworks,
         half: TokenBlocks,
         held: list[Batch],
+        *,
+        refitted: bool,
     ):
         self.adapter, self.networks, self.held = ModelAdapter(model), networks, held
         batches = half.batches(protocol.BATCH_TOKENS)
@@ -64,7 +75,11 @@ class Bench:
 
         self.courses = torch.cat(time_courses(self.adapter, networks, batches, StageClock(), watch))
         count = len(self.courses)
-        self.refit = Refit(self.adapter, [gram / count for gram in grams], count)
+        self.massive = torch.cat([outliers(gram) for gram in grams])
+        """Neurons with massive activations, bool [N]."""
+        self.refit = None
+        if refitted:
+            self.refit = Refit(self.adapter, [gram / count for gram in grams], count)
         self.dense = mean_loss(self.adapter, held)
 
     def bare(self, silent: Tensor) -> float:
@@ -74,6 +89,7 @@ class Bench:
 
     def refitted(self, silent: Tensor) -> float:
         """Return the same with the output weights of the other neurons refitted."""
+        assert self.refit is not None
         with self.adapter.trying(self.refit.cuts(self.networks.by_layer(silent))):
             return mean_loss(self.adapter, self.held) - self.dense
 
@@ -93,31 +109,63 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if many else 0.0}
 
 
-def interventions(bench: Bench, sizes: Sequence[int], draws: int) -> dict[str, Any]:
-    """Return the rise of the loss for the strongest network, and for growing sets masked and retained."""
-    networks, found = bench.networks, dict[str, Any]()
+Orders = dict[str, list[tuple[Tensor, list[int]]]]
+"""Basis -> for each draw its maps and their order, strongest first."""
+
+
+def orders_of(bench: Bench, draws: int) -> Orders:
+    networks = bench.networks
     bases = control_bases(bench.courses)
     bases[ROTATIONS] = bases[ROTATIONS][:draws]
-    orders: dict[str, list[tuple[Tensor, list[int]]]] = {}
+    orders: Orders = {}
     for name, drawn in bases.items():
         turned = [
             (basis_maps(networks.maps, b), (bench.courses @ b).square().mean(0)) for b in drawn
         ]
         orders[name] = [(maps, strongest_first(bench, maps, moment)) for maps, moment in turned]
-    _, order = orders[NETWORKS][0]
-    rises = {n: bench.bare(networks.hubs(n)) for n in order[:16]}
+    return orders
+
+
+def strongest_network(
+    bench: Bench, orders: Orders, draws: int, generator: torch.Generator
+) -> dict[str, Any]:
+    """Return the rise of the loss without the strongest network, beside random sets and its massive neurons alone."""
+    networks = bench.networks
+    rises = {n: bench.bare(networks.hubs(n)) for n in orders[NETWORKS][0][1][:16]}
     strongest = max(rises, key=rises.__getitem__)
     hubs = networks.hubs(strongest)
-    generator = torch.Generator().manual_seed(0)
+    massive = hubs & bench.massive
     sets = [torch.cat(random_like(networks.by_layer(hubs), generator)) for _ in range(RANDOM_SETS)]
-    found["strongest"] = {
+    found = {
         "network": strongest,
         "neurons": int(hubs.sum()),
         "rise": rises[strongest],
         "random": spread([bench.bare(one) for one in sets]),
-        "refitted": bench.refitted(hubs),
-        "random refitted": spread([bench.refitted(one) for one in sets[:draws]]),
+        "massive": {
+            "neurons": int(massive.sum()),
+            "alone": bench.bare(massive),
+            "without": bench.bare(hubs & ~massive),
+        },
+        "first 16, without massive": {
+            str(n): bench.bare(networks.hubs(n) & ~bench.massive) for n in rises
+        },
     }
+    if bench.refit is not None:
+        found["refitted"] = bench.refitted(hubs)
+        found["refitted without massive"] = bench.refitted(hubs & ~massive)
+        found["random refitted"] = spread([bench.refitted(one) for one in sets[:draws]])
+    return found
+
+
+def grown_sets(
+    bench: Bench, orders: Orders, sizes: Sequence[int], draws: int, generator: torch.Generator
+) -> dict[str, Any]:
+    """Return the rise of the loss for growing sets of the strongest maps, masked and retained."""
+    networks, found = bench.networks, dict[str, Any]()
+    _, order = orders[NETWORKS][0]
+    ways = {"bare": bench.bare, "refitted": bench.refitted}
+    if bench.refit is None:
+        del ways["refitted"]
     for size in sizes:
         union = networks.union(order[:size], HUB_Z)
         count = int(union.sum())
@@ -137,9 +185,10 @@ def interventions(bench: Bench, sizes: Sequence[int], draws: int) -> dict[str, A
                     for name, sets in chosen.items()
                 }
                 for act in ("masked", "retained")
-                for how, measure in (("bare", bench.bare), ("refitted", bench.refitted))
+                for how, measure in ways.items()
             },
         }
+        print(f"top {size}: {found[str(size)]}", flush=True)
     return found
 
 
@@ -156,6 +205,10 @@ def main(
     grow: Annotated[str, typer.Option(help="Sizes of growing sets.")] = "1,4,16,32",
     measured: Annotated[int | None, typer.Option(help="Tokens to measure on.")] = None,
     draws: Annotated[int, typer.Option(help="Random rotations and sets of growing size.")] = 5,
+    part: Annotated[
+        list[str] | None, typer.Option(help=f"Only these of {', '.join(PARTS)}; repeat.")
+    ] = None,
+    bare: Annotated[bool, typer.Option("--bare", help="Without refits.")] = False,
     dtype: Annotated[str, typer.Option(help="Type that the model computes in.")] = "float32",
     output: protocol.Output = None,
 ) -> None:
@@ -165,29 +218,44 @@ def main(
     path = builtin.path_or_id(model)
     on = Subject(Path(path), texts, context=context, tokens=tokens, networks=networks)
     trained = on.checkpoint.load_model(torch.device("cpu"), getattr(torch, dtype))
+    parts = part or list(PARTS)
     first, second = on.sample(names, 0), on.sample(names, 1)
     base = on.found(trained, first)
-    held = second.subset(measured or tokens // 2).batches(protocol.BATCH_TOKENS)
-    bench = Bench(on, trained, base, first, held)
     facts: dict[str, Any] = {"model": Path(model).name, "tokens": tokens, "networks": networks}
-    facts["perplexity"] = exp_or_infinite(bench.dense)
-    found = interventions(bench, [int(n) for n in grow.split(",")], draws)
-    facts["interventions"] = found
-    starts = recurrence_between_starts(
-        base.maps, [slice(0, base.maps.shape[1])], range(1, 1 + STARTS)
-    )
-    rows = {"another sample of tokens": on.found(trained, second)}
-    rows |= {f"{name} alone": on.found(trained, on.sample([name], 0)) for name in names}
-    tuned = on.finetuned(trained, finetune_on or names[0], steps)
-    rows[f"fine-tuned on {finetune_on or names[0]}"] = on.found(tuned, first)
-    facts["recurrence"] = {name: _row(base, other) for name, other in rows.items()}
-    facts["seeds"] = {
-        "starts": STARTS,
-        "in all": sum(share == 1 for share in starts["shared_seeds"]),
-        "correlation": statistics.fmean(starts["correlation_seeds"]),
-    }
-    show(facts)
+    if {STRONGEST, GROWN} & set(parts):
+        held = second.subset(measured or tokens // 2).batches(protocol.BATCH_TOKENS)
+        bench = Bench(on, trained, base, first, held, refitted=not bare)
+        facts["perplexity"] = exp_or_infinite(bench.dense)
+        orders = orders_of(bench, draws)
+        generator = torch.Generator().manual_seed(0)
+        if STRONGEST in parts:
+            facts[STRONGEST] = strongest_network(bench, orders, draws, generator)
+            print(f"{facts[STRONGEST]}", flush=True)
+            protocol.save_json(output, facts)
+        if GROWN in parts:
+            sizes = [int(n) for n in grow.split(",")]
+            facts[GROWN] = grown_sets(bench, orders, sizes, draws, generator)
+            protocol.save_json(output, facts)
+        del bench
+    rows = {}
+    if RECURRENCE in parts:
+        rows = {"another sample of tokens": on.found(trained, second)}
+        rows |= {f"{name} alone": on.found(trained, on.sample([name], 0)) for name in names}
+    if TUNED in parts:
+        tuned = on.finetuned(trained, finetune_on or names[0], steps)
+        rows[f"fine-tuned on {finetune_on or names[0]}"] = on.found(tuned, first)
+    facts[RECURRENCE] = {name: _row(base, other) for name, other in rows.items()}
+    if SEEDS in parts:
+        starts = recurrence_between_starts(
+            base.maps, [slice(0, base.maps.shape[1])], range(1, 1 + STARTS)
+        )
+        facts[SEEDS] = {
+            "starts": STARTS,
+            "in all": sum(share == 1 for share in starts["shared_seeds"]),
+            "correlation": statistics.fmean(starts["correlation_seeds"]),
+        }
     protocol.save_json(output, facts)
+    show(facts)
 
 
 def _row(a: FunctionalNetworks, b: FunctionalNetworks) -> dict[str, Any]:
@@ -198,31 +266,38 @@ def _row(a: FunctionalNetworks, b: FunctionalNetworks) -> dict[str, Any]:
 
 def show(facts: dict[str, Any]) -> None:
     console = Console(width=150)
-    found = dict(facts["interventions"])
-    one = found.pop("strongest")
-    console.print(
-        f"{facts['model']}, perplexity {facts['perplexity']:.2f}. Strongest network ({one['neurons']} neurons) "
-        f"masked: +{one['rise']:.3f} nats, {RANDOM_SETS} random sets +{one['random']['mean']:.3f} "
-        f"± {one['random']['std']:.3f}; "
-        f"refitted +{one['refitted']:.3f}, random +{one['random refitted']['mean']:.3f}"
-    )
-    kinds = list(next(iter(found.values()))["masked, bare"])
-    table = Table("rise of the loss, nats a token", "neurons", *kinds)
-    for act in ("masked, bare", "masked, refitted", "retained, bare", "retained, refitted"):
-        for size, step in found.items():
-            cells = [f"{step[act][k]['mean']:.3f} ± {step[act][k]['std']:.3f}" for k in kinds]
-            table.add_row(f"top {size} {act}", str(step["neurons"]), *cells)
-    console.print(table)
+    if one := facts.get(STRONGEST):
+        massive = one["massive"]
+        console.print(
+            f"{facts['model']}, perplexity {facts['perplexity']:.2f}. Strongest network ({one['neurons']} neurons) "
+            f"masked: +{one['rise']:.3f} nats, {RANDOM_SETS} random sets +{one['random']['mean']:.3f} "
+            f"± {one['random']['std']:.3f}; its {massive['neurons']} neurons with massive activations alone "
+            f"+{massive['alone']:.3f}, without these +{massive['without']:.3f}"
+        )
+        if "refitted" in one:
+            console.print(
+                f"refitted +{one['refitted']:.3f}, without massive +{one['refitted without massive']:.3f}, "
+                f"random +{one['random refitted']['mean']:.3f}"
+            )
+    if found := facts.get(GROWN):
+        step = next(iter(found.values()))
+        kinds = list(step["masked, bare"])
+        table = Table("rise of the loss, nats a token", "neurons", *kinds)
+        for act in (name for name in step if name != "neurons"):
+            for size, step in found.items():
+                cells = [f"{step[act][k]['mean']:.3f} ± {step[act][k]['std']:.3f}" for k in kinds]
+                table.add_row(f"top {size} {act}", str(step["neurons"]), *cells)
+        console.print(table)
     table = Table("networks compared with", "mean IoU", "by chance", "above chance", "same map")
-    for name, row in facts["recurrence"].items():
+    for name, row in facts[RECURRENCE].items():
         table.add_row(name, f"{row['mean_iou']:.2f}", f"{row['chance_iou']:.2f}",
                       f"{row['recurring']} of {facts['networks']}", str(row["same"]))  # fmt: skip
     console.print(table)
-    seeds = facts["seeds"]
-    console.print(
-        f"{seeds['starts']} other seeds: {seeds['in all']} of {facts['networks']} maps in all of them, "
-        f"mean correlation {seeds['correlation']:.4f}"
-    )
+    if seeds := facts.get(SEEDS):
+        console.print(
+            f"{seeds['starts']} other seeds: {seeds['in all']} of {facts['networks']} maps in all of them, "
+            f"mean correlation {seeds['correlation']:.4f}"
+        )
 
 
 if __name__ == "__main__":

@@ -33,10 +33,11 @@ from fbn_prune.data.calibration import Batch, TokenBlocks
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.perplexity import mean_loss
+from fbn_prune.model.surgery import MlpCut
 from fbn_prune.networks.forgetting import marked
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 
-TUNE_STEPS, LEARNING_RATE = 50, 1e-4
+LEARNING_RATE = 1e-4
 BATCH_TOKENS = 1024
 SMALLEST, STEPS = 1 / 512, 9
 """The shares of neurons to cut are SMALLEST * 2**n, up to a half."""
@@ -100,26 +101,19 @@ def at_cost(curve: Sequence[Sequence[float]], cost: float) -> float:
     return before[1]
 
 
-def tuned(adapter: ModelAdapter, blocks: TokenBlocks, rows: int) -> ModelAdapter:
+def tuned(adapter: ModelAdapter, blocks: TokenBlocks, rows: int, steps: int) -> ModelAdapter:
     """Return a copy whose layers are trained on a skill's text for a few steps, with weights kept in float32."""
     again = copy.deepcopy(adapter)
     again.model.requires_grad_(False)
-    live = list(again.layers.parameters())
-    for one in live:
+    for one in again.layers.parameters():
         one.requires_grad_(True)
-    exact = [one.detach().float().clone() for one in live]
-    optimizer = torch.optim.AdamW(exact, lr=LEARNING_RATE, weight_decay=0.0)
+    weights = protocol.ExactWeights(again.layers.parameters())
+    optimizer = torch.optim.AdamW(weights.exact, lr=LEARNING_RATE, weight_decay=0.0)
     draw = random.Random(0)
-    for _ in range(TUNE_STEPS):
+    for _ in range(steps):
         batch = torch.stack(draw.sample(blocks.blocks, min(rows, len(blocks.blocks))))
         again.model(input_ids=batch, labels=batch).loss.backward()
-        for kept, one in zip(exact, live, strict=True):
-            assert one.grad is not None
-            kept.grad, one.grad = one.grad.float(), None
-        optimizer.step()
-        with torch.no_grad():
-            for kept, one in zip(exact, live, strict=True):
-                one.copy_(kept)
+        weights.step(optimizer)
     return again
 
 
@@ -173,18 +167,18 @@ def _row(curves: list[list[list[float]]], cost: float) -> dict[str, Any]:
     return {"at cost": statistics.fmean(figures), "std": spread, "curves": curves}
 
 
-def relearned(
-    trials: Trials, text: Text, skill: Seen, rest: Seen, plain: Refit, found: dict[str, Any], cost: float,
-    chosen: Sequence[str], rows: int,
-) -> dict[str, Any]:  # fmt: skip
-    """Return the rise of the skill's loss before and after training, at the last measured point within the cost."""
-    result: dict[str, Any] = {}
+def cuts_within(
+    trials: Trials, skill: Seen, rest: Seen, plain: Refit, found: dict[str, Any], cost: float,
+    chosen: Sequence[str],
+) -> dict[str, tuple[list[float], list[MlpCut]]]:  # fmt: skip
+    """Return the last measured point of each row within the cost, and the cuts of the model there."""
+    result: dict[str, tuple[list[float], list[MlpCut]]] = {}
     every = {n: d[0] for n, d in ways(trials.networks, skill, rest, plain.keep_costs, 1).items()}
     for name in chosen:
         within = [point for point in found[name]["curves"][0] if point[1] <= cost]
         if not within:
             continue
-        dial, rest_rise, rise = within[-1]
+        dial = within[-1][0]
         erased, _, way = name.partition(", cut by ") if name.startswith(ERASED) else ("", "", name)
         refit = (
             Refit(trials.adapter, rest.grams, rest.tokens, skill.grams, dial) if erased else plain
@@ -192,16 +186,23 @@ def relearned(
         share = (ERASED_SHARE if way else 0.0) if erased else dial
         scores = every[way or RATIO]
         gone = marked(scores, round(share * len(scores))) < 0
+        result[name] = within[-1], refit.cuts(trials.networks.by_layer(gone))
+    return result
+
+
+def relearned(
+    trials: Trials, text: Text, cuts: dict[str, tuple[list[float], list[MlpCut]]], rows: int, steps: int
+) -> dict[str, Any]:  # fmt: skip
+    """Return the rise of the skill's loss before and after training of the models with these cuts."""
+    result: dict[str, Any] = {"steps": steps}
+    for name, (point, of_layers) in cuts.items():
         cut = copy.deepcopy(trials.adapter)
-        for layer, one in enumerate(refit.cuts(trials.networks.by_layer(gone))):
+        for layer, one in enumerate(of_layers):
             cut.cut(layer, one)
-        after = tuned(cut, text.blocks, rows)
-        result[name] = {
-            "dial": dial, "rest": rest_rise, "before": rise,
-            "after": mean_loss(after, trials.skill) - trials.dense[1],
-        }  # fmt: skip
+        after = mean_loss(tuned(cut, text.blocks, rows, steps), trials.skill) - trials.dense[1]
+        result[name] = {"dial": point[0], "rest": point[1], "before": point[2], "after": after}
         print(f"{name}: {result[name]}", flush=True)
-    whole = tuned(trials.adapter, text.blocks, rows)
+    whole = tuned(trials.adapter, text.blocks, rows, steps)
     result["whole model"] = mean_loss(whole, trials.skill) - trials.dense[1]
     print(f"whole model after training: {result['whole model']:.3f}", flush=True)
     return result
@@ -225,8 +226,9 @@ def main(
     way: Annotated[list[str] | None, typer.Option(help="Only these ways; repeat.")] = None,
     draws: Annotated[int, typer.Option(help="Random rotations and orders.")] = 5,
     tune: Annotated[
-        list[str] | None, typer.Option(help="Rows to train again for 50 steps; repeat.")
+        list[str] | None, typer.Option(help="Rows to train again for a few steps; repeat.")
     ] = None,
+    tune_steps: Annotated[int, typer.Option(help="Steps of that training.")] = 50,
     rows: Annotated[int, typer.Option(help="Blocks of a training step.")] = 8,
     dtype: Annotated[str, typer.Option(help="Type that the model computes in.")] = "float32",
     output: protocol.Output = None,
@@ -265,8 +267,10 @@ def main(
         found |= forget(trials, own, others, plain, cost, way or (), draws)
         protocol.save_json(output, facts)
         if tune:
+            cuts = cuts_within(trials, own, others, plain, found, cost, tune)
+            del own, others, plain  # training needs their memory
             facts["skills"][name]["relearned"] = relearned(
-                trials, texts[name], own, others, plain, found, cost, tune, rows
+                trials, texts[name], cuts, rows, tune_steps
             )
         facts["seconds"] = time.monotonic() - start
         protocol.save_json(output, facts)

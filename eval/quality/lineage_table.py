@@ -105,13 +105,13 @@ class Origin:
         """Train a copy of `model` on the first blocks of the text alone."""
         tuned = copy.deepcopy(model).train()
         longest = [b for b in self.blocks.blocks if len(b) == self.context][: 4 * self.rows]
-        optimizer = torch.optim.AdamW(tuned.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+        weights = protocol.ExactWeights(tuned.parameters())
+        optimizer = torch.optim.AdamW(weights.exact, lr=LEARNING_RATE, weight_decay=0.0)
         draw = random.Random(0)
         for _ in range(steps):
             batch = torch.stack(draw.sample(longest, min(self.rows, len(longest))))
             tuned(input_ids=batch, labels=batch).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            weights.step(optimizer)
         return tuned.eval()
 
     def changed(self, change: Callable[[str, torch.Tensor], torch.Tensor]) -> PreTrainedModel:

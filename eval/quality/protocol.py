@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -118,6 +118,24 @@ def find_networks(
         header={},
         clock=StageClock(),
     )
+
+
+class ExactWeights:
+    """Float32 copies of parameters for an optimizer: in bfloat16 small steps would be lost to rounding."""
+
+    def __init__(self, live: Iterable[torch.nn.Parameter]) -> None:
+        self.live = list(live)
+        self.exact = [one.detach().float().clone() for one in self.live]
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take a step over `exact` by the gradients of the live parameters, which take the result over."""
+        for kept, one in zip(self.exact, self.live, strict=True):
+            assert one.grad is not None
+            kept.grad, one.grad = one.grad.float(), None
+        optimizer.step()
+        with torch.no_grad():
+            for kept, one in zip(self.exact, self.live, strict=True):
+                one.copy_(kept)
 
 
 def open_texts(model: str, texts: list[str], tokens: int) -> OpenRun:

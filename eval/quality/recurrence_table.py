@@ -72,16 +72,16 @@ class Subject:
         """Return a copy trained on blocks of one text outside all samples, by AdamW with linear decay."""
         tuned = copy.deepcopy(model).train()
         blocks = self._blocks(self.texts[name], self.each + TRAINING_POOL)[self.each :]
-        optimizer = torch.optim.AdamW(tuned.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+        weights = protocol.ExactWeights(tuned.parameters())
+        optimizer = torch.optim.AdamW(weights.exact, lr=LEARNING_RATE, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
         draw = random.Random(0)
         for _ in range(steps):
             batch = torch.stack(draw.sample(blocks, TRAINING_BLOCKS))
             tuned(input_ids=batch, labels=batch).loss.backward()
             torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
-            optimizer.step()
+            weights.step(optimizer)
             schedule.step()
-            optimizer.zero_grad()
         return tuned.eval()
 
     def perplexity(self, model: PreTrainedModel, name: str) -> float:

@@ -5,32 +5,33 @@
 As `task_table.py`, which explains the weightings, for models whose statistics of every document do not fit in memory:
 each weighting's statistics are summed in one pass over the layers. A domain is a text to calibrate on and one to
 measure on, or a file of multiple-choice questions, of which the last quarter is measured. The neurons to cut are chosen
-once by second-order costs, and the output weights of the others are refitted.
+once by second-order costs, and the output weights of the others are refitted. Beside the perplexity of the task's
+text stand the share of its tokens that are predicted first, and that of `--asked` questions with the right choice.
 """
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 import time
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import protocol
 import torch
 import typer
+from multiple_choice import Question, accuracy, read_questions
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fbn_prune.data.calibration import TokenBlocks, tokenize_document
+from fbn_prune.data.calibration import Batch, TokenBlocks, tokenize_document
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.layerwise import LayerwiseForward
-from fbn_prune.model.perplexity import perplexity, token_losses
+from fbn_prune.model.perplexity import exp_or_infinite
 from fbn_prune.model.surgery import MlpCut
 from fbn_prune.networks.activity import time_courses
 from fbn_prune.networks.controls import control_bases
@@ -42,39 +43,14 @@ from fbn_prune.networks.function_matching import (
     standardised,
 )
 from fbn_prune.progress import StageClock
+from fbn_prune.pruning.damping import DampingWarning, outliers, refit_share, ridge
 
 BATCH_TOKENS = 1024
-DAMPING = 1e-2
+DAMPING, REFIT_DAMPING = 1e-2, 1e-3
+"""The package's defaults; the second rises where tokens are few (`fbn_prune.pruning.damping.refit_share`)."""
 SHORTEST = 8
 GENERIC, ALONE, ORACLE = "generic text", "the examples alone", "oracle"
 MEANS = "cosine of mean activations"
-
-
-@dataclass(frozen=True)
-class Question:
-    stem: str
-    choices: list[str]
-    answer: int
-
-    @property
-    def text(self) -> str:
-        return self.stem + self.choices[self.answer]
-
-
-def read_questions(path: Path) -> list[Question]:
-    """Return multiple-choice questions in the forms of SciQ, ARC, OpenBookQA and PIQA."""
-    found = []
-    for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-        if "correct_answer" in row:
-            texts = [row["correct_answer"], *[row[f"distractor{n}"] for n in (1, 2, 3)]]
-            stem, answer = row["question"], 0
-        elif "goal" in row:
-            stem, texts, answer = row["goal"], [row["sol1"], row["sol2"]], int(row["label"])
-        else:
-            stem, texts = row.get("question") or row["question_stem"], row["choices"]["text"]
-            answer = row["choices"]["label"].index(row["answerKey"])
-        found.append(Question(f"Question: {stem}\nAnswer:", [f" {text}" for text in texts], answer))
-    return found
 
 
 class Domain:
@@ -104,7 +80,7 @@ class Pool:
 
     def __init__(
         self, adapter: ModelAdapter, tokenizer: Any, domains: Sequence[Domain], task: str, *,
-        context: int, share: int, examples: int, networks: int, network_tokens: int, seed: int,
+        context: int, share: int, examples: int, example_tokens: int, networks: int, network_tokens: int, seed: int,
     ) -> None:  # fmt: skip
         draw = random.Random(seed)
         self.adapter, documents = adapter, list[Tensor]()
@@ -113,7 +89,7 @@ class Pool:
         for domain in domains:
             order = draw.sample(domain.documents, len(domain.documents))
             if domain.name == task:
-                chosen, order = order[:examples], order[examples:]
+                chosen, order = [b[:example_tokens] for b in order[:examples]], order[examples:]
             tokens = 0
             for document in order:
                 if tokens >= share:
@@ -147,7 +123,7 @@ class Pool:
         }  # fmt: skip
         self.neurons = torch.cat([torch.stack(each) for each in neurons], 1)[places].double()
 
-    def weights(self, matched: int) -> dict[str, Tensor]:
+    def weights(self, matched: int, sharpness: Sequence[float]) -> dict[str, Tensor]:
         """Return for each weighting the weight of a token of each document, float64 [documents]."""
         generic, examples = self.generic, self.examples
         sizes = [len(block) for block in self.blocks.blocks]
@@ -169,18 +145,25 @@ class Pool:
             "generic with 30 % examples": spread(alike, 0.3),
             ALONE: alone,
         }
-        for name, activity in self.activity.items():
-            match = match_documents(
-                activity[generic], activity[examples], matched, sharpness=SHARPNESS
-            )
-            found[f"{name}, {matched}"] = spread(match.weights, 0.3)
         means = standardised(self.neurons, self.neurons[generic])
         scores = torch.nn.functional.cosine_similarity(
             means[generic], means[examples].mean(0)[None], dim=1
         )
-        found[MEANS] = spread(score_weights(scores, SHARPNESS), 0.3)
+        for sharp in sharpness:
+            more = f", {sharp:g}" if len(sharpness) > 1 else ""
+            for name, activity in self.activity.items():
+                match = match_documents(
+                    activity[generic], activity[examples], matched, sharpness=sharp
+                )
+                found[f"{name}, {matched}{more}"] = spread(match.weights, 0.3)
+            found[f"{MEANS}{more}"] = spread(score_weights(scores, sharp), 0.3)
         found[ORACLE] = oracle
         return found  # fmt: skip
+
+    def own_share(self, weights: Tensor) -> float:
+        """Return the share of the generic tokens' weight that lies on the task's domain."""
+        mass = weights * torch.tensor([len(block) for block in self.blocks.blocks])
+        return float(mass[self.own].sum() / mass[self.generic].sum().clamp_min(1e-300))
 
     def cuts(
         self, weights: dict[str, Tensor], keeps: Sequence[float]
@@ -197,51 +180,89 @@ class Pool:
             parts: list[Tensor] = []
             stream.advance(lambda index, x, parts=parts: parts.append(x.float()))  # type: ignore[misc]
             x, weight = torch.cat(parts), self.adapter.down_weight(layer).float()
+            between = x @ x.T if len(x) < x.shape[1] else None
             for name, of_row in rows.items():
                 used = of_row > 1e-4 * of_row.max()
-                for keep, cut in _cuts(x[used], of_row[used], weight, keeps).items():
+                own = between if between is None else between[used][:, used]
+                cuts = cuts_of_layer(x[used], of_row[used], weight, keeps, own)
+                for keep, cut in cuts.items():
                     found[name, keep].append(cut)
         return found
 
 
-def _cuts(x: Tensor, rows: Tensor, weight: Tensor, keeps: Sequence[float]) -> dict[float, MlpCut]:
-    """Cut one layer: the cheapest neurons go at once, and the others take over what they can."""
-    scaled = x * (rows / rows.sum()).sqrt()[:, None]
-    gram = scaled.T @ scaled
-    gram.diagonal().add_(DAMPING * float(gram.diagonal().mean()))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
-    order = torch.argsort(weight.square().sum(0) / inverse.diagonal(), descending=True, stable=True)
+def cuts_of_layer(
+    x: Tensor, rows: Tensor, weight: Tensor, keeps: Sequence[float], between: Tensor | None = None
+) -> dict[float, MlpCut]:
+    """Cut one layer: the cheapest neurons go at once, and the others take over what they can.
+
+    With fewer tokens than neurons it is solved over tokens, which is the same and takes a fraction of the time: for
+    G = XᵀX + c and K = XXᵀ + c, the inverse of G is (1 - XᵀK⁻¹X) / c, and weights V on neurons that go (of activations
+    Y) are made up for by V YᵀK⁻¹X on those that stay.
+
+    Parameters
+    ----------
+    x
+        Activations, float32 [tokens, neurons].
+    rows
+        Weight of each token, float32 [tokens].
+    weight
+        Output weights, float32 [d, neurons].
+    keeps
+        Shares of neurons to keep.
+    between
+        x xᵀ, if it is known.
+    """
+    tokens, width = x.shape
+    root = (rows / rows.sum()).sqrt()
+    energy = torch.diag((x * root[:, None]).square().sum(0))
+    if bool(
+        outliers(energy).any()
+    ):  # beside massive activations float32 has no digits left for the others
+        x, root, weight, between = x.double(), root.double(), weight.double(), None
+    scaled = x * root[:, None]
+    to_choose = ridge(energy, DAMPING)
+    to_refit = ridge(energy, refit_share(REFIT_DAMPING, tokens, width))
+    over_tokens = tokens < width
+    if over_tokens:
+        gram = scaled @ scaled.T if between is None else between * torch.outer(root, root)
+        half = torch.linalg.solve_triangular(_factor(gram, to_choose), scaled, upper=False)
+        diagonal = (1 - half.square().sum(0)).clamp_min(1e-7) / to_choose
+    else:
+        gram = scaled.T @ scaled
+        diagonal = torch.cholesky_inverse(_factor(gram, to_choose)).diagonal()
+    order = torch.argsort(weight.square().sum(0) / diagonal, descending=True, stable=True)
     found = {}
     for keep in keeps:
-        kept = order[: round(keep * len(order))].sort().values
-        inner = torch.linalg.cholesky(gram[kept[:, None], kept])
-        target = weight @ gram[:, kept]
-        found[keep] = MlpCut(kept, torch.cholesky_solve(target.T, inner).T)
+        count = round(keep * width)
+        kept, gone = order[:count].sort().values, order[count:]
+        if over_tokens:
+            own = scaled[:, kept]
+            factor = _factor(own @ own.T, to_refit)
+            added = torch.cholesky_solve(scaled[:, gone] @ weight[:, gone].T, factor).T @ own
+        else:
+            factor = _factor(gram[kept[:, None], kept], to_refit)
+            added = torch.cholesky_solve(gram[kept[:, None], gone] @ weight[:, gone].T, factor).T
+        found[keep] = MlpCut(kept, (weight[:, kept] + added).float())
     return found
 
 
-def accuracy(
-    adapter: ModelAdapter, tokenizer: Any, questions: Sequence[Question], context: int
-) -> float:
-    """Return the share of questions whose right choice has the least loss in the mean over its characters."""
-    stems = [len(tokenizer(q.stem)["input_ids"]) for q in questions]
-    texts = [q.stem + choice for q in questions for choice in q.choices]
-    blocks = [torch.tensor(tokenizer(text)["input_ids"][:context]) for text in texts]
-    every = TokenBlocks(tuple(blocks), context, ("questions",))
-    losses = torch.split(
-        token_losses(adapter, every.batches(BATCH_TOKENS)),
-        [len(blocks[i]) - 1 for i in every.batch_order()],
-    )
-    by_block = dict(zip(every.batch_order(), losses, strict=True))
-    right, at = 0, 0
-    for q, stem in zip(questions, stems, strict=True):
-        sums = [
-            float(by_block[at + c][stem - 1 :].sum()) / len(q.choices[c])
-            for c in range(len(q.choices))
-        ]
-        right += sums.index(min(sums)) == q.answer
-        at += len(q.choices)
-    return right / len(questions)  # fmt: skip
+def _factor(gram: Tensor, added: float) -> Tensor:
+    damped = gram.clone()
+    damped.diagonal().add_(added)
+    return torch.linalg.cholesky(damped)
+
+
+@torch.inference_mode()
+def measure(adapter: ModelAdapter, batches: Sequence[Batch]) -> dict[str, float]:
+    """Return the perplexity, and the share of tokens that the model predicts first."""
+    loss, right, count = 0.0, 0, 0
+    for logits, ids, valid in adapter.logits(batches, lambda tokens: None):
+        scored = valid[:, 1:]
+        guess, target = logits[:, :-1][scored].float(), ids[:, 1:][scored]
+        loss += float(torch.nn.functional.cross_entropy(guess, target, reduction="sum"))
+        right += int((guess.argmax(1) == target).sum())
+        count += len(target)
+    return {"perplexity": exp_or_infinite(loss / count), "next token": right / count}
 
 
 def main(
@@ -252,17 +273,20 @@ def main(
     context: protocol.Context = 128,
     share: Annotated[int, typer.Option(help="Generic tokens of each domain.")] = 2048,
     examples: int = 16,
+    example_tokens: Annotated[int, typer.Option(help="Most tokens of an example.")] = 128,
     draws: Annotated[int, typer.Option(help="Draws of documents and examples.")] = 3,
     held: Annotated[int, typer.Option(help="Tokens to measure on.")] = 1024,
-    asked: Annotated[int, typer.Option(help="Questions to answer, in the first draw.")] = 0,
+    asked: Annotated[int, typer.Option(help="Questions of the task to answer, in the first draw.")] = 0,
     networks: int = 64,
     network_tokens: int = 2048,
     matched: int = 10,
+    sharpness: Annotated[list[float], typer.Option(help="How steeply weights grow; repeat.")] = [SHARPNESS],  # noqa: B006
     method: Annotated[list[str] | None, typer.Option(help="Only weightings that begin so.")] = None,
     dtype: Annotated[str, typer.Option(help="Type that the model computes in.")] = "float32",
     output: protocol.Output = None,
 ) -> None:  # fmt: skip
     start = time.monotonic()
+    warnings.simplefilter("ignore", DampingWarning)  # one for each weighting and layer
     checkpoint = Checkpoint.open(model)
     tokenizer = checkpoint.load_tokenizer()
     adapter = ModelAdapter(checkpoint.load_model("cpu", getattr(torch, dtype)))
@@ -270,51 +294,57 @@ def main(
     on = next(one for one in domains if one.name == task)
     keeps = [float(one) for one in kept.split(",")]
     facts: dict[str, Any] = {
-        "model": Path(model).name, "task": task, "domains": [d.name for d in domains], "examples": examples,
-        "share": share, "networks": networks, "network_tokens": network_tokens, "matched": matched,
-        "dense": perplexity(adapter, on.measured), "rows": {},
+        "model": Path(model).name, "task": task, "domains": [d.name for d in domains],
+        "examples": examples, "example_tokens": example_tokens, "share": share,
+        "networks": networks, "network_tokens": network_tokens, "matched": matched, "sharpness": sharpness,
+        "held": held, "asked": asked, "dtype": dtype, "dense": measure(adapter, on.measured), "rows": {},
     }  # fmt: skip
     if asked:
-        facts["dense exact"] = accuracy(adapter, tokenizer, on.questions[:asked], context)
-    print(f"whole model: {facts['dense']:.3f}, {facts.get('dense exact')}", flush=True)
+        facts["dense"]["questions"] = accuracy(adapter, tokenizer, on.questions[:asked], context)
+    print(f"whole model: {facts['dense']}", flush=True)
     for draw in range(draws):
         pool = Pool(
             adapter, tokenizer, domains, task, context=context, share=share, examples=examples,
-            networks=networks, network_tokens=network_tokens, seed=draw,
+            example_tokens=example_tokens, networks=networks, network_tokens=network_tokens, seed=draw,
         )  # fmt: skip
         weights = {
             name: each
-            for name, each in pool.weights(matched).items()
+            for name, each in pool.weights(matched, sharpness).items()
             if not method or name.startswith(tuple(method))
         }
         print(f"draw {draw}: pool after {time.monotonic() - start:.0f} s", flush=True)
         for (name, keep), cuts in pool.cuts(weights, keeps).items():
-            generic = weights[name][pool.generic]
-            row = facts["rows"].setdefault(name, {}).setdefault(str(keep), {"perplexity": []})
-            row["own"] = float(weights[name][pool.own].sum() / generic.sum().clamp_min(1e-300))
+            row = facts["rows"].setdefault(name, {}).setdefault(str(keep), {})
             with adapter.trying(cuts):
-                row["perplexity"].append(perplexity(adapter, on.measured))
+                figures = measure(adapter, on.measured)
                 if asked and draw == 0:
-                    row["exact"] = accuracy(adapter, tokenizer, on.questions[:asked], context)
+                    figures["questions"] = accuracy(
+                        adapter, tokenizer, on.questions[:asked], context
+                    )
+            figures["own"] = pool.own_share(weights[name])
+            for figure, value in figures.items():
+                row.setdefault(figure, []).append(value)
             print(f"{name}, {keep:g} kept: {row}, {time.monotonic() - start:.0f} s", flush=True)
             protocol.save_json(output, facts)
     show(facts, keeps)
 
 
 def show(facts: dict[str, Any], keeps: Sequence[float]) -> None:
-    title = f"{facts['model']}, {facts['task']}: whole model {facts['dense']:.2f}"
-    table = Table("statistics", *[f"perplexity, {keep:g} kept" for keep in keeps],
-                  *[f"questions, {keep:g} kept" for keep in keeps], title=title)  # fmt: skip
+    title = f"{facts['model']}, {facts['task']}: whole model " + ", ".join(
+        f"{figure} {value:.3g}" for figure, value in facts["dense"].items()
+    )
+    table = Table("statistics", *[f"{figure}, {k:g} kept" for k in keeps for figure in facts["dense"]],
+                  "weight on own", title=title)  # fmt: skip
     for name, row in facts["rows"].items():
         cells = []
         for keep in keeps:
-            values = row[str(keep)]["perplexity"]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            cells.append(f"{statistics.fmean(values):.2f} ± {spread:.2f}")
-        table.add_row(
-            name, *cells, *[f"{row[str(k)]['exact']:.2f}" for k in keeps if "exact" in row[str(k)]]
-        )
-    Console(width=150).print(table)
+            for figure in facts["dense"]:
+                values = row[str(keep)][figure]
+                spread = statistics.stdev(values) if len(values) > 1 else 0.0
+                cells.append(f"{statistics.fmean(values):.4g} ± {spread:.2g}")
+        own = statistics.fmean(row[str(keeps[0])]["own"])
+        table.add_row(name, *cells, f"{own:.2f}")
+    Console(width=220).print(table)
 
 
 if __name__ == "__main__":
