@@ -118,6 +118,7 @@ def measured(settings: dict[str, Any], kind: str, share: float) -> dict[str, Any
         "head_groups": result.head_groups,
         "trials": result.layout_trials,
         "predicted": None if result.search is None else result.search["predicted"],
+        "measured": None if result.search is None else result.search["measured"],
     }
 
 
@@ -161,7 +162,7 @@ def show(budget: str, cells: dict[str, dict[str, Any]]) -> None:
         excess = over if excess is None else excess
         predicted = ""
         if cell["predicted"] is not None:
-            predicted = f"{cell['predicted']:.3f} / {min(cell['trials'].values()):.3f}"
+            predicted = f"{cell['predicted']:.3f} / {cell.get('measured') or min(cell['trials'].values()):.3f}"
         table.add_row(
             name,
             f"{cell['parameters_after']:,}",

@@ -48,6 +48,7 @@ class Search(BaseModel):
 
     summed: float | None = None
     predicted: float
+    measured: float | None = None
     share: float
     curve: list[tuple[float, float]]
     whole_parts: list[tuple[int, int, int]] = []

@@ -94,7 +94,10 @@ def _figures(facts: ReportFacts) -> dict[str, str]:
         if result.search is not None and len(result.search.curve) > 1 and result.layout_trials:
             measured = list(result.layout_trials.values())
             drawn["search"] = figures.search_figure(
-                result.search.curve, result.search.share, measured, min(measured)
+                result.search.curve,
+                result.search.share,
+                measured,
+                result.search.measured or min(measured),
             )
             if result.search.kept_parts:
                 drawn["structures"] = figures.structures_figure(
