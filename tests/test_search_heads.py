@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from fbn_prune.model.layerwise import LayerwiseForward
 from fbn_prune.model.perplexity import perplexity
 from fbn_prune.model.surgery import MlpCut
 from fbn_prune.progress import StageClock
-from fbn_prune.pruning.candidates import HEADS, Candidates
+from fbn_prune.pruning.candidates import HEADS, Candidates, Sizes
 from fbn_prune.pruning.candidates import LAYERS as WHOLE_LAYERS
 from fbn_prune.pruning.costs import Costs, falling
 from fbn_prune.pruning.criteria import no_heads
@@ -29,6 +30,7 @@ from fbn_prune.pruning.evidence import CutOptions
 from fbn_prune.pruning.gaps import whole_cuts
 from fbn_prune.pruning.head_cuts import cuts_with_fewer_heads
 from fbn_prune.pruning.layout import HeadLevels, LayoutRequest
+from fbn_prune.pruning.search import HEADS_WORTH, _Trial, _Tried
 from fbn_prune.runs.main_job import run_prune
 from fbn_prune.runs.opening import open_run
 from fbn_prune.runs.setup import prepare
@@ -89,6 +91,21 @@ def test_sizes_fit_the_budget_and_more_structures_never_cost_more(data: st.DataO
 
 def test_a_smaller_number_of_heads_is_never_cheaper() -> None:
     assert falling([0.1, 0.3, -0.2, 0.0]) == [0.3, 0.3, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "worth"),
+    [
+        (Sizes([8, 8], (2, 2)), 1.0),
+        (Sizes([8, 8], (2, 1)), HEADS_WORTH),
+        (Sizes([8, 0], (2, 0)), 1.0),  # a layer that is left out has no heads to lose
+        (Sizes([8, 8]), 1.0),
+    ],
+)
+def test_a_candidate_with_fewer_heads_counts_less(sizes: Sizes, worth: float) -> None:
+    nothing_else: Any = None
+    trial = _Trial(nothing_else, nothing_else, HEADS_OF_FOUR, 0, StageClock())
+    assert trial.worth(_Tried(sizes, 1.0)) == worth
 
 
 def test_an_mlp_makes_up_for_the_attention_that_its_layer_lacks(tmp_path: Path) -> None:
