@@ -296,12 +296,12 @@ class Sizes:
             second_order = max(second_order, self._fit(channels, hidden))
             # The statistics of the attention stay in memory with those of the MLP until both are fitted.
             waiting = 16 * channels**2
-            if recipe.sequential:
+            if recipe.fits_in_sequence:
                 waiting += self._aside(channels, hidden)
         if recipe.forget is not None and recipe.forget_by == "erasing":
             waiting += 2 * square  # the statistics of the skill's text, and what they are made from
-        statistics = square + (self._aside(width, hidden) if recipe.sequential else 0)
-        streams = 2 if recipe.sequential else 1
+        statistics = square + (self._aside(width, hidden) if recipe.fits_in_sequence else 0)
+        streams = 2 if recipe.fits_in_sequence else 1
         stages["prune"] = int(
             base
             + maps
@@ -330,7 +330,7 @@ class Sizes:
         square, columns = 8 * inputs * inputs, 8 * outputs * inputs
         choosing = 3.2 * square + 3.5 * columns
         checking = 1.1 * square + 5 * columns
-        if not self.recipe.sequential:
+        if not self.recipe.fits_in_sequence:
             return max(choosing, checking)
         # The shares are chosen with statistics of their own, of all inputs, and float64 copies of the set-aside tokens.
         aside = self._aside(inputs, outputs)
