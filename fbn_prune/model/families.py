@@ -111,7 +111,12 @@ FAMILIES: tuple[Family, ...] = (
         "StableLM",
         "stablelm",
         attention=None,
-        gguf=Gguf(None, read_as={"stablelm": "stablelm"}, complete=_stablelm_form),
+        gguf=Gguf(
+            None,
+            read_as={"stablelm": "stablelm"},
+            partly_rotated=True,
+            complete=_stablelm_form,
+        ),
     ),
     Family(
         "Phi-3",
@@ -120,7 +125,7 @@ FAMILIES: tuple[Family, ...] = (
         inputs=(Projection("mlp.gate_up_proj", 0, stacked=2),),
         output=Projection("mlp.down_proj", 1),
         attention=_FUSED,
-        gguf=Gguf(None, read_as={"phi3": "phi3"}),
+        gguf=Gguf(None, read_as={"phi3": "phi3"}, partly_rotated=True),
     ),
     Family(
         "GPT-2",

@@ -38,10 +38,6 @@ _SETTINGS = {
 }
 """GGUF's keys, and the attributes of config classes that mean the same; a class has at most one of them."""
 
-_PARTLY_ROTATED = ("phi3", "stablelm")
-_STATE_ROTATED = ("stablelm",)
-"""Model types in which a part of a head's channels may be rotated, and those whose default is not all of them."""
-
 _COUNTS = ("context_length", "embedding_length", "block_count", "attention.head_count")
 _LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _ORIGINAL_LENGTHS = tuple(2**power for power in range(10, 18))
@@ -104,7 +100,7 @@ def model_of(path: Path, header: GgufHeader, read: Callable[[str], Tensor]) -> G
     try:
         fields = _fields(header, settings, family, model_type)
         layout.complete(fields, header.tensors)
-        fields |= _rotary(header, settings, fields, read)
+        fields |= _rotary(header, settings, fields, layout, read)
         config = as_config(fields)
     except (TypeError, ValueError, KeyError, ArithmeticError) as error:
         raise InvalidInput(
@@ -189,6 +185,7 @@ def _rotary(
     header: GgufHeader,
     settings: _Settings,
     fields: Mapping[str, Any],
+    layout: Gguf,
     read: Callable[[str], Tensor],
 ) -> dict[str, Any]:
     """The config's keys for the rotary embedding."""
@@ -198,10 +195,10 @@ def _rotary(
     if (local := settings.get("rope.freq_base_swa")) is not None:
         rotary["rope_local_base_freq"] = local
     rotated = settings.get("rope.dimension_count") or head
-    if rotated != head or fields["model_type"] in _STATE_ROTATED:
-        if fields["model_type"] not in _PARTLY_ROTATED:
-            raise InvalidInput(f"{rotated} of a head's {head} channels are rotated: not supported")
+    if layout.partly_rotated:
         rotary["partial_rotary_factor"] = rotated / head
+    elif rotated != head:
+        raise InvalidInput(f"{rotated} of a head's {head} channels are rotated: not supported")
     kind = settings.get("rope.scaling.type") or "none"
     factor, original = (
         settings.get("rope.scaling.factor"),

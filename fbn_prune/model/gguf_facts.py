@@ -37,6 +37,8 @@ class Gguf:
         transformers' names of the only activation function that llama.cpp computes.
     rope_types
         The kinds of rotary embeddings that a file can state.
+    partly_rotated
+        Whether files and the config state how much of a head is rotated, which may be less than all of it.
     attention_bias
         Whether llama.cpp reads the biases that the config's `attention_bias` adds.
     """
@@ -52,4 +54,5 @@ class Gguf:
     complete: Callable[[dict[str, Any], Collection[str]], None] = lambda fields, names: None
     activations: tuple[str, ...] = ("silu", "swish")
     rope_types: tuple[str, ...] = ("default",)
+    partly_rotated: bool = False
     attention_bias: bool = False
