@@ -237,3 +237,11 @@ def test_what_cannot_be_is_refused_in_one_line(
 ) -> None:
     budget = [] if "--target-params" in extra else ["--sparsity", "0.5"]
     refused(capsys, job(tiny, text, Path("out"), *budget, *extra), message)
+
+
+def test_all_says_so_where_heads_cannot_be_cut(text: Path, tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model", "gpt2")
+    chosen = {"structures": "all", "layout": "ragged", "sparsity": 0.5, "keep_networks": None}
+    prepared = prepare(recipe(model, text, **chosen), StageClock())
+    assert prepared.heads is None
+    assert "note: GPT-2 keeps all attention heads, which cannot be cut in it" in prepared.notes

@@ -76,7 +76,9 @@ class Prepared:
     def notes(self) -> list[str]:
         """One line for each thing that the user should know before the work."""
         rounding = rounding_note(self.recipe, self.budget, self.widths, self.width_multiple)
-        return [*self.recipe.notes, *([] if rounding is None else [rounding])]
+        whole = self.recipe.removes_heads and self.heads is None
+        kept = f"note: {self.family.name} keeps all attention heads, which cannot be cut in it"
+        return [*self.recipe.notes, *([] if rounding is None else [rounding]), *[kept] * whole]
 
     @property
     def heads_total(self) -> int:
