@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -21,11 +22,11 @@ from fbn_prune.model.calling import Calling
 from fbn_prune.model.families import family_of
 from fbn_prune.model.family import Family, Projection
 from fbn_prune.model.head_groups import layer_facts, set_layer_groups
-from fbn_prune.model.heads import HeadProjection
+from fbn_prune.model.heads import HeadCut, HeadProjection
 from fbn_prune.model.modeling_ragged import set_features, set_groups, without_attention
 from fbn_prune.model.spill import Spilled
-from fbn_prune.model.surgery import MlpCut, cut_tensor, require_bias
-from fbn_prune.model.trial import WholeAttention, live_trial
+from fbn_prune.model.surgery import CutsOnRequest, MlpCut, cut_tensor, require_bias
+from fbn_prune.model.trial import live_trial
 
 
 class Removable(Protocol):
@@ -298,7 +299,20 @@ class ModelAdapter:
         InvalidInput, FbnPruneError
             As :meth:`cut`, but during the model's forward pass.
         """
-        return self._trying(cuts if with_heads else WholeAttention(cuts), alone, round_to)
+        chosen = cuts
+        if not with_heads:
+            chosen = CutsOnRequest(lambda layer: replace(cuts[layer], heads=None), len(cuts))
+        return self._trying(chosen, alone, round_to)
+
+    def trying_heads(
+        self, layer: int, heads: HeadCut, round_to: torch.dtype
+    ) -> AbstractContextManager[None]:
+        """Return a context as :meth:`trying` does, in which one layer's attention is cut and nothing else."""
+        self.load_layer(layer)
+        weight = self.down_weight(layer).float().cpu()
+        cut = MlpCut(torch.arange(weight.shape[1]), weight, heads=heads)
+        cuts = CutsOnRequest(lambda _: cut, self.num_layers)
+        return self.trying(cuts, alone=layer, round_to=round_to, with_heads=True)
 
     def _trying(
         self, cuts: Sequence[MlpCut], alone: int | None, round_to: torch.dtype | None

@@ -7,9 +7,9 @@ which they are stored, and the model measured in memory computes what the writte
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -79,6 +79,25 @@ class MlpCut:
     def width(self) -> int:
         """Number of neurons kept."""
         return len(self.kept)
+
+
+class CutsOnRequest(Sequence[MlpCut]):
+    """One cut for each layer, made when it is read."""
+
+    def __init__(self, cut: Callable[[int], MlpCut], layers: int) -> None:
+        self._cut, self._layers = cut, layers
+
+    def __len__(self) -> int:
+        return self._layers
+
+    @overload
+    def __getitem__(self, index: int) -> MlpCut: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[MlpCut]: ...
+    def __getitem__(self, index: int | slice) -> MlpCut | Sequence[MlpCut]:
+        if isinstance(index, slice):
+            return [self[layer] for layer in range(*index.indices(len(self)))]
+        return self._cut(range(self._layers)[index])
 
 
 def cut_parts(cut: MlpCut) -> dict[str, Tensor]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from typing import overload
 
 import torch
 from torch import nn
@@ -14,25 +12,6 @@ from fbn_prune.model.attention_blocks import trying_head_groups
 from fbn_prune.model.live_layers import CuttableLayers
 from fbn_prune.model.modeling_ragged import set_features
 from fbn_prune.model.surgery import MlpCut, require_bias
-
-
-class WholeAttention(Sequence[MlpCut]):
-    """Cuts of which only the MLPs' part is applied, read from `cuts` on request."""
-
-    def __init__(self, cuts: Sequence[MlpCut]) -> None:
-        self._cuts = cuts
-
-    def __len__(self) -> int:
-        return len(self._cuts)
-
-    @overload
-    def __getitem__(self, index: int) -> MlpCut: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[MlpCut]: ...
-    def __getitem__(self, index: int | slice) -> MlpCut | Sequence[MlpCut]:
-        if isinstance(index, slice):
-            return WholeAttention(self._cuts[index])
-        return replace(self._cuts[index], heads=None)
 
 
 @contextmanager

@@ -19,7 +19,6 @@ from fbn_prune import distributed
 from fbn_prune.data.calibration import Batch
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.layerwise import LayerwiseForward, Observe
-from fbn_prune.model.surgery import MlpCut
 from fbn_prune.progress import Advance, StageClock
 from fbn_prune.pruning.criteria import FinishedHeads, HeadEvidence, LayerEvidence, no_heads
 from fbn_prune.pruning.fitting import DampingNotes, fitting_head_cut
@@ -202,7 +201,7 @@ class EvidencePass:
             site.update_both(seen[0], seen[1], None, self._set_aside[index], weights)
             advance(2 * len(seen[0]))
         site.add_up("attention", layer)
-        evidence = self._head_evidence(layer, site)
+        evidence = head_evidence(adapter, layer, site, options)
         notes = DampingNotes()
         with notes.heard(layer, "attention: "):
             cut = fitting_head_cut(evidence, groups, stored=options.round_to)
@@ -214,11 +213,8 @@ class EvidencePass:
         """A function that returns a context in which the layer has this cut of its attention."""
         if cut is None:
             return nullcontext
-        weight = self._adapter.down_weight(layer).float().cpu()
-        uncut = MlpCut(torch.arange(weight.shape[1]), weight, heads=cut.cut)
-        cuts = [uncut] * self._adapter.num_layers
-        round_to = self._options.round_to
-        return lambda: self._adapter.trying(cuts, alone=layer, round_to=round_to, with_heads=True)
+        adapter, round_to = self._adapter, self._options.round_to
+        return lambda: adapter.trying_heads(layer, cut.cut, round_to)
 
     def _of_skill(self, stream: LayerwiseForward | None, layer: int) -> Tensor | None:
         """E[xᵀx] of the skill's text, whose stream moves past the layer."""
@@ -299,7 +295,7 @@ class EvidencePass:
             ),
             start=weight.new_zeros(weight.shape[1]),
         )
-        head_evidence = None if heads is None else self._head_evidence(layer, heads)
+        of_heads = None if heads is None else head_evidence(adapter, layer, heads, options)
         adapter.release()  # the evidence contains all that the cut needs
         return LayerEvidence(
             layer=layer,
@@ -311,21 +307,24 @@ class EvidencePass:
             damping=options.damping,
             refit_damping=options.refit_damping,
             seed=options.seed,
-            heads=head_evidence,
+            heads=of_heads,
             erased=erased,
             head_cut=cut_heads,
             **neurons.facts(),
         )
 
-    def _head_evidence(self, layer: int, heads: OutputSums) -> HeadEvidence:
-        adapter, options = self._adapter, self._options
-        out = adapter.attention_output(layer)
-        return HeadEvidence(
-            weight=out.weight.detach().double(),
-            bias=None if out.bias is None else out.bias.detach().double(),
-            loss_root=None,  # loss gradients are known only at the MLPs' outputs
-            group=adapter.family.head_shape(adapter.config).width,
-            damping=options.damping,
-            refit_damping=options.refit_damping,
-            **heads.facts(),
-        )
+
+def head_evidence(
+    adapter: ModelAdapter, layer: int, heads: OutputSums, options: CutOptions
+) -> HeadEvidence:
+    """Return the evidence for a layer's attention, whose weights are loaded."""
+    out = adapter.attention_output(layer)
+    return HeadEvidence(
+        weight=out.weight.detach().double(),
+        bias=None if out.bias is None else out.bias.detach().double(),
+        loss_root=None,  # loss gradients are known only at the MLPs' outputs
+        group=adapter.family.head_shape(adapter.config).width,
+        damping=options.damping,
+        refit_damping=options.refit_damping,
+        **heads.facts(),
+    )

@@ -23,11 +23,11 @@ from fbn_prune.model.streaming import SpilledCuts, spilled_cuts
 from fbn_prune.model.surgery import MlpCut, rounded_cut
 from fbn_prune.progress import Advance
 from fbn_prune.pruning.criteria import HeadEvidence, no_heads
-from fbn_prune.pruning.evidence import CutOptions
+from fbn_prune.pruning.evidence import CutOptions, head_evidence
 from fbn_prune.pruning.fitting import DampingNotes, fitting_head_cut
 from fbn_prune.pruning.gaps import Lacking, shared_scale
 from fbn_prune.pruning.layout import HeadLevels
-from fbn_prune.pruning.statistics import GramStatistics
+from fbn_prune.pruning.output_sums import OutputSums
 
 
 def cuts_with_fewer_heads(
@@ -58,18 +58,17 @@ def cuts_with_fewer_heads(
     found = [[spilled_cuts(scratch) for _ in cuts] for _ in heads.groups[:-1]]
     for layer in range(adapter.num_layers):
         scale = shared_scale(forward.output_scale())
-        statistics = GramStatistics(
-            adapter.attention_output(layer).weight.shape[1], adapter.layer_device(layer)
-        )
+        adapter.load_layer(layer)
+        sums = OutputSums(adapter.attention_output(layer).weight.detach())
         after = adapter.hidden_states()
         for index, batch in enumerate(own):
             after.append(
-                forward.run(index, observe_heads=lambda _, x, to=statistics: to.update(x))  # type: ignore[misc]
+                forward.run(index, observe_heads=lambda _, x, to=sums: to.update(x, None))  # type: ignore[misc]
             )
             advance(batch.tokens)
-        statistics.add_up()
+        sums.add_up("attention", layer)
         adapter.load_layer(layer)
-        evidence = _head_evidence(adapter, layer, statistics, options)
+        evidence = head_evidence(adapter, layer, sums, options)
         whole = adapter.down_weight(layer).clone()
         base = [each[layer] for each in cuts]
         for level, groups in enumerate(heads.groups[:-1]):
@@ -98,24 +97,6 @@ def _head_cut(evidence: HeadEvidence, groups: int, layer: int, stored: torch.dty
         return fitting_head_cut(evidence, groups, stored=stored)
 
 
-def _head_evidence(
-    adapter: ModelAdapter, layer: int, statistics: GramStatistics, options: CutOptions
-) -> HeadEvidence:
-    out = adapter.attention_output(layer)
-    return HeadEvidence(
-        weight=out.weight.detach().double(),
-        bias=None if out.bias is None else out.bias.detach().double(),
-        gram=statistics.gram,
-        mean=statistics.mean,
-        tokens=statistics.count,
-        shortfall=None,
-        loss_root=None,
-        damping=options.damping,
-        refit_damping=options.refit_damping,
-        group=adapter.family.head_shape(adapter.config).width,
-    )
-
-
 def _lacking(
     adapter: ModelAdapter,
     forward: LayerwiseForward,
@@ -127,12 +108,9 @@ def _lacking(
     advance: Advance,
 ) -> Lacking:
     """What the output of the next layer lacks if its attention is cut and its MLP is whole."""
-    layer = forward.next_layer
     hidden, neurons = whole.shape
     lacking = Lacking(hidden, neurons, whole.device)
-    uncut = MlpCut(torch.arange(neurons), whole.float().cpu(), heads=heads)
-    cuts = [uncut] * adapter.num_layers
-    with adapter.trying(cuts, alone=layer, round_to=round_to, with_heads=True):
+    with adapter.trying_heads(forward.next_layer, heads, round_to):
         for index, batch in enumerate(batches):
             seen: list[Tensor] = []
             output = forward.run(index, lambda _, x, seen=seen: seen.append(x))  # type: ignore[misc]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import overload
 
 from fbn_prune import distributed
 from fbn_prune.data.calibration import Batch, TokenBlocks
-from fbn_prune.model.surgery import MlpCut
+from fbn_prune.model.surgery import CutsOnRequest, MlpCut
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.allocation import member_scores
 from fbn_prune.pruning.candidates import Sizes
@@ -73,7 +72,7 @@ class Library:
 
     def narrowed(self, places: Sequence[int]) -> Sequence[MlpCut]:
         """Return the cuts of layers whose widths are at these places of the grid, and that keep all else."""
-        return _Cuts(lambda layer: self.cuts[places[layer]][layer], len(places))
+        return CutsOnRequest(lambda layer: self.cuts[places[layer]][layer], len(places))
 
     def chosen(self, sizes: Sizes) -> Sequence[MlpCut]:
         """Return the cuts of a model of these sizes."""
@@ -93,26 +92,7 @@ class Library:
             change = found.down_weight.float() - plain.down_weight.float()
             return replace(fewer, down_weight=fewer.down_weight.float() + change)
 
-        return _Cuts(cut, len(places))
-
-
-class _Cuts(Sequence[MlpCut]):
-    """One cut for each layer, read when it is needed."""
-
-    def __init__(self, cut: Callable[[int], MlpCut], layers: int) -> None:
-        self._cut, self._layers = cut, layers
-
-    def __len__(self) -> int:
-        return self._layers
-
-    @overload
-    def __getitem__(self, index: int) -> MlpCut: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[MlpCut]: ...
-    def __getitem__(self, index: int | slice) -> MlpCut | Sequence[MlpCut]:
-        if isinstance(index, slice):
-            return [self[layer] for layer in range(*index.indices(len(self)))]
-        return self._cut(range(self._layers)[index])
+        return CutsOnRequest(cut, len(places))
 
 
 def library_bytes(request: LayoutRequest, hidden: int, itemsize: int) -> int:
