@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from fbn_prune.data.text_files import is_text, read_text, read_yaml
 from fbn_prune.errors import InvalidInput
+from fbn_prune.pruning.recovery import Weights
 
 MOST_BYTES = 2**20
 """Largest recipe file that is read."""
@@ -155,11 +156,11 @@ class PruningConfig(BaseModel):
     sequential: bool = _key(QUALITY, False)
     """Fit each layer on the output of the layers that are already pruned."""
     recover: bool = _key(QUALITY, False)
-    """After pruning, train merged low-rank adapters on the calibration text to match the original model's layer
-    outputs and then its predictions."""
+    """After pruning, train the model on the calibration text to match the original model's layer outputs and then its
+    predictions."""
     recover_steps: str = _more(QUALITY, "match,distil")
     """Steps of --recover, in order: match trains the MLPs of one layer after another to reproduce the dense layer's
-    output, distil trains adapters in all layers to predict what the dense model predicts."""
+    output, distil trains all layers to predict what the dense model predicts."""
     recover_text: tuple[str, ...] = _more(QUALITY, ())
     """Text to train on, in the forms of --calibration. Repeat for several. Default: the calibration text."""
     recover_tokens: int | None = _more(QUALITY, ge=1)
@@ -170,8 +171,11 @@ class PruningConfig(BaseModel):
     """Longest time of the step distil, whose learning rate then falls to zero by that time."""
     recover_text_loss: float = _more(QUALITY, 0.0, ge=0, le=1)
     """Weight, in the step distil, of the text's own loss; the rest is the divergence from the dense model."""
-    recover_rank: int = _more(QUALITY, 32, ge=1)
-    """Rank of the adapters of --recover."""
+    recover_weights: Weights = _more(QUALITY, "adapters")
+    """What the step distil trains: low-rank adapters, which are merged, or all weights of the linear maps of layers.
+    These take 20 more bytes of memory each."""
+    recover_rank: int | None = _more(QUALITY, ge=1)
+    """Rank of the adapters of --recover. Default: 32."""
     damping: float = _more(QUALITY, 1e-2, gt=0)
     """Damping while neurons are selected, as a share of the mean diagonal of H."""
     refit_damping: float = _more(QUALITY, 1e-3, gt=0)
@@ -231,6 +235,10 @@ class PruningConfig(BaseModel):
     @property
     def recover_passes_or_default(self) -> int:
         return self.recover_passes or 2
+
+    @property
+    def recover_rank_or_default(self) -> int:
+        return self.recover_rank or 32
 
     @property
     def kept_networks_or_default(self) -> int:
@@ -571,11 +579,22 @@ def _check_layout(recipe: PruningConfig) -> None:
         raise InvalidInput(
             "recover_tokens and recover_passes both set the training's length: give one of them"
         )
-    for key in ("recover_text", "recover_tokens", "recover_passes", "recover_minutes"):
+    for key in (
+        "recover_text",
+        "recover_tokens",
+        "recover_passes",
+        "recover_minutes",
+        "recover_rank",
+    ):
         if getattr(recipe, key) and not recipe.recover:
             refuse(key, "add recover = true to train the model")
     if recipe.recover_minutes is not None and "distil" not in steps:
         refuse("recover_minutes", "only the step distil has a time limit")
+    if recipe.recover_weights == "all":
+        if not recipe.recover or "distil" not in steps:
+            refuse("recover_weights", "only the step distil of recover trains all weights")
+        if recipe.recover_rank is not None:
+            refuse("recover_rank", "only adapters have a rank: recover_weights is all")
     if recipe.loss_aware and recipe.criterion != "second-order":
         refuse("loss_aware", f"criterion {recipe.criterion} does not score output errors")
 

@@ -104,7 +104,7 @@ def test_the_text_has_its_own_loss_at_its_weight() -> None:
     batch = sample().batches(64)[0]
     with torch.no_grad():
         labels = batch.input_ids.masked_fill(~batch.valid, -100)
-        model = found._adapted(batch.input_ids, labels=labels, use_cache=False)
+        model = found._model(batch.input_ids, labels=labels, use_cache=False)
         tokens = int((labels[:, 1:] != -100).sum())
         own = float(found._loss(batch, 1.0))
         assert own == pytest.approx(float(model.loss) * tokens, rel=1e-4)

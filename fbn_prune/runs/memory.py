@@ -319,8 +319,12 @@ class Sizes:
             few = min(tokens, RECOVERY_TOKENS)
             graph = few * (16 * hidden * layers + 8 * neurons) * size
             both = base + self.checkpoint.total_parameters * size
-            adapters = 2 * recipe.recover_rank * (4 * hidden * layers + neurons)
-            trained = max((16 + size) * layer, 16 * adapters)
+            if recipe.recover_weights == "all":
+                # Gradients, two moments and the best values, besides copies of values that are not float32.
+                trained = (16 + (4 + size if size < 4 else 0)) * layer * layers
+            else:
+                adapters = 2 * recipe.recover_rank_or_default * (4 * hidden * layers + neurons)
+                trained = max((16 + size) * layer, 16 * adapters)
             logits = 4 * 4 * min(few * vocabulary, LOGIT_BYTES // 4)
             stages["recovery"] = both + max(2 * self._hidden(tokens), graph + logits) + trained
         return stages

@@ -213,11 +213,12 @@ def recover_model(run: OpenRun, blocks: TokenBlocks, store: Store) -> Recovered:
         passes = max(1, round(tokens / blocks.tokens))
     options = RecoveryOptions(
         passes=passes,
-        rank=recipe.recover_rank,
+        rank=recipe.recover_rank_or_default,
         seed=recipe.seed,
         steps=recipe.recover_steps_in_order,
         minutes=recipe.recover_minutes,
         text_loss=recipe.recover_text_loss,
+        weights=recipe.recover_weights,
     )
     restore = kept_weights(adapter, prepared.memory.scratch)
     healed = heal(adapter, dense, blocks, options, run.clock, store=store)

@@ -1,9 +1,10 @@
-"""Train low-rank adapters so that the cut model predicts what the dense model predicts, and merge them.
+"""Train a cut model so that it predicts what the dense model predicts.
 
-LoRA (arXiv 2106.09685) on every linear map of the decoder layers, through peft and accelerate. The loss is the
+What is trained are low-rank adapters or all weights of the decoder layers' linear maps
+(:mod:`fbn_prune.pruning.recovery.trained`), through accelerate. The loss is the
 Kullback-Leibler divergence of the cut model's next-token distribution from the dense model's (arXiv 1503.02531), so
 no labels are needed; the text's own loss can be added at a weight. A few blocks are set aside: the divergence on them
-is measured as the training goes, and the adapters with which it was least are merged. The state between two steps can
+is measured as the training goes, and the weights with which it was least are kept. The state between two steps can
 be stored; training resumed from it gives the same weights, unless a time limit sets its length.
 """
 
@@ -12,13 +13,11 @@ from __future__ import annotations
 import math
 import random
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
@@ -27,6 +26,8 @@ from transformers import PreTrainedModel
 from fbn_prune.data.calibration import Batch, TokenBlocks
 from fbn_prune.model.shards import packed
 from fbn_prune.progress import StageClock
+from fbn_prune.pruning.recovery import Weights
+from fbn_prune.pruning.recovery.trained import Adapters, AllWeights, Trained
 from fbn_prune.store import Store
 
 LOGIT_BYTES = 2**28
@@ -38,9 +39,11 @@ WARM_UP = 0.05
 LONGEST_GRADIENT = 1.0
 
 RATE_TIMES_WIDTH = 0.5
-"""Learning rate times hidden size: 2e-3 at 256 channels, where it was measured, and 1.2e-4 at 4096, a common value
-there."""
+"""Learning rate of adapters times hidden size: 2e-3 at 256 channels, where it was measured, and 1.2e-4 at 4096, a
+common value there."""
 
+RELATIVE_RATE = 2e-3
+"""Learning rate of all weights, relative to the root mean square of each tensor."""
 
 KEEPING_SHARE = 0.05
 """Share of the time to spend on storing states, so that large states are stored less often."""
@@ -63,10 +66,12 @@ STATES = "distilled-"
 
 @dataclass(frozen=True)
 class DistillationOptions:
-    """Settings of the adapters' training.
+    """Settings of the training.
 
     Attributes
     ----------
+    weights
+        Whether adapters or all weights of the linear maps are trained.
     rank
         Rank of each adapter; its alpha is twice the rank.
     passes
@@ -74,7 +79,8 @@ class DistillationOptions:
     step_tokens
         Tokens of one step.
     learning_rate
-        Highest learning rate; after the warm-up, it falls to zero along a cosine.
+        Highest learning rate; after the warm-up, it falls to zero along a cosine. That of all weights is relative to
+        the root mean square of each tensor.
     seed
         Seed of the adapters' start and of the order of the blocks.
     minutes
@@ -83,6 +89,7 @@ class DistillationOptions:
         Weight of the text's own loss, between 0 and 1; the divergence has the rest.
     """
 
+    weights: Weights = "adapters"
     rank: int = 32
     passes: int = 2
     step_tokens: int = 2048
@@ -92,8 +99,13 @@ class DistillationOptions:
     text_loss: float = 0.0
 
     @classmethod
-    def for_width(cls, hidden_size: int) -> DistillationOptions:
-        """Return options with a learning rate that falls with the width, as a step then changes the output more."""
+    def for_width(cls, hidden_size: int, weights: Weights = "adapters") -> DistillationOptions:
+        """Return options with a learning rate for the hidden size.
+
+        That of adapters falls with it, as a step then changes the output more; that of all weights is relative.
+        """
+        if weights == "all":
+            return cls(weights, learning_rate=RELATIVE_RATE)
         return cls(learning_rate=min(5e-3, RATE_TIMES_WIDTH / hidden_size))
 
 
@@ -107,7 +119,7 @@ def distil(
     *,
     store: Store | None = None,
 ) -> Distilled:
-    """Train adapters on `model` and merge them into it, in place.
+    """Train `model` in place.
 
     A step whose gradient is NaN or Inf is left out. After :data:`MOST_LEFT_OUT` of them in a row the training ends.
 
@@ -116,7 +128,7 @@ def distil(
     model, dense
         The cut model and the dense model from which it was cut, on one device.
     maps
-        Names of the linear maps to adapt.
+        Names of the linear maps to train.
     blocks
         Text to train on.
     store
@@ -166,7 +178,7 @@ class Distilled:
 
 
 class _Training:
-    """AdamW on the adapters of a model that is otherwise frozen."""
+    """AdamW on parts of a model that is otherwise frozen."""
 
     def __init__(
         self,
@@ -179,15 +191,21 @@ class _Training:
     ) -> None:
         self._blocks, self._options, self._dense = blocks, options, dense
         self._aside = aside
-        self._trained = [(p, p.requires_grad) for p in model.parameters()]
         vocabulary = int(model.config.vocab_size)
         self._forward_tokens = min(options.step_tokens, LOGIT_BYTES // (4 * vocabulary))
-        adapted = _adapted(model, maps, options)
-        self._parameters = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
+        self._trained: Trained = (
+            AllWeights(model, maps)
+            if options.weights == "all"
+            else Adapters(model, maps, options.rank, options.seed)
+        )
+        self._parameters = self._trained.parameters
+        groups = [
+            {"params": [parameter], "lr": rate, "highest": rate}
+            for parameter, rate in self._trained.rates(options.learning_rate)
+        ]
         self._accelerator = Accelerator(cpu=model.device.type == "cpu", device_placement=False)
-        self._adapted, self._optimizer = self._accelerator.prepare(
-            adapted,
-            torch.optim.AdamW(self._parameters.values(), lr=options.learning_rate, weight_decay=0),
+        self._model, self._optimizer = self._accelerator.prepare(
+            self._trained.model, torch.optim.AdamW(groups, weight_decay=0)
         )
         count = len(blocks.blocks)
         self._step_blocks = max(1, options.step_tokens * count // max(blocks.tokens, 1))
@@ -216,7 +234,7 @@ class _Training:
         return max(share, self._seconds / (60 * self._options.minutes))
 
     def check(self) -> None:
-        """Measure the divergence on the blocks set aside if a check is due, and keep the best adapters."""
+        """Measure the divergence on the blocks set aside if a check is due, and keep the best values."""
         due = int(self._progress * CHECKS) >= len(self.curve)
         if self._aside is None or not (due or self.over):
             return
@@ -247,13 +265,15 @@ class _Training:
             self.check()
         start = time.perf_counter()
         for group in self._optimizer.param_groups:
-            group["lr"] = self._options.learning_rate * self._pace()
+            group["lr"] = group["highest"] * self._pace()
         for batch in blocks.batches(self._forward_tokens):
             loss = self._loss(batch, self._options.text_loss)
             self._accelerator.backward(loss / blocks.tokens)
+            self._trained.gather()
         norm = self._accelerator.clip_grad_norm_(self._parameters.values(), LONGEST_GRADIENT)
         if math.isfinite(norm):
             self._optimizer.step()
+            self._trained.apply()
             self._in_a_row = 0
         else:
             self.left_out, self._in_a_row = self.left_out + 1, self._in_a_row + 1
@@ -267,7 +287,7 @@ class _Training:
         valid = batch.valid.to(ids.device)
         with torch.no_grad():
             wanted = log_softmax(self._dense(ids, use_cache=False).logits[valid].float(), -1)
-        found = log_softmax(self._adapted(ids, use_cache=False).logits[valid].float(), -1)
+        found = log_softmax(self._model(ids, use_cache=False).logits[valid].float(), -1)
         loss = kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
         if text_loss > 0:
             following = ids.roll(-1, 1)
@@ -285,16 +305,14 @@ class _Training:
         return min((self.done + 1) / warm_up, falling)
 
     def merge(self) -> None:
-        """Merge the best adapters into the weights, and restore which parameters require gradients."""
+        """Give the model the best values, and restore which parameters require gradients."""
         with torch.no_grad():
             for name, values in self._best.items():
                 self._parameters[name].copy_(values)
-        self._accelerator.unwrap_model(self._adapted).merge_and_unload()
-        for parameter, required in self._trained:
-            parameter.requires_grad_(required)
+        self._trained.merge()
 
     def state(self) -> dict[str, Tensor]:
-        """Numbers of steps, adapters and optimizer moments; the options determine everything else."""
+        """Numbers of steps, values and optimizer moments; the options determine everything else."""
         numbers = [self.done, self.left_out, self._in_a_row, self.tokens]
         state = {"steps": torch.tensor(numbers), "curve": torch.tensor(self.curve).double()}
         state["seconds"] = torch.tensor(self._seconds, dtype=torch.float64)
@@ -322,20 +340,4 @@ class _Training:
                 "exp_avg": state[f"{name} first"].to(parameter.device),
                 "exp_avg_sq": state[f"{name} second"].to(parameter.device),
             }
-
-
-def _adapted(
-    model: PreTrainedModel, maps: Sequence[str], options: DistillationOptions
-) -> PeftModel:
-    config = LoraConfig(
-        r=options.rank,
-        lora_alpha=2 * options.rank,
-        target_modules=list(maps),
-        task_type="CAUSAL_LM",
-    )
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about peft's internals; users cannot act on them
-        torch.manual_seed(options.seed)
-        adapted = get_peft_model(model, config)
-    assert isinstance(adapted, PeftModel)
-    return adapted
+        self._trained.apply()

@@ -19,6 +19,7 @@ from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.spill import Spilled
 from fbn_prune.progress import StageClock
+from fbn_prune.pruning.recovery import Weights
 from fbn_prune.pruning.recovery.distillation import DistillationOptions, distil
 from fbn_prune.pruning.recovery.layer_matching import match_layers
 from fbn_prune.store import Store
@@ -41,7 +42,7 @@ class RecoveryOptions:
         Seed of the order of the blocks.
     steps
         "match" and "distil", in the order in which they run.
-    minutes, text_loss
+    minutes, text_loss, weights
         See :class:`fbn_prune.pruning.recovery.distillation.DistillationOptions`.
     """
 
@@ -51,6 +52,7 @@ class RecoveryOptions:
     steps: tuple[str, ...] = ("match", "distil")
     minutes: float | None = None
     text_loss: float = 0.0
+    weights: Weights = "adapters"
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def heal(
             list(linear_maps(adapter)),
             blocks,
             replace(
-                DistillationOptions.for_width(adapter.hidden_size),
+                DistillationOptions.for_width(adapter.hidden_size, options.weights),
                 rank=options.rank,
                 passes=options.passes,
                 step_tokens=BATCH_TOKENS,
