@@ -24,11 +24,12 @@ from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.surgery import MlpCut
 from fbn_prune.progress import StageClock
-from fbn_prune.pruning.recovery import distillation, healing
+from fbn_prune.pruning.recovery import Weights, distillation, healing
 from fbn_prune.pruning.recovery.distillation import DistillationOptions, _Training, distil
 from fbn_prune.pruning.recovery.gain import Recovery
 from fbn_prune.pruning.recovery.healing import RecoveryOptions, heal, linear_maps
 from fbn_prune.pruning.recovery.layer_matching import _LayerFit, match_layers
+from fbn_prune.pruning.recovery.trained import AllWeights
 from fbn_prune.store import Store
 
 OPTIONS = RecoveryOptions(passes=3, rank=4, seed=0)
@@ -73,8 +74,11 @@ def test_matching_brings_the_layers_closer_and_changes_mlps_alone(name: str) -> 
     assert all(p.requires_grad for p in cut.model.parameters())
 
 
+@pytest.mark.parametrize("weights", ["adapters", "all"])
 @pytest.mark.parametrize("name", PATHS)
-def test_distillation_brings_predictions_closer_and_leaves_no_adapter(name: str) -> None:
+def test_distillation_brings_predictions_closer_and_leaves_no_adapter(
+    name: str, weights: Weights
+) -> None:
     dense, cut = pair(name)
     ids = sample().blocks[0][None]
     wanted = logits(dense.model, ids).log_softmax(-1)
@@ -84,7 +88,7 @@ def test_distillation_brings_predictions_closer_and_leaves_no_adapter(name: str)
         return float((wanted.exp() * (wanted - found)).sum(-1).mean())
 
     names, before = list(parameters(cut)), divergence()
-    options = DistillationOptions(rank=4, passes=8, step_tokens=64, learning_rate=5e-3)
+    options = DistillationOptions(weights, rank=4, passes=8, step_tokens=64, learning_rate=5e-3)
     distil(cut.model, dense.model, list(linear_maps(cut)), sample(), options, StageClock())
     assert divergence() < before
     assert list(parameters(cut)) == names
@@ -112,11 +116,37 @@ def test_the_text_has_its_own_loss_at_its_weight() -> None:
         assert float(found._loss(batch, 0.3)) == pytest.approx(both, rel=1e-4)
 
 
+def test_all_weights_of_a_model_in_16_bits_take_steps_that_rounding_would_swallow() -> None:
+    """A hundred steps of a thousandth of the last bit each move a weight only if float32 copies add them up."""
+    dense, cut = pair()
+    for adapter in (dense, cut):
+        adapter.model.to(torch.bfloat16)
+    before = parameters(cut)
+    options = DistillationOptions("all", passes=25, step_tokens=64, learning_rate=1e-4)
+    distil(cut.model, dense.model, list(linear_maps(cut)), sample(), options, StageClock())
+    after = parameters(cut)
+    assert all(value.dtype == torch.bfloat16 for value in after.values())
+    moved = {key for key, value in after.items() if not torch.equal(value, before[key])}
+    assert moved == {f"{name}.weight" for name in linear_maps(cut)}
+
+
+def test_all_weights_learn_at_a_rate_relative_to_their_size() -> None:
+    _, cut = pair()
+    maps = list(linear_maps(cut))
+    found = AllWeights(cut.model, maps)
+    for name, (parameter, rate) in zip(found.parameters, found.rates(2e-3), strict=True):
+        assert rate == pytest.approx(2e-3 * float(parameter.detach().square().mean().sqrt())), name
+        assert parameter is cut.model.get_parameter(name)  # no copies in float32
+    found.merge()
+    assert all(p.requires_grad for p in cut.model.parameters())
+
+
+@pytest.mark.parametrize("weights", ["adapters", "all"])
 @pytest.mark.parametrize("step", ["match", "distil"])
-def test_each_step_can_be_asked_for_alone(step: str) -> None:
+def test_each_step_can_be_asked_for_alone(step: str, weights: Weights) -> None:
     dense, cut = pair()
     before = parameters(cut)
-    heal(cut, dense, sample(), replace(OPTIONS, steps=(step,)), StageClock())
+    heal(cut, dense, sample(), replace(OPTIONS, steps=(step,), weights=weights), StageClock())
     changed = {key for key, value in parameters(cut).items() if not torch.equal(value, before[key])}
     trained = {f"{name}.weight" for name in linear_maps(cut)}
     assert changed == {name for name in trained if step == "distil" or ".mlp." in name}
@@ -139,7 +169,7 @@ def test_the_training_ends_with_its_time(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_best_state_is_kept_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps that are far too long leave the weights with which the training began."""
     largest = DistillationOptions(learning_rate=1e3)
-    monkeypatch.setattr(DistillationOptions, "for_width", lambda width: largest)
+    monkeypatch.setattr(DistillationOptions, "for_width", lambda *about: largest)
     dense, cut = pair()
     before = parameters(cut)
     healed = heal(cut, dense, sample(), replace(OPTIONS, steps=("distil",)), StageClock())
@@ -174,6 +204,9 @@ def test_it_trains_on_the_text_and_tokens_that_are_asked_for(
             "only the step distil",
         ),
         (["--recover", "--recover-text", "missing.txt"], "missing.txt"),
+        (["--recover-weights", "all"], "only the step distil"),
+        (["--recover", "--recover-weights", "all", "--recover-rank", "4"], "only adapters"),
+        (["--recover-rank", "4"], "add recover = true"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(
@@ -233,22 +266,24 @@ def interrupted_at(owner: type, method: str, call: int) -> Iterator[list[object]
 
 
 def assert_healed_alike(
-    interruptions: Sequence[tuple[type, str, int]], folder: Path
+    interruptions: Sequence[tuple[type, str, int]],
+    folder: Path,
+    options: RecoveryOptions = OPTIONS,
 ) -> tuple[int, int]:
     """Healing broken off again and again ends in the weights of one that was not; the steps that the last run took in
     matching and in distillation."""
     dense, cut = pair()
     whole = copy.deepcopy(cut)
-    heal(whole, dense, sample(), OPTIONS, StageClock())
+    heal(whole, dense, sample(), options, StageClock())
     for interruption in interruptions:
         broken = copy.deepcopy(cut)
         with interrupted_at(*interruption), pytest.raises(Interrupted):
-            heal(broken, dense, sample(), OPTIONS, StageClock(), store=Store(folder))
+            heal(broken, dense, sample(), options, StageClock(), store=Store(folder))
     with (
         interrupted_at(_LayerFit, "step", 0) as matching,
         interrupted_at(_Training, "step", 0) as distilling,
     ):
-        heal(cut, dense, sample(), OPTIONS, StageClock(), store=Store(folder))
+        heal(cut, dense, sample(), options, StageClock(), store=Store(folder))
     for name, value in parameters(cut).items():
         assert torch.equal(value, parameters(whole)[name]), name
     return len(matching), len(distilling)
@@ -274,9 +309,11 @@ def test_matching_that_was_cut_off_goes_on_with_the_next_layer(
     assert assert_healed_alike(broken_off, tmp_path) == (layer, whole)
 
 
+@pytest.mark.parametrize("weights", ["adapters", "all"])
 @pytest.mark.parametrize("numbers", [[2], [8], [4, 4, 4]], ids=str)
 def test_distillation_that_was_cut_off_goes_on_with_the_next_step(
     numbers: list[int],
+    weights: Weights,
     small_steps: tuple[int, int],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -285,8 +322,9 @@ def test_distillation_that_was_cut_off_goes_on_with_the_next_step(
     _, whole = small_steps
     done = sum(number - 1 for number in numbers)
     assert whole > done
-    steps = assert_healed_alike([(_Training, "step", number) for number in numbers], tmp_path)
-    assert steps == (0, whole - done)
+    broken_off = [(_Training, "step", number) for number in numbers]
+    options = replace(OPTIONS, weights=weights)
+    assert assert_healed_alike(broken_off, tmp_path, options) == (0, whole - done)
     assert len(list(tmp_path.glob("distilled-*"))) == 1
 
 
@@ -384,7 +422,7 @@ def test_a_recovery_that_ends_in_nan_is_not_kept_and_the_cut_is_published(
     job = [*arguments(source, text), "--sparsity", "0.5"]
     run_json(capsys, *job, "--output", tmp_path / "cut")
     largest = DistillationOptions(learning_rate=1e30)
-    monkeypatch.setattr(DistillationOptions, "for_width", lambda width: largest)
+    monkeypatch.setattr(DistillationOptions, "for_width", lambda *about: largest)
     more = ["--recover", "--recover-passes", "1", "--output", str(tmp_path / "out")]
     assert _exit_code([*job, *more]) == 0
     said = capsys.readouterr()
