@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from fbn_prune.data.text_files import is_text, read_text, read_yaml
+from fbn_prune.data.text_files import GENERATED, is_text, read_text, read_yaml
 from fbn_prune.errors import InvalidInput
 from fbn_prune.pruning.recovery import Weights
 
@@ -335,7 +335,7 @@ class PruningConfig(BaseModel):
 
     @property
     def needs_whole_model(self) -> bool:
-        """Whether the whole model must be in memory, because gradients flow through it."""
+        """Whether the whole model must be in memory, because gradients flow through it or it writes text."""
         return self.needs_gradients or self.recover
 
 
@@ -359,7 +359,8 @@ class Recipe(PruningConfig):
     """Keep all tokens of ASCII characters, whether the texts use them or not: for English and code."""
     calibration: tuple[str, ...] = _key(CALIBRATION, ("builtin",))
     """Calibration text: FILE[:field] (plain text, JSON, CSV, Parquet or Arrow, compressed or not), a folder,
-    hf:dataset[:config[:split[:field]]] or `builtin`. Repeat for several."""
+    hf:dataset[:config[:split[:field]]], `builtin`, or `generated`: text that the model itself writes first. Repeat for
+    several."""
     max_shard_size: str = _more(MODEL, "5GB")
     """Size of the largest safetensors shard to write."""
     keep_unused_tensors: bool = _more(MODEL, False)
@@ -388,6 +389,15 @@ class Recipe(PruningConfig):
     @classmethod
     def _one_source(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
+
+    @property
+    def writes_text(self) -> bool:
+        """Whether the model is to write text before anything else."""
+        return GENERATED in (*self.calibration, *self.recover_text)
+
+    @property
+    def needs_whole_model(self) -> bool:
+        return super().needs_whole_model or self.writes_text
 
     @property
     def least_uses(self) -> int | None:
@@ -514,6 +524,11 @@ def _check(recipe: PruningConfig) -> None:
         for key in ("vocabulary_texts", "vocabulary_chars", "vocabulary_ascii"):
             if getattr(recipe, key) and recipe.least_uses is None:
                 refuse(key, "add vocabulary = 1 to trim the vocabulary")
+        if recipe.least_uses and (recipe.writes_text or GENERATED in recipe.vocabulary_texts):
+            raise InvalidInput(
+                "the tokens that stay are counted before the model can write: with vocabulary, give text instead of "
+                f"{GENERATED!r}"
+            )
     tokens = min(recipe.network_tokens, recipe.tokens)
     if recipe.needs_networks and recipe.networks >= tokens:
         refuse(

@@ -26,8 +26,13 @@ FORMAT = 5
 RECORD = "work.json"
 LOCK = "lock"
 
-LAYERS, MATCHED_LAYERS, SHARDS = "layer-", "match-", "shard-"
-KINDS = {"layers": LAYERS, "matched layers": MATCHED_LAYERS, "shards": SHARDS}
+LAYERS, MATCHED_LAYERS, SHARDS, WRITTEN = "layer-", "match-", "shard-", "written-"
+KINDS = {
+    "layers": LAYERS,
+    "matched layers": MATCHED_LAYERS,
+    "shards": SHARDS,
+    "batches of text": WRITTEN,
+}
 """Kinds of parts that a run has many of, and the prefix of their names. All other parts are stages."""
 
 Put = Callable[[bytes | memoryview], object]
@@ -69,8 +74,8 @@ class Store:
 
     @property
     def started(self) -> bool:
-        """Whether the run has a finished part."""
-        return bool(self._record["stages"])
+        """Whether the run has a finished part that was made from its text."""
+        return len(self.names("")) > len(self.names(WRITTEN))
 
     @property
     def words(self) -> str:
@@ -91,6 +96,8 @@ class Store:
     def bind(self, calibration: str) -> bool:
         """Record the fingerprint of the calibration text, and drop all parts that were made from another text.
 
+        Text that the model wrote was made from none, and stays.
+
         Returns
         -------
         bool
@@ -100,7 +107,8 @@ class Store:
         if before == calibration:
             return False
         stale = self.started
-        self._record |= {"calibration": calibration, "stages": {}}
+        written = {name: self._record["stages"][name] for name in self.names(WRITTEN)}
+        self._record |= {"calibration": calibration, "stages": written}
         self._save_record()
         self.tidy()
         return stale

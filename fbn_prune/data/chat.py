@@ -87,6 +87,24 @@ class Chat:
                 ) from refusal
 
 
+def turn_texts(tokenizer: Any) -> tuple[str, str] | None:
+    """Return what a chat template writes before the user's words, and between these and the assistant's.
+
+    None for a tokenizer without a template, or with one that changes the words or has no such turns.
+    """
+    if not has_template(tokenizer):
+        return None
+    asked, answered = "USERWORDS", "ASSISTANTWORDS"
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    try:
+        text = Chat(turns)._templated(tokenizer, "the template")
+    except InvalidInput:
+        return None
+    before, found, rest = text.partition(asked)
+    between, found_too, _ = rest.partition(answered)
+    return (before, between) if found and found_too and before and between else None
+
+
 def has_template(tokenizer: Any) -> bool:
     """Whether a tokenizer has a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))

@@ -20,6 +20,10 @@ def is_text(text: str) -> bool:
     return "\0" not in text
 
 
+GENERATED = "generated"
+"""Name of the text that a run lets its model write, where a source of text is asked for."""
+
+
 def require_source(source: str) -> None:
     """Check that a calibration source exists; what it holds is checked when it is read.
 

@@ -35,7 +35,7 @@ from fbn_prune.pruning.search import PLACES, REGIONS, SCALES, TRIED_TOKENS
 from fbn_prune.pruning.sensitivity import GRADIENT_TOKENS
 from fbn_prune.runs.budget import Budget, by_structure
 from fbn_prune.runs.memory import free_memory
-from fbn_prune.runs.opening import read_texts
+from fbn_prune.runs.opening import check_texts
 from fbn_prune.runs.prepared import Prepared
 from fbn_prune.runs.setup import require_layout
 from fbn_prune.runs.stages import KNOCKOUT_TOKENS
@@ -49,6 +49,9 @@ overlap as if drawn independently, to within two points (17 % of all neurons for
 RECOVERY_PASSES = 8
 """Cost of one pass of the recovery in forward passes: the dense and the cut model forward, layer by layer and as a
 whole, and the cut model backward."""
+
+WRITING_PASSES = 4
+"""Cost of writing a token in forward passes: one at a time, the weights are read for few tokens at once."""
 
 HIGH_MULTIPLE, START_SECONDS = 3, 10
 """The upper bound of the time: three times the cost of forward passes, cuts and ICA, plus ten seconds to start the
@@ -110,7 +113,7 @@ def plan(prepared: Prepared) -> Plan:
         raise InvalidInput(
             f"forget = {prepared.recipe.forget}: how much goes is measured in the run, so there is no --dry-run of it"
         )
-    read_texts(prepared, prepared.checkpoint.load_tokenizer())
+    check_texts(prepared)
     recipe, checkpoint = prepared.recipe, prepared.checkpoint
     total = prepared.neurons
     estimated = ["peak_memory_bytes", "seconds_low", "seconds_high"]
@@ -235,6 +238,8 @@ def token_passes(prepared: Prepared) -> tuple[float, float]:
         rules = 2 if recipe.widths == "auto" else 1
         apart = max(2, min(MOST_TRIED_EVERY, recipe.tokens // TRIAL_TOKENS))
         passed += recipe.tokens // apart * (2 + rules * len(STRENGTHS))
+    if recipe.writes_text:
+        passed += WRITING_PASSES * recipe.tokens
     if recipe.recover:
         trained = recipe.recover_tokens or recipe.recover_passes_or_default * recipe.tokens
         passed += RECOVERY_PASSES * trained

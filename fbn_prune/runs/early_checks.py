@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from fbn_prune.data.text_files import require_source
+from fbn_prune.data.text_files import GENERATED, require_source
 from fbn_prune.errors import InvalidInput
 from fbn_prune.export.directory import check_output, check_room, on_one_disk
 from fbn_prune.model.families import refuse_obstacles
@@ -48,7 +48,8 @@ def check_recipe(recipe: Recipe, *, mixtures: bool = False) -> None:
         refuse_obstacles(read_config(folder), mixtures=mixtures)
         total_bytes = sum(tensor.nbytes for tensor in read_stored(folder).values())
     for source in (*recipe.calibration, *recipe.vocabulary_texts, *recipe.recover_text):
-        require_source(source)
+        if source != GENERATED:
+            require_source(source)
     task = recipe.task
     if task is not None and not task.startswith(("lm_eval:", "builtin:")):
         _require_file(Path(task), "task")

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from fbn_prune.data.calibration import first_blocks
 from fbn_prune.data.forms import Reading
 from fbn_prune.data.given import Dataset, as_source
+from fbn_prune.data.text_files import GENERATED
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.depth import Depth, put_back
@@ -33,7 +34,13 @@ from fbn_prune.runs.memory import possible_plans
 from fbn_prune.runs.mixture import MixtureRun
 from fbn_prune.runs.mixture_memory import MixtureSizes
 from fbn_prune.runs.mixture_setup import prepared_mixture_for, refuse_for_mixtures, require_size
-from fbn_prune.runs.opening import OpenRun, read_texts, read_training_text
+from fbn_prune.runs.opening import (
+    OpenRun,
+    Texts,
+    read_texts,
+    read_training_text,
+    written_texts,
+)
 from fbn_prune.runs.prune import PruneRun
 from fbn_prune.runs.result import PruneResult
 from fbn_prune.runs.setup import prepared_for, require_layout
@@ -162,12 +169,15 @@ def _opened(
     # The held-out share is read in addition, and the blocks at its start may be skipped.
     tokens = int(recipe.tokens / (1 - recipe.held_out)) + 2 * prepared.context
     source = as_source(dataset, tokens=tokens, reading=Reading(tokenizer, clock.note))
-    with clock.stage("calibration"):
-        data, task = read_texts(prepared, tokenizer, [source], clock.note)
-        training = read_training_text(prepared, tokenizer, data, clock.note)
+    texts: Texts = ([source], recipe.recover_text)
     with _evaluating(model):
-        dense = ModelAdapter(copy.deepcopy(model)) if recipe.recover else None
         adapter = live_adapter(model, headers.family)
+        if GENERATED in (source, *recipe.recover_text):
+            texts = written_texts(prepared, adapter, tokenizer, texts, clock, Store())
+        with clock.stage("calibration"):
+            data, task = read_texts(prepared, tokenizer, texts[0], clock.note)
+            training = read_training_text(prepared, tokenizer, data, texts[1], clock.note)
+        dense = ModelAdapter(copy.deepcopy(model)) if recipe.recover else None
         yield OpenRun(prepared, tokenizer, data, task, adapter, clock, dense, training)
 
 

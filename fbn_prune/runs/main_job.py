@@ -36,7 +36,7 @@ def run_prune(recipe: Recipe, clock: StageClock) -> PruneResult:
         clock.note(line)
     kind = MixtureRun if of_experts else PruneRun
     with distributed.joined(prepared.device), store_of(prepared) as store:
-        return kind(open_run(prepared, clock), store).run()
+        return kind(open_run(prepared, clock, store=store), store).run()
 
 
 def predict(recipe: Recipe) -> Plan:

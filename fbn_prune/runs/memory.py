@@ -35,6 +35,8 @@ RECOVERY_TOKENS = 2048
 LOGIT_BYTES = 2**28
 """Size of the largest logits that the recovery computes at once."""
 
+WRITTEN_BATCHES = 2
+"""Batches of tokens that are in the attention's cache while the model writes text."""
 
 ASIDE_TOKENS, LARGEST_PART = 4096, 8
 """As in `pruning/evidence.py`, which is slow to import."""
@@ -130,7 +132,8 @@ def plan_memory(
     stage = max(least.stages, key=least.stages.__getitem__)
     why = ""
     if recipe.needs_whole_model:
-        why = "; gradients need the whole model in memory"
+        need = "text that the model writes needs" if recipe.writes_text else "gradients need"
+        why = f"; {need} the whole model in memory"
     raise InvalidInput(
         f"memory_budget = {recipe.memory_budget}: this run needs at least "
         f"{least.peak_bytes / 1e9:.2f}GB (stage {stage}{why}); raise it, or lower --tokens or --context"
@@ -315,6 +318,9 @@ class Sizes:
             graph = few * (16 * hidden * layers + 8 * neurons) * size
             stages["gradients"] = base + graph + layers * 8 * hidden**2 + 3 * 4 * few * vocabulary
             stages["prune"] += layers * 8 * hidden**2
+        if recipe.writes_text:
+            cached = max(self.context, WRITTEN_BATCHES * self.batch)
+            stages["writing"] = int(base + 2 * cached * hidden * layers * size + few_logits)
         if recipe.recover:
             few = min(tokens, RECOVERY_TOKENS)
             graph = few * (16 * hidden * layers + 8 * neurons) * size

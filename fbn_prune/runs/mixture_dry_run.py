@@ -10,13 +10,13 @@ from fbn_prune.model.mixture_family import MixtureFamily
 from fbn_prune.pruning.allocation import budget_from_networks
 from fbn_prune.runs.dry_run import MEMBERS_PER_NETWORK, Plan
 from fbn_prune.runs.mixture_setup import plan_of
-from fbn_prune.runs.opening import read_texts
+from fbn_prune.runs.opening import check_texts
 from fbn_prune.runs.prepared import Prepared
 
 
 def plan_mixture(prepared: Prepared) -> Plan:
     """Predict the size and memory of a prepared run without reading weights; the text is read as the run does."""
-    read_texts(prepared, prepared.checkpoint.load_tokenizer())
+    check_texts(prepared)
     recipe, checkpoint, family = prepared.recipe, prepared.checkpoint, prepared.family
     assert isinstance(family, MixtureFamily)
     estimated, covered = ["peak_memory_bytes"], None

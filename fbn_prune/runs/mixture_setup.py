@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from fbn_prune import distributed
+from fbn_prune.data.text_files import GENERATED
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.mixture_family import MixtureFamily
@@ -61,6 +62,10 @@ def refuse_for_mixtures(recipe: Recipe) -> None:
             raise InvalidInput(
                 f"{key} = {value}: not done on mixtures of experts: leave it out (docs/mixtures.md says what is)"
             )
+    if recipe.writes_text:
+        raise InvalidInput(
+            f"calibration = {GENERATED}: not done on mixtures of experts: give calibration text"
+        )
     if recipe.criterion not in CRITERIA or recipe.criterion in NEED_NETWORKS:
         raise InvalidInput(
             f"criterion = {recipe.criterion}: not done on mixtures of experts: choose another"

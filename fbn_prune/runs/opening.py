@@ -28,6 +28,7 @@ from fbn_prune.data.calibration import (
 )
 from fbn_prune.data.forms import rendering_words
 from fbn_prune.data.given import GivenData
+from fbn_prune.data.text_files import GENERATED
 from fbn_prune.distributed import is_first
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.adapter import ModelAdapter
@@ -35,10 +36,15 @@ from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.layerwise import check_runs
 from fbn_prune.networks.task_matching import TaskCalibration, task_calibration
 from fbn_prune.progress import StageClock
+from fbn_prune.runs.kept import tensors
+from fbn_prune.runs.memory import WRITTEN_BATCHES
 from fbn_prune.runs.prepared import Prepared
 from fbn_prune.runs.result import tool_version
 from fbn_prune.runs.second_run import output_locked
-from fbn_prune.store import Store, default_place, fingerprint, store_in
+from fbn_prune.store import WRITTEN, Store, default_place, fingerprint, store_in
+
+Texts = tuple[Sequence[str | GivenData], Sequence[str | GivenData]]
+"""Sources of calibration text, and of text to recover on."""
 
 PLACES = frozenset({"output", "overwrite", "work_dir", "max_shard_size", "memory_budget"})
 """Recipe keys that do not affect the weights that are written."""
@@ -84,11 +90,15 @@ class OpenRun:
         return " ".join(prints)
 
 
-def open_run(prepared: Prepared, clock: StageClock, *, whole: bool = False) -> OpenRun:
+def open_run(
+    prepared: Prepared, clock: StageClock, *, whole: bool = False, store: Store | None = None
+) -> OpenRun:
     """Read the texts of a prepared run and load its model.
 
     Parameters
     ----------
+    store
+        Keeps text that the model writes, and provides what an earlier run kept; None keeps nothing.
     whole
         Load the whole model into memory even if the memory plan streams it.
 
@@ -98,14 +108,81 @@ def open_run(prepared: Prepared, clock: StageClock, *, whole: bool = False) -> O
         If a text cannot be read or is too short (see :func:`fbn_prune.data.calibration.calibration_data`), or the
         model cannot run.
     """
-    tokenizer = prepared.checkpoint.load_tokenizer()
+    recipe, tokenizer = prepared.recipe, prepared.checkpoint.load_tokenizer()
+
+    def loaded() -> ModelAdapter:
+        with clock.stage("load"):
+            adapter = prepared.load_whole_model() if whole else prepared.load_model()
+            check_runs(adapter, prepared.checkpoint.path)
+        return adapter
+
+    texts: Texts = (recipe.calibration, recipe.recover_text)
+    before = None
+    if recipe.writes_text:
+        before = loaded()
+        texts = written_texts(prepared, before, tokenizer, texts, clock, store or Store())
     with clock.stage("calibration"):
-        data, task = read_texts(prepared, tokenizer, note=clock.note)
-        training = read_training_text(prepared, tokenizer, data, note=clock.note)
-    with clock.stage("load"):
-        adapter = prepared.load_whole_model() if whole else prepared.load_model()
-        check_runs(adapter, prepared.checkpoint.path)
+        data, task = read_texts(prepared, tokenizer, texts[0], note=clock.note)
+        training = read_training_text(prepared, tokenizer, data, texts[1], note=clock.note)
+    adapter = before or loaded()  # last, so that text that cannot be used is refused soon
     return OpenRun(prepared, tokenizer, data, task, adapter, clock, training=training)
+
+
+def written_texts(
+    prepared: Prepared,
+    adapter: ModelAdapter,
+    tokenizer: Any,
+    texts: Texts,
+    clock: StageClock,
+    store: Store,
+) -> Texts:
+    """Return the sources of calibration and of recovery with text from the model in place of "generated"."""
+    from fbn_prune.model.writing import write_text
+
+    recipe = prepared.recipe
+    calibrating = recipe.tokens / (1 - recipe.held_out)
+    wanted = (calibrating, recipe.recover_tokens or recipe.tokens)
+
+    def source(given: str | GivenData, purpose: str, tokens: int) -> str | GivenData:
+        if given != GENERATED:
+            return given
+        total = tokens + 2 * prepared.context  # blocks at both ends of a sample may be cut off
+        with clock.stage(f"text for {purpose}", total, "tokens") as advance:
+
+            def kept(batch: int, write: Callable[[], list[Tensor]]) -> list[Tensor]:
+                def compute() -> dict[str, Tensor]:
+                    return {f"{index:05d}": row for index, row in enumerate(write())}
+
+                found = tensors(store, f"{WRITTEN}{purpose}-{batch:05d}", compute)
+                return [found[name] for name in sorted(found)]
+
+            rows = write_text(
+                adapter.model,
+                tokenizer,
+                tokens=total,
+                context=prepared.context,
+                cached=WRITTEN_BATCHES * prepared.batch_tokens,
+                seed=f"{recipe.seed} {purpose}",
+                kept=kept,
+                advance=advance,
+            )
+        return GivenData(GENERATED, rows=tuple(rows))
+
+    purposes = ("calibration", "recovery")
+    found = [
+        tuple(source(one, purpose, math.ceil(tokens / len(sources))) for one in sources)
+        for sources, purpose, tokens in zip(texts, purposes, wanted, strict=True)
+    ]
+    return found[0], found[1]
+
+
+def check_texts(prepared: Prepared) -> None:
+    """Read the texts of a run that is not to be carried out, so that what cannot be used is refused.
+
+    Text that the model would write is not written.
+    """
+    if not prepared.recipe.writes_text:
+        read_texts(prepared, prepared.checkpoint.load_tokenizer())
 
 
 def read_texts(
@@ -149,11 +226,17 @@ def read_training_text(
     prepared: Prepared,
     tokenizer: Any,
     data: CalibrationData,
+    sources: Sequence[str | GivenData] | None = None,
     note: Callable[[str], None] = lambda line: None,
 ) -> TokenBlocks | None:
     """Return the blocks of the recipe's `recover_text`, without those that are held out; None if it has no such text.
 
     At most `recover_tokens` tokens are read, or as many as for the calibration, evenly from the sources.
+
+    Parameters
+    ----------
+    sources
+        Text to read instead of the recipe's.
 
     Raises
     ------
@@ -163,19 +246,20 @@ def read_training_text(
     recipe = prepared.recipe
     if not recipe.recover_text:
         return None
+    sources = recipe.recover_text if sources is None else sources
     vocabulary = prepared.family.vocab_size(prepared.checkpoint.config)
     held = {bytes(block.numpy()) for block in data.held_out.blocks}
     share = math.ceil((recipe.recover_tokens or recipe.tokens) / len(recipe.recover_text))
     blocks: list[Tensor] = []
-    for source in recipe.recover_text:
+    for source, name in zip(sources, recipe.recover_text, strict=True):
         found = first_blocks(
             source, tokenizer, prepared.context, tokens=share, seed=recipe.seed, note=note
         )
-        check_ids(found.blocks, vocabulary, source)
+        check_ids(found.blocks, vocabulary, name)
         unseen = [block for block in found.blocks if bytes(block.numpy()) not in held]
         if not unseen:
             raise InvalidInput(
-                f"recover_text {source!r} has no blocks that differ from the held-out ones: give other text"
+                f"recover_text {name!r} has no blocks that differ from the held-out ones: give other text"
             )
         blocks += unseen
     return TokenBlocks(tuple(blocks), prepared.context, recipe.recover_text)
