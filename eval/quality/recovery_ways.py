@@ -5,6 +5,7 @@
 
 A way is settings of :class:`fbn_prune.pruning.recovery.distillation.DistillationOptions`; each begins from the same cut
 checkpoint and passes once over the same blocks of the training text. `context=N` in a way sets the tokens of a block.
+Without a way, only the perplexities of the two checkpoints are printed.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def main(
     cut: Annotated[Path, typer.Option(help="Checkpoint that was cut from it.")],
     train: Annotated[list[Path], typer.Option(help="Text to train on; repeat for several.")],
     evaluate: protocol.Evaluate,
-    way: Annotated[list[str], typer.Option(help="KEY=VALUE,KEY=VALUE; repeat.")],
+    way: Annotated[list[str], typer.Option(help="KEY=VALUE,KEY=VALUE; repeat.")] = [],  # noqa: B006
     tokens: Annotated[int, typer.Option(help="Tokens to train on.")] = 60000,
     context: protocol.Context = 256,
     evaluation_blocks: protocol.EvaluationBlocks = 32,
@@ -69,10 +70,12 @@ def main(
     facts |= {"train": [one.name for one in train], "evaluate": [one.name for one in evaluate]}
     facts |= {"context": context, "dense": perplexity(target, held), "ways": {}}
     table = Table("way", "perplexity", "gap closed", "seconds")
+    facts["cut"] = before = perplexity(
+        ModelAdapter(Checkpoint.open(cut).load_model("cpu", computed)), held
+    )
     for one in way:
         source = Checkpoint.open(cut)
         model = ModelAdapter(source.load_model("cpu", computed))
-        before = facts.setdefault("cut", perplexity(model, held))
         options, length = options_of(one, model.hidden_size)
         length = length or context
         text = blocks(train, length, -(-tokens // (length * len(train))))

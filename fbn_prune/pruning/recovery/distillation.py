@@ -1,11 +1,14 @@
 """Train a cut model so that it predicts what the dense model predicts.
 
 What is trained are low-rank adapters or all weights of the decoder layers' linear maps
-(:mod:`fbn_prune.pruning.recovery.trained`), through accelerate. The loss is the
-Kullback-Leibler divergence of the cut model's next-token distribution from the dense model's (arXiv 1503.02531), so
-no labels are needed; the text's own loss can be added at a weight. A few blocks are set aside: the divergence on them
-is measured as the training goes, and the weights with which it was least are kept. The state between two steps can
-be stored; training resumed from it gives the same weights, unless a time limit sets its length.
+(:mod:`fbn_prune.pruning.recovery.trained`), through accelerate. The loss is the Kullback-Leibler divergence of the cut
+model's next-token distribution from the dense model's (arXiv 1503.02531), so no labels are needed; the text's own loss
+can be added at a weight.
+
+A few blocks are set aside: this loss on them is measured as the training goes, and the weights with which it was least
+are kept. A model that has become worse than it was before the training goes back to these weights, and on at a lower
+rate, so that no rate need be tuned. The state between two steps can be stored; training resumed from it gives the same
+weights, unless a time limit sets its length.
 """
 
 from __future__ import annotations
@@ -42,8 +45,12 @@ RATE_TIMES_WIDTH = 0.5
 """Learning rate of adapters times hidden size: 2e-3 at 256 channels, where it was measured, and 1.2e-4 at 4096, a
 common value there."""
 
-RELATIVE_RATE = 2e-3
-"""Learning rate of all weights, relative to the root mean square of each tensor."""
+RELATIVE_RATE = 1e-3
+"""Learning rate of all weights, relative to the root mean square of each tensor. Small models bear five times as
+much, a model of 135 M parameters half as much (`eval/quality/recovery_ways.py`)."""
+
+SETBACK, SLOWER = 1.01, 0.25
+"""If the loss set aside is more than this multiple of what it was at the start, the rate is lowered by this factor."""
 
 KEEPING_SHARE = 0.05
 """Share of the time to spend on storing states, so that large states are stored less often."""
@@ -171,7 +178,7 @@ def _set_aside(blocks: TokenBlocks) -> tuple[TokenBlocks, TokenBlocks | None]:
 
 @dataclass(frozen=True)
 class Distilled:
-    """Steps that were left out, with those after an end by NaN or Inf; and tokens with the divergence, as measured."""
+    """Steps that were left out, with those after an end by NaN or Inf; and tokens with the loss, as measured."""
 
     left_out: int
     curve: list[tuple[int, float]]
@@ -213,6 +220,7 @@ class _Training:
         self.done, self.left_out, self._in_a_row = 0, 0, 0
         self.tokens, self._seconds = 0, 0.0
         self._best: dict[str, Tensor] = {}
+        self._rate, self._since = 1.0, 0
         self.curve: list[tuple[int, float]] = []
 
     @property
@@ -234,23 +242,34 @@ class _Training:
         return max(share, self._seconds / (60 * self._options.minutes))
 
     def check(self) -> None:
-        """Measure the divergence on the blocks set aside if a check is due, and keep the best values."""
+        """Measure the loss on the blocks set aside if a check is due; keep the best values, or go back to them."""
         due = int(self._progress * CHECKS) >= len(self.curve)
         if self._aside is None or not (due or self.over):
             return
         start = time.perf_counter()
         with torch.no_grad():
             total = sum(
-                float(self._loss(b, 0.0)) for b in self._aside.batches(self._forward_tokens)
+                float(self._loss(b, self._options.text_loss))
+                for b in self._aside.batches(self._forward_tokens)
             )
         self._record(total / self._aside.tokens)
         self._seconds += time.perf_counter() - start
 
-    def _record(self, divergence: float) -> None:
+    def _record(self, loss: float) -> None:
         best = min((value for _, value in self.curve), default=math.inf)
-        self.curve.append((self.tokens, divergence))
-        if not self._best or divergence < best:
+        self.curve.append((self.tokens, loss))
+        if not self._best or loss < best:
             self._best = {name: p.detach().clone() for name, p in self._parameters.items()}
+        elif not loss <= SETBACK * self.curve[0][1] and not self.over:
+            self._put_best()
+            self._trained.apply()
+            self._optimizer.state.clear()
+            self._rate, self._since = self._rate * SLOWER, 0
+
+    def _put_best(self) -> None:
+        with torch.no_grad():
+            for name, values in self._best.items():
+                self._parameters[name].copy_(values)
 
     def steps(self) -> Iterator[TokenBlocks]:
         """Yield the blocks of each step, in an order that the seed and the number of the pass determine."""
@@ -274,7 +293,7 @@ class _Training:
         if math.isfinite(norm):
             self._optimizer.step()
             self._trained.apply()
-            self._in_a_row = 0
+            self._in_a_row, self._since = 0, self._since + 1
         else:
             self.left_out, self._in_a_row = self.left_out + 1, self._in_a_row + 1
         self._optimizer.zero_grad()
@@ -302,20 +321,19 @@ class _Training:
         """The learning rate of the next step as a share of the highest."""
         warm_up = max(1, round(WARM_UP * self.total))
         falling = 0.5 * (1 + math.cos(math.pi * min(self._progress, 1.0)))
-        return min((self.done + 1) / warm_up, falling)
+        return self._rate * min((self._since + 1) / warm_up, falling)
 
     def merge(self) -> None:
         """Give the model the best values, and restore which parameters require gradients."""
-        with torch.no_grad():
-            for name, values in self._best.items():
-                self._parameters[name].copy_(values)
+        self._put_best()
         self._trained.merge()
 
     def state(self) -> dict[str, Tensor]:
         """Numbers of steps, values and optimizer moments; the options determine everything else."""
-        numbers = [self.done, self.left_out, self._in_a_row, self.tokens]
+        numbers = [self.done, self.left_out, self._in_a_row, self.tokens, self._since]
         state = {"steps": torch.tensor(numbers), "curve": torch.tensor(self.curve).double()}
         state["seconds"] = torch.tensor(self._seconds, dtype=torch.float64)
+        state["rate"] = torch.tensor(self._rate, dtype=torch.float64)
         state |= {f"{name} best": values for name, values in self._best.items()}
         for name, parameter in self._parameters.items():
             moments = self._optimizer.state.get(parameter, {})  # none before the first step
@@ -328,15 +346,15 @@ class _Training:
 
     def go_on_from(self, state: dict[str, Tensor]) -> None:
         """Resume from a state of :meth:`state`."""
-        self.done, self.left_out, self._in_a_row, self.tokens = state["steps"].tolist()
-        self._seconds = float(state["seconds"])
+        self.done, self.left_out, self._in_a_row, self.tokens, self._since = state["steps"].tolist()
+        self._seconds, self._rate = float(state["seconds"]), float(state["rate"])
         self.curve = [(int(tokens), value) for tokens, value in state["curve"].tolist()]
         for name, parameter in self._parameters.items():
             parameter.data.copy_(state[name])
             if f"{name} best" in state:
                 self._best[name] = state[f"{name} best"].to(parameter.device)
             self._optimizer.state[parameter] = {
-                "step": torch.tensor(float(self.done - self.left_out)),
+                "step": torch.tensor(float(self._since)),
                 "exp_avg": state[f"{name} first"].to(parameter.device),
                 "exp_avg_sq": state[f"{name} second"].to(parameter.device),
             }

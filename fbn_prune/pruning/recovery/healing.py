@@ -25,7 +25,7 @@ from fbn_prune.pruning.recovery.layer_matching import match_layers
 from fbn_prune.store import Store
 
 BATCH_TOKENS = 2048
-"""Tokens of one training step."""
+"""Tokens of one step of matching. Distillation takes twice as many steps, as it has only one model to train."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def heal(
                 DistillationOptions.for_width(adapter.hidden_size, options.weights),
                 rank=options.rank,
                 passes=options.passes,
-                step_tokens=BATCH_TOKENS,
+                step_tokens=BATCH_TOKENS // 2,
                 seed=options.seed,
                 minutes=options.minutes,
                 text_loss=options.text_loss,
