@@ -179,6 +179,26 @@ def test_the_best_state_is_kept_not_the_last(monkeypatch: pytest.MonkeyPatch) ->
         torch.testing.assert_close(value, before[name])
 
 
+@pytest.mark.parametrize("weights", ["adapters", "all"])
+def test_a_rate_that_makes_the_model_worse_is_lowered_until_it_helps(
+    weights: Weights, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The training goes back to its start, and broken off between two setbacks it ends in the same weights."""
+    rate = 3.0 if weights == "adapters" else 30.0
+    far_too_high = DistillationOptions(weights, learning_rate=rate)
+    monkeypatch.setattr(DistillationOptions, "for_width", lambda *about: far_too_high)
+    monkeypatch.setattr(distillation, "KEEPING_SHARE", float("inf"))
+    monkeypatch.setattr(healing, "BATCH_TOKENS", 64)
+    options = replace(OPTIONS, steps=("distil",), passes=12)
+    dense, cut = pair()
+    with interrupted_at(_Training, "_put_best", 0) as set_back:
+        curve = heal(cut, dense, sample(), options, StageClock()).curve
+    losses = [loss for _, loss in curve]
+    assert losses[1] > losses[0] > min(losses[2:])
+    assert len(set_back) > 2  # the last one is the end's
+    assert_healed_alike([(_Training, "step", 8)], tmp_path, options)
+
+
 def test_it_trains_on_the_text_and_tokens_that_are_asked_for(
     tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
