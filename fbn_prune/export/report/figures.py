@@ -146,16 +146,16 @@ def search_figure(
     axes.plot([100 * each for each in shares], divergence, color=KEPT, label="predicted")
     axes.plot([100 * share] * len(measured), measured, "o", color=PALE, label="measured")
     axes.plot([100 * share], [chosen], "o", color=ALARM, markersize=6, label="chosen")
-    axes.set(xlabel="size, % of what can be cut", ylabel="divergence, nats", ylim=(0, None))
+    axes.set(xlabel="size, % of what can be cut", ylabel="loss set aside, nats", ylim=(0, None))
     axes.legend(loc="upper right")
     return _svg(figure, "search")
 
 
 def recovery_figure(curve: Sequence[tuple[int, float]]) -> str:
-    """Draw the divergence from the dense model, in nats a token, against the tokens that the recovery trained on."""
+    """Draw the loss on text set aside, in nats a token, against the tokens that the recovery trained on."""
     figure, axes = _figure(1.9)
-    tokens, divergence = zip(*curve, strict=True)
-    axes.plot([count / 1000 for count in tokens], divergence, "o-", color=KEPT)
+    tokens, losses = zip(*curve, strict=True)
+    axes.plot([count / 1000 for count in tokens], losses, "o-", color=KEPT)
     axes.set(xlabel="tokens, thousands", ylabel="divergence, nats", ylim=(0, None))
     axes.set_xlim(left=0)
     return _svg(figure, "recovery")

@@ -64,8 +64,8 @@ class Healed:
     warnings
         One line for each part that was left out because it computed NaN or Inf.
     curve
-        Of the distillation: tokens trained on, and the divergence from the dense model on text set aside, in nats a
-        token; from before the first step to the end.
+        Of the distillation: tokens trained on, and the loss on text set aside (divergence from the dense model and, at
+        its weight, the text's own loss), in nats a token; from before the first step to the end.
     """
 
     warnings: list[str]
