@@ -5,7 +5,8 @@
 
 A way is settings of :class:`fbn_prune.pruning.recovery.distillation.DistillationOptions`; each begins from the same cut
 checkpoint and passes once over the same blocks of the training text. `context=N` in a way sets the tokens of a block.
-Without a way, only the perplexities of the two checkpoints are printed.
+Without a way, only the perplexities of the two checkpoints are printed. `--save` also keeps states of the training,
+from which the same command goes on.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from fbn_prune.model.perplexity import perplexity
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.recovery.distillation import DistillationOptions, distil
 from fbn_prune.pruning.recovery.healing import healed_tensors, linear_maps
+from fbn_prune.store import Store
 
 
 def options_of(way: str, hidden_size: int) -> tuple[DistillationOptions, int | None]:
@@ -53,6 +55,7 @@ def main(
     evaluation_blocks: protocol.EvaluationBlocks = 32,
     dtype: Annotated[str, typer.Option(help="Type that the models compute in.")] = "float32",
     threads: Annotated[int, typer.Option(help="Of torch.")] = 1,
+    save: Annotated[Path | None, typer.Option(help="Folder for the trained checkpoints.")] = None,
     output: protocol.Output = None,
 ) -> None:
     torch.set_num_threads(threads)
@@ -80,8 +83,18 @@ def main(
         length = length or context
         text = blocks(train, length, -(-tokens // (length * len(train))))
         start = time.monotonic()
+        place = None if save is None else save / one
+        states = None if place is None else place.with_name(f"{one}.states")
+        if states is not None:
+            states.mkdir(parents=True, exist_ok=True)
         trained = distil(
-            model.model, target.model, list(linear_maps(model)), text, options, StageClock()
+            model.model,
+            target.model,
+            list(linear_maps(model)),
+            text,
+            options,
+            StageClock(),
+            store=Store(states),
         )
         seconds = time.monotonic() - start
         healed_tensors(model, source)
@@ -90,6 +103,9 @@ def main(
         facts["ways"][one] = {"perplexity": after, "gap_closed": closed, "seconds": seconds,
                               "curve": trained.curve, "left_out": trained.left_out}  # fmt: skip
         table.add_row(one, f"{after:.2f}", f"{closed:.0%}", f"{seconds:.0f}")
+        if place is not None:
+            model.model.to(teacher.storage_dtype).save_pretrained(place)
+            tokenizer.save_pretrained(place)
         print(f"{one}: {before:.2f} -> {after:.2f} in {seconds:.0f} s", flush=True)
         protocol.save_json(output, facts)
     Console(width=150).print(f"dense {facts['dense']:.2f}, cut {facts['cut']:.2f}")
