@@ -161,6 +161,8 @@ class PruningConfig(BaseModel):
     recover_steps: str = _more(QUALITY, "match,distil")
     """Steps of --recover, in order: match trains the MLPs of one layer after another to reproduce the dense layer's
     output, distil trains all layers to predict what the dense model predicts."""
+    recover_cuts: int = _more(QUALITY, 1, ge=1, le=16)
+    """Cut in as many steps and train after each, on its own part of the text: gentler than one cut."""
     recover_text: tuple[str, ...] = _more(QUALITY, ())
     """Text to train on, in the forms of --calibration. Repeat for several. Default: the calibration text."""
     recover_tokens: int | None = _more(QUALITY, ge=1)
@@ -605,6 +607,11 @@ def _check_layout(recipe: PruningConfig) -> None:
             refuse(key, "add recover = true to train the model")
     if recipe.recover_minutes is not None and "distil" not in steps:
         refuse("recover_minutes", "only the step distil has a time limit")
+    if recipe.recover_cuts > 1:
+        if not recipe.recover:
+            refuse("recover_cuts", "add recover = true to train the model after each cut")
+        if recipe.removes_heads or recipe.leaves_out_layers or recipe.head_sparsity is not None:
+            refuse("recover_cuts", "heads and layers go in one cut: remove neurons alone")
     if recipe.recover_weights == "all":
         if not recipe.recover or "distil" not in steps:
             refuse("recover_weights", "only the step distil of recover trains all weights")

@@ -227,6 +227,8 @@ def test_it_trains_on_the_text_and_tokens_that_are_asked_for(
         (["--recover-weights", "all"], "only the step distil"),
         (["--recover", "--recover-weights", "all", "--recover-rank", "4"], "only adapters"),
         (["--recover-rank", "4"], "add recover = true"),
+        (["--recover-cuts", "2"], "add recover = true"),
+        (["--recover", "--recover-cuts", "2", "--head-sparsity", "0.5"], "remove neurons alone"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(
@@ -469,6 +471,9 @@ def test_the_gap_closed_is_the_share_that_came_back() -> None:
         ("gpt2", []),
         ("phi3", ["--layout", "ragged", "--widths", "members"]),
         ("llama-mlp-bias", ["--criterion", "flap"]),
+        ("llama", ["--recover-cuts", "2", "--recover-weights", "all"]),
+        ("llama-mlp-bias", ["--recover-cuts", "3", "--criterion", "membership-bias"]),
+        ("qwen2", ["--recover-cuts", "2", "--layout", "ragged", "--widths", "search"]),
     ],
 )
 def test_what_is_written_is_what_was_healed_and_measured(

@@ -42,6 +42,7 @@ MODES: dict[str, dict[str, Any]] = {
     "task": {"task": "task.jsonl", "rank": "task"},
     "streamed": {},
     "recovered": {"recover": True, "max_shard_size": "6KB"},
+    "cut in steps": {"recover": True, "recover_cuts": 2, "recover_weights": "all"},
 }
 
 SHARDED = {"max_shard_size": "6KB"}

@@ -207,10 +207,10 @@ def token_passes(prepared: Prepared) -> tuple[float, float]:
     tried = not searched and (
         recipe.layout == "auto" or (recipe.layout == "ragged" and recipe.widths != "members")
     )
-    anew = not searched or recipe.fits_in_sequence or recipe.head_sparsity is not None
-    cutting = anew * (
-        3 if recipe.fits_in_sequence else 1
-    )  # a search may have cut the layers already
+    anew = int(not searched or recipe.fits_in_sequence or recipe.head_sparsity is not None)
+    if recipe.recover_cuts > 1:  # otherwise a search may have cut the layers already
+        anew = recipe.recover_cuts
+    cutting = anew * (3 if recipe.fits_in_sequence else 1)
     passed = recipe.tokens * (cutting + by_loss + tried + searched)
     passed += 2 * round(recipe.tokens * recipe.held_out)
     width = prepared.neurons / prepared.layers

@@ -30,6 +30,7 @@ from fbn_prune.pruning.search import Searched
 from fbn_prune.runs.choices import chosen_layout, kept_networks, layout_request, verdict
 from fbn_prune.runs.forget import Forgetting, choose_cut, plan_forgetting, without_like
 from fbn_prune.runs.kept import artifact, numbers
+from fbn_prune.runs.narrowing import cut_in_steps
 from fbn_prune.runs.opening import OpenRun
 from fbn_prune.runs.output import publish
 from fbn_prune.runs.perplexities import dense_perplexity, perplexity_on_task, pruned_perplexity
@@ -184,7 +185,7 @@ class PruneRun:
 
     def cut(self) -> None:
         subject = self.subject
-        if self.searched is not None:
+        if self.searched is not None and self.recipe.recover_cuts == 1:
             self.pruned = cut_as_tried(
                 self.adapter,
                 self.searched.finished(),
@@ -192,6 +193,9 @@ class PruneRun:
                 forward_seconds=self.searched.forward_seconds,
                 clock=self.clock,
             )
+            return
+        if self.recipe.recover_cuts > 1:
+            self.pruned = cut_in_steps(self.on, subject, self.cut_plan, self.store)
             return
         self.pruned = cut_layers(
             self.adapter,
@@ -240,7 +244,8 @@ class PruneRun:
         """Train the cut model; keep what has the lower perplexity."""
         if not self.recipe.recover:
             return
-        ended = recover_model(self.on, self.blocks, self.store)
+        last = self.recipe.recover_cuts - 1
+        ended = recover_model(self.on, self.blocks, self.store, last)
         recovered = None if ended.trained is None else self._pruned_perplexity("recovered")
         self.recovery = Recovery.measured(
             self.before, self.after, recovered, ended.passes, ended.tokens, ended.curve

@@ -193,8 +193,11 @@ class Recovered:
     tokens: int
 
 
-def recover_model(run: OpenRun, blocks: TokenBlocks, store: Store) -> Recovered:
-    """Train the cut model in place to match the dense one, on `blocks` unless the recipe names another text."""
+def recover_model(run: OpenRun, blocks: TokenBlocks, store: Store, part: int = 0) -> Recovered:
+    """Train the cut model in place to match the dense one, on `blocks` unless the recipe names another text.
+
+    Of a text that several trainings share, `part` says whose turn it is, from 0.
+    """
     from fbn_prune.pruning.recovery.healing import (  # peft is slow
         RecoveryOptions,
         heal,
@@ -211,6 +214,7 @@ def recover_model(run: OpenRun, blocks: TokenBlocks, store: Store) -> Recovered:
     if (tokens := recipe.recover_tokens) is not None:
         blocks = blocks.subset(tokens)
         passes = max(1, round(tokens / blocks.tokens))
+    blocks = blocks.chosen(range(part, len(blocks.blocks), recipe.recover_cuts))
     options = RecoveryOptions(
         passes=passes,
         rank=recipe.recover_rank_or_default,
