@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import time
-from typing import Annotated
+from typing import Annotated, cast, get_args
 
 import protocol
 import torch
@@ -21,6 +21,7 @@ from fbn_prune.model.perplexity import perplexity
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.allocation import budget_from_sparsity, uniform_widths
 from fbn_prune.pruning.cutting import CutPlan, cut_layers
+from fbn_prune.pruning.recovery import Weights
 from fbn_prune.pruning.recovery.healing import RecoveryOptions, heal, healed_tensors
 
 
@@ -35,6 +36,10 @@ def main(
     first: protocol.First = 400,
     passes: int = 2,
     rank: int = 32,
+    weights: Annotated[
+        str, typer.Option(help="adapters, or all weights of linear maps.")
+    ] = "adapters",
+    text_loss: Annotated[float, typer.Option(help="Weight of the text's own loss.")] = 0.0,
     threads: Annotated[int, typer.Option(help="Of torch.")] = 2,
     seed: int = 0,
     output: protocol.Output = None,
@@ -52,9 +57,13 @@ def main(
     cut_layers(cut, sample.batches, plan, cutting, clock=StageClock())
     facts = {"model": model.name, "kept": kept, "calibration_tokens": calibration.tokens}
     facts |= {"passes": passes, "rank": rank, "threads": threads}
+    facts |= {"weights": weights, "text_loss": text_loss}
     facts |= {"dense": perplexity(dense, held_out), "cut": perplexity(cut, held_out)}
     clock, wall, cpu = StageClock(), time.perf_counter(), time.process_time()
-    options = RecoveryOptions(passes, rank, seed)
+    if weights not in get_args(Weights):
+        raise typer.BadParameter(f"{weights!r} is none of {', '.join(get_args(Weights))}")
+    chosen = cast(Weights, weights)
+    options = RecoveryOptions(passes, rank, seed, text_loss=text_loss, weights=chosen)
     heal(cut, dense, calibration, options, clock)
     facts |= {
         "seconds": time.perf_counter() - wall,
