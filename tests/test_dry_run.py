@@ -60,6 +60,8 @@ def test_every_architecture_gets_a_range_of_time(
     [
         {"sequential": True},
         {"recover": True},
+        {"recover": True, "recover_cuts": 2},
+        {"calibration": "generated"},
         {"layout": "auto"},
         {"tokens": 5000},
         {"loss_aware": True},
@@ -73,6 +75,27 @@ def test_what_a_recipe_adds_is_passed_through_the_model(more: dict[str, Any]) ->
     )
     assert asked[0] > base[0]
     assert asked[1] >= base[1]
+
+
+def test_training_all_weights_has_room_for_what_the_optimizer_keeps_of_them() -> None:
+    """Gradients, two moments and the best values, in float32; the layers are most of the embedded model."""
+
+    def stages(**keys: Any) -> dict[str, int]:
+        recipe = build_recipe({"sparsity": 0.5, "recover": True, "dtype": "float32", **keys})
+        return prepare(recipe).memory.stages
+
+    most = stages(recover_weights="all")["recovery"] - stages(recover_rank=1)["recovery"]
+    parameters = prepare(build_recipe({"sparsity": 0.5})).checkpoint.total_parameters
+    assert 0.65 * 16 * parameters < most < 16 * parameters
+
+
+def test_text_that_the_model_writes_has_room_for_its_cache() -> None:
+    plans = [
+        prepare(build_recipe({"sparsity": 0.5, "calibration": source})).memory.stages
+        for source in ("builtin", "generated")
+    ]
+    assert "writing" in plans[1]
+    assert "writing" not in plans[0]
 
 
 def test_a_layer_that_cannot_be_held_leaves_the_time_out(
