@@ -42,11 +42,18 @@ from fbn_prune.networks.controls import (
     random_rotation,
     temporal_basis,
 )
-from fbn_prune.networks.lineage import linear_cka, shared_networks
+from fbn_prune.networks.lineage import linear_cka, shared_networks, span_overlap
 from fbn_prune.progress import StageClock
-from fbn_prune.runs.fingerprint import Fingerprint, fingerprint, passages_of
+from fbn_prune.runs.fingerprint import (
+    Fingerprint,
+    courses_beyond_words,
+    fingerprint,
+    passages_of,
+)
 
+SPAN = "span of the networks"
 CKA, COSINE = "linear CKA of activations", "cosine of weights"
+PLAIN = ", words left in"
 LEARNING_RATE = 2e-4
 
 
@@ -188,7 +195,6 @@ class Origin:
         )  # fmt: skip
         courses = of_words.courses[of_words.seen]
         bases = {
-            NETWORKS: torch.eye(networks).double(),
             COMPONENTS: principal_basis(courses),
             ROTATIONS: random_rotation(networks, random.Random(f"{origin} {name}").getrandbits(32)),
             TEMPORAL: temporal_basis(courses),
@@ -197,15 +203,17 @@ class Origin:
         return Subject(origin, name, of_words, bases, weights)
 
 
-def scores(a: Subject, b: Subject) -> dict[str, float]:
-    """Return each score of a pair."""
+def scores(a: Subject, b: Subject, passages: Passages) -> dict[str, float]:
+    """Return each score of a pair; those whose name ends in :data:`PLAIN` do not subtract what words explain."""
     both = a.found.seen & b.found.seen
-    found = {
-        name: shared_networks(
-            a.found.courses[both] @ a.bases[name], b.found.courses[both] @ b.bases[name]
-        ).score
-        for name in a.bases
-    }
+    left = courses_beyond_words(a.found, b.found, passages)
+    found: dict[str, float] = {}
+    for end, of_a, of_b in (("", *left), (PLAIN, a.found.courses[both], b.found.courses[both])):
+        found[NETWORKS + end] = shared_networks(of_a, of_b).score
+        found[SPAN + end] = span_overlap(of_a, of_b)
+        for name in a.bases:
+            turned = of_a @ a.bases[name], of_b @ b.bases[name]
+            found[name + end] = shared_networks(*turned).score
     found[CKA] = linear_cka(a.found.gram[both][:, both], b.found.gram[both][:, both])
     same = [n for n, w in a.weights.items() if n in b.weights and b.weights[n].shape == w.shape]
     cosines = [
@@ -217,14 +225,19 @@ def scores(a: Subject, b: Subject) -> dict[str, float]:
     return found
 
 
-def pairs_of(subjects: Sequence[Subject], most: int) -> list[dict[str, Any]]:
+def pairs_of(subjects: Sequence[Subject], passages: Passages, most: int) -> list[dict[str, Any]]:
     """Return the scores of each model and its copies, and of at most so many pairs of other origin."""
     first = [s for s in subjects if s.name == "itself"]
     related = [(a, b) for a in first for b in subjects if b.origin == a.origin and b is not a]
     others = [(a, b) for a in first for b in subjects if b.origin != a.origin]
     others = random.Random(0).sample(others, min(most, len(others)))
     return [
-        {"a": [a.origin, a.name], "b": [b.origin, b.name], "related": is_related, **scores(a, b)}
+        {
+            "a": [a.origin, a.name],
+            "b": [b.origin, b.name],
+            "related": is_related,
+            **scores(a, b, passages),
+        }
         for is_related, pairs in ((True, related), (False, others))
         for a, b in pairs
     ]
@@ -237,11 +250,15 @@ def split_scores(rows: Sequence[dict[str, Any]], kind: str) -> tuple[list[float]
 
 
 def main(
-    independent: Annotated[list[str], typer.Option(help="A model of another origin; repeat.")],
+    independent: Annotated[
+        list[str] | None, typer.Option(help="A model of another origin, with four copies; repeat.")
+    ] = None,
     model: Annotated[str, typer.Option(help="The model with the most copies.")] = "builtin",
+    few: Annotated[bool, typer.Option("--few", help="It has only four copies too.")] = False,
     alone: Annotated[list[str] | None, typer.Option(help="Others without copies; repeat.")] = None,
     set_on: Annotated[
-        list[str] | None, typer.Option(help="Models whose pairs set the threshold; repeat.")
+        list[str] | None,
+        typer.Option(help="Models, with all copies, whose pairs set the threshold; repeat."),
     ] = None,
     text: Annotated[list[str] | None, typer.Option(help="Text; repeat for several.")] = None,
     networks: int = 32,
@@ -271,22 +288,28 @@ def main(
             start = time.monotonic()
             found.append(on.subject(origin, "itself", on.model, passages, networks))
             facts.setdefault("seconds", {})[origin] = time.monotonic() - start
-            made = {} if path in (alone or ()) else on.copies(steps, few=path != model)
+            made = (
+                {}
+                if path in (alone or ())
+                else on.copies(steps, few=few or path not in (model, *(set_on or ())))
+            )
             for name, copied in made.items():
                 found.append(on.subject(origin, name, copied, passages, networks))
                 print(f"{origin}: {name}", flush=True)
         return found
 
-    kinds = [NETWORKS, COMPONENTS, ROTATIONS, TEMPORAL, CKA, COSINE]
+    bases = [NETWORKS, SPAN, COMPONENTS, ROTATIONS, TEMPORAL]
+    kinds = [*bases, *[name + PLAIN for name in bases], CKA, COSINE]
     if set_on:
-        setting = pairs_of(subjects(set_on), unrelated)
+        setting = pairs_of(subjects(set_on), passages, unrelated)
         facts["set on"] = setting
         facts["thresholds"] = {
             kind: (min(split_scores(setting, kind)[0]) + max(split_scores(setting, kind)[1])) / 2
             for kind in kinds
         }
         protocol.save_json(output, facts)
-    judged = pairs_of(subjects([model, *independent, *(alone or ())]), unrelated)
+    paths = [model, *(independent or ()), *(alone or ())]
+    judged = pairs_of(subjects(paths), passages, unrelated)
     facts["rows"] = judged
     count = sum(row["related"] for row in judged)
     table = Table(
@@ -307,7 +330,7 @@ def main(
             facts[kind]["threshold"] = line
     for name in facts[NETWORKS]:
         table.add_row(name.replace("_", " "), *[f"{facts[kind][name]:.3f}" for kind in kinds])
-    Console(width=150).print(table)
+    Console(width=220).print(table)
     protocol.save_json(output, facts)
 
 
