@@ -17,7 +17,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-THRESHOLD = 0.60
+THRESHOLD = 0.50
 """Overlap of the spaces that networks span from which on two models are taken to be related.
 
 Half-way between the least of a related pair and the highest of an unrelated one among four models and their copies,
