@@ -1,7 +1,7 @@
 """Print how well shared networks tell copies of a model from models of another origin, beside the controls.
 
-    python -m builtin_model.train --output IND --steps 150 --seed 11     (in eval/; repeat with other seeds)
-    python eval/quality/lineage_table.py --independent IND/model --independent ...
+    python -m builtin_model.train --output IND --steps 100 --seed 11     (in eval/; repeat with other seeds)
+    python eval/quality/lineage_table.py --set-on DIR --set-on ... --independent IND/model --independent ...
 
 Copies of each model are made here: pruned, fine-tuned, quantised, merged, and copies of the same function whose neurons
 are permuted or rescaled. A related pair is a model and one of its copies; an unrelated pair is a model and a model (or
@@ -249,6 +249,21 @@ def split_scores(rows: Sequence[dict[str, Any]], kind: str) -> tuple[list[float]
     return both[0], both[1]
 
 
+def separation(rows: Sequence[dict[str, Any]], kind: str) -> dict[str, float]:
+    """Return how well a score tells the related from the unrelated pairs."""
+    yes, no = split_scores(rows, kind)
+    truth = [True] * len(yes) + [False] * len(no)
+    return {
+        "related": len(yes),
+        "unrelated": len(no),
+        "auc": float(roc_auc_score(truth, yes + no)),
+        "least_related": min(yes),
+        "highest_unrelated": max(no),
+        "mean_related": statistics.fmean(yes),
+        "mean_unrelated": statistics.fmean(no),
+    }
+
+
 def main(
     independent: Annotated[
         list[str] | None, typer.Option(help="A model of another origin, with four copies; repeat.")
@@ -276,7 +291,7 @@ def main(
     if texts == ["builtin"]:
         texts = [str(path) for path in builtin.calibration_files().values()]
     passages = passages_of(texts)
-    facts: dict[str, Any] = {"networks": networks, "tokens": tokens, "steps": steps, "dtype": dtype}
+    facts: dict[str, Any] = {"found": networks, "tokens": tokens, "steps": steps, "dtype": dtype}
 
     def subjects(paths: Sequence[str]) -> list[Subject]:
         found: list[Subject] = []
@@ -302,11 +317,7 @@ def main(
     kinds = [*bases, *[name + PLAIN for name in bases], CKA, COSINE]
     if set_on:
         setting = pairs_of(subjects(set_on), passages, unrelated)
-        facts["set on"] = setting
-        facts["thresholds"] = {
-            kind: (min(split_scores(setting, kind)[0]) + max(split_scores(setting, kind)[1])) / 2
-            for kind in kinds
-        }
+        facts["set on"] = {kind: separation(setting, kind) for kind in kinds}
         protocol.save_json(output, facts)
     paths = [model, *(independent or ()), *(alone or ())]
     judged = pairs_of(subjects(paths), passages, unrelated)
@@ -319,13 +330,12 @@ def main(
     for row in judged:
         if row["related"] and row["a"][0] == main_origin:
             table.add_row(row["b"][1], *[f"{row[kind]:.3f}" for kind in kinds])
-    truth = [row["related"] for row in judged]
     for kind in kinds:
-        yes, no = split_scores(judged, kind)
-        facts[kind] = {"auc": float(roc_auc_score(truth, [row[kind] for row in judged])), "least_related": min(yes),
-                       "highest_unrelated": max(no), "mean_unrelated": statistics.fmean(no)}  # fmt: skip
+        facts[kind] = separation(judged, kind)
         if set_on:
-            line = facts["thresholds"][kind]
+            before = facts["set on"][kind]
+            line = (before["least_related"] + before["highest_unrelated"]) / 2
+            yes, no = split_scores(judged, kind)
             facts[kind]["wrong"] = sum(v < line for v in yes) + sum(v >= line for v in no)
             facts[kind]["threshold"] = line
     for name in facts[NETWORKS]:
