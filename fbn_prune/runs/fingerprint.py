@@ -123,7 +123,7 @@ def run_fingerprint(recipe: Recipe, other: str, clock: StageClock) -> Lineage:
             )
         )
         del study, on
-    return compare_fingerprints(*found, passages)
+    return compare_fingerprints(found[0], found[1], passages)
 
 
 def passages_of(sources: Iterable[str], words: int = WORDS) -> Passages:
