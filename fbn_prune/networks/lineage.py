@@ -22,7 +22,8 @@ THRESHOLD = 0.62
 
 Half-way between the highest of an unrelated pair, two real models trained on similar text, and the least of a copy in
 `eval/quality/lineage_table.py`, with 32 networks from 4096 tokens, but for a model of 260 k parameters rounded to 3
-bits. So it was set on the pairs themselves; what models set apart gave, 0.50, called the two real ones related."""
+bits. So it was set on the pairs themselves; what models set apart gave, 0.50, called those two
+related, and two small models trained alike."""
 
 FORM_WEIGHT = 10.0
 """How much the form and place of a word may explain, relative to which word it is: nearly all that they can."""
