@@ -13,7 +13,12 @@ from fbn_prune.api import fingerprint
 from fbn_prune.cli.main import _exit_code
 from fbn_prune.data.words import by_word, cut_passages, word_blocks
 from fbn_prune.errors import InvalidInput
-from fbn_prune.networks.lineage import linear_cka, shared_networks
+from fbn_prune.networks.lineage import (
+    beyond_words,
+    linear_cka,
+    shared_networks,
+    span_overlap,
+)
 from fbn_prune.recipe import build_recipe
 
 
@@ -44,8 +49,43 @@ def test_cka_is_one_for_a_rotation_and_small_for_noise() -> None:
     assert linear_cka(a @ a.T, b @ b.T) < 0.2
 
 
+def test_spaces_overlap_whatever_their_basis_and_not_by_chance() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(400, 8, generator=generator) for _ in range(2))
+    mixed = a @ torch.randn(8, 8, generator=generator)
+    assert span_overlap(a, mixed) == pytest.approx(1)
+    assert abs(span_overlap(a, b)) < 0.1
+    assert span_overlap(a, torch.cat([mixed[:, :4], b[:, :4]], 1)) == pytest.approx(0.5, abs=0.1)
+
+
+def test_models_that_only_respond_to_the_same_words_share_nothing_beyond_them() -> None:
+    generator = torch.Generator().manual_seed(0)
+    spellings = ["the", "Of", "cat,", "12", "(x", "longer-word", "=="]
+    which = torch.randint(0, len(spellings), (600,), generator=generator)
+    words = [(spellings[int(w)], i % 30) for i, w in enumerate(which)]
+    of_words = torch.randn(len(spellings), 5, generator=generator)[which] * 5
+    place = torch.tensor([place for _, place in words]).add(1).log()[:, None]
+    a, b = (of_words + place + torch.randn(600, 5, generator=generator) for _ in range(2))
+    assert shared_networks(a, b).score > 0.8
+    assert span_overlap(a, b) > 0.8
+    left_of_a, left_of_b = beyond_words(a, words), beyond_words(b, words)
+    assert abs(shared_networks(left_of_a, left_of_b).score) < 0.1
+    assert abs(span_overlap(left_of_a, left_of_b)) < 0.1
+    copy_of_a = a + 0.1 * torch.randn(600, 5, generator=generator)
+    assert span_overlap(left_of_a, beyond_words(copy_of_a, words)) > 0.9
+
+
+def test_of_a_word_that_is_there_n_times_one_part_in_n_and_one_of_its_mean_is_left() -> None:
+    words = [("same", 0)] * 9 + [("once", 0)]
+    courses = torch.tensor([[1.0]] * 9 + [[-9.0]])
+    left = beyond_words(courses, words)
+    assert left[:, 0].tolist() == pytest.approx([0.1] * 9 + [-4.5])
+
+
 def test_every_token_of_a_word_counts_for_it_and_white_space_for_none() -> None:
     passages = cut_passages(["one two  three " * 40], 60, 100)
+    assert len(passages.spelled()) == passages.words
+    assert passages.spelled()[:3] == [("one", 0), ("two", 1), ("three", 2)]
     assert 100 <= passages.words < 120
     assert all(len(text) <= 60 for text in passages.texts)
     tokenizer = make_tokenizer()
@@ -90,7 +130,7 @@ def test_a_copy_with_other_neurons_is_related_and_another_model_is_not(
     )
     found = fingerprint(recipe, str(tmp_path / "moved"))
     assert found.shared.score > 0.99
-    assert found.components > 0.99
+    assert found.span > 0.99
     assert found.related
     facts = found.to_json()
     assert len(facts["networks"]) == 6

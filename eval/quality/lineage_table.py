@@ -1,7 +1,7 @@
 """Print how well shared networks tell copies of a model from models of another origin, beside the controls.
 
-    python -m builtin_model.train --output IND --steps 150 --seed 11     (in eval/; repeat with other seeds)
-    python eval/quality/lineage_table.py --independent IND/model --independent ...
+    python -m builtin_model.train --output IND --steps 100 --seed 11     (in eval/; repeat with other seeds)
+    python eval/quality/lineage_table.py --set-on DIR --set-on ... --independent IND/model --independent ...
 
 Copies of each model are made here: pruned, fine-tuned, quantised, merged, and copies of the same function whose neurons
 are permuted or rescaled. A related pair is a model and one of its copies; an unrelated pair is a model and a model (or
@@ -42,11 +42,18 @@ from fbn_prune.networks.controls import (
     random_rotation,
     temporal_basis,
 )
-from fbn_prune.networks.lineage import linear_cka, shared_networks
+from fbn_prune.networks.lineage import linear_cka, shared_networks, span_overlap
 from fbn_prune.progress import StageClock
-from fbn_prune.runs.fingerprint import Fingerprint, fingerprint, passages_of
+from fbn_prune.runs.fingerprint import (
+    Fingerprint,
+    courses_beyond_words,
+    fingerprint,
+    passages_of,
+)
 
+SPAN = "span of the networks"
 CKA, COSINE = "linear CKA of activations", "cosine of weights"
+PLAIN = ", words left in"
 LEARNING_RATE = 2e-4
 
 
@@ -188,7 +195,6 @@ class Origin:
         )  # fmt: skip
         courses = of_words.courses[of_words.seen]
         bases = {
-            NETWORKS: torch.eye(networks).double(),
             COMPONENTS: principal_basis(courses),
             ROTATIONS: random_rotation(networks, random.Random(f"{origin} {name}").getrandbits(32)),
             TEMPORAL: temporal_basis(courses),
@@ -197,15 +203,17 @@ class Origin:
         return Subject(origin, name, of_words, bases, weights)
 
 
-def scores(a: Subject, b: Subject) -> dict[str, float]:
-    """Return each score of a pair."""
+def scores(a: Subject, b: Subject, passages: Passages) -> dict[str, float]:
+    """Return each score of a pair; those whose name ends in :data:`PLAIN` do not subtract what words explain."""
     both = a.found.seen & b.found.seen
-    found = {
-        name: shared_networks(
-            a.found.courses[both] @ a.bases[name], b.found.courses[both] @ b.bases[name]
-        ).score
-        for name in a.bases
-    }
+    left = courses_beyond_words(a.found, b.found, passages)
+    found: dict[str, float] = {}
+    for end, of_a, of_b in (("", *left), (PLAIN, a.found.courses[both], b.found.courses[both])):
+        found[NETWORKS + end] = shared_networks(of_a, of_b).score
+        found[SPAN + end] = span_overlap(of_a, of_b)
+        for name in a.bases:
+            turned = of_a @ a.bases[name], of_b @ b.bases[name]
+            found[name + end] = shared_networks(*turned).score
     found[CKA] = linear_cka(a.found.gram[both][:, both], b.found.gram[both][:, both])
     same = [n for n, w in a.weights.items() if n in b.weights and b.weights[n].shape == w.shape]
     cosines = [
@@ -217,14 +225,19 @@ def scores(a: Subject, b: Subject) -> dict[str, float]:
     return found
 
 
-def pairs_of(subjects: Sequence[Subject], most: int) -> list[dict[str, Any]]:
+def pairs_of(subjects: Sequence[Subject], passages: Passages, most: int) -> list[dict[str, Any]]:
     """Return the scores of each model and its copies, and of at most so many pairs of other origin."""
     first = [s for s in subjects if s.name == "itself"]
     related = [(a, b) for a in first for b in subjects if b.origin == a.origin and b is not a]
     others = [(a, b) for a in first for b in subjects if b.origin != a.origin]
     others = random.Random(0).sample(others, min(most, len(others)))
     return [
-        {"a": [a.origin, a.name], "b": [b.origin, b.name], "related": is_related, **scores(a, b)}
+        {
+            "a": [a.origin, a.name],
+            "b": [b.origin, b.name],
+            "related": is_related,
+            **scores(a, b, passages),
+        }
         for is_related, pairs in ((True, related), (False, others))
         for a, b in pairs
     ]
@@ -236,12 +249,31 @@ def split_scores(rows: Sequence[dict[str, Any]], kind: str) -> tuple[list[float]
     return both[0], both[1]
 
 
+def separation(rows: Sequence[dict[str, Any]], kind: str) -> dict[str, float]:
+    """Return how well a score tells the related from the unrelated pairs."""
+    yes, no = split_scores(rows, kind)
+    truth = [True] * len(yes) + [False] * len(no)
+    return {
+        "related": len(yes),
+        "unrelated": len(no),
+        "auc": float(roc_auc_score(truth, yes + no)),
+        "least_related": min(yes),
+        "highest_unrelated": max(no),
+        "mean_related": statistics.fmean(yes),
+        "mean_unrelated": statistics.fmean(no),
+    }
+
+
 def main(
-    independent: Annotated[list[str], typer.Option(help="A model of another origin; repeat.")],
+    independent: Annotated[
+        list[str] | None, typer.Option(help="A model of another origin, with four copies; repeat.")
+    ] = None,
     model: Annotated[str, typer.Option(help="The model with the most copies.")] = "builtin",
+    few: Annotated[bool, typer.Option("--few", help="It has only four copies too.")] = False,
     alone: Annotated[list[str] | None, typer.Option(help="Others without copies; repeat.")] = None,
     set_on: Annotated[
-        list[str] | None, typer.Option(help="Models whose pairs set the threshold; repeat.")
+        list[str] | None,
+        typer.Option(help="Models, with all copies, whose pairs set the threshold; repeat."),
     ] = None,
     text: Annotated[list[str] | None, typer.Option(help="Text; repeat for several.")] = None,
     networks: int = 32,
@@ -259,7 +291,7 @@ def main(
     if texts == ["builtin"]:
         texts = [str(path) for path in builtin.calibration_files().values()]
     passages = passages_of(texts)
-    facts: dict[str, Any] = {"networks": networks, "tokens": tokens, "steps": steps, "dtype": dtype}
+    facts: dict[str, Any] = {"found": networks, "tokens": tokens, "steps": steps, "dtype": dtype}
 
     def subjects(paths: Sequence[str]) -> list[Subject]:
         found: list[Subject] = []
@@ -271,22 +303,24 @@ def main(
             start = time.monotonic()
             found.append(on.subject(origin, "itself", on.model, passages, networks))
             facts.setdefault("seconds", {})[origin] = time.monotonic() - start
-            made = {} if path in (alone or ()) else on.copies(steps, few=path != model)
+            made = (
+                {}
+                if path in (alone or ())
+                else on.copies(steps, few=few or path not in (model, *(set_on or ())))
+            )
             for name, copied in made.items():
                 found.append(on.subject(origin, name, copied, passages, networks))
                 print(f"{origin}: {name}", flush=True)
         return found
 
-    kinds = [NETWORKS, COMPONENTS, ROTATIONS, TEMPORAL, CKA, COSINE]
+    bases = [NETWORKS, SPAN, COMPONENTS, ROTATIONS, TEMPORAL]
+    kinds = [*bases, *[name + PLAIN for name in bases], CKA, COSINE]
     if set_on:
-        setting = pairs_of(subjects(set_on), unrelated)
-        facts["set on"] = setting
-        facts["thresholds"] = {
-            kind: (min(split_scores(setting, kind)[0]) + max(split_scores(setting, kind)[1])) / 2
-            for kind in kinds
-        }
+        setting = pairs_of(subjects(set_on), passages, unrelated)
+        facts["set on"] = {kind: separation(setting, kind) for kind in kinds}
         protocol.save_json(output, facts)
-    judged = pairs_of(subjects([model, *independent, *(alone or ())]), unrelated)
+    paths = [model, *(independent or ()), *(alone or ())]
+    judged = pairs_of(subjects(paths), passages, unrelated)
     facts["rows"] = judged
     count = sum(row["related"] for row in judged)
     table = Table(
@@ -296,18 +330,17 @@ def main(
     for row in judged:
         if row["related"] and row["a"][0] == main_origin:
             table.add_row(row["b"][1], *[f"{row[kind]:.3f}" for kind in kinds])
-    truth = [row["related"] for row in judged]
     for kind in kinds:
-        yes, no = split_scores(judged, kind)
-        facts[kind] = {"auc": float(roc_auc_score(truth, [row[kind] for row in judged])), "least_related": min(yes),
-                       "highest_unrelated": max(no), "mean_unrelated": statistics.fmean(no)}  # fmt: skip
+        facts[kind] = separation(judged, kind)
         if set_on:
-            line = facts["thresholds"][kind]
+            before = facts["set on"][kind]
+            line = (before["least_related"] + before["highest_unrelated"]) / 2
+            yes, no = split_scores(judged, kind)
             facts[kind]["wrong"] = sum(v < line for v in yes) + sum(v >= line for v in no)
             facts[kind]["threshold"] = line
     for name in facts[NETWORKS]:
         table.add_row(name.replace("_", " "), *[f"{facts[kind][name]:.3f}" for kind in kinds])
-    Console(width=150).print(table)
+    Console(width=220).print(table)
     protocol.save_json(output, facts)
 
 

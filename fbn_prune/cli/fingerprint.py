@@ -49,7 +49,7 @@ def command(*, first: First, second: Second, json: Json = False, flags: dict[str
         return
     verdict = "related" if facts["related"] else "no sign of a common origin"
     console.print_line(
-        f"{verdict}: the components of their networks' activity overlap by {facts['components']:.3f} on "
+        f"{verdict}: the spaces that their networks span overlap by {facts['span']:.3f} on "
         f"{facts['words']} words (from {facts['threshold']:.2f} on: related; 0 is chance)"
     )
     console.print_line(

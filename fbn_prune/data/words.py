@@ -39,6 +39,14 @@ class Passages:
     starts: tuple[int, ...]
     words: int
 
+    def spelled(self) -> list[tuple[str, int]]:
+        """Return every word, with the number of words before it in its passage."""
+        return [
+            (match.group(), place)
+            for text in self.texts
+            for place, match in enumerate(_WORD.finditer(text))
+        ]
+
 
 @dataclass(frozen=True)
 class WordBlocks:

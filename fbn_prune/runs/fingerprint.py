@@ -14,9 +14,15 @@ from fbn_prune.data.words import Passages, by_word, cut_passages, word_blocks
 from fbn_prune.errors import InvalidInput
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.networks.activity import time_courses
-from fbn_prune.networks.controls import principal_basis
 from fbn_prune.networks.functional_networks import FunctionalNetworks
-from fbn_prune.networks.lineage import THRESHOLD, SharedNetworks, linear_cka, shared_networks
+from fbn_prune.networks.lineage import (
+    THRESHOLD,
+    SharedNetworks,
+    beyond_words,
+    linear_cka,
+    shared_networks,
+    span_overlap,
+)
 from fbn_prune.progress import StageClock
 from fbn_prune.recipe import Recipe
 from fbn_prune.runs.study import open_study, with_networks
@@ -54,9 +60,9 @@ class Lineage:
     Attributes
     ----------
     shared
-        The networks that they share.
-    components
-        The same score for the principal components of the networks' activity, which the verdict goes by.
+        The networks that they share, by what words do not explain of their time courses.
+    span
+        How much the spaces of these time courses overlap, which the verdict goes by.
     cka
         Linear CKA of their plain activations, for comparison.
     words
@@ -65,14 +71,14 @@ class Lineage:
 
     models: tuple[str, str]
     shared: SharedNetworks
-    components: float
+    span: float
     cka: float
     words: int
 
     @property
     def related(self) -> bool:
-        """Whether the components' score is at least the threshold."""
-        return self.components >= THRESHOLD
+        """Whether the spaces' overlap is at least the threshold."""
+        return self.span >= THRESHOLD
 
     def to_json(self) -> dict[str, Any]:
         """Return all figures as JSON values."""
@@ -80,7 +86,7 @@ class Lineage:
         return {
             "models": list(self.models),
             "score": shared.score,
-            "components": self.components,
+            "span": self.span,
             "threshold": THRESHOLD,
             "related": self.related,
             "chance": shared.chance,
@@ -117,7 +123,7 @@ def run_fingerprint(recipe: Recipe, other: str, clock: StageClock) -> Lineage:
             )
         )
         del study, on
-    return compare_fingerprints(*found)
+    return compare_fingerprints(found[0], found[1], passages)
 
 
 def passages_of(sources: Iterable[str], words: int = WORDS) -> Passages:
@@ -171,8 +177,8 @@ def fingerprint(
     return Fingerprint(name, courses, gram, seen)
 
 
-def compare_fingerprints(a: Fingerprint, b: Fingerprint) -> Lineage:
-    """Compare two models on the words that both were shown.
+def compare_fingerprints(a: Fingerprint, b: Fingerprint, passages: Passages) -> Lineage:
+    """Compare two models on the words of `passages` that both were shown.
 
     Raises
     ------
@@ -184,7 +190,21 @@ def compare_fingerprints(a: Fingerprint, b: Fingerprint) -> Lineage:
     if words < 64:
         raise InvalidInput(f"both models were shown only {words} words: give more text")
     cka = linear_cka(a.gram[both][:, both], b.gram[both][:, both])
-    shared = shared_networks(a.courses[both], b.courses[both])
-    turned = (one.courses[both] @ principal_basis(one.courses[one.seen]) for one in (a, b))
-    components = shared_networks(*turned).score
-    return Lineage((a.model, b.model), shared, components, cka, words)
+    left_of_a, left_of_b = courses_beyond_words(a, b, passages)
+    return Lineage(
+        (a.model, b.model),
+        shared_networks(left_of_a, left_of_b),
+        span_overlap(left_of_a, left_of_b),
+        cka,
+        words,
+    )
+
+
+def courses_beyond_words(
+    a: Fingerprint, b: Fingerprint, passages: Passages
+) -> tuple[Tensor, Tensor]:
+    """Return what words do not explain of both time courses, on the words that both were shown."""
+    both = a.seen & b.seen
+    words = [word for word, seen in zip(passages.spelled(), both.tolist(), strict=True) if seen]
+    left = beyond_words(torch.cat([a.courses[both], b.courses[both]], 1), words)
+    return left[:, : a.courses.shape[1]], left[:, a.courses.shape[1] :]
