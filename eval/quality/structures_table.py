@@ -63,14 +63,16 @@ def main(
     tokens: int = 32768,
     context: int | None = None,
     dtype: Annotated[str, typer.Option(help="Type that the model computes in.")] = "auto",
+    held_out: Annotated[float | None, typer.Option(help="Share of the text to measure on.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Rows to print; repeat.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON to keep the cells in.")] = None,
 ) -> None:
     """Fill the table cell by cell."""
     common = {"model": model, "calibration": calibrate, "tokens": tokens, "context": context}
-    common["dtype"] = dtype
+    common |= {"dtype": dtype} | ({} if held_out is None else {"held_out": held_out})
     facts: dict[str, Any] = {"model": Path(model).name, "tokens": tokens, "context": context}
     facts |= {} if dtype == "auto" else {"dtype": dtype}
+    facts |= {} if held_out is None else {"held_out": held_out}
     facts["calibration"] = [Path(text).name for text in calibrate]
     cells: dict[str, dict[str, Any]] = {}
     if output is not None and output.exists():

@@ -228,8 +228,10 @@ def second_order_cut(evidence: LayerEvidence, width: int) -> MlpCut:
     widths: in measurements, protecting the kept networks' hubs raised the perplexity.
     """
     signal = _signal(evidence)
-    scored = _scored(evidence, signal)
-    kept = second_order.choose_neurons(scored, signal.gram, width, damping=evidence.damping)
+    kept = torch.arange(evidence.weight.shape[1], device=evidence.weight.device)
+    if width < len(kept):
+        scored = _scored(evidence, signal)
+        kept = second_order.choose_neurons(scored, signal.gram, width, damping=evidence.damping)
     return MlpCut(kept.cpu(), *_refitted(evidence, signal, kept))
 
 
