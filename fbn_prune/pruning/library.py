@@ -128,12 +128,15 @@ class Library:
         return CutsOnRequest(cut, len(places))
 
 
-def library_bytes(request: LayoutRequest, hidden: int, itemsize: int) -> int:
-    """Return the bytes on disk that a library takes, with `hidden` output weights per neuron."""
-    sets = 2 if request.leaves_out else 1  # with those of layers below gaps
+def library_bytes(request: LayoutRequest, hidden: int, itemsize: int, tokens: int) -> int:
+    """Return the most bytes on disk that a library takes, with `hidden` output weights per neuron."""
+    more = 1 if request.leaves_out else 0  # cuts of layers below gaps
     if request.heads is not None:
-        sets += len(request.heads.groups) - 1
-    return sets * sum(sum(layer) for layer in grid(request)) * hidden * itemsize
+        more += len(request.heads.groups) - 1
+    cuts = sum(sum(layer) for layer in grid(request)) * hidden * itemsize
+    # What further cuts are made from: each layer's activations on a few tokens, and what its output lacks on them.
+    each_token = sum(request.full) * itemsize + len(request.full) * hidden * 4
+    return (1 + more) * cuts + more * min(tokens, GAP_TOKENS) * each_token
 
 
 def grid(request: LayoutRequest) -> list[list[int]]:
