@@ -29,7 +29,7 @@ from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.runs.vocabulary import VocabularyRule, _Chooser
 
 USED = "all that the files use"
-ASCII = "and all ASCII tokens"
+ASCII = "the same and all ASCII ones"
 
 
 def main(
