@@ -29,10 +29,11 @@ from fbn_prune.pruning.criteria import cuts_to_widths
 from fbn_prune.pruning.evidence import CutOptions, EvidencePass
 from fbn_prune.pruning.gaps import gap_cuts, whole_cuts
 from fbn_prune.pruning.layout import LayoutRequest
-from fbn_prune.pruning.library import grid
+from fbn_prune.pruning.library import grid, one_library
 from fbn_prune.pruning.prediction import relative_error, rough_errors
 from fbn_prune.pruning.solver import cheapest
 from fbn_prune.recipe import Recipe
+from fbn_prune.runs.choices import layout_request
 from fbn_prune.runs.main_job import run_prune
 from fbn_prune.runs.opening import open_run, store_of
 from fbn_prune.runs.prune import PruneRun
@@ -298,3 +299,32 @@ def test_fewer_layers_are_predicted_by_their_costs() -> None:
         [24, 0, 24, 0],
     ]
     assert [model.cost for model in models] == [20.0, 9.5, 1.5]
+
+
+@pytest.mark.parametrize("structures", ["neurons", "neurons,heads,layers"])
+def test_searches_of_other_budgets_share_a_library(
+    structures: str, tiny: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [
+        recipe(
+            tiny,
+            text,
+            layout="ragged",
+            widths="search",
+            structures=structures,
+            target_params=size,
+            keep_networks=None,
+        )
+        for size in (13_000, 12_000)
+    ]
+    alone = [search_once(job, StageClock()).widths for job in jobs]
+    stages = []
+    with one_library([layout_request(prepare(job), None, []) for job in jobs]):
+        for job, expected in zip(jobs, alone, strict=True):
+            clock = StageClock()
+            found = search_once(job, clock).widths
+            assert (found.widths, found.head_groups) == (expected.widths, expected.head_groups)
+            assert found.trials == pytest.approx(expected.trials, rel=1e-3)
+            stages.append({"library", "heads", "gaps"} & clock.seconds.keys())
+    assert "library" in stages[0]
+    assert not stages[1]

@@ -13,6 +13,7 @@ from fbn_prune.pruning.damping import centred, ridge
 from fbn_prune.pruning.second_order import (
     choose_neurons,
     loss_root,
+    nested_refits,
     output_error,
     refit,
     removal_costs,
@@ -51,6 +52,18 @@ def test_keeping_everything_changes_nothing() -> None:
     kept = choose_neurons(weight, gram, 12, damping=1e-2)
     assert kept.tolist() == list(range(12))
     assert torch.allclose(refit(weight, gram, kept, damping=1e-3), weight, atol=1e-14, rtol=0)
+
+
+def test_refits_to_several_widths_at_once_are_those_of_each_width() -> None:
+    weight, _, gram = problem(2)
+    best = removal_order(weight, gram, damping=1e-2).flip(0)
+    widths = {12, 3, 9, 4}
+    found = list(nested_refits(weight, gram, best, widths, damping=1e-2))
+    assert [len(kept) for kept, _ in found] == [12, 9, 4, 3]
+    for kept, new in found:
+        assert torch.equal(kept, best[: len(kept)].sort().values)
+        expected = refit(weight, gram, kept, damping=1e-2)
+        torch.testing.assert_close(new, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_neurons_with_zero_output_weights_go_first_and_leave_the_others_alone() -> None:

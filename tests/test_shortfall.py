@@ -56,6 +56,33 @@ def test_without_noise_the_refit_reaches_the_wanted_output() -> None:
     torch.testing.assert_close(x @ new.T, x @ weight.T + parts[0], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kept", [NEURONS, 6])
+def test_the_shares_do_not_depend_on_how_they_are_solved_for(kept: int) -> None:
+    """Few set-aside tokens are solved for themselves, many by the outputs: repeated, few are many."""
+    weight, x, parts = lacking(noise=5.0)
+    few = shortfall_of(x, parts, 8)
+    assert few.aside is not None
+    times = 4  # 32 tokens, for 3 times 4 outputs
+    many = SetAside(
+        few.aside.x.repeat(times, 1),
+        few.aside.parts.repeat(1, times, 1),
+        few.aside.weights.repeat(times) / times,
+    )
+    found = [
+        best_shares(
+            weight,
+            x.T @ x / len(x),
+            Shortfall(few.cross, few.mean, aside),
+            torch.arange(kept),
+            mean=None,
+            tokens=len(x),
+            damping=1e-3,
+        )
+        for aside in (few.aside, many)
+    ]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
 @given(st.integers(0, 10**6), st.floats(0.1, 50))
 @settings(max_examples=25, deadline=None)
 def test_the_shares_are_the_best_in_their_bounds(seed: int, noise: float) -> None:

@@ -7,7 +7,8 @@ Every cell is one run of `fbn-prune` with `--target-params` at that share of the
 otherwise as they are; the perplexity is that on the held-out share of the text, of the checkpoint as it would be
 written. Beside it are the seconds of the run as a multiple of the first row's, and for a search the divergence from the
 dense model that it predicted and measured. `--sparsity 0.3,0.5` compares the rows that change nothing but neurons at
-that share of neurons removed. A table in `--output` goes on where it was interrupted.
+that share of neurons removed. A table in `--output` goes on where it was interrupted. Searches share their library of
+cuts, so the first of them takes longest; a row by itself (`--only`) tells what a run takes.
 """
 
 from __future__ import annotations
@@ -25,7 +26,11 @@ from rich.table import Table
 
 from fbn_prune import prune_checkpoint
 from fbn_prune.errors import FbnPruneError
+from fbn_prune.pruning.layout import LayoutRequest
+from fbn_prune.pruning.library import one_library
 from fbn_prune.recipe import Recipe
+from fbn_prune.runs.choices import layout_request
+from fbn_prune.runs.setup import prepare
 
 OPTIPFAIR = "layers, by optipfair"
 SEARCHED = {"layout": "ragged", "widths": "search"}
@@ -58,14 +63,16 @@ def main(
     tokens: int = 32768,
     context: int | None = None,
     dtype: Annotated[str, typer.Option(help="Type that the model computes in.")] = "auto",
+    held_out: Annotated[float | None, typer.Option(help="Share of the text to measure on.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Rows to print; repeat.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON to keep the cells in.")] = None,
 ) -> None:
     """Fill the table cell by cell."""
     common = {"model": model, "calibration": calibrate, "tokens": tokens, "context": context}
-    common["dtype"] = dtype
+    common |= {"dtype": dtype} | ({} if held_out is None else {"held_out": held_out})
     facts: dict[str, Any] = {"model": Path(model).name, "tokens": tokens, "context": context}
     facts |= {} if dtype == "auto" else {"dtype": dtype}
+    facts |= {} if held_out is None else {"held_out": held_out}
     facts["calibration"] = [Path(text).name for text in calibrate]
     cells: dict[str, dict[str, Any]] = {}
     if output is not None and output.exists():
@@ -75,17 +82,25 @@ def main(
         cells = found["cells"]
     budgets = [("params", float(share)) for share in params.split(",") if share]
     budgets += [("sparsity", float(share)) for share in sparsity.split(",") if share]
+    todo: list[tuple[str, str, str, float]] = []
     for kind, share in budgets:
         for name in ROWS if kind == "params" else NEURONS_ALONE:
             key = f"{kind} {share:g} / {name}"
-            if key in cells or (only and name not in only):
-                continue
+            if key not in cells and not (only and name not in only):
+                todo.append((key, name, kind, share))
+    searched = [
+        budgeted({**common, **ROWS[name]}, kind, share)
+        for _, name, kind, share in todo
+        if name != OPTIPFAIR and searches(ROWS[name])
+    ]
+    with one_library([*filter(None, map(request_of, searched))]):
+        for key, name, kind, share in todo:
             if name == OPTIPFAIR:
                 if importlib.util.find_spec("optipfair") is None:
                     continue
                 cells[key] = optipfair_depth.cell(common, int(share * parameters(model)))
             else:
-                cells[key] = measured({**common, **ROWS[name]}, kind, share)
+                cells[key] = measured(budgeted({**common, **ROWS[name]}, kind, share))
             if output is not None:
                 content = json.dumps({**facts, "cells": cells}, indent=1) + "\n"
                 output.write_text(content, encoding="utf-8")
@@ -93,18 +108,34 @@ def main(
         show(f"{kind} {share:g}", cells)
 
 
-def measured(settings: dict[str, Any], kind: str, share: float) -> dict[str, Any]:
+def budgeted(settings: dict[str, Any], kind: str, share: float) -> dict[str, Any]:
+    """Return the settings of a recipe for one cell."""
+    budget: dict[str, Any] = {"sparsity": share}
+    if kind == "params":
+        budget = {"target_params": str(int(share * parameters(settings["model"])))}
+    if settings.get("head_sparsity") == "least":
+        settings = {**settings, "head_sparsity": one_group(settings["model"])}
+    return {**settings, **budget, "allow_untrained": True}
+
+
+def searches(settings: dict[str, Any]) -> bool:
+    """Whether the settings of a row have sizes chosen by what they cost."""
+    return settings.get("widths") == "search" or "structures" in settings
+
+
+def request_of(settings: dict[str, Any]) -> LayoutRequest | None:
+    """Return what a searched cell asks for; None if it is refused."""
+    try:
+        return layout_request(prepare(Recipe(**settings)), None, [])
+    except FbnPruneError:
+        return None
+
+
+def measured(settings: dict[str, Any]) -> dict[str, Any]:
     """Run one cell; a run that is refused gives its reason."""
     try:
-        if kind == "sparsity":
-            budget: dict[str, Any] = {"sparsity": share}
-        else:
-            budget = {"target_params": str(int(share * parameters(settings["model"])))}
-        if settings.get("head_sparsity") == "least":
-            settings = {**settings, "head_sparsity": one_group(settings["model"])}
         with tempfile.TemporaryDirectory() as place:
-            recipe = Recipe(**settings, **budget, output=Path(place) / "out", allow_untrained=True)
-            result = prune_checkpoint(recipe=recipe)
+            result = prune_checkpoint(recipe=Recipe(**settings, output=Path(place) / "out"))
     except FbnPruneError as error:
         return {"refused": str(error)}
     seconds = sum(result.stages.values())

@@ -228,8 +228,10 @@ def second_order_cut(evidence: LayerEvidence, width: int) -> MlpCut:
     widths: in measurements, protecting the kept networks' hubs raised the perplexity.
     """
     signal = _signal(evidence)
-    scored = _scored(evidence, signal)
-    kept = second_order.choose_neurons(scored, signal.gram, width, damping=evidence.damping)
+    kept = torch.arange(evidence.weight.shape[1], device=evidence.weight.device)
+    if width < len(kept):
+        scored = _scored(evidence, signal)
+        kept = second_order.choose_neurons(scored, signal.gram, width, damping=evidence.damping)
     return MlpCut(kept.cpu(), *_refitted(evidence, signal, kept))
 
 
@@ -328,7 +330,12 @@ def _refitted(
     evidence: OutputEvidence, signal: _Signal, kept: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """New output weights on the kept inputs, and the new bias if the projection has one; on the CPU."""
-    weight, missing = _fitted(evidence, signal, kept)
+    return _with_bias(evidence, kept, *_fitted(evidence, signal, kept))
+
+
+def _with_bias(
+    evidence: OutputEvidence, kept: Tensor, weight: Tensor, missing: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     bias = None
     if evidence.bias is not None:
         bias = evidence.bias + evidence.weight @ evidence.mean - weight @ evidence.mean[kept]
@@ -345,10 +352,15 @@ def cuts_to_widths(
     signal = _signal(evidence)
     scored = _scored(evidence, signal)
     order = second_order.removal_order(scored, signal.gram, damping=evidence.damping)
-    kept = {width: order[len(order) - width :].sort().values for width in widths}
+    if signal.shortfall is not None:
+        kept = [order[len(order) - width :].sort().values for width in widths]
+        return {len(one): MlpCut(one.cpu(), *_refitted(evidence, signal, one)) for one in kept}
+    damping = refit_share(evidence.refit_damping, evidence.tokens, len(order))
+    found = second_order.nested_refits(
+        evidence.weight, signal.gram, order.flip(0), widths, damping=damping
+    )
     return {
-        width: MlpCut(stays.cpu(), *_refitted(evidence, signal, stays))
-        for width, stays in kept.items()
+        len(one): MlpCut(one.cpu(), *_with_bias(evidence, one, weight)) for one, weight in found
     }
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -15,8 +16,8 @@ from fbn_prune.data.calibration import Batch
 from fbn_prune.errors import FbnPruneError
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.depth import leave_out
-from fbn_prune.model.streaming import SpilledCuts, spilled_cuts
-from fbn_prune.model.surgery import MlpCut, rounded_cut
+from fbn_prune.model.streaming import spilled_cuts
+from fbn_prune.model.surgery import CutsOnRequest, MlpCut, rounded_cut
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.criteria import LayerEvidence
 from fbn_prune.pruning.evidence import CutOptions, EvidencePass
@@ -199,11 +200,26 @@ class TriedCuts(Generic[Name]):
         See :class:`CutModel`.
     """
 
-    cuts: Mapping[Name, SpilledCuts[MlpCut]]
+    cuts: Mapping[Name, Sequence[MlpCut]]
     notes: list[str]
     errors: Mapping[Name, list[RoughError]]
     forward_seconds: float
     _heard: Mapping[Name, list[tuple[str, ...]]]
+
+    def picked(self, place: Callable[[int, int], Name], names: Sequence[int]) -> TriedCuts[int]:
+        """Return cuts by other names: of each layer, those of the plan that `place` returns for a name and a layer."""
+        layers = range(len(next(iter(self._heard.values()))))
+
+        def cut(name: int, layer: int) -> MlpCut:
+            return self.cuts[place(name, layer)][layer]
+
+        return TriedCuts(
+            {name: CutsOnRequest(partial(cut, name), len(layers)) for name in names},
+            self.notes,
+            {name: [self.errors[place(name, at)][at] for at in layers] for name in names},
+            self.forward_seconds,
+            {name: [self._heard[place(name, at)][at] for at in layers] for name in names},
+        )
 
     def finished(self, names: Sequence[Name]) -> Iterator[FinishedLayer]:
         """Yield each layer as the plan with that name cut it; the errors must have been asked for."""

@@ -48,7 +48,10 @@ class DampingWarning(UserWarning):
 
 def outliers(gram: Tensor) -> Tensor:
     """Return a mask, bool [neurons], of the neurons with massive activations; empty if they are not few."""
-    energy = gram.diagonal()
+    return _outliers(gram.diagonal())
+
+
+def _outliers(energy: Tensor) -> Tensor:
     live = energy[energy > 0]
     if len(live) == 0:
         return torch.zeros_like(energy, dtype=torch.bool)
@@ -59,7 +62,12 @@ def outliers(gram: Tensor) -> Tensor:
 
 def ridge(gram: Tensor, share: float) -> float:
     """Return `share` times the mean energy of the neurons that are not outliers; 1 if none of these is active."""
-    scale = float(gram.diagonal()[~outliers(gram)].mean())
+    return ridge_of(gram.diagonal(), share)
+
+
+def ridge_of(energy: Tensor, share: float) -> float:
+    """Return the same for the neurons' energies, the diagonal of H."""
+    scale = float(energy[~_outliers(energy)].mean())
     return share * scale if scale > 0 else 1.0
 
 
@@ -86,7 +94,8 @@ def factored(gram: Tensor, added: float) -> Tensor:
     FbnPruneError
         H contains NaN or Inf, or is so far from positive semidefinite that no damping helps.
     """
-    if not bool(torch.isfinite(gram).all()):
+    # A sum is finite only if all its terms are; to look at each term takes longer than a small layer's factor.
+    if not bool(torch.isfinite(gram.sum())):
         raise FbnPruneError(
             "the statistics of the activations overflow: compute in --dtype float32"
         )

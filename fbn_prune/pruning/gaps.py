@@ -8,7 +8,8 @@ leaving out a layer would seem far more expensive than it is once the model is r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,11 +21,9 @@ from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.layerwise import LayerwiseForward
 from fbn_prune.model.spill import Spilled
 from fbn_prune.model.streaming import SpilledCuts, spilled_cuts
-from fbn_prune.model.surgery import MlpCut, rounded_cut
+from fbn_prune.model.surgery import CutsOnRequest, MlpCut, rounded_cut
 from fbn_prune.progress import Advance
-from fbn_prune.pruning.damping import factored, refit_share, ridge
-from fbn_prune.pruning.fitting import DampingNotes
-from fbn_prune.pruning.statistics import CrossStatistics, GramStatistics
+from fbn_prune.pruning.making_up import Lacking, on_request
 
 
 def gap_cuts(
@@ -36,7 +35,7 @@ def gap_cuts(
     round_to: torch.dtype,
     scratch: Path,
     advance: Advance,
-) -> list[SpilledCuts[MlpCut]]:
+) -> list[CutsOnRequest]:
     """Return cuts like these, of layers whose next layer is left out.
 
     Parameters
@@ -54,36 +53,38 @@ def gap_cuts(
     """
     own = distributed.share(batches)
     forward = LayerwiseForward(adapter, own)
-    found = [spilled_cuts(scratch) for _ in cuts]
+    kept = Spilled(scratch)
+    lacking: list[Lacking] = []
     below: _Below | None = None
     for layer in range(adapter.num_layers):
         spilled = adapter.spill()
         here = _Below(shared_scale(forward.output_scale()), [] if spilled is None else spilled)
-        lacking = None
-        if below is not None:
-            width, device = cuts[-1][layer - 1].width, adapter.layer_device(layer - 1)
-            lacking = Lacking(adapter.hidden_size, width, device)
+        missed = None if below is None else Lacking(kept, layer - 1, damping, below.scale)
         for index, batch in enumerate(own):
             entered = forward.hidden[index]
             output = forward.run(index, lambda _, x, here=here: here.activations.append(x))  # type: ignore[misc]
-            if below is not None and lacking is not None:
+            if below is not None and missed is not None:
                 valid = batch.valid.to(output.device)
-                lacking.update(
+                missed.update(
                     output[valid] - entered.to(output.device)[valid], below.activations[index]
                 )
             forward.hidden[index] = output
             advance(batch.tokens)
         forward.next_layer += 1
-        if below is not None and lacking is not None:
-            base = [each[layer - 1] for each in cuts]
-            with DampingNotes().heard(layer):  # the final fit reports its own
-                made = lacking.made_up(base, below.scale, damping)
-            for level, cut in enumerate(made):
-                found[level].append(rounded_cut(cut, round_to))
+        if missed is not None:
+            missed.add_up(cuts[-1][layer - 1].width, adapter.layer_device(layer - 1))
+            lacking.append(missed)
         below = here
-    for level, each in enumerate(cuts):
-        found[level].append(each[adapter.num_layers - 1])
-    return found
+
+    def cut(level: int, layer: int) -> MlpCut:
+        base = cuts[level][layer]
+        if layer == len(lacking):  # no layer is above it
+            return base
+        return rounded_cut(lacking[layer].made_up(base), round_to)
+
+    return [
+        on_request(partial(cut, level), adapter.num_layers, scratch) for level in range(len(cuts))
+    ]
 
 
 @dataclass(frozen=True)
@@ -92,68 +93,6 @@ class _Below:
 
     scale: float | None
     activations: list[Tensor] | Spilled
-
-
-class Lacking:
-    """Statistics of a layer's activations x [tokens, neurons] and of what an output lacks [tokens, d]."""
-
-    def __init__(self, hidden: int, neurons: int, device: torch.device) -> None:
-        self._gram = GramStatistics(neurons, device)
-        self._cross = CrossStatistics(hidden, neurons, device)
-
-    def update(self, lacking: Tensor, x: Tensor) -> None:
-        """Add a batch's tokens."""
-        self._gram.update(x)
-        self._cross.update(lacking.to(x.device), x)
-
-    def made_up(
-        self,
-        cuts: Sequence[MlpCut],
-        scale: float | None,
-        damping: float,
-        whole: Tensor | None = None,
-    ) -> list[MlpCut]:
-        """Return the cuts with what is lacking, divided by `scale`, fitted to their neurons; None changes nothing.
-
-        With `whole`, the output weights [d, neurons] of the uncut layer, they also make up for the neurons that they
-        lack, on these activations.
-        """
-        self._gram.add_up()
-        self._cross.add_up()
-        if scale is None:
-            return list(cuts)
-        gram, cross = self._gram.gram, self._cross.cross / scale
-        if whole is not None:
-            cross = cross + whole.to(gram) @ gram
-        share = refit_share(damping, self._gram.count, len(gram))
-        added = ridge(gram, share)
-        order = _nested(cuts)
-        # Of nested cuts, one Cholesky factor holds those of all in its upper left corner.
-        factor = None if order is None else factored(gram[order][:, order], added)
-        found: list[MlpCut] = []
-        for cut in cuts:
-            if order is None or factor is None:
-                inner = cut.kept.to(gram.device)
-                own = factored(gram[inner][:, inner], added)
-            else:
-                inner, own = order[: cut.width].to(gram.device), factor[: cut.width, : cut.width]
-            back, down = inner.argsort(), cut.down_weight.to(gram)
-            target = cross[:, inner]
-            if whole is not None:  # only what the cut does not do already
-                target = target - down[:, back.argsort()] @ gram[inner][:, inner]
-            fitted = torch.cholesky_solve(target.T, own).T
-            found.append(replace(cut, down_weight=down + fitted[:, back]))
-        return found
-
-
-def _nested(cuts: Sequence[MlpCut]) -> Tensor | None:
-    """The neurons, those of narrower cuts first; None if a cut has neurons that the next one lacks."""
-    order = cuts[0].kept
-    for cut in cuts[1:]:
-        order = torch.cat([order, cut.kept[~torch.isin(cut.kept, order)]])
-        if len(order) != cut.width:
-            return None
-    return order
 
 
 def shared_scale(scale: float | None) -> float | None:

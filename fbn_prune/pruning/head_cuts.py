@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,14 +20,16 @@ from fbn_prune.data.calibration import Batch
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.heads import HeadCut
 from fbn_prune.model.layerwise import LayerwiseForward
-from fbn_prune.model.streaming import SpilledCuts, spilled_cuts
-from fbn_prune.model.surgery import MlpCut, rounded_cut
+from fbn_prune.model.spill import Spilled
+from fbn_prune.model.streaming import spilled_cuts
+from fbn_prune.model.surgery import CutsOnRequest, MlpCut, rounded_cut
 from fbn_prune.progress import Advance
 from fbn_prune.pruning.criteria import HeadEvidence, no_heads
 from fbn_prune.pruning.evidence import CutOptions, head_evidence
 from fbn_prune.pruning.fitting import DampingNotes, fitting_head_cut
-from fbn_prune.pruning.gaps import Lacking, shared_scale
+from fbn_prune.pruning.gaps import shared_scale
 from fbn_prune.pruning.layout import HeadLevels
+from fbn_prune.pruning.making_up import Lacking, on_request
 from fbn_prune.pruning.output_sums import OutputSums
 
 
@@ -39,7 +42,7 @@ def cuts_with_fewer_heads(
     *,
     scratch: Path,
     advance: Advance,
-) -> list[list[SpilledCuts[MlpCut]]]:
+) -> list[list[CutsOnRequest]]:
     """Return cuts like these for each number of head groups but the last.
 
     The first layer keeps all heads where it must have some.
@@ -55,7 +58,9 @@ def cuts_with_fewer_heads(
     """
     own = distributed.share(batches)
     forward = LayerwiseForward(adapter, own)
-    found = [[spilled_cuts(scratch) for _ in cuts] for _ in heads.groups[:-1]]
+    kept = Spilled(scratch)
+    head_cuts = [spilled_cuts(scratch) for _ in heads.groups[:-1]]
+    lacks: list[list[Lacking | None]] = [[] for _ in heads.groups[:-1]]
     for layer in range(adapter.num_layers):
         scale = shared_scale(forward.output_scale())
         adapter.load_layer(layer)
@@ -70,24 +75,39 @@ def cuts_with_fewer_heads(
         adapter.load_layer(layer)
         evidence = head_evidence(adapter, layer, sums, options)
         whole = adapter.down_weight(layer).clone()
-        base = [each[layer] for each in cuts]
         for level, groups in enumerate(heads.groups[:-1]):
             if layer == 0 and not heads.first_layer(level):
-                made = base
-            else:
-                head_cut = _head_cut(evidence, groups, layer, options.round_to)
-                lacking = _lacking(
-                    adapter, forward, after, own, whole, head_cut, options.round_to, advance
-                )
-                with DampingNotes().heard(layer):  # the final fit reports its own
-                    made = lacking.made_up(base, scale, options.refit_damping, whole)
-                made = [replace(cut, heads=head_cut) for cut in made]
-            for place, cut in enumerate(made):
-                found[level][place].append(rounded_cut(cut, options.round_to))
+                head_cuts[level].append(_of_heads(whole, None))
+                lacks[level].append(None)
+                continue
+            head_cut = _head_cut(evidence, groups, layer, options.round_to)
+            lacking = Lacking(kept, layer, options.refit_damping, scale, whole)
+            _observe(adapter, forward, after, own, lacking, head_cut, options.round_to, advance)
+            lacking.add_up(whole.shape[1], whole.device)
+            head_cuts[level].append(rounded_cut(_of_heads(whole, head_cut), options.round_to))
+            lacks[level].append(lacking)
         for index in range(len(own)):
             forward.hidden[index] = after[index]
         forward.next_layer += 1
-    return found
+
+    def cut(level: int, place: int, layer: int) -> MlpCut:
+        base, lacking = cuts[place][layer], lacks[level][layer]
+        if lacking is not None:
+            base = replace(lacking.made_up(base), heads=head_cuts[level][layer].heads)
+        return rounded_cut(base, options.round_to)
+
+    return [
+        [
+            on_request(partial(cut, level, place), adapter.num_layers, scratch)
+            for place in range(len(cuts))
+        ]
+        for level in range(len(lacks))
+    ]
+
+
+def _of_heads(whole: Tensor, heads: HeadCut | None) -> MlpCut:
+    """A cut of the attention alone, to keep it with other cuts."""
+    return MlpCut(torch.zeros(1, dtype=torch.int64), whole.new_zeros(len(whole), 1), heads=heads)
 
 
 def _head_cut(evidence: HeadEvidence, groups: int, layer: int, stored: torch.dtype) -> HeadCut:
@@ -97,19 +117,17 @@ def _head_cut(evidence: HeadEvidence, groups: int, layer: int, stored: torch.dty
         return fitting_head_cut(evidence, groups, stored=stored)
 
 
-def _lacking(
+def _observe(
     adapter: ModelAdapter,
     forward: LayerwiseForward,
     after: Sequence[Tensor],
     batches: Sequence[Batch],
-    whole: Tensor,
+    lacking: Lacking,
     heads: HeadCut,
     round_to: torch.dtype,
     advance: Advance,
-) -> Lacking:
-    """What the output of the next layer lacks if its attention is cut and its MLP is whole."""
-    hidden, neurons = whole.shape
-    lacking = Lacking(hidden, neurons, whole.device)
+) -> None:
+    """Add what the output of the next layer lacks if its attention is cut and its MLP is whole."""
     with adapter.trying_heads(forward.next_layer, heads, round_to):
         for index, batch in enumerate(batches):
             seen: list[Tensor] = []
@@ -117,4 +135,3 @@ def _lacking(
             valid = batch.valid.to(output.device)
             lacking.update(after[index].to(output.device)[valid] - output[valid], seen[0])
             advance(batch.tokens)
-    return lacking

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from fbn_prune import distributed
 from fbn_prune.data.calibration import Batch, TokenBlocks
@@ -14,7 +17,7 @@ from fbn_prune.pruning.candidates import Sizes
 from fbn_prune.pruning.cutting import CutPlan, TriedCuts, try_cuts
 from fbn_prune.pruning.gaps import gap_cuts, whole_cuts
 from fbn_prune.pruning.head_cuts import cuts_with_fewer_heads
-from fbn_prune.pruning.layout import LayoutRequest, Subject, even_layout
+from fbn_prune.pruning.layout import HeadLevels, LayoutRequest, Subject, even_layout
 
 LEVELS = 16
 """Widths of each layer in the library, evenly spaced."""
@@ -40,6 +43,8 @@ class Library:
         The same, for layers whose next one is left out; empty if no layers may be.
     fewer_heads
         The same, for layers with each number of attention heads of the request but the last.
+    measured
+        What single cuts cost, for each layer, by what they are; searches that share the library share it.
     """
 
     widths: list[list[int]]
@@ -47,6 +52,7 @@ class Library:
     cuts: Sequence[Sequence[MlpCut]]
     below_gaps: Sequence[Sequence[MlpCut]] = ()
     fewer_heads: Sequence[Sequence[Sequence[MlpCut]]] = ()
+    measured: dict[object, list[float]] = field(default_factory=dict)
 
     @property
     def errors(self) -> list[list[float]]:
@@ -58,6 +64,33 @@ class Library:
             [tried.errors[level][layer].weighted for level in range(len(grid))]
             for layer, grid in enumerate(self.widths)
         ]
+
+    def narrowed_to(self, widths: list[list[int]]) -> Library:
+        """Return the part of the library with these widths, all of which it must have."""
+        places = [
+            [own.index(width) for width in wanted]
+            for own, wanted in zip(self.widths, widths, strict=True)
+        ]
+
+        def at(level: int, layer: int) -> int:
+            return places[layer][min(level, len(places[layer]) - 1)]
+
+        def of(cuts: Sequence[Sequence[MlpCut]]) -> list[Sequence[MlpCut]]:
+            return [
+                CutsOnRequest(partial(_cut_at, cuts, partial(at, level)), len(places))
+                for level in levels
+            ]
+
+        levels = range(max(map(len, places)))
+        tried = None if self.tried is None else self.tried.picked(at, levels)
+        return replace(
+            self,
+            widths=widths,
+            tried=tried,
+            cuts=of(self.cuts),
+            below_gaps=of(self.below_gaps) if self.below_gaps else (),
+            fewer_heads=[of(each) for each in self.fewer_heads],
+        )
 
     def places(self, widths: Sequence[int]) -> list[int]:
         """Return for each layer the place in its grid of the width that is nearest."""
@@ -95,12 +128,15 @@ class Library:
         return CutsOnRequest(cut, len(places))
 
 
-def library_bytes(request: LayoutRequest, hidden: int, itemsize: int) -> int:
-    """Return the bytes on disk that a library takes, with `hidden` output weights per neuron."""
-    sets = 2 if request.leaves_out else 1  # with those of layers below gaps
+def library_bytes(request: LayoutRequest, hidden: int, itemsize: int, tokens: int) -> int:
+    """Return the most bytes on disk that a library takes, with `hidden` output weights per neuron."""
+    more = 1 if request.leaves_out else 0  # cuts of layers below gaps
     if request.heads is not None:
-        sets += len(request.heads.groups) - 1
-    return sets * sum(sum(layer) for layer in grid(request)) * hidden * itemsize
+        more += len(request.heads.groups) - 1
+    cuts = sum(sum(layer) for layer in grid(request)) * hidden * itemsize
+    # What further cuts are made from: each layer's activations on a few tokens, and what its output lacks on them.
+    each_token = sum(request.full) * itemsize + len(request.full) * hidden * 4
+    return (1 + more) * cuts + more * min(tokens, GAP_TOKENS) * each_token
 
 
 def grid(request: LayoutRequest) -> list[list[int]]:
@@ -127,41 +163,113 @@ def make_library(
 
     If layers or attention heads may go, also cut them for a gap above, and with each smaller number of heads.
     """
-    widths = grid(request)
-    cuts: Sequence[Sequence[MlpCut]]
-    tried = None
-    if request.narrows:
-        tried = _tried_widths(subject, text.batches(subject.batch_tokens), widths, clock)
-        cuts = [*tried.cuts.values()]
-    else:
-        cuts = [whole_cuts(subject.adapter, subject.scratch)]
-    few = text.subset(GAP_TOKENS).batches(subject.batch_tokens)
-    total = sum(batch.tokens for batch in distributed.share(few)) * subject.adapter.num_layers
-    below: Sequence[Sequence[MlpCut]] = ()
-    if request.leaves_out:
-        with clock.stage("gaps", total, "tokens x layers") as advance:
-            below = gap_cuts(
-                subject.adapter,
-                few,
-                cuts,
-                damping=subject.options.refit_damping,
-                round_to=subject.options.round_to,
-                scratch=subject.scratch,
-                advance=advance,
-            )
-    fewer: Sequence[Sequence[Sequence[MlpCut]]] = ()
-    if (heads := request.heads) is not None:
-        with clock.stage("heads", len(heads.groups) * total, "tokens x layers") as advance:
-            fewer = cuts_with_fewer_heads(
-                subject.adapter,
-                few,
-                cuts,
-                heads,
-                subject.options,
-                scratch=subject.scratch,
-                advance=advance,
-            )
-    return Library(widths, tried, cuts, below, fewer)
+    shelf = _shelf.get()
+    return (shelf or Shelf([request])).library(subject, text, request, clock)
+
+
+class Shelf:
+    """Keeps the library of searches that differ in nothing but their budgets and in what may go besides neurons.
+
+    Parameters
+    ----------
+    requests
+        Those of all searches: each has its own even widths.
+    """
+
+    def __init__(self, requests: Sequence[LayoutRequest]) -> None:
+        self._requests = requests
+        self._made: dict[object, Library] = {}
+
+    def library(
+        self, subject: Subject, text: TokenBlocks, request: LayoutRequest, clock: StageClock
+    ) -> Library:
+        """Return the library of a request, of which only what is not known yet is made."""
+        grids = [grid(one) for one in self._requests if one.narrows == request.narrows]
+        widths = [sorted(set().union(*each)) for each in zip(*grids, grid(request), strict=True)]
+        options = replace(subject.options, sequential=False, head_groups=None)
+        key = text.fingerprint, subject.criterion, options, request.narrows, str(widths)
+        made = self._made.get(key) or _library(subject, text, request, widths, clock)
+        few = text.subset(GAP_TOKENS).batches(subject.batch_tokens)
+        if request.leaves_out and not made.below_gaps:
+            made = replace(made, below_gaps=_below_gaps(subject, few, made.cuts, clock))
+        if request.heads is not None and not made.fewer_heads:
+            fewer = _fewer_heads(subject, few, made.cuts, request.heads, clock)
+            made = replace(made, fewer_heads=fewer)
+        self._made[key] = made
+        return made if made.widths == grid(request) else made.narrowed_to(grid(request))
+
+
+_shelf: ContextVar[Shelf | None] = ContextVar("shelf", default=None)
+
+
+@contextmanager
+def one_library(requests: Sequence[LayoutRequest]) -> Iterator[None]:
+    """Let searches in the context share what does not depend on their budgets; see :class:`Shelf`."""
+    token = _shelf.set(Shelf(requests))
+    try:
+        yield
+    finally:
+        _shelf.reset(token)
+
+
+def _cut_at(cuts: Sequence[Sequence[MlpCut]], place: Callable[[int], int], layer: int) -> MlpCut:
+    return cuts[place(layer)][layer]
+
+
+def _library(
+    subject: Subject,
+    text: TokenBlocks,
+    request: LayoutRequest,
+    widths: list[list[int]],
+    clock: StageClock,
+) -> Library:
+    if not request.narrows:
+        return Library(widths, None, [whole_cuts(subject.adapter, subject.scratch)])
+    tried = _tried_widths(subject, text.batches(subject.batch_tokens), widths, clock)
+    return Library(widths, tried, [*tried.cuts.values()])
+
+
+def _below_gaps(
+    subject: Subject,
+    few: Sequence[Batch],
+    cuts: Sequence[Sequence[MlpCut]],
+    clock: StageClock,
+) -> Sequence[Sequence[MlpCut]]:
+    with clock.stage("gaps", _tokens(subject, few), "tokens x layers") as advance:
+        return gap_cuts(
+            subject.adapter,
+            few,
+            cuts,
+            damping=subject.options.refit_damping,
+            round_to=subject.options.round_to,
+            scratch=subject.scratch,
+            advance=advance,
+        )
+
+
+def _fewer_heads(
+    subject: Subject,
+    few: Sequence[Batch],
+    cuts: Sequence[Sequence[MlpCut]],
+    heads: HeadLevels,
+    clock: StageClock,
+) -> Sequence[Sequence[Sequence[MlpCut]]]:
+    total = len(heads.groups) * _tokens(subject, few)
+    with clock.stage("heads", total, "tokens x layers") as advance:
+        return cuts_with_fewer_heads(
+            subject.adapter,
+            few,
+            cuts,
+            heads,
+            subject.options,
+            scratch=subject.scratch,
+            advance=advance,
+        )
+
+
+def _tokens(subject: Subject, batches: Sequence[Batch]) -> int:
+    own = distributed.share(batches)
+    return sum(batch.tokens for batch in own) * subject.adapter.num_layers
 
 
 def _tried_widths(

@@ -77,23 +77,61 @@ class RoughError:
 
 
 def rough_errors(evidence: LayerEvidence, cuts: Sequence[MlpCut]) -> list[RoughError]:
-    """Return the errors of many cuts of a layer."""
-    gram = evidence.gram.float()
-
-    def squared(difference: Tensor) -> float:
-        rough = difference.float()
-        return float(((rough @ gram) * rough).sum(dtype=torch.float64))
-
-    energy = squared(evidence.weight)
+    """Return the errors of many cuts of a layer; those of nested cuts, each within the next wider one, take least."""
+    weight, root, gram = evidence.weight, evidence.loss_root, evidence.gram.float()
+    kept = [cut.kept.to(weight.device) for cut in cuts]
+    down = [cut.down_weight.to(weight) for cut in cuts]
+    lost = _squared_errors(weight, gram, kept, down)
+    weighted = lost
+    if root is not None:
+        weighted = _squared_errors(root @ weight, gram, kept, [root @ each for each in down])
+    rough = weight.float()
+    energy = float(((rough @ gram) * rough).sum(dtype=torch.float64))
+    outputs = weight @ evidence.mean
     found: list[RoughError] = []
-    for cut in cuts:
-        difference = evidence.weight.clone()
-        difference[:, cut.kept.to(difference.device)] -= cut.down_weight.to(difference)
-        lost = squared(difference)
-        root = evidence.loss_root
-        weighted = lost if root is None else squared(root @ difference)
-        lost += _shifted(evidence, difference @ evidence.mean, cut.down_bias)
-        found.append(RoughError(weighted, max(lost, 0.0) / energy if energy > 0 else 0.0))
+    for index, cut in enumerate(cuts):
+        mean_error = outputs - down[index] @ evidence.mean[kept[index]]
+        whole = lost[index] + _shifted(evidence, mean_error, cut.down_bias)
+        relative = max(whole, 0.0) / energy if energy > 0 else 0.0
+        found.append(RoughError(weighted[index], relative))
+    return found
+
+
+def _squared_errors(
+    weight: Tensor, gram: Tensor, kept: Sequence[Tensor], down: Sequence[Tensor]
+) -> list[float]:
+    """E||W x - W' x_kept||² of each cut, with products in float32.
+
+    Neurons are ordered so that each cut keeps the first ones, if the cuts are nested. What the neurons do that are gone
+    is then summed once for all cuts.
+    """
+    widest_first = sorted(range(len(kept)), key=lambda index: -len(kept[index]))
+    order = kept[widest_first[-1]]
+    for index in reversed(widest_first):
+        order = torch.cat([order, kept[index][~torch.isin(kept[index], order)]])
+        if len(order) != len(kept[index]):
+            return [
+                found
+                for one, new in zip(kept, down, strict=True)
+                for found in _squared_errors(weight, gram, [one], [new])
+            ]
+    every = torch.arange(weight.shape[1], device=order.device)
+    order = torch.cat([order, every[~torch.isin(every, order)]])
+    weight, gram = weight[:, order].float(), gram[order][:, order]
+    missed, alone, before = torch.zeros_like(weight), 0.0, len(order)
+    found = [0.0] * len(kept)
+    for index in widest_first:
+        width = len(kept[index])
+        gone = weight[:, width:before]
+        inner = gone @ gram[width:before, width:before]
+        alone += float(((2 * missed[:, width:] + inner) * gone).sum(dtype=torch.float64))
+        missed = missed[:, :width] + gone @ gram[width:before, :width]
+        before = width
+        place = torch.empty_like(order[:width])
+        place[order[:width].argsort()] = kept[index].argsort()
+        change = weight[:, :width] - down[index].float()[:, place]
+        own = (2 * missed + change @ gram[:width, :width]) * change
+        found[index] = alone + float(own.sum(dtype=torch.float64))
     return found
 
 

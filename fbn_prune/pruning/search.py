@@ -27,6 +27,7 @@ from fbn_prune import distributed
 from fbn_prune.data.calibration import Batch
 from fbn_prune.errors import InvalidInput, counted
 from fbn_prune.model.divergence import DenseReference
+from fbn_prune.model.surgery import MlpCut
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.candidates import HEADS, LAYERS, Candidates, Sizes
 from fbn_prune.pruning.costs import (
@@ -203,22 +204,36 @@ def _measured_costs(
     """The costs of each layer, measured at a few widths and interpolated between them."""
     share = max(request.budget, 0) / sum(request.full)
     places = [levels_to_measure(layer, share) for layer in library.widths]
-    entries = []
-    if library.tried is not None:
-        entries = [library.narrowed([each[nth] for each in places]) for nth in range(PLACES)]
-    widths = len(entries)
+    narrow: list[object] = []
+    entries: dict[object, Sequence[MlpCut]] = {}
+    for nth in range(PLACES if library.tried is not None else 0):
+        chosen = [each[nth] for each in places]
+        widths = (grid[place] for grid, place in zip(library.widths, chosen, strict=True))
+        narrow.append(("widths", *widths))
+        entries[narrow[-1]] = library.narrowed(chosen)
     heads = 0 if request.heads is None else len(request.heads.groups) - 1
-    entries += [library.with_heads(level) for level in range(heads)]
+    entries |= {("heads", level): library.with_heads(level) for level in range(heads)}
+    known = library.measured
+    entries = {key: cuts for key, cuts in entries.items() if key not in known}
+    below = library.below_gaps[-1] if request.leaves_out and LAYERS not in known else None
+    keys = [*entries, *([] if below is None else [LAYERS])]
+    with clock.stage("costs of widths", len(keys) * len(places) * tokens, "tokens") as advance:
+        if keys:
+            each_layer = reference.alone([*entries.values()], advance, below_gaps=below)
+            known |= zip(keys, map(list, zip(*each_layer, strict=True)), strict=True)
     errors = library.errors or [[0.0]] * len(library.widths)
     costs: list[Costs] = []
-    total = (len(entries) + request.leaves_out) * len(library.widths) * tokens
-    with clock.stage("costs of widths", total, "tokens") as advance:
-        below = library.below_gaps[-1] if request.leaves_out else None
-        for layer, found in enumerate(reference.alone(entries, advance, below_gaps=below)):
-            without = finite(found.pop()) if request.leaves_out else HOPELESS
-            measured = dict(zip(places[layer], found[:widths], strict=False))
-            of_heads = falling([*found[widths:], 0.0]) if heads else ()
-            costs.append(Costs(interpolated(errors[layer], measured), without, of_heads))
+    for layer, error in enumerate(errors):
+        without = finite(known[LAYERS][layer]) if request.leaves_out else HOPELESS
+        measured = {
+            place: known[key][layer] for place, key in zip(places[layer], narrow, strict=False)
+        }
+        of_heads = [known["heads", level][layer] for level in range(heads)]
+        costs.append(
+            Costs(
+                interpolated(error, measured), without, falling([*of_heads, 0.0]) if heads else ()
+            )
+        )
     return costs
 
 

@@ -10,7 +10,7 @@ Pure numerics in float64: W [d, neurons], H [neurons, neurons], on any device, i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
@@ -245,13 +245,49 @@ def refit(
     Tensor
         float64 [d, n].
     """
-    target = weight @ gram[:, kept]
+    residual = of_others(weight, gram[:, kept], kept)
     if missing is not None:
-        target += missing[:, kept]
+        residual += missing[:, kept]
+    elif len(kept) == weight.shape[1]:
+        return weight.clone()
     inner = gram[kept[:, None], kept]
-    residual = target - weight[:, kept] @ inner
     factor = factored(inner, ridge(inner, damping))
     return weight[:, kept] + torch.cholesky_solve(residual.T, factor).T
+
+
+def nested_refits(
+    weight: Tensor, gram: Tensor, best: Tensor, widths: Collection[int], *, damping: float
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the kept neurons and their refit for each width, the widest first.
+
+    What the removed neurons did is summed once for all widths.
+
+    Parameters
+    ----------
+    weight, gram, damping
+        As in :func:`refit`.
+    best
+        int64 [neurons]; a width keeps the first of them.
+    """
+    weight, gram = weight[:, best], gram[best][:, best]
+    residual, before = torch.zeros_like(weight), len(best)
+    for width in sorted(widths, reverse=True):
+        residual = residual[:, :width] + weight[:, width:before] @ gram[width:before, :width]
+        before, found = width, weight[:, :width]
+        if width < len(best):
+            inner = gram[:width, :width]
+            factor = factored(inner, ridge(inner, damping))
+            found = found + torch.cholesky_solve(residual.T, factor).T
+            del factor
+        ascending = best[:width].argsort()
+        yield best[:width][ascending], found[:, ascending]
+
+
+def of_others(weight: Tensor, columns: Tensor, kept: Tensor) -> Tensor:
+    """Return W [d, neurons] times the columns [neurons, n] without what the kept neurons add to it, [d, n]."""
+    gone = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+    gone[kept] = False
+    return weight[:, gone] @ columns[gone]
 
 
 def erased(

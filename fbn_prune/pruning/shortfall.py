@@ -18,6 +18,7 @@ from scipy.optimize import lsq_linear
 from torch import Tensor
 
 from fbn_prune.pruning.damping import factored, ridge
+from fbn_prune.pruning.second_order import of_others
 
 USUAL_SHARE = 0.35
 """Share of every part where too little text is given to set some aside; measured on a model of 135 M parameters, whose
@@ -117,14 +118,20 @@ def best_shares(
     inner = others[kept]
     factor = factored(inner, ridge(inner, damping))
 
-    def solved(target: Tensor) -> Tensor:
-        return torch.cholesky_solve(target.T, factor).T
-
-    plain = weight[:, kept] + solved(weight @ others - weight[:, kept] @ inner)
     root = aside.weights.sqrt()[:, None]
     inputs = x[:, kept].double()
-    lacking = (x.double() @ weight.T - inputs @ plain.T + parts.sum(0).double()) * root
-    added = [(inputs @ solved(one).T) * root for one in missing]
+    few = len(inputs) < (len(parts) + 1) * len(weight)
+    solved = torch.cholesky_solve(inputs.T, factor).T if few else None
+
+    def outputs(target: Tensor) -> Tensor:
+        """What the weights fitted to a target E[tᵀx] add on the set-aside tokens."""
+        if solved is not None:
+            return solved @ target.T
+        return inputs @ torch.cholesky_solve(target.T, factor)
+
+    lacking = of_others(weight, x.double().T, kept).T + parts.sum(0).double()
+    lacking = (lacking - outputs(of_others(weight, others, kept))) * root
+    added = [outputs(one) * root for one in missing]
     products = torch.stack([torch.stack([(a * b).sum() for b in added]) for a in added])
     wanted = torch.stack([(a * lacking).sum() for a in added])
     return _in_bounds(products.cpu(), wanted.cpu()).to(weight)

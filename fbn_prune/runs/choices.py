@@ -68,7 +68,12 @@ def chosen_layout(
     """
     hidden = prepared.family.hidden_size(prepared.checkpoint.config)
     searched = prepared.recipe.searches_widths
-    needed = (library_bytes if searched else trial_bytes)(request, hidden, prepared.dtype.itemsize)
+    itemsize = prepared.dtype.itemsize
+    needed = (
+        library_bytes(request, hidden, itemsize, subject.blocks.tokens)
+        if searched
+        else trial_bytes(request, hidden, itemsize)
+    )
     check_room(subject.scratch, needed, "folder of temporary files")
     if not searched:
         return choose_layout(subject, request, clock), None

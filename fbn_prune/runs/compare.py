@@ -18,7 +18,7 @@ from fbn_prune.data.calibration import Batch
 from fbn_prune.errors import InvalidInput, counted
 from fbn_prune.export.directory import check_room
 from fbn_prune.model.perplexity import perplexity
-from fbn_prune.model.streaming import SpilledCuts
+from fbn_prune.model.surgery import MlpCut
 from fbn_prune.progress import Advance, StageClock
 from fbn_prune.pruning.allocation import (
     budget_from_networks,
@@ -266,7 +266,7 @@ def _cuts(
     order: Sequence[int],
     scratch: Path,
     clock: StageClock,
-) -> dict[Cell, SpilledCuts]:
+) -> dict[Cell, Sequence[MlpCut]]:
     """Return the cuts of all layers for each cell, from one pass over the calibration text.
 
     The cuts of many cells are larger than the model, so they are stored in an unnamed file in `scratch`. The membership
@@ -314,7 +314,7 @@ def _cuts(
 
 
 def _perplexity(
-    on: Studied, cuts: SpilledCuts, held_out: Sequence[Batch], advance: Advance
+    on: Studied, cuts: Sequence[MlpCut], held_out: Sequence[Batch], advance: Advance
 ) -> float:
     """Return the held-out perplexity with the cuts applied to the one model in memory for the measurement."""
     with on.adapter.trying(cuts, round_to=on.prepared.checkpoint.storage_dtype):
