@@ -27,12 +27,7 @@ RECORD = "work.json"
 LOCK = "lock"
 
 LAYERS, MATCHED_LAYERS, SHARDS, WRITTEN = "layer-", "match-", "shard-", "written-"
-KINDS = {
-    "layers": LAYERS,
-    "matched layers": MATCHED_LAYERS,
-    "shards": SHARDS,
-    "batches of text": WRITTEN,
-}
+KINDS = {"layers": LAYERS, "matched layers": MATCHED_LAYERS, "shards": SHARDS, "texts": WRITTEN}
 """Kinds of parts that a run has many of, and the prefix of their names. All other parts are stages."""
 
 Put = Callable[[bytes | memoryview], object]
@@ -94,9 +89,7 @@ class Store:
                         file.unlink()
 
     def bind(self, calibration: str) -> bool:
-        """Record the fingerprint of the calibration text, and drop all parts that were made from another text.
-
-        Text that the model wrote was made from none, and stays.
+        """Record the fingerprint of the text, and drop parts made from another; text that the model wrote stays.
 
         Returns
         -------
