@@ -162,7 +162,7 @@ class PruningConfig(BaseModel):
     """Steps of --recover, in order: match trains the MLPs of one layer after another to reproduce the dense layer's
     output, distil trains all layers to predict what the dense model predicts."""
     recover_cuts: int = _more(QUALITY, 1, ge=1, le=16)
-    """Cut in as many steps and train after each, on its own part of the text: gentler than one cut."""
+    """Cut in as many steps and train after each, on its own part of the text."""
     recover_text: tuple[str, ...] = _more(QUALITY, ())
     """Text to train on, in the forms of --calibration. Repeat for several. Default: the calibration text."""
     recover_tokens: int | None = _more(QUALITY, ge=1)

@@ -1,4 +1,4 @@
-"""Cut a model in steps, with training between them, as it loses less than by one cut (arXiv 2502.03460).
+"""Cut a model in steps, with training between them (arXiv 2502.03460).
 
 Each step removes the same share of what the last cut is to remove, and has its own part of the text to recover on. The
 last step's training is the run's own recovery.
