@@ -228,6 +228,7 @@ def test_it_trains_on_the_text_and_tokens_that_are_asked_for(
         (["--recover", "--recover-weights", "all", "--recover-rank", "4"], "only adapters"),
         (["--recover-rank", "4"], "add recover = true"),
         (["--recover-cuts", "2"], "add recover = true"),
+        (["--recover", "--recover-cuts", "9", "--recover-tokens", "90"], "give more text"),
         (["--recover", "--recover-cuts", "2", "--head-sparsity", "0.5"], "remove neurons alone"),
     ],
 )

@@ -30,10 +30,10 @@ from fbn_prune.pruning.search import Searched
 from fbn_prune.runs.choices import chosen_layout, kept_networks, layout_request, verdict
 from fbn_prune.runs.forget import Forgetting, choose_cut, plan_forgetting, without_like
 from fbn_prune.runs.kept import artifact, numbers
-from fbn_prune.runs.narrowing import cut_in_steps
 from fbn_prune.runs.opening import OpenRun
 from fbn_prune.runs.output import publish
 from fbn_prune.runs.perplexities import dense_perplexity, perplexity_on_task, pruned_perplexity
+from fbn_prune.runs.progressive import cut_in_steps
 from fbn_prune.runs.result import PruneResult, peak_memory_bytes
 from fbn_prune.runs.stages import (
     find_networks,
@@ -41,6 +41,7 @@ from fbn_prune.runs.stages import (
     match_to_task,
     rank_networks,
     recover_model,
+    recovery_text,
     refuse_guessing,
 )
 from fbn_prune.store import Store
@@ -123,6 +124,8 @@ class PruneRun:
     def match(self) -> None:
         self.matched = match_to_task(self.on, self.networks, self.store)
         self.blocks = self.on.data.calibrating if self.matched is None else self.matched.blocks
+        if self.recipe.recover:
+            recovery_text(self.on, self.blocks)  # refused before the model is cut
 
     def rank(self) -> None:
         if self.forgetting is not None:  # what is cut depends on the examples

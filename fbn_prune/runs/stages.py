@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fbn_prune.data.calibration import Batch, TokenBlocks
-from fbn_prune.errors import InvalidInput
+from fbn_prune.errors import InvalidInput, counted
 from fbn_prune.export.published import public_name
 from fbn_prune.model.mixture_family import MixtureFamily
 from fbn_prune.model.non_finite import damage
@@ -193,6 +193,27 @@ class Recovered:
     tokens: int
 
 
+def recovery_text(run: OpenRun, blocks: TokenBlocks) -> TokenBlocks:
+    """Return the text that all trainings of a recovery share: the recipe's own, or else `blocks`.
+
+    Raises
+    ------
+    InvalidInput
+        It has fewer blocks than there are trainings.
+    """
+    recipe = run.prepared.recipe
+    found = blocks if run.training is None else run.training
+    if recipe.recover_tokens is not None:
+        found = found.subset(recipe.recover_tokens)
+    if len(found.blocks) < recipe.recover_cuts:
+        only = counted(len(found.blocks), "block")
+        raise InvalidInput(
+            f"recover_cuts = {recipe.recover_cuts}: the text to recover on has only {only}, and each training needs its "
+            "own: give more text, or cut in fewer steps"
+        )
+    return found
+
+
 def recover_model(run: OpenRun, blocks: TokenBlocks, store: Store, part: int = 0) -> Recovered:
     """Train the cut model in place to match the dense one, on `blocks` unless the recipe names another text.
 
@@ -209,10 +230,9 @@ def recover_model(run: OpenRun, blocks: TokenBlocks, store: Store, part: int = 0
     recipe = prepared.recipe
     with run.clock.stage("load"):
         dense = run.dense or prepared.load_model()
-    blocks = blocks if run.training is None else run.training
+    blocks = recovery_text(run, blocks)
     passes = recipe.recover_passes_or_default
     if (tokens := recipe.recover_tokens) is not None:
-        blocks = blocks.subset(tokens)
         passes = max(1, round(tokens / blocks.tokens))
     blocks = blocks.chosen(range(part, len(blocks.blocks), recipe.recover_cuts))
     options = RecoveryOptions(

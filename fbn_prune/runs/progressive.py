@@ -1,4 +1,4 @@
-"""Cut a model in steps, with training between them (arXiv 2502.03460).
+"""Progressive pruning: cut a model in steps, with training between them (arXiv 2502.03460).
 
 Each step removes the same share of what the last cut is to remove, and has its own part of the text to recover on. The
 last step's training is the run's own recovery.
@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from fbn_prune.errors import FbnPruneError
 from fbn_prune.model.surgery import MlpCut
 from fbn_prune.pruning.cutting import CutModel, CutPlan, cut_layers
 from fbn_prune.pruning.layout import Subject
@@ -27,6 +28,11 @@ def cut_in_steps(run: OpenRun, subject: Subject, plan: CutPlan, store: Store) ->
     -------
     CutModel
         The cuts of all steps in one; `trained` holds the linear maps as they are.
+
+    Raises
+    ------
+    FbnPruneError
+        A trained weight is not finite in the checkpoint's dtype.
     """
     from fbn_prune.pruning.recovery.healing import healed_tensors  # peft is slow
 
@@ -61,6 +67,11 @@ def cut_in_steps(run: OpenRun, subject: Subject, plan: CutPlan, store: Store) ->
                 run.clock.note(f"warning: {warning}")
     adapter.cuts[:] = cuts
     trained = healed_tensors(adapter, run.prepared.checkpoint)
+    if trained is None:  # what is written would not be what was measured
+        raise FbnPruneError(
+            "training between the cuts left weights that the checkpoint's dtype cannot hold: nothing was written; cut "
+            "at once (--recover-cuts 1)"
+        )
     return CutModel(adapter.cuts, seconds, tuple(errors), trained)
 
 

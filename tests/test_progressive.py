@@ -13,7 +13,7 @@ from tiny_models import LAYERS, make_model
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.surgery import MlpCut
 from fbn_prune.runs.kept import Part
-from fbn_prune.runs.narrowing import composed, step_widths
+from fbn_prune.runs.progressive import composed, step_widths
 from fbn_prune.store import Store
 
 
