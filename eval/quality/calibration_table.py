@@ -9,7 +9,6 @@ seed. A table in `--output` goes on where it was interrupted.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,11 +54,7 @@ def main(
 ) -> None:
     about: dict[str, Any] = {"model": model.name, "tokens": tokens, "context": context}
     about |= {"dtype": dtype, "evaluation_tokens": evaluation_tokens}
-    facts: dict[str, Any] = {**about, "rows": {}}
-    if output is not None and output.exists():
-        facts = json.loads(output.read_text(encoding="utf-8"))
-        if {key: facts.get(key) for key in about} != about:
-            raise typer.BadParameter(f"{output} holds another table: give another file")
+    facts = protocol.table_to_go_on(output, about)
     checkpoint = Checkpoint.open(model)
     tokenizer = checkpoint.load_tokenizer()
     dense = ModelAdapter(checkpoint.load_model("cpu", getattr(torch, dtype)))

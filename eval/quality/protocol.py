@@ -153,6 +153,16 @@ def cut_options(seed: int, **changes: Any) -> CutOptions:
                          "round_to": torch.float32, **changes})  # fmt: skip
 
 
+def table_to_go_on(path: Path | None, about: dict[str, Any]) -> dict[str, Any]:
+    """Return `about` with the `rows` of an unfinished table in the file; without such a file there are none."""
+    if path is None or not path.exists():
+        return {**about, "rows": {}}
+    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if {key: facts.get(key) for key in about} != about:
+        raise typer.BadParameter(f"{path} holds another table: give another file")
+    return facts
+
+
 def save_json(path: Path | None, facts: Any) -> None:
     """Write `facts` as indented JSON; do nothing without a path."""
     if path is not None:

@@ -9,7 +9,6 @@ calibration text. A table in `--output` goes on where it was interrupted.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -51,11 +50,7 @@ def main(
     about |= {"dtype": dtype, "settings": setting, "evaluation_blocks": evaluation_blocks}
     about |= {"calibrate": [Path(one).name for one in calibrate]}
     about |= {"evaluate": [one.name for one in evaluate]}
-    facts: dict[str, Any] = {**about, "rows": {}}
-    if output is not None and output.exists():
-        facts = json.loads(output.read_text(encoding="utf-8"))
-        if {key: facts.get(key) for key in about} != about:
-            raise typer.BadParameter(f"{output} holds another table: give another file")
+    facts = protocol.table_to_go_on(output, about)
     dense = Checkpoint.open(model)
     batches = held_out(dense, evaluate, context, evaluation_blocks)
 

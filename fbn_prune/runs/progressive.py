@@ -69,8 +69,8 @@ def cut_in_steps(run: OpenRun, subject: Subject, plan: CutPlan, store: Store) ->
     trained = healed_tensors(adapter, run.prepared.checkpoint)
     if trained is None:  # what is written would not be what was measured
         raise FbnPruneError(
-            "training between the cuts left weights that the checkpoint's dtype cannot hold: nothing was written; cut "
-            "at once (--recover-cuts 1)"
+            "training between the cuts left weights that the checkpoint's dtype cannot hold: nothing was written; "
+            "cut at once (--recover-cuts 1)"
         )
     return CutModel(adapter.cuts, seconds, tuple(errors), trained)
 
