@@ -208,8 +208,8 @@ def recovery_text(run: OpenRun, blocks: TokenBlocks) -> TokenBlocks:
     if len(found.blocks) < recipe.recover_cuts:
         only = counted(len(found.blocks), "block")
         raise InvalidInput(
-            f"recover_cuts = {recipe.recover_cuts}: the text to recover on has only {only}, and each training needs its "
-            "own: give more text, or cut in fewer steps"
+            f"recover_cuts = {recipe.recover_cuts}: the text to recover on has only {only}, and each training needs "
+            "its own: give more text, or cut in fewer steps"
         )
     return found
 
