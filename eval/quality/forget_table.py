@@ -177,6 +177,7 @@ def cuts_within(
     for name in chosen:
         within = [point for point in found[name]["curves"][0] if point[1] <= cost]
         if not within:
+            print(f"{name}: no measured model is within {cost} nats", flush=True)
             continue
         dial = within[-1][0]
         erased, _, way = name.partition(", cut by ") if name.startswith(ERASED) else ("", "", name)
@@ -228,6 +229,9 @@ def main(
     tune: Annotated[
         list[str] | None, typer.Option(help="Rows to train again for a few steps; repeat.")
     ] = None,
+    tune_cost: Annotated[
+        float | None, typer.Option(help="Train the last model within this cost. Default: --cost.")
+    ] = None,
     tune_steps: Annotated[int, typer.Option(help="Steps of that training.")] = 50,
     rows: Annotated[int, typer.Option(help="Blocks of a training step.")] = 8,
     dtype: Annotated[str, typer.Option(help="Type that the model computes in.")] = "float32",
@@ -267,7 +271,8 @@ def main(
         found |= forget(trials, own, others, plain, cost, way or (), draws)
         protocol.save_json(output, facts)
         if tune:
-            cuts = cuts_within(trials, own, others, plain, found, cost, tune)
+            within = cost if tune_cost is None else tune_cost
+            cuts = cuts_within(trials, own, others, plain, found, within, tune)
             del own, others, plain  # training needs their memory
             facts["skills"][name]["relearned"] = relearned(
                 trials, texts[name], cuts, rows, tune_steps

@@ -70,6 +70,7 @@ class Setting:
     tasks: list[str]
     limit: int | None
     more: list[str]
+    dtype: str
 
 
 @app.command()
@@ -83,6 +84,7 @@ def table(
     tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 32768,
     context: int = 512,
     limit: Annotated[int | None, typer.Option(help="Questions of each task.")] = None,
+    dtype: Annotated[str, typer.Option(help="Type that every tool computes in.")] = "float32",
     recover_set: Annotated[
         list[str], typer.Option(help="KEY=VALUE for the recovered cells; repeat.")
     ] = [],  # noqa: B006
@@ -95,7 +97,7 @@ def table(
         raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(TOOLS)}")
     if set(tool) & set(OPTIPFAIR) and importlib.util.find_spec("optipfair") is None:
         raise typer.BadParameter("optipfair is not installed: pip install 'fbn-prune[real]'")
-    setting = Setting(calibrate, tokens, context, task, limit, recover_set)
+    setting = Setting(calibrate, tokens, context, task, limit, recover_set, dtype)
     folder.mkdir(parents=True, exist_ok=True)
     _same_setting(folder / "setting.json", setting, str(model or "SmolLM2-135M-Instruct"))
     dense = folder / "dense" if model is None or model.is_file() else model
@@ -108,6 +110,7 @@ def table(
         about = {"model": str(model and model.name) if model else "SmolLM2-135M-Instruct"}
         files = {"calibrate": [Path(one).name for one in calibrate]}
         facts = about | files | {"tokens": tokens, "context": context, "limit": limit}
+        facts |= {"dtype": dtype, "recovered": recover_set}
         text = json.dumps(facts | {"cells": list(map(asdict, cells))}, indent=1)
         output.write_text(text + "\n", encoding="utf-8")
     if figure is not None:
@@ -116,15 +119,15 @@ def table(
 
 @app.command()
 def optipfair(
-    what: str, dense: Path, output: Path, kept: float, tokens: int, context: int, text: list[str]
-) -> None:
+    what: str, dense: Path, output: Path, kept: float, tokens: int, context: int, dtype: str, text: list[str]
+) -> None:  # fmt: skip
     """Prune with optipfair; the table runs this in a process of its own."""
     import optipfair as peer
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=getattr(torch, dtype))
     tokenizer = AutoTokenizer.from_pretrained(dense)
     words = "\n".join(Path(one).read_text(encoding="utf-8")[: tokens * 8] for one in text)
     ids = torch.tensor(tokenizer(words)["input_ids"][: tokens // context * context])
@@ -158,6 +161,7 @@ def _cell(folder: Path, tool: str, kept: float, dense: Path, setting: Setting) -
             made = Path(place) / "pruned"
             seconds, peak = _timed(_making(tool, kept, dense, made, setting))
         measuring = ["evaluate", "--model", str(made), "--tasks", ",".join(setting.tasks), "--json"]
+        measuring += ["--dtype", setting.dtype]
         if setting.limit is not None:
             measuring += ["--limit", str(setting.limit)]
         tasks = json.loads(_fbn_prune(measuring))["tasks"]
@@ -172,7 +176,7 @@ def _cell(folder: Path, tool: str, kept: float, dense: Path, setting: Setting) -
 def _making(tool: str, kept: float, dense: Path, made: Path, setting: Setting) -> list[str]:
     """The command that writes a cell's checkpoint."""
     if tool in OPTIPFAIR:
-        numbers = [str(kept), str(setting.tokens), str(setting.context)]
+        numbers = [str(kept), str(setting.tokens), str(setting.context), setting.dtype]
         own = [sys.executable, __file__, "optipfair", OPTIPFAIR[tool]]
         return [*own, str(dense), str(made), *numbers, *setting.calibrate]
     texts = [word for one in setting.calibrate for word in ("--calibration", one)]
@@ -180,7 +184,7 @@ def _making(tool: str, kept: float, dense: Path, made: Path, setting: Setting) -
     return [
         *(sys.executable, "-m", "fbn_prune", "--model", str(dense), "--output", str(made), *texts),
         *("--sparsity", f"{1 - kept:g}", "--tokens", str(setting.tokens)),
-        *("--context", str(setting.context), *COMMANDS[tool]),
+        *("--context", str(setting.context), "--dtype", setting.dtype, *COMMANDS[tool]),
         *(more if "--recover" in COMMANDS[tool] else []),
     ]
 

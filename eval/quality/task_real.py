@@ -7,6 +7,7 @@ each weighting's statistics are summed in one pass over the layers. A domain is 
 measure on, or a file of multiple-choice questions, of which the last quarter is measured. The neurons to cut are chosen
 once by second-order costs, and the output weights of the others are refitted. Beside the perplexity of the task's
 text stand the share of its tokens that are predicted first, and that of `--asked` questions with the right choice.
+With the file of an earlier run as `--output`, its draws are not made again.
 """
 
 from __future__ import annotations
@@ -297,12 +298,14 @@ def main(
         "model": Path(model).name, "task": task, "domains": [d.name for d in domains],
         "examples": examples, "example_tokens": example_tokens, "share": share,
         "networks": networks, "network_tokens": network_tokens, "matched": matched, "sharpness": sharpness,
-        "held": held, "asked": asked, "dtype": dtype, "dense": measure(adapter, on.measured), "rows": {},
+        "held": held, "asked": asked, "dtype": dtype,
     }  # fmt: skip
+    dense = measure(adapter, on.measured)
     if asked:
-        facts["dense"]["questions"] = accuracy(adapter, tokenizer, on.questions[:asked], context)
-    print(f"whole model: {facts['dense']}", flush=True)
-    for draw in range(draws):
+        dense["questions"] = accuracy(adapter, tokenizer, on.questions[:asked], context)
+    facts = protocol.table_to_go_on(output, facts | {"dense": dense})
+    print(f"whole model: {dense}", flush=True)
+    for draw in range(_draws_made(facts, keeps), draws):
         pool = Pool(
             adapter, tokenizer, domains, task, context=context, share=share, examples=examples,
             example_tokens=example_tokens, networks=networks, network_tokens=network_tokens, seed=draw,
@@ -325,8 +328,13 @@ def main(
             for figure, value in figures.items():
                 row.setdefault(figure, []).append(value)
             print(f"{name}, {keep:g} kept: {row}, {time.monotonic() - start:.0f} s", flush=True)
-            protocol.save_json(output, facts)
+        protocol.save_json(output, facts)
     show(facts, keeps)
+
+
+def _draws_made(facts: dict[str, Any], keeps: Sequence[float]) -> int:
+    """Return how many draws an unfinished table has; a draw is saved whole."""
+    return max((len(row[str(keeps[0])]["own"]) for row in facts["rows"].values()), default=0)
 
 
 def show(facts: dict[str, Any], keeps: Sequence[float]) -> None:
