@@ -132,6 +132,11 @@ def total(*numbers: float) -> list[float]:
     return sums.tolist()
 
 
+def of_first(number: float) -> float:
+    """Return the number that rank 0 passes, so that all decide alike by what only it can measure, such as time."""
+    return total(number if rank() == 0 else 0.0)[0] if world() > 1 else number
+
+
 def joined_rows(rows: Tensor) -> Tensor:
     """Return the rows of all processes, concatenated by rank; the numbers of rows may differ."""
     if world() == 1:

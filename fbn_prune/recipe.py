@@ -235,6 +235,11 @@ class PruningConfig(BaseModel):
         return self.sequential or self.leaves_out_layers or self.removes_heads
 
     @property
+    def distils(self) -> bool:
+        """Whether the recovery trains the whole model at once."""
+        return self.recover and "distil" in self.recover_steps_in_order
+
+    @property
     def recover_passes_or_default(self) -> int:
         return self.recover_passes or 2
 

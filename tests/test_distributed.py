@@ -119,11 +119,12 @@ def warnings_of(said: str) -> list[str]:
     return [line for line in said.splitlines() if line.startswith("warning: layer")]
 
 
+TRAINED = "--recover --recover-steps=distil --recover-weights=all --recover-passes=3"
 SEARCHED = "--structures=neurons,heads,attention,layers --layout=ragged"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["--sequential --head-sparsity=0.5", SEARCHED])
+@pytest.mark.parametrize("mode", ["--sequential --head-sparsity=0.5", SEARCHED, TRAINED])
 def test_two_processes_end_in_the_weights_of_one(
     mode: str, place: Path, job: Callable[..., list[str]], capsys: Any
 ) -> None:

@@ -17,7 +17,7 @@ from fbn_prune.model.families import family_of
 from fbn_prune.model.placement import device_map, layer_bytes, place_layers
 from fbn_prune.recipe import Recipe, build_recipe
 from fbn_prune.runs import memory
-from fbn_prune.runs.memory import MemoryPlan, plan_memory, possible_plans
+from fbn_prune.runs.memory import PROCESS_BYTES, MemoryPlan, plan_memory, possible_plans
 
 CUDA = torch.device("cuda")
 
@@ -169,3 +169,20 @@ def test_training_is_spread_too_with_room_for_both_models(
     stage = max(planned.stages, key=planned.stages.__getitem__)
     weights = (sum(layers) + rest) * (copies if stage == "recovery" else 1)
     assert min(left.values()) >= planned.stages[stage] - weights
+
+
+def test_a_training_that_does_not_fit_computes_activations_again_before_the_model_is_spread(
+    machine: Machine,
+) -> None:
+    training = {"recover": True, "recover_steps": "distil", "tokens": 2048}
+    machine.free = [10**12]
+    plan = machine.plan(**training)
+    assert not plan.recompute
+    assert max(plan.stages, key=plan.stages.__getitem__) == "recovery"
+    machine.free = [plan.peak_bytes - PROCESS_BYTES - 1] * 2
+    smaller = machine.plan(**training)
+    assert smaller.recompute
+    assert smaller.placement is None
+    assert smaller.stages["recovery"] < plan.stages["recovery"]
+    assert "computed again" in smaller.words
+    assert not machine.plan(**{**training, "recover_steps": "match"}).recompute

@@ -95,6 +95,27 @@ def test_distillation_brings_predictions_closer_and_leaves_no_adapter(
     assert all(p.requires_grad for p in cut.model.parameters())
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "falcon"])
+@pytest.mark.parametrize("weights", ["adapters", "all"])
+def test_activations_that_are_computed_again_give_the_same_weights(
+    name: str, weights: Weights
+) -> None:
+    dense, cut = pair(name)
+    again = copy.deepcopy(cut)
+    options = replace(OPTIONS, steps=("distil",), weights=weights)
+    ran: list[int] = []
+    for adapter in (cut, again):
+        for projection in adapter.family.projections[-1:]:
+            adapter.module(0, projection).register_forward_pre_hook(lambda *_: ran.append(0))
+    heal(cut, dense, sample(), options, StageClock())
+    once = len(ran)
+    heal(again, dense, sample(), replace(options, recompute=True), StageClock())
+    assert len(ran) - once > once, "in a backward pass layers run once more"
+    found = parameters(again)
+    assert all(torch.equal(value, found[key]) for key, value in parameters(cut).items())
+    assert not any("forward" in layer.__dict__ for layer in again.layers)
+
+
 def training(text_loss: float = 0.0) -> _Training:
     dense, cut = pair()
     options = DistillationOptions(rank=4, passes=2, step_tokens=64, text_loss=text_loss)

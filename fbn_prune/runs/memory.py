@@ -1,8 +1,9 @@
 """Plan how a run stays within its memory budget, from the checkpoint's headers and the recipe alone.
 
-A model that fits is loaded whole. A model that fits only on several GPUs together is spread over them by layers
-(:mod:`fbn_prune.model.placement`). Any other model is streamed (:mod:`fbn_prune.model.streaming`). If that is not
-enough, first the activations for the ICA go to disk, then the hidden states, and then batches become smaller. The
+A model that fits is loaded whole. If its recovery does not fit, it computes the layers' activations again for its
+gradients (:mod:`fbn_prune.model.recomputing`). A model that fits only on several GPUs together is spread over them by
+layers (:mod:`fbn_prune.model.placement`). Any other model is streamed (:mod:`fbn_prune.model.streaming`). If that is
+not enough, first the activations for the ICA go to disk, then the hidden states, and then batches become smaller. The
 minimum is the weights of one layer or the second-order matrices of one layer, whichever is larger.
 """
 
@@ -54,6 +55,8 @@ class MemoryPlan:
         Tokens per forward batch.
     keep_activations, keep_hidden
         Whether the ICA's activations, and the hidden states between two layers, stay in memory.
+    recompute
+        Whether the recovery keeps only the layers' inputs for its gradients, and computes the rest again.
     stages
         Predicted peak memory of each stage in bytes, host and device together.
     scratch
@@ -69,6 +72,7 @@ class MemoryPlan:
     stages: dict[str, int]
     scratch: Path
     placement: tuple[int, ...] | None = None
+    recompute: bool = False
 
     @property
     def peak_bytes(self) -> int:
@@ -83,7 +87,8 @@ class MemoryPlan:
             shares = f"{layers} layers on GPU {first}{more}"
             return f"the model in memory, spread over several GPUs ({shares})"
         if not self.streamed:
-            return "the model in memory"
+            again = ", activations computed again while it is trained" if self.recompute else ""
+            return f"the model in memory{again}"
         hidden = "memory" if self.keep_hidden else "disk"
         return f"weights streamed layer by layer, hidden states in {hidden}"
 
@@ -153,17 +158,27 @@ def possible_plans(
     usual = 16384 if device.type == "cuda" else 4096
     scratch = Path(tempfile.gettempdir()) if recipe.output is None else recipe.output.parent
 
-    def planned(streamed: bool, batch: int, activations: bool, hidden: bool) -> MemoryPlan:
-        found = kind(recipe, checkpoint, dtype, context, streamed, batch, activations, hidden)
-        return MemoryPlan(streamed, batch, activations, hidden, found.stages(), scratch)
+    def planned(
+        streamed: bool, batch: int, activations: bool, hidden: bool, recompute: bool = False
+    ) -> MemoryPlan:
+        found = kind(
+            recipe, checkpoint, dtype, context, streamed, batch, activations, hidden, recompute
+        )
+        stages = found.stages()
+        return MemoryPlan(
+            streamed, batch, activations, hidden, stages, scratch, recompute=recompute
+        )
 
-    yield planned(False, usual, True, True)
-    yield planned(False, usual, False, True)
+    whole = [
+        planned(False, usual, activations, True, recompute)
+        for recompute in ((False, True) if recipe.distils else (False,))
+        for activations in (True, False)
+    ]
+    yield from whole
     if may_spread(device) and kind.spreads:
         free = [free_on_device(gpu) for gpu in range(torch.cuda.device_count())]
-        for activations in (True, False):
-            plan = planned(False, usual, activations, True)
-            copies = 2 if recipe.recover else 1
+        copies = 2 if recipe.recover else 1
+        for plan in whole:
             if (spread := spread_plan(plan, checkpoint, dtype, free, copies)) is not None:
                 yield spread
     if recipe.needs_whole_model:
@@ -254,6 +269,7 @@ class Sizes:
     batch: int
     keep_activations: bool
     keep_hidden: bool
+    recompute: bool = False
 
     def stages(self) -> dict[str, int]:
         recipe, family, config = self.recipe, self.checkpoint.family, self.checkpoint.config
@@ -323,7 +339,10 @@ class Sizes:
             stages["writing"] = int(base + 2 * cached * hidden * layers * size + few_logits)
         if recipe.recover:
             few = min(tokens, RECOVERY_TOKENS)
-            graph = few * (16 * hidden * layers + 8 * neurons) * size
+            inside, deep = (neurons, layers) if not self.recompute else (width, 1)
+            graph = few * (16 * hidden * deep + 8 * inside) * size
+            if self.recompute:
+                graph += few * hidden * layers * size
             both = base + self.checkpoint.total_parameters * size
             if recipe.recover_weights == "all":
                 # Gradients, two moments and the best values, besides copies of values that are not float32.

@@ -243,6 +243,7 @@ def recover_model(run: OpenRun, blocks: TokenBlocks, store: Store, part: int = 0
         minutes=recipe.recover_minutes,
         text_loss=recipe.recover_text_loss,
         weights=recipe.recover_weights,
+        recompute=prepared.memory.recompute,
     )
     restore = kept_weights(adapter, prepared.memory.scratch)
     healed = heal(adapter, dense, blocks, options, run.clock, store=store)

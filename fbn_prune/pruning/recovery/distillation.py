@@ -1,9 +1,9 @@
 """Train a cut model so that it predicts what the dense model predicts.
 
 What is trained are low-rank adapters or all weights of the decoder layers' linear maps
-(:mod:`fbn_prune.pruning.recovery.trained`), through accelerate. The loss is the Kullback-Leibler divergence of the cut
-model's next-token distribution from the dense model's (arXiv 1503.02531), so no labels are needed; the text's own loss
-can be added at a weight.
+(:mod:`fbn_prune.pruning.recovery.trained`). The loss is the Kullback-Leibler divergence of the cut model's next-token
+distribution from the dense model's (arXiv 1503.02531), so no labels are needed; the text's own loss can be added at a
+weight. Of several processes each computes the gradients of a share of every step's text, and all take the same step.
 
 A few blocks are set aside: this loss on them is measured as the training goes, and the weights with which it was least
 are kept. A model that has become worse than it was before the training goes back to these weights, and on at a lower
@@ -20,12 +20,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
+from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
+from fbn_prune import distributed
 from fbn_prune.data.calibration import Batch, TokenBlocks
 from fbn_prune.model.shards import packed
 from fbn_prune.progress import StageClock
@@ -200,7 +201,8 @@ class _Training:
         self._blocks, self._options, self._dense = blocks, options, dense
         self._aside = aside
         vocabulary = int(model.config.vocab_size)
-        self._forward_tokens = min(options.step_tokens, LOGIT_BYTES // (4 * vocabulary))
+        own = math.ceil(options.step_tokens / distributed.world())
+        self._forward_tokens = min(own, LOGIT_BYTES // (4 * vocabulary))
         self._trained: Trained = (
             AllWeights(model, maps)
             if options.weights == "all"
@@ -211,10 +213,8 @@ class _Training:
             {"params": [parameter], "lr": rate, "highest": rate}
             for parameter, rate in self._trained.rates(options.learning_rate)
         ]
-        self._accelerator = Accelerator(cpu=model.device.type == "cpu", device_placement=False)
-        self._model, self._optimizer = self._accelerator.prepare(
-            self._trained.model, torch.optim.AdamW(groups, weight_decay=0)
-        )
+        self._model = self._trained.model
+        self._optimizer = torch.optim.AdamW(groups, weight_decay=0)
         count = len(blocks.blocks)
         self._step_blocks = max(1, options.step_tokens * count // max(blocks.tokens, 1))
         self.total = options.passes * math.ceil(count / self._step_blocks)
@@ -249,12 +249,12 @@ class _Training:
             return
         start = time.perf_counter()
         with torch.no_grad():
-            total = sum(
-                float(self._loss(b, self._options.text_loss))
-                for b in self._aside.batches(self._forward_tokens)
+            own = distributed.share(self._aside.batches(self._forward_tokens))
+            (total,) = distributed.total(
+                sum(float(self._loss(b, self._options.text_loss)) for b in own)
             )
         self._record(total / self._aside.tokens)
-        self._seconds += time.perf_counter() - start
+        self._seconds += distributed.of_first(time.perf_counter() - start)
 
     def _record(self, loss: float) -> None:
         best = min((value for _, value in self.curve), default=math.inf)
@@ -286,11 +286,11 @@ class _Training:
         start = time.perf_counter()
         for group in self._optimizer.param_groups:
             group["lr"] = group["highest"] * self._pace()
-        for batch in blocks.batches(self._forward_tokens):
-            loss = self._loss(batch, self._options.text_loss)
-            self._accelerator.backward(loss / blocks.tokens)
+        for batch in distributed.share(blocks.batches(self._forward_tokens)):
+            (self._loss(batch, self._options.text_loss) / blocks.tokens).backward()
             self._trained.gather()
-        norm = self._accelerator.clip_grad_norm_(self._parameters.values(), LONGEST_GRADIENT)
+        self._add_up_gradients()
+        norm = clip_grad_norm_(self._parameters.values(), LONGEST_GRADIENT)
         if math.isfinite(norm):
             self._optimizer.step()
             self._trained.apply()
@@ -299,7 +299,15 @@ class _Training:
             self.left_out, self._in_a_row = self.left_out + 1, self._in_a_row + 1
         self._optimizer.zero_grad()
         self.done, self.tokens = self.done + 1, self.tokens + blocks.tokens
-        self._seconds += time.perf_counter() - start
+        self._seconds += distributed.of_first(time.perf_counter() - start)
+
+    def _add_up_gradients(self) -> None:
+        """Give every process the gradients of the whole step; one that had no batch of it has none of its own."""
+        if distributed.world() > 1:
+            for parameter in self._parameters.values():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                distributed.add_up(parameter.grad)
 
     def _loss(self, batch: Batch, text_loss: float) -> Tensor:
         """Divergence and, at the weight `text_loss`, the text's own loss, summed over the batch's tokens, in nats."""

@@ -6,7 +6,9 @@ Both steps change only the weights of linear maps in the decoder layers, so the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from fbn_prune.data.calibration import TokenBlocks
 from fbn_prune.errors import counted
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.checkpoint import Checkpoint
+from fbn_prune.model.recomputing import recomputed
 from fbn_prune.model.spill import Spilled
 from fbn_prune.progress import StageClock
 from fbn_prune.pruning.recovery import Weights
@@ -44,6 +47,8 @@ class RecoveryOptions:
         "match" and "distil", in the order in which they run.
     minutes, text_loss, weights
         See :class:`fbn_prune.pruning.recovery.distillation.DistillationOptions`.
+    recompute
+        Whether the distillation computes the layers' activations again for its gradients, in less memory.
     """
 
     passes: int
@@ -53,6 +58,7 @@ class RecoveryOptions:
     minutes: float | None = None
     text_loss: float = 0.0
     weights: Weights = "adapters"
+    recompute: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,23 +102,20 @@ def heal(
         if step == "match":
             warnings += _match(adapter, dense, blocks, options, clock, store)
             continue
-        trained = distil(
-            adapter.model,
-            dense.model,
-            list(linear_maps(adapter)),
-            blocks,
-            replace(
-                DistillationOptions.for_width(adapter.hidden_size, options.weights),
-                rank=options.rank,
-                passes=options.passes,
-                step_tokens=BATCH_TOKENS // 2,
-                seed=options.seed,
-                minutes=options.minutes,
-                text_loss=options.text_loss,
-            ),
-            clock,
-            store=store,
+        settings = replace(
+            DistillationOptions.for_width(adapter.hidden_size, options.weights),
+            rank=options.rank,
+            passes=options.passes,
+            step_tokens=BATCH_TOKENS // 2,
+            seed=options.seed,
+            minutes=options.minutes,
+            text_loss=options.text_loss,
         )
+        layers = chain.from_iterable(adapter.decoder_layers)
+        with recomputed(layers) if options.recompute else nullcontext():
+            trained = distil(
+                adapter.model, dense.model, list(linear_maps(adapter)), blocks, settings, clock, store=store
+            )  # fmt: skip
         curve = trained.curve
         if trained.left_out:
             steps = counted(trained.left_out, "step")
