@@ -139,7 +139,7 @@ def ways(
             by_gradient.setdefault(f"{name}, gradient", []).append(
                 key_neurons(maps, selectivity(*effects))
             )
-    for name in (NETWORKS, COMPONENTS, TEMPORAL):
+    for name in (NETWORKS, COMPONENTS, TEMPORAL, ROTATIONS):
         found[f"{name} x ratio"] = [one * ratio.clamp_min(1).log() for one in found[name]]
     for name in (NETWORKS, COMPONENTS):
         found[f"{name}, gradient"] = by_gradient[f"{name}, gradient"]
