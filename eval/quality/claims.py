@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import protocol
 import torch
 import typer
+from claims_page import claims_page
 from forget_ways import Refit
 from recurrence_table import Subject
 from rich.console import Console
@@ -210,6 +211,7 @@ def main(
     ] = None,
     bare: Annotated[bool, typer.Option("--bare", help="Without refits.")] = False,
     dtype: Annotated[str, typer.Option(help="Type that the model computes in.")] = "float32",
+    html: Annotated[Path | None, typer.Option(help="Also write a page with figures here.")] = None,
     output: protocol.Output = None,
 ) -> None:
     texts = {n: Path(p) for n, _, p in (entry.partition("=") for entry in text or ())}
@@ -255,6 +257,8 @@ def main(
             "correlation": statistics.fmean(starts["correlation_seeds"]),
         }
     protocol.save_json(output, facts)
+    if html is not None:
+        html.write_text(claims_page(facts), encoding="utf-8")
     show(facts)
 
 
