@@ -37,7 +37,6 @@ from fbn_prune.model.surgery import MlpCut
 from fbn_prune.networks.forgetting import marked
 from fbn_prune.networks.functional_networks import FunctionalNetworks
 
-LEARNING_RATE = 1e-4
 BATCH_TOKENS = 1024
 SMALLEST, STEPS = 1 / 512, 9
 """The shares of neurons to cut are SMALLEST * 2**n, up to a half."""
@@ -101,14 +100,16 @@ def at_cost(curve: Sequence[Sequence[float]], cost: float) -> float:
     return before[1]
 
 
-def tuned(adapter: ModelAdapter, blocks: TokenBlocks, rows: int, steps: int) -> ModelAdapter:
+def tuned(
+    adapter: ModelAdapter, blocks: TokenBlocks, rows: int, steps: int, rate: float
+) -> ModelAdapter:
     """Return a copy whose layers are trained on a skill's text for a few steps, with weights kept in float32."""
     again = copy.deepcopy(adapter)
     again.model.requires_grad_(False)
     for one in again.layers.parameters():
         one.requires_grad_(True)
     weights = protocol.ExactWeights(again.layers.parameters())
-    optimizer = torch.optim.AdamW(weights.exact, lr=LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(weights.exact, lr=rate, weight_decay=0.0)
     draw = random.Random(0)
     for _ in range(steps):
         batch = torch.stack(draw.sample(blocks.blocks, min(rows, len(blocks.blocks))))
@@ -192,18 +193,21 @@ def cuts_within(
 
 
 def relearned(
-    trials: Trials, text: Text, cuts: dict[str, tuple[list[float], list[MlpCut]]], rows: int, steps: int
+    trials: Trials, text: Text, cuts: dict[str, tuple[list[float], list[MlpCut]]], rows: int, steps: int,
+    rate: float,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the rise of the skill's loss before and after training of the models with these cuts."""
-    result: dict[str, Any] = {"steps": steps}
+    result: dict[str, Any] = {"steps": steps, "rate": rate}
     for name, (point, of_layers) in cuts.items():
         cut = copy.deepcopy(trials.adapter)
         for layer, one in enumerate(of_layers):
             cut.cut(layer, one)
-        after = mean_loss(tuned(cut, text.blocks, rows, steps), trials.skill) - trials.dense[1]
+        after = (
+            mean_loss(tuned(cut, text.blocks, rows, steps, rate), trials.skill) - trials.dense[1]
+        )
         result[name] = {"dial": point[0], "rest": point[1], "before": point[2], "after": after}
         print(f"{name}: {result[name]}", flush=True)
-    whole = tuned(trials.adapter, text.blocks, rows, steps)
+    whole = tuned(trials.adapter, text.blocks, rows, steps, rate)
     result["whole model"] = mean_loss(whole, trials.skill) - trials.dense[1]
     print(f"whole model after training: {result['whole model']:.3f}", flush=True)
     return result
@@ -233,6 +237,7 @@ def main(
         float | None, typer.Option(help="Train the last model within this cost. Default: --cost.")
     ] = None,
     tune_steps: Annotated[int, typer.Option(help="Steps of that training.")] = 50,
+    tune_rate: Annotated[float, typer.Option(help="Learning rate of that training.")] = 1e-4,
     rows: Annotated[int, typer.Option(help="Blocks of a training step.")] = 8,
     dtype: Annotated[str, typer.Option(help="Type that the model computes in.")] = "float32",
     output: protocol.Output = None,
@@ -275,7 +280,7 @@ def main(
             cuts = cuts_within(trials, own, others, plain, found, within, tune)
             del own, others, plain  # training needs their memory
             facts["skills"][name]["relearned"] = relearned(
-                trials, texts[name], cuts, rows, tune_steps
+                trials, texts[name], cuts, rows, tune_steps, tune_rate
             )
         facts["seconds"] = time.monotonic() - start
         protocol.save_json(output, facts)

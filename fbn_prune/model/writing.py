@@ -7,6 +7,7 @@ its chat template as far as the user's first word, so that it writes a question,
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from fbn_prune.errors import InvalidInput
 
 QUESTION_SHARE = 0.5
 """Largest part of a block that a question may take."""
+
+SHORT_SHARE = 0.25
+"""Length of a short text as a part of the longest; the number of texts in the last batches follows from it."""
 
 MOST_EMPTY = 10
 """Batches in a row that may give no text before the model is refused."""
@@ -92,7 +96,8 @@ def write_text(
     context
         Most tokens of a text.
     cached
-        Most tokens in the attention's cache at once; they decide how many texts are written side by side.
+        Most tokens in the attention's cache at once; they decide how many texts are written side by side. There are no
+        more of them than what is still missing needs if a text has a quarter of its most tokens.
     seed
         Draws first tokens and all that follow; batches draw apart from one another.
     kept
@@ -106,10 +111,11 @@ def write_text(
         The model writes nothing but empty texts.
     """
     manner = Manner.of(model, tokenizer)
-    count = max(1, cached // context)
     rows: list[Tensor] = []
     total = batch = empty = 0
     while total < tokens:
+        needed = math.ceil((tokens - total) / (SHORT_SHARE * context))
+        count = max(1, min(cached // context, needed))
         found = kept(batch, partial(_written, model, manner, count, context, f"{seed} {batch}"))
         rows += found
         written = sum(len(row) for row in found)

@@ -37,7 +37,7 @@ from fbn_prune.model.layerwise import check_runs
 from fbn_prune.networks.task_matching import TaskCalibration, task_calibration
 from fbn_prune.progress import StageClock
 from fbn_prune.runs.kept import tensors
-from fbn_prune.runs.memory import WRITTEN_BATCHES
+from fbn_prune.runs.memory import cached_tokens
 from fbn_prune.runs.prepared import Prepared
 from fbn_prune.runs.result import tool_version
 from fbn_prune.runs.second_run import output_locked
@@ -142,6 +142,9 @@ def written_texts(
     recipe = prepared.recipe
     calibrating = recipe.tokens / (1 - recipe.held_out)
     wanted = (calibrating, recipe.recover_tokens or recipe.tokens)
+    cached = cached_tokens(
+        prepared.checkpoint, prepared.dtype, prepared.batch_tokens, prepared.context
+    )
 
     def source(given: str | GivenData, purpose: str, tokens: int) -> str | GivenData:
         if given != GENERATED:
@@ -161,7 +164,7 @@ def written_texts(
                 tokenizer,
                 tokens=total,
                 context=prepared.context,
-                cached=WRITTEN_BATCHES * prepared.batch_tokens,
+                cached=cached,
                 seed=f"{recipe.seed} {purpose}",
                 kept=kept,
                 advance=advance,
