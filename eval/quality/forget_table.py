@@ -96,7 +96,7 @@ def at_cost(curve: Sequence[Sequence[float]], cost: float) -> float:
         if rest > cost:
             share = (cost - before[0]) / (rest - before[0])
             return before[1] + share * (skill - before[1])
-        before = max(before, (rest, skill))
+        before = (rest, skill)  # the rest's loss need not rise from point to point
     return before[1]
 
 
