@@ -528,6 +528,11 @@ def _check(recipe: PruningConfig) -> None:
     if isinstance(recipe, Recipe):
         if not recipe.calibration:
             raise InvalidInput("calibration is empty: name at least one source of text")
+        for key in ("calibration", "recover_text"):
+            if getattr(recipe, key).count(GENERATED) > 1:
+                refuse(
+                    key, f"the model writes as much text as is asked for: name {GENERATED!r} once"
+                )
         for key in ("vocabulary_texts", "vocabulary_chars", "vocabulary_ascii"):
             if getattr(recipe, key) and recipe.least_uses is None:
                 refuse(key, "add vocabulary = 1 to trim the vocabulary")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_runs import arguments
 from tiny_models import LAYERS, make_model
 
+from fbn_prune.cli.main import _exit_code
 from fbn_prune.model.adapter import ModelAdapter
 from fbn_prune.model.surgery import MlpCut
+from fbn_prune.pruning.recovery import healing
 from fbn_prune.runs.kept import Part
 from fbn_prune.runs.progressive import composed, step_widths
 from fbn_prune.store import Store
@@ -72,3 +76,21 @@ def test_a_part_of_a_store_sees_its_own_names_alone(
     assert part.read_last(prefix) == b"second"
     assert store.names("") == [f"one-{prefix}2", f"two-{prefix}1"]
     assert part.kept(f"{prefix}2", lambda: "new", str.encode, bytes.decode) == "second"
+
+
+def test_weights_that_the_checkpoint_cannot_hold_after_the_steps_end_in_one_line(
+    tiny: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Else the trained model would be measured, and the one before the training written."""
+    monkeypatch.setattr(healing, "healed_tensors", lambda adapter, checkpoint: None)
+    job = [*arguments(tiny, text), "--sparsity", "0.5", "--tokens", "1500", "--context", "40"]
+    more = ["--recover", "--recover-cuts", "2", "--recover-passes", "1"]
+    assert _exit_code([*job, *more, "--output", str(tmp_path / "out")]) == 1
+    said = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(said) == 1
+    assert "left weights that the checkpoint's dtype cannot hold" in said[0]
+    assert not (tmp_path / "out").exists()

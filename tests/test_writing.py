@@ -174,6 +174,7 @@ def test_a_model_in_memory_writes_too(pair: tuple[Any, Any]) -> None:
         (["--vocabulary", "1"], "before the model can write"),
         (["--structures", "all", "--layout", "ragged"], "before the model can write"),
         (["--memory-budget", "0.5GB"], "whole model in memory"),
+        (["--calibration", "generated"], "name 'generated' once"),
     ],
 )
 def test_what_text_from_the_model_cannot_do_is_refused(
