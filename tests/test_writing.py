@@ -65,6 +65,16 @@ def test_the_same_seed_writes_the_same_text_and_nothing_else_changes(
     assert not any(torch.equal(a, b) for a in first for b in other)
 
 
+def test_progress_goes_on_while_a_batch_is_written_and_adds_up_to_the_text(
+    pair: tuple[Any, Any],
+) -> None:
+    told: list[int] = []
+    rows = write_text(*pair, **SMALL, seed="0", advance=told.append)
+    assert sum(told) == sum(map(len, rows))
+    assert sum(number > 0 for number in told) > SMALL["tokens"] / 8
+    assert max(told) <= SMALL["cached"] // SMALL["context"]
+
+
 def test_batches_that_are_kept_are_not_written_again(pair: tuple[Any, Any]) -> None:
     kept: dict[int, list[Tensor]] = {}
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from fbn_prune.data.calibration import MIN_BLOCK_TOKENS, prefix_ids
 from fbn_prune.data.chat import turn_texts
@@ -103,7 +103,8 @@ def write_text(
     kept
         Returns the texts of a batch, given its number and a function that writes them.
     advance
-        Called with the number of tokens written.
+        Called with the number of tokens written, as they are written. Where texts of a batch turn out to be of no use
+        the last number is negative.
 
     Raises
     ------
@@ -116,30 +117,43 @@ def write_text(
     while total < tokens:
         needed = math.ceil((tokens - total) / (SHORT_SHARE * context))
         count = max(1, min(cached // context, needed))
-        found = kept(batch, partial(_written, model, manner, count, context, f"{seed} {batch}"))
+        steps: list[int] = []
+
+        def step(texts: int, steps: list[int] = steps) -> None:
+            steps.append(texts)
+            advance(texts)
+
+        write = partial(_written, model, manner, count, context, f"{seed} {batch}", step)
+        found = kept(batch, write)
         rows += found
         written = sum(len(row) for row in found)
         empty = 0 if written else empty + 1
         if empty == MOST_EMPTY:
             raise InvalidInput("the model writes nothing but empty texts: give calibration text")
-        advance(written)
+        advance(written - sum(steps))
         total, batch = total + written, batch + 1
     return rows
 
 
 def _written(
-    model: PreTrainedModel, manner: Manner, count: int, context: int, seed: str
+    model: PreTrainedModel,
+    manner: Manner,
+    count: int,
+    context: int,
+    seed: str,
+    step: Callable[[int], None],
 ) -> list[Tensor]:
     """Return the texts of one batch that are long enough for a block."""
+    continued = partial(_continued, model, stops=manner.stops, step=step)
     draw = random.Random(seed)
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(draw.getrandbits(63))
         if not manner.question:
             starts = [manner.prefix or (draw.randrange(manner.vocabulary),) for _ in range(count)]
-            rows = _continued(model, starts, context, manner.stops)
+            rows = continued(starts, context)
         else:
             most = len(manner.question) + max(1, int(QUESTION_SHARE * context))
-            asked = _continued(model, [manner.question] * count, min(most, context), manner.stops)
+            asked = continued([manner.question] * count, min(most, context))
             # A question that its own end did not stop is no question yet.
             whole = [
                 row[:-1]
@@ -148,7 +162,7 @@ def _written(
             ]
             prompts = [(*row, *manner.answer) for row in whole]
             prompts = [prompt for prompt in prompts if len(prompt) < context]
-            rows = _continued(model, prompts, context, manner.stops) if prompts else []
+            rows = continued(prompts, context) if prompts else []
     return [
         torch.tensor(row[:context], dtype=torch.int64)
         for row in rows
@@ -157,9 +171,17 @@ def _written(
 
 
 def _continued(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], length: int, stops: Sequence[int]
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    length: int,
+    *,
+    stops: Sequence[int],
+    step: Callable[[int], None],
 ) -> list[tuple[int, ...]]:
-    """Return each prompt with a sample of what follows: up to a stop, which is part of it, or to `length` tokens."""
+    """Return each prompt with a sample of what follows: up to a stop, which is part of it, or to `length` tokens.
+
+    `step` is called after each token with the number of texts that go on.
+    """
     longest = max(map(len, prompts))
     if longest >= length:
         return [tuple(prompt[:length]) for prompt in prompts]
@@ -175,10 +197,25 @@ def _continued(
         eos_token_id=list(stops) or None, use_cache=True,
     )  # fmt: skip
     found = model.generate(  # type: ignore[operator]
-        ids.to(model.device), attention_mask=mask.to(model.device), generation_config=as_predicted
+        ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        generation_config=as_predicted,
+        stopping_criteria=StoppingCriteriaList([_Steps(stops, step)]),
     )
     rows: list[tuple[int, ...]] = []
     for prompt, new in zip(prompts, found[:, longest:].tolist(), strict=True):
         end = next((at + 1 for at, token in enumerate(new) if token in stops), len(new))
         rows.append((*prompt, *new[:end])[:length])
     return rows
+
+
+class _Steps(StoppingCriteria):
+    """Tells how many texts go on after each token, and stops none."""
+
+    def __init__(self, stops: Sequence[int], step: Callable[[int], None]) -> None:
+        self._stops, self._step = torch.tensor(stops), step
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **more: Any) -> Tensor:
+        last = input_ids[:, -1]  # the filler behind the end of a text is a stop too
+        self._step(int((~torch.isin(last, self._stops.to(last.device))).sum()))
+        return torch.zeros_like(last, dtype=torch.bool)
