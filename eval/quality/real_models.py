@@ -1,6 +1,6 @@
 """Print what a real checkpoint keeps of its quality under each pruning tool, at equal numbers of parameters.
 
-    python eval/quality/real_models.py --calibrate train.txt --task test.txt --task arc_easy.jsonl --folder cells
+    python eval/quality/real_models.py table --calibrate train.txt --task test.txt --task arc_easy.jsonl --folder cells
 
 Every cell of the table is one tool at one size: it is pruned in a process of its own, whose seconds and peak memory
 are noted, and measured by `fbn-prune evaluate` in another. A finished cell is a JSON file in `--folder`, and is not
