@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,9 @@ from transformers import (
 from fbn_prune.api import prune_checkpoint
 from fbn_prune.model.checkpoint import Checkpoint
 from fbn_prune.model.tiny_copy import tiny_config, tiny_model
+from fbn_prune.pruning.recovery import healing
+from fbn_prune.runs import setup
+from fbn_prune.runs.memory import plan_memory
 
 TOKENS = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 257}
 ALTERNATING = ["sliding_attention", "full_attention"]
@@ -144,6 +148,37 @@ def test_a_found_family_is_pruned_saved_loaded_and_generates(
         assert torch.equal(before[name], after[name]), name
     for name, tensor in stored(written["streamed"]).items():
         torch.testing.assert_close(tensor, after[name], rtol=1e-3, atol=1e-3)
+
+
+@kinds
+def test_a_found_family_is_calibrated_on_its_own_text_and_trained_in_little_memory(
+    kind: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not all of them state their attention heads, and their layers have many forms."""
+    source = save(kind, tmp_path / "dense")
+    job = recipe(
+        source,
+        text,
+        tmp_path / "out",
+        sparsity=0.5,
+        width_multiple=2,
+        allow_untrained=True,
+        calibration=["generated"],
+        recover=True,
+        recover_steps="distil",
+        recover_passes=1,
+    )
+    prune_checkpoint(recipe=job)
+    monkeypatch.setattr(
+        setup, "plan_memory", lambda *about: replace(plan_memory(*about), recompute=True)
+    )
+    ran: list[object] = []
+    again = healing.recomputed
+    monkeypatch.setattr(healing, "recomputed", lambda layers: ran.append(layers) or again(layers))
+    prune_checkpoint(recipe=job.model_copy(update={"output": tmp_path / "small"}))
+    assert len(ran) == 1
+    found, expected = stored(tmp_path / "small"), stored(tmp_path / "out")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_a_layer_without_an_mlp_is_left_alone(text: Path, tmp_path: Path) -> None:

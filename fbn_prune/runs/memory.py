@@ -36,9 +36,12 @@ RECOVERY_TOKENS = 2048
 LOGIT_BYTES = 2**28
 """Size of the largest logits that the recovery computes at once."""
 
-CACHE_BYTES = 2**17
-"""Bytes of the attention's cache for each token of a batch, while the model writes text: 0.5 GB on a CPU and 2 GB on a
+CACHE_BYTES = 2**18
+"""Bytes of the attention's cache for each token of a batch, while the model writes text: 1 GB on a CPU and 4 GB on a
 GPU. A step reads all weights whether it writes few texts or many."""
+
+SHORT_SHARE = 0.25
+"""As in `model/writing.py`, which is slow to import."""
 
 ASIDE_TOKENS, LARGEST_PART = 4096, 8
 """As in `pruning/evidence.py`, which is slow to import."""
@@ -239,10 +242,12 @@ def may_spread(device: torch.device) -> bool:
 def cached_tokens(
     checkpoint: Checkpoint, dtype: torch.dtype, batch_tokens: int, context: int
 ) -> int:
-    """Return how many tokens the attention's cache holds while the model writes text, at least one context."""
-    shape = checkpoint.family.head_shape(checkpoint.config)
-    layers = checkpoint.family.num_layers(checkpoint.config)
-    token = 2 * shape.groups * shape.size * layers * dtype.itemsize
+    """Return how many tokens the attention's cache holds while the model writes text, at least one context.
+
+    Keys and values count as wide as the hidden state, which few models exceed; not all state their heads.
+    """
+    family, config = checkpoint.family, checkpoint.config
+    token = 2 * family.hidden_size(config) * family.num_layers(config) * dtype.itemsize
     return max(context, CACHE_BYTES * batch_tokens // token)
 
 
@@ -346,8 +351,11 @@ class Sizes:
             stages["gradients"] = base + graph + layers * 8 * hidden**2 + 3 * 4 * few * vocabulary
             stages["prune"] += layers * 8 * hidden**2
         if recipe.writes_text:
+            wanted = max(tokens / (1 - recipe.held_out), recipe.recover_tokens or tokens)
+            most = wanted / SHORT_SHARE + 3 * self.context  # no more texts than are still missing
+            cache = min(CACHE_BYTES * self.batch, 2 * hidden * layers * size * most)
             # Each step copies the cache of one layer after another as it grows.
-            stages["writing"] = int(base + 1.5 * CACHE_BYTES * self.batch + few_logits)
+            stages["writing"] = int(base + 1.5 * cache + few_logits)
         if recipe.recover:
             few = min(tokens, RECOVERY_TOKENS)
             inside, deep = (neurons, layers) if not self.recompute else (width, 1)
