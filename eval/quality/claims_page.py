@@ -1,6 +1,8 @@
 """Write a page of the results of `claims.py`: one HTML file with figures, bands and tables, without scripts.
 
-python eval/quality/claims_page.py RESULT.json PAGE.html
+    python eval/quality/claims_page.py RESULT.json PAGE.html
+
+The same result gives the same page.
 """
 
 from __future__ import annotations
